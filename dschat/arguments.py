@@ -1,0 +1,490 @@
+"""Every flag, declared once: small groups of settings, composed into one frozen object for each step.
+
+A group checks itself, a step's object checks across its groups, and `parse_arguments` turns the command line
+into that object. Importing this module does not import torch, so `--help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser
+
+from dschat.errors import UserError
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+
+
+def flag(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
+    """A setting that is a command-line flag; lists are given as tuples. Without a default it is required."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def group(group_class: type, prefix: str = "", **defaults: Any) -> Any:
+    """A group inside a step's object: its flags carry `prefix`, and `defaults` replace the group's own."""
+    known = {f.name for f in fields(group_class)}
+    assert set(defaults) <= known, f"{group_class.__name__} has no {set(defaults) - known}"
+    return field(metadata={"group": group_class, "prefix": prefix, "defaults": defaults})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_at_least(minimum: float, settings: Any, *names: str, prefix: str = "") -> None:
+    """Each named setting must be at least `minimum`."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value >= minimum, f"--{prefix}{name} must be at least {minimum}, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Where the data comes from and how it is shared between the steps."""
+
+    data_path: list[str] = flag(
+        ["Dahoas/rm-static"],
+        "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders.",
+    )
+    data_split: str = flag(
+        "2,4,4", "Shares of the training prompts for steps 1, 2 and 3; no prompt is in two of them."
+    )
+    data_output_path: str | None = flag(
+        None,
+        "Folder of the tokenised data; default: dschat below the user's cache folder, private to the user.",
+    )
+    eval_fraction: float = flag(
+        0.05, "Share of the prompts held out for evaluation, in every step the same, where a source has none."
+    )
+    preprocessing_num_workers: int | None = flag(None, "Processes that tokenise; default: one a CPU core.")
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """`--data_split` as three numbers."""
+        return tuple(float(part) for part in self.data_split.split(","))
+
+    def __post_init__(self) -> None:
+        number = r"\s*\d+(\.\d*)?\s*"
+        require(
+            re.fullmatch(f"{number},{number},{number}", self.data_split) is not None and sum(self.shares) > 0,
+            f"--data_split needs three shares such as 2,4,4 (for steps 1, 2 and 3), got {self.data_split!r}.",
+        )
+        require(
+            0 <= self.eval_fraction < 1,
+            f"--eval_fraction must lie in [0, 1), got {self.eval_fraction}; 0.05 holds out every twentieth.",
+        )
+        workers = self.preprocessing_num_workers
+        require(
+            workers is None or workers > 0, f"--preprocessing_num_workers must be positive, got {workers}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerArguments:
+    """Changes to the tokenizer that comes with the model."""
+
+    add_eot_token: bool = flag(False, "Add --eot_token to the vocabulary and end every answer with it.")
+    eot_token: str = flag("<|endoftext|>", "The end token that --add_eot_token adds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """One trained model. Step 3 has two of them, their flags prefixed with actor_ and critic_."""
+
+    prefix: str = ""
+    model_name_or_path: str = flag(help="Folder or hub id of the model to start from.")
+    learning_rate: float = flag(1e-5, "Peak learning rate.")
+    weight_decay: float = flag(0.0, "AdamW's weight decay, not applied to biases and norms.")
+    dropout: float = flag(0.0, "Dropout probability; the model's own setting is replaced by it.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    zero_stage: int = flag(
+        0, "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights."
+    )
+    lora_dim: int = flag(0, "Rank of the LoRA adapters; 0 trains the weights themselves.")
+    # With Adam a scale and a learning rate do much the same, so the scale is left at 1 at any rank.
+    lora_alpha: float | None = flag(
+        None, "LoRA adds alpha / dim times B A to a weight; default: alpha = dim, so that the factor is 1."
+    )
+    lora_dropout: float = flag(0.0, "Dropout probability of what goes into the adapters.")
+    lora_module_name: str = flag(
+        "",
+        "Layers that get adapters: parts of their names, separated by commas; default: all linear layers.",
+    )
+    lora_learning_rate: float = flag(5e-4, "Peak learning rate of the adapters.")
+
+    def __post_init__(self) -> None:
+        p = self.prefix
+        require(
+            self.zero_stage in (0, 1, 2, 3), f"--{p}zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}."
+        )
+        rates = ("learning_rate", "weight_decay", "lora_dim", "lora_learning_rate")
+        require_at_least(0, self, *rates, prefix=p)
+        require(
+            self.lora_alpha is None or self.lora_alpha > 0,
+            f"--{p}lora_alpha must be positive, got {self.lora_alpha}; the same as --{p}lora_dim is usual.",
+        )
+        require(
+            0 <= self.lora_dropout < 1,
+            f"--{p}lora_dropout must lie in [0, 1), got {self.lora_dropout}; RLHF uses 0.",
+        )
+        require(0 <= self.dropout < 1, f"--{p}dropout must lie in [0, 1), got {self.dropout}; RLHF uses 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments:
+    """What the trained models of a step share."""
+
+    num_train_epochs: int = flag(1, "Passes over the training data.")
+    gradient_accumulation_steps: int = flag(1, "Micro-batches a rank adds up for one optimiser step.")
+    lr_scheduler_type: Literal[SCHEDULES] = flag("cosine", "Shape of the learning rate over the run.")
+    num_warmup_steps: int = flag(0, "Optimiser steps in which the learning rate rises from 0.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients.")
+    adam_beta2: float = flag(0.95, "AdamW's decay of the mean of squared gradients.")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    only_optimize_lora: bool = flag(
+        False,
+        "Train the adapters (and a reward model's head) alone; without it also what they do not cover: "
+        "embeddings, norms, biases. A model without adapters is trained whole.",
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "num_train_epochs", "gradient_accumulation_steps")
+        require_at_least(0, self, "num_warmup_steps", "max_grad_norm")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name} must lie in [0, 1), got {value}.")
+        require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, got {self.adam_epsilon}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """Precision, output and reproducibility."""
+
+    output_dir: str | None = flag(
+        None, "Folder for the trained model, logs and metrics; without it nothing is kept."
+    )
+    seed: int = flag(1234, "Decides the data split, the order of the data and every random draw.")
+    dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "Precision of weights and activations.")
+    offload: bool = flag(False, "Keep optimiser states (and at ZeRO stage 3 the weights) in CPU memory.")
+    enable_tensorboard: bool = flag(True, "Write TensorBoard logs; needs --output_dir or --tensorboard_path.")
+    tensorboard_path: str | None = flag(
+        None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir."
+    )
+    local_rank: int = flag(-1, "Set by the deepspeed launcher; torchrun sets the environment instead.")
+    deepspeed: bool = flag(False, "Accepted for old scripts: DeepSpeed is always used.")
+    compute_fp32_loss: bool = flag(False, "Accepted for old scripts: losses are always computed in fp32.")
+    debug: bool = flag(False, "Show the traceback of an error in the input.")
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.seed < 2**63,
+            f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """Batches of steps 1 and 2, and how often they are evaluated."""
+
+    per_device_train_batch_size: int = flag(16, "Rows (step 2: pairs) a rank trains on at once.")
+    per_device_eval_batch_size: int = flag(16, "Rows (step 2: pairs) a rank evaluates at once.")
+    max_seq_len: int = flag(512, "Longest prompt and answer together, in tokens.")
+    eval_interval: int = flag(
+        0, "Optimiser steps between evaluations; 0 evaluates at the ends of epochs only."
+    )
+    eval_iters: int = flag(100, "Batches of an evaluation between epochs; 0, and an epoch's end, take all.")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        require_at_least(0, self, "eval_interval", "eval_iters")
+        require(self.max_seq_len >= 4, f"--max_seq_len must be at least 4 tokens, got {self.max_seq_len}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptions:
+    """Step 1's own settings."""
+
+    sft_only_data_path: list[str] = flag([], "More data sets, used whole and in this step only.")
+    train_on_prompt: bool = flag(False, "Take the loss over the prompt too, not over the answer alone.")
+    print_loss: bool = flag(False, "Print the loss of every optimiser step.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """Step 2's own settings."""
+
+    loss_fn: Literal["log_sig", "log_exp"] = flag(
+        "log_sig",
+        "-log sigmoid(chosen - rejected), or log(1 + exp(rejected - chosen)): two forms of one loss.",
+    )
+    num_padding_at_beginning: int | None = flag(
+        None, "Accepted for old scripts and not needed: padding is told by masks."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArguments:
+    """How answers are sampled."""
+
+    per_device_generation_batch_size: int = flag(16, "Prompts a rank answers at once.")
+    generation_batches: int = flag(1, "Batches of prompts a rank answers before each training phase.")
+    max_prompt_seq_len: int = flag(256, "Longest prompt in tokens; longer ones are left out and counted.")
+    max_answer_seq_len: int = flag(256, "Longest answer in tokens, its end token included.")
+    temperature: float = flag(1.0, "Sampling temperature; the log-probabilities of PPO use it too.")
+    top_p: float = flag(1.0, "Sample from the smallest set of tokens with this probability; 1 is off.")
+    top_k: int = flag(0, "Sample from this many likeliest tokens; 0 is off.")
+    rollout_gather: Literal["auto", "always", "never"] = flag(
+        "auto",
+        "ZeRO-3: gather the weights once a rollout phase, or a layer at a time; auto looks at free memory.",
+    )
+    print_answers: bool = flag(False, "Print some prompts and answers.")
+    print_answers_interval: int = flag(1, "PPO steps between printed answers.")
+
+    def __post_init__(self) -> None:
+        positive = ("per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len",
+                    "max_answer_seq_len", "print_answers_interval")  # fmt: skip
+        require_at_least(1, self, *positive)
+        require_at_least(0, self, "top_k")
+        require(self.temperature > 0, f"--temperature must be positive, got {self.temperature}; 1 is usual.")
+        require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}; 1 is off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoArguments:
+    """Hyper-parameters of PPO, https://arxiv.org/abs/1707.06347, as docs/ppo.md uses them."""
+
+    per_device_training_batch_size: int = flag(16, "Answers a rank trains on at once.")
+    ppo_epochs: int = flag(1, "Passes over each batch of experience.")
+    kl_coef: float = flag(0.1, "Weight of the KL penalty per token against the reference model.")
+    ratio_clip: float = flag(0.2, "Clip range of the policy ratio.")
+    value_clip: float = flag(0.2, "Clip range of the value around its old prediction.")
+    gamma: float = flag(1.0, "Discount of later rewards.")
+    gae_lambda: float = flag(0.95, "GAE's lambda: 1 trusts the returns, 0 the critic.")
+    reward_clip: float = flag(5.0, "Scores are clipped to this magnitude; 0 leaves them alone.")
+    normalize_scores: bool = flag(
+        False,
+        "Shift and scale scores by the mean and standard deviation that step 2 wrote for its evaluation.",
+    )
+    missing_eos_penalty: float = flag(0.0, "Subtracted from the score of an answer cut at the length limit.")
+    whiten_advantages: bool = flag(True, "Bring the advantages of a rollout batch to mean 0 and variance 1.")
+    enable_ema: bool = flag(False, "Keep a moving average of the actor and save it as actor_ema.")
+    ema_decay: float = flag(0.992, "Decay of the moving average per optimiser step.")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "per_device_training_batch_size", "ppo_epochs")
+        require_at_least(0, self, "kl_coef", "reward_clip", "missing_eos_penalty")
+        require(
+            0 < self.ratio_clip < 1, f"--ratio_clip must lie in (0, 1), got {self.ratio_clip}; 0.2 is usual."
+        )
+        require(self.value_clip > 0, f"--value_clip must be positive, got {self.value_clip}; 0.2 is usual.")
+        for name in ("gamma", "gae_lambda", "ema_decay"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfOptions:
+    """Step 3's other settings."""
+
+    offload_reference_model: bool = flag(
+        False, "Keep the reference model's weights in CPU memory (ZeRO stage 3)."
+    )
+    offload_reward_model: bool = flag(False, "Keep the reward model's weights in CPU memory (ZeRO stage 3).")
+    num_padding_at_beginning: int | None = flag(
+        None, "Accepted for old scripts and not needed: padding is told by masks."
+    )
+    enable_test_mode: bool = flag(False, "End after --test_stop_step PPO steps.")
+    test_stop_step: int = flag(0, "PPO steps of a run with --enable_test_mode.")
+
+
+def check_offload(offload: bool, *models: ModelArguments) -> None:
+    """DeepSpeed offloads optimiser states only where ZeRO shards them."""
+    for model in models:
+        require(
+            not offload or model.zero_stage > 0,
+            f"--offload needs --{model.prefix}zero_stage 1, 2 or 3, got 0; add --{model.prefix}zero_stage 2.",
+        )
+
+
+def check_lora(only_optimize_lora: bool, *models: ModelArguments) -> None:
+    """Adapters alone can be trained where there are some."""
+    names = " or ".join(f"--{model.prefix}lora_dim" for model in models)
+    require(
+        not only_optimize_lora or any(model.lora_dim > 0 for model in models),
+        f"--only_optimize_lora needs adapters to train; add {names}, for example 64.",
+    )
+
+
+def note_padding_flag(value: int | None) -> None:
+    """Say once that `--num_padding_at_beginning` changes nothing."""
+    if value is not None and int(os.environ.get("RANK", 0)) == 0:
+        print("note: --num_padding_at_beginning is not needed and ignored: padding is told by masks.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftArguments:
+    """Step 1."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    sft: SftOptions = group(SftOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArguments:
+    """Step 2."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments, learning_rate=9e-6)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    reward: RewardOptions = group(RewardOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        note_padding_flag(self.reward.num_padding_at_beginning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfArguments:
+    """Step 3."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    actor: ModelArguments = group(ModelArguments, "actor_", learning_rate=1e-6)
+    critic: ModelArguments = group(ModelArguments, "critic_", learning_rate=9e-6)
+    optimizer: OptimizerArguments = group(OptimizerArguments, num_warmup_steps=100, adam_epsilon=1e-5)
+    rollout: RolloutArguments = group(RolloutArguments)
+    ppo: PpoArguments = group(PpoArguments)
+    rlhf: RlhfOptions = group(RlhfOptions)
+    run: RunArguments = group(RunArguments)
+
+    @property
+    def rollout_size(self) -> int:
+        """Answers a rank samples before each training phase."""
+        return self.rollout.per_device_generation_batch_size * self.rollout.generation_batches
+
+    @property
+    def minibatch_size(self) -> int:
+        """Answers a rank contributes to each optimiser step."""
+        return self.ppo.per_device_training_batch_size * self.optimizer.gradient_accumulation_steps
+
+    @property
+    def updates_per_ppo_step(self) -> int:
+        """Optimiser steps that learn from one rollout batch."""
+        return self.ppo.ppo_epochs * (self.rollout_size // self.minibatch_size)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.actor, self.critic)
+        check_lora(self.optimizer.only_optimize_lora, self.actor, self.critic)
+        note_padding_flag(self.rlhf.num_padding_at_beginning)
+        for model in (self.actor, self.critic):
+            require(
+                model.dropout == 0 and model.lora_dropout == 0,
+                f"--{model.prefix}dropout and --{model.prefix}lora_dropout must be 0: PPO compares the "
+                "probabilities of one set of weights, and dropout would change them from pass to pass.",
+            )
+        require(
+            self.rollout_size % self.minibatch_size == 0,
+            f"a rank samples {self.rollout_size} answers (--per_device_generation_batch_size times "
+            f"--generation_batches) but an optimiser step takes {self.minibatch_size} "
+            "(--per_device_training_batch_size times --gradient_accumulation_steps): the first must be a "
+            f"multiple of the second; --generation_batches {self.minibatch_size} always is.",
+        )
+        require(
+            not self.rlhf.offload_reference_model or self.actor.zero_stage == 3,
+            "--offload_reference_model needs --actor_zero_stage 3: a smaller stage shards no weights.",
+        )
+        require(
+            not self.rlhf.offload_reward_model or self.critic.zero_stage == 3,
+            "--offload_reward_model needs --critic_zero_stage 3: a smaller stage shards no weights.",
+        )
+        require(
+            not self.rlhf.enable_test_mode or self.rlhf.test_stop_step > 0,
+            "--enable_test_mode needs --test_stop_step, the number of PPO steps to run.",
+        )
+
+
+STEPS: dict[str, type] = {"sft": SftArguments, "reward": RewardArguments, "rlhf": RlhfArguments}
+StepArguments = SftArguments | RewardArguments | RlhfArguments
+
+
+class FlagParser(HfArgumentParser):
+    """argparse, with one readable line for an error instead of a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
+
+    def reject_unknown(self, remaining: Sequence[str]) -> None:
+        """Raise `UserError` for flags that no group declares, with the name that was probably meant."""
+        if remaining:
+            name = remaining[0].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+
+
+def _flat_class(part: dataclasses.Field) -> type:
+    """The flags of one group as a flat class that HfArgumentParser understands."""
+    prefix, defaults = part.metadata["prefix"], part.metadata["defaults"]
+    columns = []
+    for f in fields(part.metadata["group"]):
+        if "help" not in f.metadata:
+            continue
+        default, factory = defaults.get(f.name, f.default), f.default_factory
+        spec = field(default=default, metadata=f.metadata)
+        if factory is not dataclasses.MISSING:
+            spec = field(default_factory=factory, metadata=f.metadata)
+        columns.append((prefix + f.name, f.type, spec))
+    flat = make_dataclass(f"{part.name}_flags", columns, kw_only=True)
+    flat._argument_group_name = f"{part.name} ({' '.join(part.metadata['group'].__doc__.split())})"
+    return flat
+
+
+def parse_arguments(
+    step: Literal["sft", "reward", "rlhf"], argv: Sequence[str] | None = None
+) -> StepArguments:
+    """The arguments of a step from the command line (`sys.argv` by default).
+
+    Raises `UserError` for an unknown flag, a value of the wrong type, and settings that cannot work together.
+    """
+    parts = fields(STEPS[step])
+    parser = FlagParser([_flat_class(part) for part in parts], allow_abbrev=False)
+    *flats, remaining = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    parser.reject_unknown(remaining)
+    groups = {}
+    for part, flat in zip(parts, flats, strict=True):
+        prefix = part.metadata["prefix"]
+        values = {f.name.removeprefix(prefix): getattr(flat, f.name) for f in fields(flat)}
+        if prefix:
+            values["prefix"] = prefix
+        groups[part.name] = part.metadata["group"](**values)
+    return STEPS[step](**groups)
+
+
+def write_arguments(arguments: StepArguments, path: Path) -> None:
+    """Keep what a run was started with, as JSON, one object a group."""
+    path.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n")

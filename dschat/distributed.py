@@ -1,0 +1,217 @@
+"""The process group, rank 0, ZeRO-3 gathers and seeds. Under plain `python` a run is a group of one."""
+
+import contextlib
+import gc
+import io
+import os
+import random
+import resource
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import numpy
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from torch import Tensor
+
+from dschat.errors import UserError
+
+TIMEOUT = timedelta(hours=2)
+"""Longer than the slowest rank may take to load a model or to write a checkpoint."""
+
+
+def rank() -> int:
+    """This process's number in the group, 0 where there is no group yet."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Processes in the group."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints, logs and writes."""
+    return rank() == 0
+
+
+def print_once(message: str) -> None:
+    """Print on rank 0."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def check_precision(dtype: str, offload: bool) -> None:
+    """Raise `UserError` for what this machine cannot run, before anything is loaded."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if dtype == "fp16" and on_cpu:
+        raise UserError("--dtype fp16 needs a GPU and this machine has none; use --dtype bf16 or fp32.")
+    if offload and shutil.which("g++") is None:
+        raise UserError(
+            "--offload compiles DeepSpeed's CPU optimiser, which needs g++; install it or leave it out."
+        )
+
+
+def setup(local_rank: int = -1) -> torch.device:
+    """Join the process group (a group of one under plain `python`) and return this rank's device.
+
+    `local_rank` is the deepspeed launcher's flag; torchrun sets the environment variable instead.
+    """
+    # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if get_accelerator().device_name() == "cpu" and shutil.which("g++") is None:
+        # DeepSpeed would try to compile its shared-memory collectives and fail; gloo does their work, slower.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        print_once(
+            "note: no g++ found: ranks on this machine talk through gloo, slower than DeepSpeed's own way."
+        )
+    # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
+    if device.type != "cpu":
+        get_accelerator().set_device(device.index)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher leaves every rank all cores; ranks that compete for them wait for each other.
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_world_size()))
+    return device
+
+
+def leave() -> None:
+    """Leave the process group: the last call of a program, on every rank.
+
+    The group's threads end here. Where they are left to the interpreter's teardown, one that is still freeing
+    the last collective's tensors aborts the process ("terminate called without an active exception").
+    """
+    barrier()
+    deepspeed.comm.destroy_process_group()
+    gc.collect()  # what else refers to the group, in cycles, keeps its threads alive
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def current_device() -> torch.device:
+    """This rank's device, on which its collectives run."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_across_ranks(tensor: Tensor) -> Tensor:
+    """The sum over ranks of tensors of one shape, in fp64 so that counts stay whole."""
+    total = tensor.detach().double()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_across_ranks(tensor: Tensor) -> Tensor:
+    """The plain mean over ranks; for token means reduce sums and counts instead."""
+    return sum_across_ranks(tensor) / world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks in rank order; the same shape on each. [B, ...] -> [world * B, ...]."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def max_across_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise largest over ranks of tensors of one shape."""
+    largest = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def largest_across_ranks(number: int, device: torch.device) -> int:
+    """The largest of one number a rank."""
+    return int(max_across_ranks(torch.tensor(number, device=device)))
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next to it is true."""
+    get_accelerator().synchronize()
+
+
+def peak_memory_gib() -> float:
+    """The most this rank has used so far: device memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Rank 0 runs the block while the others wait, then they run it."""
+    if not is_main_process():
+        barrier()
+    yield
+    if is_main_process():
+        barrier()
+
+
+def is_zero3_parameter(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards this parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+    """Full parameters inside the block where ZeRO-3 shards them; nothing to do elsewhere.
+
+    With `modifier_rank`, what that rank wrote into them is kept; without, changes are lost.
+    """
+    sharded = [p for p in parameters if is_zero3_parameter(p)]
+    if not sharded:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank):
+        yield
+
+
+def weights_gathered_for_generation(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
+    """Whole weights inside the block and none of ZeRO-3's hooks, so ranks may stop at different lengths."""
+    return unwrap_model_for_generation(engine)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank; sampling is keyed by prompt, not by rank."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)

@@ -1,0 +1,47 @@
+"""Errors a person can act on, and how a program shows them."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """The input cannot work. The message names the flag or the file and line, the value, and the remedy."""
+
+
+class ReadableParser(argparse.ArgumentParser):
+    """argparse whose errors are one line: a `UserError` instead of a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. --help lists every flag.")
+
+
+@contextmanager
+def readable_errors(debug: bool = False) -> Iterator[None]:
+    """End the program with one message, on one rank, and exit code 2 when a `UserError` is raised inside.
+
+    Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
+    for the launcher to end them, and speak only if it does not, as they then are the ones that failed.
+    With `debug` the traceback is left alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if rank == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except UserError as error:
+        if debug:
+            raise
+        if rank != 0:
+            time.sleep(15)
+        prefix = "error" if rank == 0 else f"error on rank {rank}"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

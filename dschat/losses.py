@@ -1,0 +1,187 @@
+"""The mathematics of RLHF, torch only: no model, device, rank or engine.
+
+Shapes: B answers (or pairs), T answer tokens, V vocabulary. Answers are aligned as in docs/ppo.md: column t
+holds what belongs to the decision to emit answer token t, and `mask` is 1 up to and including the first end
+token. A *score* is per answer, a *reward* per token.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOG_RATIO_LIMIT = 20.0
+"""exp() of a larger log-ratio helps no one and overflows fp16."""
+
+FP32_ELEMENTS = 1 << 24
+"""Logits are cast to fp32 this many at a time (64 MiB), never a whole batch at once."""
+
+
+def _chunk_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def _chunk_entropy(logits: Tensor, temperature: float) -> Tensor:
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, FP32_ELEMENTS // logits.shape[-1])
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `tokens`, in fp32: [B, T, V] and [B, T] -> [B, T].
+
+    The fp32 copy of the logits exists for a few rows at a time, in the backward pass too, where it is
+    recomputed.
+    """
+    flat_logits, flat_tokens = logits.flatten(0, -2), tokens.flatten()
+    rows = _rows_at_once(flat_logits)
+    chunks = [
+        checkpoint(_chunk_logprobs, part, ids, temperature, use_reentrant=False)
+        for part, ids in zip(flat_logits.split(rows), flat_tokens.split(rows), strict=True)
+    ]
+    return torch.cat(chunks).view(tokens.shape)
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature), for watching: [B, T, V] -> [B, T], no gradient."""
+    flat_logits = logits.flatten(0, -2)
+    chunks = [_chunk_entropy(part, temperature) for part in flat_logits.split(_rows_at_once(flat_logits))]
+    return torch.cat(chunks).view(logits.shape[:-1])
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
+    """Sum of x where mask is 1, over `denominator` (default: the mask's own count, at least 1). -> scalar.
+
+    x may hold anything, even infinities, where the mask is 0. A denominator counted over all micro-batches
+    and ranks makes the parts add up to the mean of the whole.
+    """
+    total = torch.where(mask.bool(), x, 0).sum()
+    return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
+
+
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over the valid entries, 0 elsewhere; population variance. [B, T] -> [B, T].
+
+    Hand it the rollout batch of all ranks: statistics of a part are other statistics.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask.bool(), (x - mean) * torch.rsqrt(variance + 1e-8), 0)
+
+
+def pairwise_ranking_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    kind: Literal["log_sig", "log_exp"] = "log_sig",
+    margin: Tensor | None = None,
+) -> Tensor:
+    """Bradley-Terry loss of each pair, InstructGPT (https://arxiv.org/abs/2203.02155) Eq. 1. [B], [B] -> [B].
+
+    "log_sig" is -log sigmoid(chosen - rejected), "log_exp" log(1 + exp(rejected - chosen)): equal numbers,
+    both computed without overflow. A `margin` [B] is what the chosen score must lead by.
+    """
+    lead = chosen_scores.float() - rejected_scores.float()
+    if margin is not None:
+        lead = lead - margin
+    return -F.logsigmoid(lead) if kind == "log_sig" else F.softplus(-lead)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Per-token estimates of KL(policy || reference) from samples of the policy. [B, T] -> [B, T].
+
+    k1 is unbiased, k3 unbiased and never negative, k2 has a small bias (John Schulman, "Approximating KL
+    Divergence", 2020).
+    """
+    log_ratio = logprobs - ref_logprobs
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio**2
+    return torch.exp(-log_ratio) - 1 + log_ratio
+
+
+def kl_shaped_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float, score_clip: float
+) -> Tensor:
+    """A KL penalty on every token and the clipped score on the last valid one. [B] and [B, T] -> [B, T].
+
+    `score_clip` 0 does not clip. A row without a valid token gets no reward. The rewards of a row add up to
+    score - kl_coef * sum of k1, Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.
+    """
+    if score_clip > 0:
+        scores = scores.clamp(-score_clip, score_clip)
+    rewards = torch.where(mask.bool(), -kl_coef * kl_estimate(logprobs, ref_logprobs, "k1"), 0)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    is_last = positions == (mask.sum(dim=1, keepdim=True) - 1)
+    return rewards + is_last * scores.unsqueeze(1)
+
+
+def advantages_and_returns(
+    values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages (GAE) and returns, https://arxiv.org/abs/1506.02438 Eq. 16. [B, T] each -> two [B, T].
+
+    After the last valid token the value is 0 (the episode ends). Returns are advantages + values, taken
+    before any whitening; both are 0 where the mask is.
+    """
+    mask = mask.float()
+    advantage = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        is_followed = mask[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(advantage)
+        next_value = (
+            values[:, t + 1] * is_followed if t + 1 < values.shape[1] else torch.zeros_like(advantage)
+        )
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * is_followed * advantage
+        advantages.append(advantage)
+    stacked = torch.stack(advantages[::-1], dim=1) * mask
+    return stacked, stacked + values * mask
+
+
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """pi / pi_old per token, 1 where the mask is 0; the log-ratio is clamped to +-20. [B, T] -> [B, T]."""
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ratio_clip: float,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """PPO's pessimistic policy loss, https://arxiv.org/abs/1707.06347 Eq. 7. All [B, T] -> scalar."""
+    ratio = policy_ratio(logprobs, old_logprobs, mask)
+    clipped_ratio = ratio.clamp(1 - ratio_clip, 1 + ratio_clip)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    return masked_mean(loss, mask, denominator=denominator)
+
+
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    value_clip: float,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """Half the squared error of the value, or of the value clipped around its old one where that is worse.
+
+    OpenAI baselines' ppo2; detail 9 of https://arxiv.org/abs/2403.17031. All [B, T] -> scalar.
+    """
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2)
+    return masked_mean(loss, mask, denominator=denominator)

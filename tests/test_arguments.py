@@ -1,0 +1,159 @@
+import dataclasses
+import json
+
+import pytest
+
+from dschat.arguments import (
+    STEPS,
+    DataArguments,
+    ModelArguments,
+    PpoArguments,
+    parse_arguments,
+    write_arguments,
+)
+from dschat.errors import UserError
+
+STEP3 = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
+
+
+def rlhf(*argv: str):
+    return parse_arguments("rlhf", [*STEP3, *argv])
+
+
+def test_actor_and_critic_flags_are_the_model_flags_with_a_prefix():
+    args = rlhf("--actor_zero_stage", "3", "--critic_learning_rate", "0.5")
+    assert (args.actor.zero_stage, args.critic.zero_stage) == (3, 0)
+    assert (args.actor.learning_rate, args.critic.learning_rate) == (1e-6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("step", "required", "learning_rate"),
+    [("sft", "--model_name_or_path", 1e-5), ("reward", "--model_name_or_path", 9e-6)],
+)
+def test_steps_have_defaults_of_their_own(step, required, learning_rate):
+    args = parse_arguments(step, [required, "m"])
+    assert args.model.learning_rate == learning_rate
+    assert args.optimizer.adam_epsilon == 1e-8
+    assert rlhf().optimizer.adam_epsilon == 1e-5
+
+
+def test_lists_and_booleans():
+    args = rlhf("--data_path", "x", "y", "--offload", "--actor_zero_stage=2", "--critic_zero_stage=1")
+    assert args.data.data_path == ["x", "y"]
+    assert args.run.offload
+    assert not rlhf("--no_whiten_advantages").ppo.whiten_advantages
+    assert not rlhf("--whiten_advantages", "false").ppo.whiten_advantages
+
+
+def test_hyphens_are_accepted_for_underscores():
+    assert rlhf("--kl-coef", "0.3").ppo.kl_coef == 0.3
+
+
+# Every flag of DeepSpeed-Chat that these steps have so far keeps its name.
+@pytest.mark.parametrize(
+    ("step", "argv"),
+    [
+        ("sft", "--sft_only_data_path x --data_output_path /o --print_loss --compute_fp32_loss --deepspeed"),
+        ("sft", "--local_rank 1 --add_eot_token --eot_token <e> --enable_tensorboard --tensorboard_path t"),
+        ("reward", "--num_padding_at_beginning 1 --eval_interval 5 --eval_iters 3 --dropout 0.1"),
+        ("reward", "--offload --zero_stage 2 --lr_scheduler_type linear --num_warmup_steps 4"),
+        ("reward", "--weight_decay 0.1 --gradient_checkpointing --num_train_epochs 2 --max_seq_len 64"),
+        ("rlhf", "--per_device_generation_batch_size 4 --per_device_training_batch_size 2"),
+        ("rlhf", "--generation_batches 3 --num_padding_at_beginning 1 --actor_dropout 0 --critic_dropout 0"),
+        ("rlhf", "--ppo_epochs 2 --max_prompt_seq_len 9 --max_answer_seq_len 9 --enable_ema --print_answers"),
+        ("rlhf", "--print_answers_interval 5 --enable_test_mode --test_stop_step 2"),
+        ("rlhf", "--actor_zero_stage 3 --offload_reference_model --actor_gradient_checkpointing"),
+        ("rlhf", "--critic_zero_stage 3 --offload_reward_model --critic_gradient_checkpointing"),
+        ("rlhf", "--actor_weight_decay 0 --critic_weight_decay 0"),
+        ("sft", "--lora_dim 128 --lora_module_name decoder.layers. --lora_learning_rate 5e-4"),
+        ("reward", "--lora_dim 128 --lora_module_name decoder.layers. --only_optimize_lora"),
+        ("rlhf", "--actor_lora_dim 128 --actor_lora_module_name decoder.layers. --only_optimize_lora"),
+        ("rlhf", "--critic_lora_dim 128 --critic_lora_module_name decoder.layers."),
+        ("rlhf", "--actor_lora_learning_rate 5e-4 --critic_lora_learning_rate 5e-4"),
+    ],
+)  # fmt: skip
+def test_deepspeed_chats_flags_are_accepted(step, argv):
+    required = STEP3 if step == "rlhf" else ["--model_name_or_path", "m"]
+    parse_arguments(step, [*required, *argv.split()])
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--kl_coeff", "1"], ["unknown flag --kl_coeff", "did you mean --kl_coef"]),
+        (["--actor_zero_stage", "4"], ["--actor_zero_stage", "got 4", "0, 1, 2 or 3"]),
+        (["--ratio_clip", "1.5"], ["--ratio_clip", "1.5", "0.2"]),
+        (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
+        (["--kl_coef", "much"], ["--kl_coef", "much"]),
+        (["--data_split", "2,4"], ["--data_split", "2,4,4", "'2,4'"]),
+        (["--data_split", "0,0,0"], ["--data_split"]),
+        (["--eval_fraction", "1"], ["--eval_fraction", "1.0", "0.05"]),
+        (["--temperature", "0"], ["--temperature", "positive"]),
+        (["--top_p", "1.2"], ["--top_p", "1.2"]),
+        (["--offload", "--critic_zero_stage", "1"], ["--offload", "--actor_zero_stage 2"]),
+        (["--offload_reference_model"], ["--offload_reference_model", "--actor_zero_stage 3"]),
+        (["--offload_reward_model"], ["--offload_reward_model", "--critic_zero_stage 3"]),
+        (["--actor_dropout", "0.1"], ["--actor_dropout", "must be 0"]),
+        (["--critic_lora_dropout", "0.1"], ["--critic_lora_dropout", "must be 0"]),
+        (["--seed", str(2**70)], ["--seed", "2**63"]),
+        (["--enable_test_mode"], ["--enable_test_mode", "--test_stop_step"]),
+        (["--gradient_accumulation_steps", "3"], ["16 answers", "takes 48", "--generation_batches 48"]),
+        (["--only_optimize_lora"], ["--only_optimize_lora", "--actor_lora_dim or --critic_lora_dim"]),
+        (["--actor_lora_dim", "-1"], ["--actor_lora_dim", "at least 0", "-1"]),
+        (["--critic_lora_alpha", "0"], ["--critic_lora_alpha", "positive", "--critic_lora_dim"]),
+        (["--actor_lora_dropout", "1"], ["--actor_lora_dropout", "[0, 1)", "1.0"]),
+        (["--actor_lora_learning_rate", "-1"], ["--actor_lora_learning_rate", "at least 0"]),
+        (["--per_device_training_batch_size", "0"], ["--per_device_training_batch_size", "at least 1"]),
+    ],
+)
+def test_a_setting_that_cannot_work_names_flag_value_and_remedy(argv, parts):
+    with pytest.raises(UserError) as error:
+        rlhf(*argv)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_the_remedy_for_too_few_answers_works():
+    args = rlhf("--gradient_accumulation_steps", "3", "--generation_batches", "48")
+    assert args.rollout_size % args.minibatch_size == 0
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        parse_arguments("sft", [])
+
+
+def test_adapters_alone_is_one_flag_for_both_models_of_step_3():
+    args = rlhf("--critic_lora_dim", "8", "--only_optimize_lora")
+    assert args.optimizer.only_optimize_lora
+    assert (args.actor.lora_dim, args.critic.lora_dim) == (0, 8)
+    with pytest.raises(UserError, match="unknown flag --actor_only_optimize_lora"):
+        rlhf("--actor_lora_dim", "8", "--actor_only_optimize_lora")
+    with pytest.raises(UserError, match="add --lora_dim, for example 64"):
+        parse_arguments("sft", ["--model_name_or_path", "m", "--only_optimize_lora"])
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PpoArguments().kl_coef = 1
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_flag_has_a_help_line(step):
+    for part in dataclasses.fields(STEPS[step]):
+        for f in dataclasses.fields(part.metadata["group"]):
+            if "help" in f.metadata:
+                assert f.metadata["help"].endswith("."), f.name
+
+
+def test_arguments_are_written_as_json(tmp_path):
+    write_arguments(rlhf("--seed", "7"), tmp_path / "arguments.json")
+    written = json.loads((tmp_path / "arguments.json").read_text())
+    assert written["run"]["seed"] == 7
+    assert written["actor"]["model_name_or_path"] == "a"
+
+
+def test_groups_check_themselves_without_a_parser():
+    assert DataArguments(data_split="1, 0,2.5").shares == (1, 0, 2.5)
+    with pytest.raises(UserError, match="--learning_rate"):
+        ModelArguments(model_name_or_path="m", learning_rate=-1)

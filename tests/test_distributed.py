@@ -1,0 +1,78 @@
+import json
+import os
+
+import pytest
+import torch
+from processes import ROOT, python
+
+from dschat import distributed
+from dschat.errors import UserError, readable_errors
+
+WORKER = ROOT / "tests" / "workers" / "collectives.py"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("collectives")
+    python(WORKER, folder, ranks=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_collectives_on_two_ranks(two_ranks):
+    for result in two_ranks:
+        assert result["sum"] == [3, 30]
+        assert result["mean"] == [1.5, 15]
+        assert result["max"] == [-1, -10]
+        assert result["largest"] == 5
+        assert result["gathered"] == [[1, 10], [2, 20]]
+        assert result["flags"] == [True, False]
+    assert [result["is_main"] for result in two_ranks] == [True, False]
+
+
+def test_the_main_process_goes_first(two_ranks):
+    first, second = (result["arrived"] for result in two_ranks)
+    assert second - first >= 0.5
+
+
+def test_without_a_group_a_rank_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_world_size()) == (0, 1, 1)
+    assert distributed.gather_rows(torch.tensor([3])).tolist() == [3]
+    assert distributed.sum_across_ranks(torch.tensor(2)).item() == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+def test_fp16_on_a_cpu_says_what_to_use():
+    with pytest.raises(UserError, match=r"--dtype fp16 .* --dtype bf16 or fp32"):
+        distributed.check_precision("fp16", offload=False)
+
+
+def test_offload_without_a_compiler_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UserError, match=r"--offload .* g\+\+"):
+        distributed.check_precision("bf16", offload=True)
+
+
+def test_equal_seeds_give_equal_draws():
+    draws = []
+    for _ in range(2):
+        distributed.seed_everything(7)
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("give another file"), 2), (KeyboardInterrupt(), 130)])
+def test_an_error_for_people_is_one_line_and_an_exit_code(error, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err.strip() in ("error: give another file", "interrupted")
+
+
+def test_debug_and_bugs_keep_their_traceback():
+    with pytest.raises(UserError), readable_errors(debug=True):
+        raise UserError("x")
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        raise ZeroDivisionError

@@ -1,0 +1,210 @@
+"""The numbers here are worked out by hand, in the comments beside them."""
+
+import math
+
+import pytest
+import torch
+
+from dschat import losses
+from dschat.losses import (
+    advantages_and_returns,
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_estimate,
+    kl_shaped_rewards,
+    masked_mean,
+    masked_whiten,
+    pairwise_ranking_loss,
+    policy_ratio,
+    token_entropy,
+    token_logprobs,
+)
+
+
+def row(*numbers: float) -> torch.Tensor:
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+# softmax of (0, ln 3) is (1/4, 3/4); at temperature 2 the logits are (0, ln sqrt 3), weights 1 and 1.7320508.
+LOGITS = torch.tensor([[[0.0, math.log(3.0)]]])
+
+
+@pytest.mark.parametrize(
+    ("token", "temperature", "probability"),
+    [(0, 1.0, 0.25), (1, 1.0, 0.75), (0, 2.0, 1 / 2.7320508), (1, 2.0, 1.7320508 / 2.7320508)],
+)
+def test_token_logprobs_are_of_the_softmax_at_that_temperature(token, temperature, probability):
+    actual = token_logprobs(LOGITS, torch.tensor([[token]]), temperature=temperature)
+    assert actual.exp().item() == pytest.approx(probability)
+
+
+def test_entropy_of_a_quarter_and_three_quarters():
+    # -(0.25 ln 0.25 + 0.75 ln 0.75) = 0.25 * 1.3862944 + 0.75 * 0.2876821
+    assert token_entropy(LOGITS).item() == pytest.approx(0.5623351)
+
+
+def test_token_logprobs_in_chunks_have_the_value_and_gradient_of_cross_entropy(monkeypatch):
+    monkeypatch.setattr(losses, "FP32_ELEMENTS", 16)  # two rows of seven at once
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, 7, (3, 5), generator=generator)
+    token_logprobs(logits, tokens).sum().backward()
+    reference = logits.detach().clone().requires_grad_()
+    expected = -torch.nn.functional.cross_entropy(reference.flatten(0, 1), tokens.flatten(), reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(token_logprobs(logits, tokens).flatten(), expected)
+    torch.testing.assert_close(logits.grad, reference.grad)
+
+
+def test_token_logprobs_are_fp32_and_their_gradient_has_the_dtype_of_the_logits():
+    logits = torch.zeros(1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
+    logprobs = token_logprobs(logits, torch.zeros(1, 2, dtype=torch.long))
+    logprobs.sum().backward()
+    assert logprobs.dtype == torch.float32
+    assert logits.grad.dtype == torch.bfloat16
+    assert logprobs[0, 0].item() == pytest.approx(-math.log(4))
+
+
+def test_masked_mean_ignores_even_infinities_outside_the_mask():
+    assert masked_mean(row(1, 3, math.inf), row(1, 1, 0)).item() == 2
+    assert masked_mean(row(1, 3, math.nan), row(1, 1, 0), denominator=8).item() == 0.5
+
+
+def test_masked_mean_of_nothing_is_zero():
+    assert masked_mean(row(5, 6), row(0, 0)).item() == 0
+
+
+def test_whitening_uses_the_variance_of_the_valid_entries():
+    # 1 and 5: mean 3, variance ((-2)^2 + 2^2) / 2 = 4, so -1 and 1; the 100 is masked.
+    torch.testing.assert_close(masked_whiten(row(1, 5, 100), row(1, 1, 0)), row(-1, 1, 0))
+
+
+def test_whitening_a_single_token_gives_zero():
+    assert masked_whiten(row(7, 100), row(1, 0)).tolist() == [[0, 0]]
+
+
+# -ln sigmoid(2) = ln(1 + e^-2) = 0.1269280; of -2: 2.1269280; of 0: ln 2
+@pytest.mark.parametrize("kind", ["log_sig", "log_exp"])
+@pytest.mark.parametrize(("lead", "loss"), [(2, 0.1269280), (-2, 2.1269280), (0, 0.6931472), (-500, 500.0)])
+def test_ranking_loss_of_a_lead(kind, lead, loss):
+    actual = pairwise_ranking_loss(torch.tensor([1.0 + lead]), torch.tensor([1.0]), kind=kind)
+    assert actual.tolist() == [pytest.approx(loss)]
+
+
+def test_ranking_loss_takes_the_margin_off_the_lead():
+    actual = pairwise_ranking_loss(torch.tensor([3.0]), torch.tensor([0.0]), margin=torch.tensor([1.0]))
+    assert actual.item() == pytest.approx(0.1269280)
+
+
+# log-ratio ln 2: k1 = 0.6931472, k2 = 0.5 * 0.4804530, k3 = 1/2 - 1 + 0.6931472
+@pytest.mark.parametrize(("kind", "value"), [("k1", 0.6931472), ("k2", 0.2402265), ("k3", 0.1931472)])
+def test_kl_estimates_at_a_ratio_of_two(kind, value):
+    assert kl_estimate(row(math.log(2)), row(0), kind).item() == pytest.approx(value)
+
+
+def test_rewards_are_the_kl_penalty_and_the_score_on_the_last_token():
+    # beta 0.1; k1 = (1, -2, 0.5); the score 3 joins the last of them.
+    rewards = kl_shaped_rewards(
+        torch.tensor([3.0]), row(1, -2, 0.5, 9), row(0, 0, 0, 0), row(1, 1, 1, 0), kl_coef=0.1, score_clip=5
+    )
+    torch.testing.assert_close(rewards, row(-0.1, 0.2, 2.95, 0))
+
+
+def test_rewards_add_up_to_the_score_minus_the_kl_penalty():
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref_logprobs = torch.randn(2, 4, 6, generator=generator)
+    mask = torch.arange(6) < torch.tensor([[1], [6], [3], [0]])
+    scores = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    rewards = kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.3, score_clip=0)
+    kl = torch.stack([(logprobs - ref_logprobs)[i, :n].sum() for i, n in enumerate((1, 6, 3, 0))])
+    expected = torch.tensor([1.0, -2.0, 0.5, 0.0]) - 0.3 * kl  # a row without tokens earns nothing
+    torch.testing.assert_close(rewards.sum(dim=1), expected)
+
+
+@pytest.mark.parametrize(("score", "clip", "reward"), [(7, 5, 5), (-7, 5, -5), (7, 0, 7)])
+def test_scores_are_clipped_unless_the_clip_is_zero(score, clip, reward):
+    rewards = kl_shaped_rewards(
+        torch.tensor([float(score)]), row(0), row(0), row(1), kl_coef=0.1, score_clip=clip
+    )
+    assert rewards.item() == reward
+
+
+def test_gae_on_three_tokens():
+    # gamma 0.5, lambda 0.5; values 1 2 4, rewards 0 1 2, the fourth column is padding.
+    # d3 = 2 - 4 = -2;             A3 = -2
+    # d2 = 1 + 0.5*4 - 2 = 1;      A2 = 1 + 0.25*(-2) = 0.5
+    # d1 = 0 + 0.5*2 - 1 = 0;      A1 = 0 + 0.25*0.5 = 0.125
+    advantages, returns = advantages_and_returns(
+        row(1, 2, 4, 99), row(0, 1, 2, 99), row(1, 1, 1, 0), gamma=0.5, gae_lambda=0.5
+    )
+    torch.testing.assert_close(advantages, row(0.125, 0.5, -2, 0))
+    torch.testing.assert_close(returns, row(1.125, 2.5, 2, 0))
+
+
+def test_gae_with_gamma_and_lambda_one_is_the_reward_to_come_less_the_value():
+    # rewards to come: 6, 5, 3
+    advantages, returns = advantages_and_returns(
+        row(10, 20, 30), row(1, 2, 3), row(1, 1, 1), gamma=1, gae_lambda=1
+    )
+    torch.testing.assert_close(advantages, row(-4, -15, -27))
+    torch.testing.assert_close(returns, row(6, 5, 3))
+
+
+def test_gae_gives_an_empty_and_a_one_token_answer_their_due():
+    values, rewards = torch.tensor([[5.0, 5.0], [1.0, 5.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    mask = torch.tensor([[0, 0], [1, 0]])
+    advantages, returns = advantages_and_returns(values, rewards, mask, gamma=1, gae_lambda=0.95)
+    assert advantages.tolist() == [[0, 0], [2, 0]]
+    assert returns.tolist() == [[0, 0], [3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"), [(1.5, 1, -1.2), (1.5, -1, 1.5), (0.5, 1, -0.5), (0.5, -1, 0.8)]
+)
+def test_policy_loss_clips_only_what_would_flatter(ratio, advantage, loss):
+    actual = clipped_policy_loss(row(math.log(ratio)), row(0), row(advantage), row(1), ratio_clip=0.2)
+    assert actual.item() == pytest.approx(loss)
+
+
+def test_policy_loss_is_divided_by_the_count_it_is_given():
+    # three tokens of ratio 1 and advantages 1 2 3: -6 over 12
+    actual = clipped_policy_loss(
+        row(0, 0, 0, 0), row(0, 0, 0, 9), row(1, 2, 3, 9), row(1, 1, 1, 0), ratio_clip=0.2, denominator=12
+    )
+    assert actual.item() == pytest.approx(-0.5)
+
+
+def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
+    logprobs = row(-1, -2, -3).requires_grad_()
+    clipped_policy_loss(logprobs, row(-1, -2, -3), row(2, -1, 5), row(1, 1, 0), ratio_clip=0.2).backward()
+    torch.testing.assert_close(logprobs.grad, row(-1, 0.5, 0))  # over two tokens
+
+
+def test_ratio_of_a_hopeless_token_stays_finite():
+    ratio = policy_ratio(row(1000, -1000, math.nan), row(0, 0, 0), row(1, 1, 0))
+    assert ratio.tolist() == [[pytest.approx(math.exp(20)), pytest.approx(math.exp(-20)), 1]]
+
+
+@pytest.mark.parametrize(
+    ("value", "loss"),
+    [
+        (1.1, 0.5 * 0.9**2),  # inside the clip: the plain error to the return 2
+        (1.8, 0.5 * 0.8**2),  # beyond it the error of 1.2, the worse of the two
+        (0.0, 0.5 * 2.0**2),  # the clipped 0.8 would flatter
+    ],
+)
+def test_value_loss_takes_the_worse_of_plain_and_clipped(value, loss):
+    actual = clipped_value_loss(row(value), row(1), row(2), row(1), value_clip=0.2)
+    assert actual.item() == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, math.nan])
+def test_losses_do_not_see_padding(padding):
+    def padded(*numbers: float) -> torch.Tensor:
+        return row(*numbers, padding)
+
+    mask = row(1, 1, 0)
+    policy = clipped_policy_loss(padded(-1, -2), padded(-1.1, -2), padded(1, 2), mask, ratio_clip=0.2)
+    value = clipped_value_loss(padded(1, 2), padded(1, 2), padded(2, 4), mask, value_clip=0.2)
+    assert policy.item() == pytest.approx(-(math.exp(0.1) + 2) / 2)
+    assert value.item() == pytest.approx((0.5 * 1 + 0.5 * 4) / 2)

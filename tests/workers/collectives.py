@@ -1,0 +1,40 @@
+"""What each collective of dschat.distributed gives on this rank, as JSON a rank.
+
+torchrun --nproc_per_node 2 collectives.py OUTPUT_FOLDER
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dschat import distributed
+
+
+def main(folder: Path) -> None:
+    """Run them all on numbers that differ by rank."""
+    device = distributed.setup()
+    rank = distributed.rank()
+    mine = torch.tensor([1.0, 10.0], device=device) * (rank + 1)
+    with distributed.main_process_first():
+        arrived = time.time()
+        time.sleep(0.5)
+    results = {
+        "sum": distributed.sum_across_ranks(mine).tolist(),
+        "mean": distributed.mean_across_ranks(mine).tolist(),
+        "max": distributed.max_across_ranks(-mine).tolist(),
+        "largest": distributed.largest_across_ranks(5 - rank, device),
+        "gathered": distributed.gather_rows(mine.unsqueeze(0)).tolist(),
+        "flags": distributed.gather_rows(torch.tensor([rank == 0])).tolist(),
+        "arrived": arrived,
+        "is_main": distributed.is_main_process(),
+        "threads": torch.get_num_threads(),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    distributed.leave()
