@@ -1,0 +1,73 @@
+"""A folder of results, each under a fingerprint of all that shaped it: built once, read by every rank."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+
+from dschat.errors import UserError
+
+CHUNK = 1 << 20
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """32 hex digits that change with any value in `parts` (JSON values), not with their order."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """32 hex digits of the files' bytes, in the order given; their names and times do not matter."""
+    whole = xxhash.xxh3_128()
+    for path in paths:
+        one = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                one.update(chunk)
+        whole.update(one.digest())
+    return whole.hexdigest()
+
+
+def cache_folder(data_output_path: str | None) -> Path:
+    """The folder of results, made where it is missing, for its owner's eyes only.
+
+    Default: dschat below `XDG_CACHE_HOME`, else below ~/.cache. Raises `UserError` where it is not writable.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(data_output_path).expanduser() if data_output_path else base / "dschat"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"--data_output_path {folder} cannot be written ({error.strerror})"
+        raise UserError(f"{problem}; name a folder you may write to.") from error
+    return folder.absolute()
+
+
+def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder root/key, filled by `build(folder)` where it is missing.
+
+    Any number of processes may ask at once: one builds, the others wait and find it. What is there is whole:
+    it is built beside its place and moved there at the end; a build that fails leaves nothing behind.
+    """
+    target = root / key
+    if target.is_dir():
+        return target
+    with FileLock(root / f"{key}.lock"):
+        if target.is_dir():
+            return target
+        for left_behind in root.glob(f"{key}.unfinished-*"):  # by a process that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}.unfinished-"))
+        try:
+            build(unfinished)
+            unfinished.replace(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return target

@@ -1,0 +1,143 @@
+"""Rows of token ids to tensors. Masks are made here, from lengths, and carried from here on.
+
+B rows of a batch, L its longest, P its longest prompt. A batch always has B rows: where the data run out,
+fillers take their place, one pad token each that is attended and counts for nothing.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch", "SftBatch", "PairBatch", "PromptBatch")
+
+
+@dataclass(frozen=True)
+class SftBatch:
+    """Prompts and answers, padded on the right."""
+
+    input_ids: Tensor
+    """[B, L] int64."""
+    attention_mask: Tensor
+    """[B, L] int64: 1 on tokens, 0 on padding."""
+    loss_mask: Tensor
+    """[B, L] bool: True on each token to be learned, predicted one position earlier; never on the first."""
+    denominator: float
+    """Tokens to be learned in the whole optimiser step, over all ranks and micro-batches."""
+
+    def to(self, device: torch.device | str) -> "SftBatch":
+        """The batch on that device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, padded on the right: the chosen rows, then in the same order the rejected ones."""
+
+    input_ids: Tensor
+    """[2B, L] int64."""
+    attention_mask: Tensor
+    """[2B, L] int64: 1 on tokens, 0 on padding."""
+    pair_mask: Tensor
+    """[B] float32: 1 for a pair, 0 for a filler."""
+    denominator: float
+    """Pairs in the whole optimiser step, over all ranks and micro-batches."""
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The batch on that device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts, padded on the LEFT, so that answers continue all of them at one position."""
+
+    input_ids: Tensor
+    """[B, P] int64."""
+    attention_mask: Tensor
+    """[B, P] int64: 0 on padding, 1 on tokens."""
+    keys: Tensor
+    """[B] int64: a hash of the prompt's tokens."""
+    samples: Tensor
+    """[B] int64: how often the prompt came before; with its key it names an answer. -1 for a filler."""
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        """The batch on that device."""
+        return _moved(self, device)
+
+
+def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> SftBatch:
+    """The rows of `tokenize_sft` and fillers, `num_rows` together."""
+    flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
+    input_ids, attention_mask = _padded(flat, lengths, pad_id)
+    num_targets = _extended(rows["num_targets"], num_rows, 0)
+    positions = np.arange(input_ids.shape[1])
+    loss_mask = attention_mask & (positions >= (lengths - num_targets)[:, None])
+    return SftBatch(_integers(input_ids), _integers(attention_mask), torch.from_numpy(loss_mask), denominator)
+
+
+def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> PairBatch:
+    """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together."""
+    halves = [_filled(rows[name], num_rows, pad_id) for name in ("chosen_ids", "rejected_ids")]
+    flat, lengths = (np.concatenate(parts) for parts in zip(*halves, strict=True))
+    input_ids, attention_mask = _padded(flat, lengths, pad_id)
+    pair_mask = (torch.arange(num_rows) < rows.num_rows).float()
+    return PairBatch(_integers(input_ids), _integers(attention_mask), pair_mask, denominator)
+
+
+def collate_prompts(
+    rows: pa.Table, num_rows: int, denominator: float = 1.0, *, pad_id: int, samples: np.ndarray | None = None
+) -> PromptBatch:
+    """The rows of `tokenize_prompts` and fillers; `samples` numbers the rows' answers, 0 by default.
+
+    There is no loss, hence no use for the denominator.
+    """
+    flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
+    input_ids, attention_mask = _padded(flat, lengths, pad_id, left=True)
+    numbers = np.full(num_rows, -1, dtype=np.int64)
+    numbers[: rows.num_rows] = 0 if samples is None else samples
+    keys = _extended(rows["key"], num_rows, 0)
+    return PromptBatch(_integers(input_ids), _integers(attention_mask), _integers(keys), _integers(numbers))
+
+
+def _moved(batch: Batch, device: torch.device | str) -> Batch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {
+        name: value.to(device, non_blocking=True)
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return replace(batch, **tensors)
+
+
+def _filled(tokens: pa.ChunkedArray, num_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens in one array, and the length of each of `num_rows` rows, fillers of one pad token last."""
+    lists = tokens.combine_chunks()
+    flat, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+    num_fillers = num_rows - len(lengths)
+    assert num_fillers >= 0, f"{len(lengths)} rows do not fit a batch of {num_rows}"
+    return np.append(flat, [pad_id] * num_fillers), np.append(lengths, [1] * num_fillers)
+
+
+def _extended(numbers: pa.ChunkedArray, num_rows: int, filler: int) -> np.ndarray:
+    values = numbers.to_numpy().astype(np.int64)
+    return np.append(values, np.full(num_rows - len(values), filler, dtype=np.int64))
+
+
+def _padded(
+    flat: np.ndarray, lengths: np.ndarray, pad_id: int, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows one after the other in `flat` as ids [B, L] with a mask [B, L] of what is no padding."""
+    longest = int(lengths.max())
+    positions = np.arange(longest)
+    mask = positions >= longest - lengths[:, None] if left else positions < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = flat
+    return ids, mask
+
+
+def _integers(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,225 @@
+"""Loaders: which rows form a batch, in which order, on which rank.
+
+Batches hold rows of similar length, to save padding. What an optimiser step holds depends on the seed and on
+the number of rows in a step only, never on how ranks, micro-batches and accumulation divide it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from dschat.data.collate import PromptBatch, collate_prompts
+from dschat.data.tokenization import column
+
+WINDOW = 50
+"""Steps whose rows are sorted by length together: enough to find company, few enough to stay random."""
+
+Collate = Callable[..., Any]
+"""(rows: pa.Table, num_rows, denominator) -> batch; `dschat.data.collate` with the pad id filled in."""
+
+
+@dataclass
+class TrainLoader:
+    """One rank's micro-batches of an epoch; `set_epoch` gives the next epoch another order."""
+
+    dataset: Dataset
+    collate: Collate
+    batch_size: int
+    accumulation_steps: int
+    rank: int
+    world_size: int
+    seed: int
+    lengths: np.ndarray
+    weights: np.ndarray
+    epoch: int = 0
+
+    @property
+    def step_size(self) -> int:
+        """Rows of an optimiser step, over all ranks and micro-batches."""
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-len(self.dataset) // self.step_size)
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch on this rank."""
+        return self.num_optimizer_steps * self.accumulation_steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch that is iterated next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch)):
+            denominator = float(self.weights[step].sum())
+            for rows in _dealt(step, self.batch_size, self.accumulation_steps, self.rank, self.world_size):
+                yield self.collate(self.dataset[rows], self.batch_size, denominator)
+
+
+@dataclass(frozen=True)
+class EvalLoader:
+    """One rank's evaluation batches, the same number on every rank."""
+
+    dataset: Dataset
+    collate: Collate
+    batch_size: int
+    rank: int
+    world_size: int
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows in _dealt(self.order, self.batch_size, len(self), self.rank, self.world_size):
+            yield self.collate(self.dataset[rows], self.batch_size, 1.0)
+
+
+@dataclass(frozen=True)
+class PromptLoader:
+    """One rank's prompts for each PPO step: one endless stream of shuffled epochs, cut into steps."""
+
+    dataset: Dataset
+    pad_id: int
+    batch_size: int
+    batches_per_step: int
+    rank: int
+    world_size: int
+    seed: int
+    num_epochs: float
+    lengths: np.ndarray
+
+    @property
+    def step_size(self) -> int:
+        """Prompts of a PPO step, over all ranks."""
+        return self.batch_size * self.batches_per_step * self.world_size
+
+    def __len__(self) -> int:
+        """PPO steps; the last takes prompts of one more epoch where it needs them to be full."""
+        return int(np.ceil(self.num_epochs * len(self.dataset) / self.step_size))
+
+    def __iter__(self) -> Iterator[list[PromptBatch]]:
+        stream = _shuffled_epochs(len(self.dataset), self.step_size, self.seed)
+        for rows, samples in islice(stream, len(self)):
+            order = _longest_first(np.arange(len(rows)), self.lengths[rows])
+            yield [
+                collate_prompts(
+                    self.dataset[rows[mine]], len(mine), pad_id=self.pad_id, samples=samples[mine]
+                )
+                for mine in _dealt(order, self.batch_size, self.batches_per_step, self.rank, self.world_size)
+            ]
+
+
+def build_train_loader(
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    batch_size: int,
+    accumulation_steps: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+) -> TrainLoader:
+    """Batches of `batch_size` rows of similar length; each row once an epoch, fillers in the last step.
+
+    A batch's denominator is the sum of the optimiser step's num_targets, or without that column its rows.
+    """
+    has_targets = "num_targets" in dataset.column_names
+    lengths = column(dataset, "length")
+    return TrainLoader(
+        dataset=dataset.with_format("arrow"),
+        collate=collate,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        lengths=lengths,
+        weights=column(dataset, "num_targets") if has_targets else np.ones(len(lengths)),
+    )
+
+
+def build_eval_loader(
+    dataset: Dataset, collate: Collate, *, batch_size: int, rank: int, world_size: int, num_batches: int = 0
+) -> EvalLoader:
+    """Every row once over all ranks, the longest first; or as many as fill `num_batches` global batches.
+
+    Those are a random sample, the same one each time. The batches' denominators are 1.
+    """
+    rows = np.arange(len(dataset))
+    if num_batches > 0:
+        rows = _generator(0, 0).permutation(rows)[: num_batches * batch_size * world_size]
+    order = _longest_first(rows, column(dataset, "length"))
+    return EvalLoader(dataset.with_format("arrow"), collate, batch_size, rank, world_size, order)
+
+
+def build_prompt_loader(
+    dataset: Dataset,
+    *,
+    pad_id: int,
+    batch_size: int,
+    batches_per_step: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_epochs: float = 1,
+) -> PromptLoader:
+    """For each PPO step the `batches_per_step` batches of this rank, always full."""
+    return PromptLoader(
+        dataset=dataset.with_format("arrow"),
+        pad_id=pad_id,
+        batch_size=batch_size,
+        batches_per_step=batches_per_step,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        num_epochs=num_epochs,
+        lengths=column(dataset, "length"),
+    )
+
+
+def step_rows(lengths: np.ndarray, step_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """The rows of each optimiser step of an epoch, the longest first; the last step may lack some."""
+    order = generator.permutation(len(lengths))
+    whole, rest = np.split(order, [len(order) // step_size * step_size])
+    steps = []
+    for window in np.split(whole, range(WINDOW * step_size, len(whole), WINDOW * step_size)):
+        steps.extend(_longest_first(window, lengths).reshape(-1, step_size))
+    shuffled = [steps[i] for i in generator.permutation(len(steps))]
+    return shuffled + ([_longest_first(rest, lengths)] if len(rest) else [])
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def _dealt(
+    rows: np.ndarray, batch_size: int, num_batches: int, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """This rank's share of each global batch; neighbours go to different ranks at the same time."""
+    global_size = batch_size * world_size
+    for start in range(0, num_batches * global_size, global_size):
+        yield rows[start : start + global_size][rank::world_size]
+
+
+def _shuffled_epochs(num_rows: int, size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endlessly the next `size` rows of one shuffled epoch after the other, and the epoch each belongs to."""
+    rows, epochs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    epoch = 0
+    while True:
+        while len(rows) < size:
+            rows = np.append(rows, _generator(seed, epoch).permutation(num_rows))
+            epochs = np.append(epochs, np.full(num_rows, epoch))
+            epoch += 1
+        yield rows[:size], epochs[:size]
+        rows, epochs = rows[size:], epochs[size:]
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([seed % 2**64, epoch])

@@ -1,0 +1,62 @@
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dschat.data.collate import collate_pairs, collate_prompts, collate_sft
+
+PAD = 9
+
+
+def tokens(*rows):
+    return pa.array(rows, type=pa.list_(pa.int32()))
+
+
+def test_sft_rows_are_padded_on_the_right_and_only_their_last_tokens_are_targets():
+    rows = pa.table({"input_ids": tokens([1, 2, 3, 4], [5, 9]), "num_targets": [2, 1]})
+    batch = collate_sft(rows, 3, 3.0, pad_id=PAD)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [5, 9, PAD, PAD], [PAD] * 4]
+    # The second row's 9 is its own token, not padding; the third row is a filler.
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert batch.denominator == 3.0
+    assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool)
+
+
+def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
+    rows = pa.table({"chosen_ids": tokens([1, 2, 3], [1, 4]), "rejected_ids": tokens([1, 5], [1, 6, 7, 8])})
+    batch = collate_pairs(rows, 3, 2.0, pad_id=PAD)
+    expected = [[1, 2, 3, 9], [1, 4, 9, 9], [9, 9, 9, 9], [1, 5, 9, 9], [1, 6, 7, 8], [9, 9, 9, 9]]
+    assert batch.input_ids.tolist() == expected
+    assert batch.attention_mask.sum(1).tolist() == [3, 2, 1, 2, 4, 1]
+    assert batch.pair_mask.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_prompts_are_padded_on_the_left_and_carry_keys_and_samples():
+    rows = pa.table({"input_ids": tokens([1, 2], [3, 4, 5]), "key": pa.array([-(2**63), 2**63 - 1])})
+    batch = collate_prompts(rows, 2, pad_id=PAD, samples=np.array([0, 4]))
+    assert batch.input_ids.tolist() == [[PAD, 1, 2], [3, 4, 5]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.keys.tolist() == [-(2**63), 2**63 - 1]
+    assert batch.samples.tolist() == [0, 4]
+
+
+def test_a_batch_without_rows_is_all_fillers():
+    rows = pa.table({"input_ids": tokens(), "num_targets": pa.array([], pa.int32())})
+    batch = collate_sft(rows, 2, 1.0, pad_id=PAD)
+    assert batch.input_ids.tolist() == [[PAD], [PAD]]
+    assert batch.attention_mask.tolist() == [[1], [1]]
+    assert not batch.loss_mask.any()
+
+
+def test_rows_taken_from_the_middle_of_a_table_keep_their_tokens():
+    rows = pa.table({"input_ids": tokens([1], [2, 3], [4, 5, 6]), "num_targets": [1, 1, 1]}).slice(1, 2)
+    assert collate_sft(rows, 2, 1.0, pad_id=PAD).input_ids.tolist() == [[2, 3, PAD], [4, 5, 6]]
+
+
+def test_to_moves_every_tensor_and_keeps_numbers():
+    rows = pa.table({"input_ids": tokens([1, 2]), "num_targets": [1]})
+    moved = collate_sft(rows, 1, 5.0, pad_id=PAD).to("meta")
+    assert {moved.input_ids.device.type, moved.attention_mask.device.type, moved.loss_mask.device.type} == {
+        "meta"
+    }
+    assert moved.denominator == 5.0

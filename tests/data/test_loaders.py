@@ -1,0 +1,216 @@
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from dschat.data.collate import collate_pairs, collate_sft
+from dschat.data.loaders import build_eval_loader, build_prompt_loader, build_train_loader
+
+PAD = 0
+SFT = partial(collate_sft, pad_id=PAD)
+
+
+def sft_rows(lengths):
+    """Row i holds its own number i + 1 again and again, so that batches tell which rows they hold."""
+    ids = [[i + 1] * length for i, length in enumerate(lengths)]
+    targets = [max(length // 2, 1) for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "num_targets": targets, "length": list(lengths)})
+
+
+def lengths_of(num_rows, seed=0):
+    return np.random.default_rng(seed).gamma(2.0, 40.0, num_rows).astype(int) + 2
+
+
+def rows_in(batch):
+    """The numbers of the real rows of a batch, in order."""
+    return [row[-1 if left_padded(batch) else 0] - 1 for row in batch.input_ids.tolist() if any(row)]
+
+
+def left_padded(batch):
+    return hasattr(batch, "keys")
+
+
+def train_loader(dataset, rank=0, world_size=1, batch_size=4, accumulation_steps=1, seed=3):
+    return build_train_loader(
+        dataset,
+        SFT,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+    )
+
+
+def steps_of(dataset, batch_size, accumulation_steps, world_size):
+    """For each optimiser step of an epoch the sorted rows of all ranks and micro-batches."""
+    ranks = [
+        list(train_loader(dataset, rank, world_size, batch_size, accumulation_steps))
+        for rank in range(world_size)
+    ]
+    starts = range(0, len(ranks[0]), accumulation_steps)
+    return [
+        sorted(
+            row
+            for batches in ranks
+            for batch in batches[i : i + accumulation_steps]
+            for row in rows_in(batch)
+        )
+        for i in starts
+    ]
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 50, 1000])
+def test_every_row_is_trained_on_once_an_epoch(num_rows):
+    steps = steps_of(sft_rows(lengths_of(num_rows)), 4, 2, 2)
+    assert sorted(chain.from_iterable(steps)) == list(range(num_rows))
+    assert [len(step) for step in steps[:-1]] == [16] * (len(steps) - 1)
+
+
+def test_a_step_holds_the_same_rows_however_it_is_divided():
+    dataset = sft_rows(lengths_of(133))
+    steps = steps_of(dataset, 16, 1, 1)
+    for division in [(8, 2, 1), (8, 1, 2), (4, 2, 2), (1, 4, 4), (2, 8, 1)]:
+        assert steps_of(dataset, *division) == steps
+
+
+def test_the_denominator_is_the_targets_of_the_whole_step():
+    dataset = sft_rows(lengths_of(21))
+    loaders = [train_loader(dataset, rank, 2, 2, 2) for rank in range(2)]
+    batches = [list(loader) for loader in loaders]
+    assert len(batches[0]) == len(loaders[0]) == 6
+    assert loaders[0].num_optimizer_steps == 3
+    for step in range(3):
+        parts = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
+        assert {batch.denominator for batch in parts} == {
+            float(sum(batch.loss_mask.sum() for batch in parts))
+        }
+
+
+def test_the_denominator_of_pairs_counts_them():
+    dataset = Dataset.from_dict({"chosen_ids": [[1, 2]] * 3, "rejected_ids": [[1]] * 3, "length": [2] * 3})
+    loader = build_train_loader(
+        dataset,
+        partial(collate_pairs, pad_id=PAD),
+        batch_size=2,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        seed=1,
+    )
+    assert [(batch.pair_mask.tolist(), batch.denominator) for batch in loader] == [
+        ([1, 1], 2.0),
+        ([1, 0], 1.0),
+    ]
+
+
+def test_an_epoch_has_its_own_order_and_gives_it_again():
+    loader = train_loader(sft_rows(lengths_of(60)))
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        orders.append([rows_in(batch) for batch in loader])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_ranks_work_on_similar_lengths_at_the_same_time():
+    dataset = sft_rows(lengths_of(640))
+    ranks = [list(train_loader(dataset, rank, 2, 8, 4)) for rank in range(2)]
+    longest = np.array([[batch.input_ids.shape[1] for batch in batches] for batches in ranks])
+    assert np.abs(longest[0] - longest[1]).mean() < 0.05 * longest.mean()
+
+
+@pytest.mark.parametrize(("accumulation_steps", "world_size"), [(1, 1), (1, 2), (4, 1)])
+def test_padding_is_under_15_percent_at_batch_8(accumulation_steps, world_size):
+    loader = train_loader(sft_rows(lengths_of(2000)), 0, world_size, 8, accumulation_steps)
+    masks = [batch.attention_mask for batch in loader]
+    assert sum(int(mask.sum()) for mask in masks) > 0.85 * sum(mask.numel() for mask in masks)
+
+
+def test_sorting_leaves_the_lengths_of_steps_in_random_order():
+    loader = train_loader(sft_rows(lengths_of(2000)), batch_size=8)
+    longest = np.array([batch.input_ids.shape[1] for batch in loader])
+    assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 9, 40])
+def test_evaluation_takes_every_row_once_in_as_many_batches_on_each_rank(num_rows):
+    dataset = sft_rows(lengths_of(num_rows)) if num_rows else sft_rows([2]).select([])
+    loaders = [build_eval_loader(dataset, SFT, batch_size=4, rank=rank, world_size=3) for rank in range(3)]
+    batches = [list(loader) for loader in loaders]
+    assert [len(part) for part in batches] == [len(loaders[0])] * 3
+    assert sorted(row for part in batches for batch in part for row in rows_in(batch)) == list(
+        range(num_rows)
+    )
+    assert {batch.denominator for part in batches for batch in part} <= {1.0}
+
+
+def test_a_short_evaluation_takes_the_same_sample_on_any_number_of_ranks():
+    dataset = sft_rows(lengths_of(100))
+
+    def sample(batch_size, world_size):
+        settings = {"batch_size": batch_size, "world_size": world_size, "num_batches": 3}
+        ranks = [build_eval_loader(dataset, SFT, rank=rank, **settings) for rank in range(world_size)]
+        assert {len(loader) for loader in ranks} == {3}
+        return sorted(row for loader in ranks for batch in loader for row in rows_in(batch))
+
+    assert sample(8, 1) == sample(4, 2) == sample(8, 1)
+    assert len(set(sample(8, 1))) == 24
+    assert sample(8, 1) != list(range(24))
+
+
+def test_a_short_evaluation_of_little_data_takes_all_of_it():
+    loader = build_eval_loader(sft_rows([3, 4, 5]), SFT, batch_size=2, rank=0, world_size=1, num_batches=9)
+    assert [rows_in(batch) for batch in loader] == [[2, 1], [0]]
+
+
+def prompts(num_rows):
+    ids = [[i + 1] * (i % 9 + 1) for i in range(num_rows)]
+    keys = [100 + i for i in range(num_rows)]
+    return Dataset.from_dict({"input_ids": ids, "key": keys, "length": [len(row) for row in ids]})
+
+
+def prompt_steps(num_rows, batch_size, batches_per_step, world_size, num_epochs=1):
+    """For each PPO step the (row, sample) pairs of all ranks, sorted."""
+    settings = {"batch_size": batch_size, "batches_per_step": batches_per_step, "world_size": world_size}
+    loaders = [
+        build_prompt_loader(
+            prompts(num_rows), pad_id=PAD, rank=rank, seed=5, num_epochs=num_epochs, **settings
+        )
+        for rank in range(world_size)
+    ]
+    steps = [[] for _ in range(len(loaders[0]))]
+    for loader in loaders:
+        for step, batches in zip(steps, loader, strict=True):
+            assert [len(batch.keys) for batch in batches] == [batch_size] * batches_per_step
+            for batch in batches:
+                assert rows_in(batch) == (batch.keys - 100).tolist()
+                step.extend(zip(rows_in(batch), batch.samples.tolist(), strict=True))
+    return [sorted(step) for step in steps]
+
+
+def test_ppo_takes_each_prompt_once_an_epoch_and_fills_the_last_step_from_the_next():
+    steps = prompt_steps(10, 4, 1, 1, num_epochs=2)
+    assert len(steps) == 5
+    assert sorted(chain.from_iterable(steps)) == [(row, sample) for row in range(10) for sample in (0, 1)]
+    steps = prompt_steps(10, 4, 1, 1)
+    assert len(steps) == 3
+    assert sorted(row for step in steps for row, sample in step if sample == 0) == list(range(10))
+    assert len([row for step in steps for row, sample in step if sample == 1]) == 2
+
+
+def test_a_step_larger_than_the_data_numbers_the_samples_of_a_prompt():
+    (step,) = prompt_steps(3, 8, 1, 1)
+    assert len(set(step)) == 8
+    assert [sample for row, sample in step if row == 0][:2] == [0, 1]
+
+
+def test_a_ppo_step_has_the_same_prompts_on_any_number_of_ranks():
+    assert prompt_steps(50, 8, 2, 1) == prompt_steps(50, 4, 2, 2) == prompt_steps(50, 4, 1, 4)
+
+
+def test_each_epoch_of_prompts_has_another_order():
+    steps = prompt_steps(40, 8, 1, 1, num_epochs=2)
+    assert [row for row, _ in steps[0]] != [row for row, _ in steps[5]]

@@ -1,0 +1,232 @@
+import gzip
+import json
+from collections import Counter
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dschat.data.comparisons import Comparison
+from dschat.data.sources import open_source, read_comparisons
+from dschat.errors import UserError
+
+ROWS = [
+    {"prompt": "Grüße 😀", "chosen": "a\u2028b", "rejected": "c"},
+    {"prompt": "p2", "chosen": "a2", "rejected": "r2"},
+]
+COMPARISONS = [Comparison(**row) for row in ROWS]
+
+
+def read(path, part="training"):
+    return list(read_comparisons(getattr(open_source(str(path)), part), Counter()))
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+CONTENTS = {
+    "lines.jsonl": lines(ROWS),
+    "lines.json": lines(ROWS),
+    "byte_order_mark.jsonl": "\ufeff" + lines(ROWS),
+    "blank_lines.jsonl": "\n" + lines(ROWS).replace("\n", "\r\n\r\n"),
+    "no_last_newline.jsonl": lines(ROWS).rstrip(),
+    "list.json": json.dumps(ROWS),
+    "pretty_list.json": "\ufeff \n" + json.dumps(ROWS, indent=2) + "\n",
+    "list.jsonl": json.dumps(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_json_files_are_read(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTENTS[name].encode())
+    assert read(tmp_path / name) == COMPARISONS
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "pretty_list.json"])
+def test_gzipped_json_files_are_read(tmp_path, name):
+    with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
+        file.write(CONTENTS[name].encode())
+    assert read(tmp_path / f"{name}.gz") == COMPARISONS
+
+
+def test_parquet_is_read(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet") == COMPARISONS
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "list.json"])
+def test_a_file_without_rows_gives_none(tmp_path, name):
+    (tmp_path / name).write_text("[ ]" if name == "list.json" else "")
+    assert read(tmp_path / name) == []
+
+
+def test_a_saved_data_set_is_read_with_its_test_split_for_evaluation(tmp_path):
+    saved = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "both"))
+    assert read(tmp_path / "both") == COMPARISONS
+    assert read(tmp_path / "both", "evaluation") == COMPARISONS[:1]
+    saved["train"].save_to_disk(str(tmp_path / "one"))
+    assert read(tmp_path / "one") == COMPARISONS
+    assert open_source(str(tmp_path / "one")).evaluation is None
+
+
+def test_a_folder_of_train_and_test_files_is_read(tmp_path):
+    (tmp_path / "train-00000-of-00002.jsonl").write_text(lines(ROWS[:1]))
+    (tmp_path / "train-00001-of-00002.jsonl").write_text(lines(ROWS[1:]))
+    (tmp_path / "test.json").write_text(json.dumps(ROWS[1:]))
+    (tmp_path / "extra.json").write_text("[]")
+    (tmp_path / "README.md").write_text("about")
+    assert read(tmp_path) == COMPARISONS
+    assert read(tmp_path, "evaluation") == COMPARISONS[1:]
+    assert open_source(str(tmp_path)).unused == ("extra",)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_name(tmp_path):
+    for name, rows in {"a.jsonl": ROWS, "b.jsonl": ROWS, "c.jsonl": ROWS[:1]}.items():
+        (tmp_path / name).write_text(lines(rows))
+    a, b, c = (open_source(str(tmp_path / name)).fingerprint for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    assert a == b != c
+
+
+def test_a_file_that_moves_from_training_to_evaluation_changes_the_fingerprint(tmp_path):
+    for folder, names in {
+        "one": ("train_a.json", "test_b.json"),
+        "two": ("test_a.json", "train_b.json"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name, rows in zip(names, (ROWS[:1], ROWS[1:]), strict=True):
+            (tmp_path / folder / name).write_text(json.dumps(rows))
+    assert open_source(str(tmp_path / "one")).fingerprint != open_source(str(tmp_path / "two")).fingerprint
+
+
+def test_dropped_rows_are_counted_by_reason(tmp_path):
+    turns = ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d")
+    (tmp_path / "hh.jsonl").write_text(lines([dict(zip(("chosen", "rejected"), turns, strict=True))]))
+    dropped = Counter()
+    assert list(read_comparisons(open_source(str(tmp_path / "hh.jsonl")).training, dropped)) == []
+    assert dropped == {"dialogues that part before their last answer": 1}
+
+
+GOOD = json.dumps(ROWS[1])
+BAD_FILES = {
+    "malformed line": (
+        "x.jsonl",
+        f"{GOOD}\n{{oops\n",
+        "x.jsonl:2: not a JSON object on one line (Expecting property",
+    ),
+    "cut line": ("x.jsonl", f"\n{GOOD}\n{GOOD[:20]}", "x.jsonl:3: not a JSON object on one line"),
+    "pretty object": ("x.json", '{\n"data": []\n}', "x.json:1: not a JSON object on one line"),
+    "malformed list": (
+        "x.json",
+        f"[{GOOD},\n{GOOD}\n{GOOD}]",
+        "x.json:3: not a JSON list (Expecting ',' or ']'",
+    ),
+    "list without end": ("x.json", f"[{GOOD}\n", "x.json:2: not a JSON list"),
+    "trailing comma": ("x.json", f"[{GOOD},\n]", "x.json:2: not a JSON list (Expecting another element"),
+    "text after a list": ("x.json", f"[{GOOD}]\nmore", "x.json:2: not a JSON list (Extra data"),
+    "no object": (
+        "x.jsonl",
+        f"{GOOD}\n[1, 2]\n",
+        "x.jsonl:2: the row is no JSON object, but [1, 2]. Correct the row",
+    ),
+    "missing answer": (
+        "x.jsonl",
+        f'{GOOD}\n\n{{"prompt": "p", "chosen": "a"}}',
+        'x.jsonl:3: the row has no "rejected"',
+    ),
+    "empty answer": ("x.json", f"[\n{GOOD},\n{GOOD.replace('a2', '')}]", 'x.json:3: "chosen" is empty'),
+    "nested value": (
+        "x.jsonl",
+        GOOD.replace('"a2"', '{"a": 1}'),
+        'x.jsonl:1: "chosen" must be a string, but is an',
+    ),
+    "unknown columns": ("x.jsonl", '{"text": "t"}', "x.jsonl:1: the row has no"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, name):
+    file, content, message = BAD_FILES[name]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / file)
+    assert message in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(("name", "bytes_"), [("x.jsonl", b"\xff\n"), ("x.json", b'[\n"\xff"]')])
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path, name, bytes_):
+    line = 1 if name == "x.jsonl" else 2
+    (tmp_path / name).write_bytes(bytes_)
+    with pytest.raises(UserError, match=f"{name}:{line}: the text is not UTF-8"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(lines(ROWS * 50).encode())[:-20], b"\x1f\x8b\x08"]
+)
+def test_a_damaged_gzip_file_is_named(tmp_path, content):
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz: the gzip file is damaged"):
+        read(tmp_path / "x.jsonl.gz")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: the Parquet file cannot be read"):
+        read(tmp_path / "x.parquet")
+
+
+def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
+    pq.write_table(pa.Table.from_pylist([*ROWS, {**ROWS[0], "chosen": None}]), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r'x\.parquet, row 3: "chosen" must be a string, but is null'):
+        read(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("entry", ["/nowhere/rows.jsonl", "./rows", "rows.jsonl", "a/b/c"])
+def test_a_missing_path_names_the_flag(entry):
+    with pytest.raises(UserError, match=f"--sft_only_data_path {entry}: there is no such file or folder"):
+        open_source(entry, "--sft_only_data_path")
+
+
+def test_an_unknown_kind_of_file_names_the_known_ones(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(
+        UserError, match=r"--data_path .*rows\.csv: files of this kind are not read; give one of \.json"
+    ):
+        open_source(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("names", [[], ["test.json"], ["left.json", "right.json"]])
+def test_a_folder_without_training_files_says_what_it_holds(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("[]")
+    found = ", ".join(name.removesuffix(".json") for name in names) or "none"
+    with pytest.raises(UserError, match=rf"has no files called train \(found: {found}\)"):
+        open_source(str(tmp_path))
+
+
+def test_a_damaged_saved_data_set_is_named(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="the saved data set cannot be read"):
+        open_source(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_names_the_flag_and_a_way_out(monkeypatch):
+    def unreachable(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"--data_path some/set: .*ConnectionError: no route.* go online"):
+        open_source("some/set")
+
+
+def test_a_hub_data_set_is_read_by_its_splits(tmp_path, monkeypatch):
+    path = str(tmp_path / "hub")
+    splits = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.load_from_disk(path))
+    assert read("some/set") == COMPARISONS
+    assert read("some/set", "evaluation") == COMPARISONS[:1]
