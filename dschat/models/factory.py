@@ -1,0 +1,367 @@
+"""Every model is born here: read from a folder or the hub, checked by key, sharded at once under ZeRO-3."""
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import logging as transformers_logging
+
+from dschat.distributed import gathered, is_main_process, print_once
+from dschat.errors import UserError
+from dschat.models.reward_model import RewardModel
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_INDEXES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+
+BACKBONE_NAMES = ("rwtransformer.", "rwtranrsformer.")
+"""What DeepSpeed-Chat calls the backbone of a reward model; its releases of 2023 misspelt it."""
+
+OUTPUT_LAYERS = ("lm_head.", "embed_out.")
+"""Where causal language models keep the layer that a reward model has no use for."""
+
+HEAD = "score.weight"
+
+
+def check_model_path(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` if a local folder holds no complete model; the message names `flag`.
+
+    Reads file names and a shard index only. What does not look like a path is left to the hub.
+    """
+    folder = Path(model_name_or_path)
+    if not folder.exists():
+        if _is_path(model_name_or_path):
+            raise UserError(
+                f"{flag} {model_name_or_path!r}: there is no such folder, seen from {Path.cwd()}; "
+                "give a model's folder or hub id."
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{flag} {model_name_or_path!r} has no config.json, so it is not the folder of a saved model; "
+            "give the folder that holds config.json beside the weights."
+        )
+    if any((folder / name).is_file() for name in WEIGHT_FILES):
+        return
+    indexes = [folder / name for name in WEIGHT_INDEXES if (folder / name).is_file()]
+    if not indexes:
+        raise UserError(
+            f"{flag} {model_name_or_path!r} has no weights ({', '.join(WEIGHT_FILES)}, whole or in shards); "
+            "if the step that writes them did not finish, run it again."
+        )
+    shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"{flag} {model_name_or_path!r} lacks {len(missing)} of the {len(shards)} weight files that "
+            f"{indexes[0].name} names: {', '.join(missing)}. Copy or download them again."
+        )
+
+
+def _is_path(model_name_or_path: str) -> bool:
+    """Whether it cannot be meant as a hub id, which is "name" or "owner/name"."""
+    first, *rest = Path(model_name_or_path).parts
+    is_below_a_folder_here = bool(rest) and Path(first).is_dir()
+    return model_name_or_path.startswith((".", "/", "~")) or len(rest) > 1 or is_below_a_folder_here
+
+
+def check_language_model(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless this is a whole causal language model. Takes no memory."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        config = _read_config(model_name_or_path, dropout=None)
+        _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
+
+
+def check_reward_model(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless this is a whole reward model, backbone and head."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
+
+
+def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: str) -> None:
+    """Raise `UserError` where `num_tokens` are more than the positions the model has learned.
+
+    `where` says whose length it is, `flag` what bounds it. Rotary positions go on, though the model may not
+    follow: that is said once.
+    """
+    config = _read_config(model_name_or_path, dropout=None)
+    limit = getattr(config, "max_position_embeddings", None) or num_tokens
+    if num_tokens <= limit:
+        return
+    problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
+    is_rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
+    if is_rotary or getattr(config, "alibi", False):
+        print_once(f"note: {problem}: what comes after those is new to it.")
+        return
+    raise UserError(f"{problem}; lower {flag}.")
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Put the flag before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def create_hf_model(
+    model_class: type,
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any] | None = None,
+    rlhf_training: bool = False,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """A model of `model_class` (such as AutoModelForCausalLM) with its weights, in eval mode.
+
+    `ds_config` decides the precision (fp32 without one) and, at ZeRO stage 3, that every rank holds its shard
+    from the start. `dropout` replaces all the model's dropout probabilities; None leaves them. The vocabulary
+    grows to the tokenizer's. `rlhf_training` is accepted for old scripts: weights are always read, and never
+    initialised first. Raises `UserError` when the weights cannot be read or do not match the model.
+    """
+    check_model_path(model_name_or_path, "model_name_or_path")
+    config = _read_config(model_name_or_path, dropout)
+    load = _loader(model_class, model_name_or_path, config)
+    _check_weights(load, model_name_or_path)
+    with _construction(ds_config, _zero_stage(ds_config)):
+        model = load(dtype=_dtype(ds_config))
+        _grow_vocabulary(model, tokenizer)
+    _settle_config(model, tokenizer)
+    return model
+
+
+def create_critic_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any] | None,
+    num_padding_at_beginning: int = 0,
+    rlhf_training: bool = False,
+    dropout: float | None = None,
+    zero_stage: int = 0,
+    compute_fp32_loss: bool = False,
+) -> RewardModel:
+    """A `RewardModel`: a base model with a fresh head, or with `rlhf_training` a saved reward model.
+
+    The latter is what step 2 (or anyone) wrote for AutoModelForSequenceClassification with one label, or a
+    DeepSpeed-Chat checkpoint. Either `zero_stage` or `ds_config` may ask for stage 3. A fresh head depends on
+    torch's seed alone, not on rank or stage. `num_padding_at_beginning` and `compute_fp32_loss` are accepted
+    for old scripts: masks tell padding, and losses are always fp32. Raises as `create_hf_model` does.
+    """
+    check_model_path(model_name_or_path, "model_name_or_path")
+    load = _reward_model_loader(model_name_or_path, dropout)
+    _check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
+    stage = max(zero_stage, _zero_stage(ds_config))
+    with _construction(ds_config, stage):
+        classifier = load(dtype=_dtype(ds_config))
+        _grow_vocabulary(classifier, tokenizer)
+        if not rlhf_training:
+            _draw_head(classifier.score)
+    _settle_config(classifier, tokenizer)
+    return RewardModel(classifier.base_model, classifier.score, classifier.config)
+
+
+def _reward_model_loader(model_name_or_path: str, dropout: float | None) -> Callable[..., Any]:
+    """What reads a sequence classifier of one label from here. Raises `UserError` for other architectures."""
+    config = _read_config(model_name_or_path, dropout, num_labels=1, problem_type=None)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
+            "sequence classifier, so it cannot become a reward model; choose another architecture."
+        )
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
+    return _loader(model_class, model_name_or_path, config, state)
+
+
+def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any) -> PretrainedConfig:
+    """The model's configuration, `dropout` in place of every dropout probability that the family has."""
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        error_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"{model_name_or_path!r} is neither a model's folder nor a hub id that can be reached "
+            f"({error_line}); check the name, or download the model and give its folder."
+        ) from error
+    for name, value in config.to_dict().items():
+        if dropout is None or not isinstance(value, float | int) or isinstance(value, bool):
+            continue
+        if "dropout" in name or "pdrop" in name:
+            setattr(config, name, dropout)
+        elif name == "layerdrop":
+            # Skips whole layers, which ranks under ZeRO-3 would have to agree on.
+            setattr(config, name, 0.0)
+    return config
+
+
+def _loader(
+    model_class: type, model_name_or_path: str, config: PretrainedConfig, state: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`from_pretrained` bound to its weights: those of the folder or hub id, or `state` where it is given."""
+
+    def load(**options: Any) -> Any:
+        if state is None:
+            return model_class.from_pretrained(model_name_or_path, config=config, **options)
+        on_meta = options.get("device_map") == "meta"
+        tensors = {name: tensor.to("meta") for name, tensor in state.items()} if on_meta else state
+        return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+    return load
+
+
+def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head: bool | None = None) -> None:
+    """Raise `UserError` that lists what is missing, unexpected or of another shape.
+
+    Loads on the meta device, which takes no memory and works the same for every ZeRO stage (at stage 3 itself
+    transformers does not report unexpected keys). With `fresh_head` the weights are those of a base model,
+    whose output layer is left aside and whose head is still to be drawn.
+    """
+    try:
+        with _quiet_transformers(progress=False):
+            _, info = load(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"the weights of {model_name_or_path!r} cannot be read: {error}") from error
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if fresh_head:
+        if HEAD not in missing:
+            print_once(f"note: {model_name_or_path!r} has a reward head; a fresh one takes its place.")
+        missing.discard(HEAD)
+        unexpected = {name for name in unexpected if not name.startswith(OUTPUT_LAYERS)}
+    shapes = {f"{key} {list(theirs)} not {list(ours)}" for key, theirs, ours in info["mismatched_keys"]}
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = [f"{kind}: {_shortened(keys)}" for kind, keys in problems.items() if keys]
+    if listed:
+        hint = " A reward model comes from step 2, not from a base model." if HEAD in missing else ""
+        hint = " This is a reward model, not a language model." if HEAD in unexpected else hint
+        raise UserError(
+            f"the weights of {model_name_or_path!r} do not fit its configuration; {'; '.join(listed)}.{hint} "
+            "Check that config.json and the weights belong to the same model."
+        )
+
+
+def _shortened(keys: set[str], limit: int = 20) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(sorted(keys)[:limit]) + more
+
+
+def _deepspeed_chat_state(folder: Path, prefix: str) -> dict[str, torch.Tensor] | None:
+    """The weights of a DeepSpeed-Chat reward model under transformers' names; None if the folder has none."""
+    path = folder / "pytorch_model.bin"
+    if not path.is_file() or (folder / "model.safetensors").is_file():
+        return None
+    try:
+        state = load_state_dict(str(path), map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as a file of weights alone: {error}") from error
+    name = next((name for name in BACKBONE_NAMES if any(key.startswith(name) for key in state)), None)
+    if name is None:
+        return None
+    renamed = {"v_head.weight": HEAD}
+    return {
+        f"{prefix}.{key.removeprefix(name)}" if key.startswith(name) else renamed.get(key, key): tensor
+        for key, tensor in state.items()
+    }
+
+
+@contextmanager
+def _construction(ds_config: dict[str, Any] | None, stage: int) -> Iterator[None]:
+    """Models built inside are sharded as they come into being if `stage` is 3, those built later are not."""
+    with _quiet_transformers(progress=is_main_process()):
+        if stage < 3:
+            yield
+            return
+        ds_config = ds_config or {}
+        settings = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
+        settings["zero_optimization"] = {**ds_config.get("zero_optimization", {}), "stage": 3}
+        # transformers keeps only a weak reference, so this name must live as long as the block.
+        keep_alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **settings})
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del keep_alive
+
+
+@contextmanager
+def _quiet_transformers(progress: bool) -> Iterator[None]:
+    """Hide reports of loading, which `_check_weights` turns into errors, and without `progress` the bars."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for tokens that the tokenizer has and the model does not, each the mean of the others.
+
+    No random draw, so that actor and reference agree when both grow.
+    """
+    old = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= old:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        with gathered([layer.weight], modifier_rank=0), torch.no_grad():
+            layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+
+
+def _draw_head(head: nn.Linear) -> None:
+    """Normal(0, 1 / sqrt(d + 1)) as in Stiennon et al. 2020, https://arxiv.org/abs/2009.01325."""
+    with gathered([head.weight], modifier_rank=0), torch.no_grad():
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        std = 1 / math.sqrt(head.in_features + 1)
+        head.weight.copy_(torch.normal(0.0, std, (1, head.in_features), generator=generator))
+
+
+def _settle_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's special tokens in the configurations; caches off except while generating."""
+    # Masks tell padding; with an index here the end token would not learn where it is the padding token too.
+    model.get_input_embeddings().padding_idx = None
+    generation = getattr(model, "generation_config", None)
+    for config in filter(None, (model.config, generation)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    model.config.use_cache = False
+    if generation is not None:
+        generation.use_cache = True
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Some models carry a temperature without the switch, and transformers refuses to save that.
+            generation.do_sample = True
+
+
+def _dtype(ds_config: dict[str, Any] | None) -> torch.dtype:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config and ds_config.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def _zero_stage(ds_config: dict[str, Any] | None) -> int:
+    return (ds_config or {}).get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,202 @@
+"""Adapters: where they go, what is trained with them, and what a merged weight is."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dschat.arguments import ModelArguments
+from dschat.errors import UserError
+from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.lora import add_lora, is_adapter, merge_lora
+from dschat.models.reward_model import RewardModel, enable_gradient_checkpointing
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("base"), request.param))
+
+
+@pytest.fixture(scope="module")
+def opt_projected(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("opt"), "opt_projected"))
+
+
+def causal(folder: str, **settings) -> PreTrainedModel:
+    return create_hf_model(AutoModelForCausalLM, folder, tiny_tokenizer(), **settings)
+
+
+def critic(folder: str) -> RewardModel:
+    return create_critic_model(folder, tiny_tokenizer(), None)
+
+
+def lora(**settings) -> ModelArguments:
+    return ModelArguments(model_name_or_path="base", **{"lora_dim": 4, **settings})
+
+
+def adapted(model: nn.Module) -> set[str]:
+    return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def batch() -> dict[str, Tensor]:
+    tokens = tiny_tokenizer()(list(TEXTS), padding=True, padding_side="right", return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+# B A = [[1], [2]] [[0.5, -1, 0]] = [[0.5, -1, 0], [1, -2, 0]], times alpha / r = 4 / 1.
+UPDATE = [[2.0, -4.0, 0.0], [4.0, -8.0, 0.0]]
+
+
+def merged(weight: Tensor, **settings) -> dict[str, Tensor]:
+    state = {
+        "x.base_layer.weight": weight,
+        "x.base_layer.bias": torch.tensor([7.0]),
+        "x.lora_A.default.weight": torch.tensor([[0.5, -1.0, 0.0]]),
+        "x.lora_B.default.weight": torch.tensor([[1.0], [2.0]]),
+        "other.weight": torch.tensor([9.0]),
+    }
+    return merge_lora(state, LoraConfig(r=1, lora_alpha=4, **settings))
+
+
+def test_a_merged_weight_is_w_plus_alpha_over_r_times_b_a():
+    weights = merged(torch.full((2, 3), 10.0))
+    assert weights.keys() == {"x.weight", "x.bias", "other.weight"}
+    assert weights["x.weight"].tolist() == [[12.0, 6.0, 10.0], [14.0, 2.0, 10.0]]
+    assert (weights["x.bias"].item(), weights["other.weight"].item()) == (7.0, 9.0)
+
+
+def test_a_weight_stored_as_in_by_out_gets_the_transpose():
+    weights = merged(torch.zeros(3, 2), fan_in_fan_out=True)
+    assert weights["x.weight"].tolist() == [list(column) for column in zip(*UPDATE, strict=True)]
+
+
+def test_merging_keeps_the_precision_and_leaves_the_original():
+    weight = torch.full((2, 3), 10.0, dtype=torch.bfloat16)
+    assert merged(weight)["x.weight"].dtype == torch.bfloat16
+    assert weight.unique().item() == 10
+
+
+def test_fresh_adapters_change_no_output(folder):
+    model, value_model = causal(folder), critic(folder)
+    with torch.no_grad():
+        logits, values = model(**batch()).logits, value_model(**batch(), return_values=True)
+        for one in (model, value_model):
+            add_lora(one, lora())
+        assert torch.equal(model(**batch()).logits, logits)
+        assert torch.equal(value_model(**batch(), return_values=True), values)
+
+
+NUM_LINEAR = {"llama": 7, "qwen3": 7, "opt": 6, "opt_projected": 6, "gpt2": 4, "gpt_neox": 4}
+
+
+def test_every_linear_layer_of_the_backbone_gets_an_adapter_and_no_output_layer(folder):
+    model, value_model = causal(folder), critic(folder)
+    family = "opt_projected" if getattr(model.config, "word_embed_proj_dim", 32) == 16 else None
+    expected = 2 * NUM_LINEAR[family or model.config.model_type] + (2 if family else 0)  # project_in, _out
+    for one in (model, value_model):
+        add_lora(one, lora())
+        assert len(adapted(one)) == expected
+        assert not [name for name in adapted(one) if name.startswith(("lm_head", "embed_out", "v_head"))]
+
+
+def test_alone_the_adapters_and_a_critics_head_are_trained(folder):
+    model, value_model = causal(folder), critic(folder)
+    for one in (model, value_model):
+        add_lora(one, lora(), only_optimize_lora=True)
+    adapters = {name for name, _ in model.named_parameters() if is_adapter(name)}
+    assert trained(model) == adapters
+    adapters = {name for name, _ in value_model.named_parameters() if is_adapter(name)}
+    assert trained(value_model) == adapters | {"v_head.weight"}
+
+
+def test_otherwise_all_but_the_covered_weights_is_trained(folder):
+    model, value_model = causal(folder), critic(folder)
+    for one in (model, value_model):
+        before = trained(one)
+        add_lora(one, lora())
+        frozen = {name for name, p in one.named_parameters() if not p.requires_grad}
+        assert frozen == {f"{name}.base_layer.weight" for name in adapted(one)}
+        renamed = {
+            name.replace(".base_layer.", ".") for name in trained(one) | frozen if not is_adapter(name)
+        }
+        assert renamed == before
+
+
+@pytest.mark.parametrize(
+    ("module_name", "kinds"),
+    [
+        ("decoder.layers.", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+        ("q_proj, project_in", {"q_proj", "project_in"}),
+    ],
+)
+def test_adapters_go_where_a_part_of_the_name_fits(module_name, kinds, opt_projected):
+    for model in (causal(opt_projected), critic(opt_projected)):
+        add_lora(model, lora(lora_module_name=module_name))
+        assert {name.split(".")[-1] for name in adapted(model)} == kinds
+
+
+@pytest.mark.parametrize("module_name", ["decoder.blocks.", "q_proj,qkv", "embed_tokens"])
+def test_a_part_that_no_name_has_is_an_error_that_lists_the_names(module_name, opt_projected):
+    with pytest.raises(UserError) as error:
+        add_lora(causal(opt_projected), lora(lora_module_name=module_name, prefix="actor_"))
+    part = module_name.split(",")[-1]
+    for piece in (
+        f"--actor_lora_module_name {part!r}",
+        "model.decoder.layers.*.self_attn.q_proj",
+        "project_in",
+    ):
+        assert piece in str(error.value)
+
+
+def test_alpha_is_the_rank_unless_given(opt_projected):
+    for settings, scaling in (({}, 1), ({"lora_alpha": 1}, 0.25), ({"lora_dim": 8, "lora_alpha": 4}, 0.5)):
+        model = causal(opt_projected)
+        add_lora(model, lora(**settings))
+        layer = model.model.decoder.layers[0].fc1
+        torch.nn.init.ones_(layer.lora_A["default"].weight)
+        torch.nn.init.ones_(layer.lora_B["default"].weight)
+        x = torch.ones(1, 32)
+        # Each of r rows of A sums 32 ones, and B sums those r.
+        expected = scaling * 32 * layer.lora_A["default"].out_features
+        torch.testing.assert_close(layer(x) - layer.base_layer(x), torch.full((1, 64), float(expected)))
+
+
+def test_adapters_follow_torchs_seed_and_nothing_else(opt_projected):
+    def first_a(seed: int, dtype: str | None = None) -> Tensor:
+        torch.manual_seed(seed)
+        torch.rand(seed)  # what was drawn in between does not matter
+        model = causal(opt_projected, ds_config={dtype: {"enabled": True}} if dtype else None)
+        state = torch.get_rng_state()
+        add_lora(model, lora())
+        assert torch.equal(torch.get_rng_state(), state)
+        return model.model.decoder.layers[0].fc1.lora_A["default"].weight
+
+    assert torch.equal(first_a(1), first_a(1))
+    assert torch.equal(first_a(1).bfloat16(), first_a(1, "bf16"))
+    assert not torch.equal(first_a(1), first_a(2))
+
+
+@pytest.mark.parametrize("make", [causal, critic])
+def test_gradient_checkpointing_gives_frozen_backbones_the_same_gradients(make, folder):
+    def gradients(*, checkpointing: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = make(folder)
+        add_lora(model, lora(), only_optimize_lora=True)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        model.train()
+        extra = {} if make is causal else {"return_values": True}
+        output = model(**batch(), use_cache=False, **extra)
+        (output if make is critic else output.logits).pow(2).mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, recomputed = gradients(checkpointing=False), gradients(checkpointing=True)
+    assert plain.keys() == recomputed.keys()
+    assert sum(".lora_B." in name and bool(grad.any()) for name, grad in plain.items()) > 0
+    torch.testing.assert_close(recomputed, plain)

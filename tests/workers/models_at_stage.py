@@ -1,0 +1,94 @@
+"""Build, train and export small models at one ZeRO stage; rank 0 writes what it saw as JSON.
+
+Usage: [torchrun --nproc_per_node N] models_at_stage.py MODEL_FOLDER OUTPUT_FOLDER STAGE DTYPE
+The model's folder holds a tokenizer without padding token, so that the vocabulary has to grow.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from tiny import TEXTS
+from transformers import AutoModelForCausalLM
+
+from dschat import distributed
+from dschat.checkpoint import export_model
+from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.reward_model import RewardModel
+from dschat.models.tokenizer import load_tokenizer
+
+
+def ds_config(stage: int, dtype: str) -> dict:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100}
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "optimizer": optimizer,
+        "steps_per_print": 1000,
+        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+    }
+
+
+def batch(tokenizer) -> dict[str, torch.Tensor]:
+    """This rank's pairs, chosen rows first; over all ranks two pairs, whatever their number."""
+    tokens = tokenizer(list(TEXTS), padding=True, return_tensors="pt", padding_side="right")
+    pairs = range(distributed.rank(), 2, distributed.world_size())
+    rows = [*pairs, *(pair + 2 for pair in pairs)]
+    return {name: tokens[name][rows] for name in ("input_ids", "attention_mask")}
+
+
+def train(model: RewardModel, tokenizer, config: dict) -> tuple[deepspeed.DeepSpeedEngine, list[float]]:
+    """Two steps on the ranking loss, two on the values, the gradients through the engine each time."""
+    engine = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())[0]
+    losses = []
+    for step in range(4):
+        if step < 2:
+            loss = engine(**batch(tokenizer))["loss"]
+        elif step == 2:
+            loss = engine(**batch(tokenizer), return_values=True).pow(2).mean()
+        else:
+            loss = engine.module.forward_value(**batch(tokenizer), return_value_only=True).pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(distributed.mean_across_ranks(loss).item())
+    return engine, losses
+
+
+def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
+    distributed.setup()
+    distributed.seed_everything(7)
+    tokenizer, config = load_tokenizer(model_folder), ds_config(stage, dtype)
+    critic = create_critic_model(model_folder, tokenizer, config, dropout=0.0)
+    critic.gradient_checkpointing_enable()
+    sharded = sum(distributed.is_zero3_parameter(p) for p in critic.parameters())
+    engine, losses = train(critic, tokenizer, config)
+    export_model(engine, tokenizer, output / "critic")
+    with torch.no_grad():
+        engine.eval()
+        scores = engine.module.forward_value(**batch(tokenizer))["chosen_end_scores"]
+    again = create_critic_model(str(output / "critic"), tokenizer, config, rlhf_training=True)
+    deepspeed.initialize(model=again, config=config, model_parameters=again.parameters())
+    with torch.no_grad():
+        reloaded = again.eval().forward_value(**batch(tokenizer))["chosen_end_scores"]
+    export_model(
+        create_hf_model(AutoModelForCausalLM, model_folder, tokenizer, config), tokenizer, output / "actor"
+    )
+    plain = create_hf_model(AutoModelForCausalLM, str(output / "actor"), tokenizer)
+    seen = {
+        "sharded": sharded,
+        "losses": losses,
+        "scores": distributed.gather_rows(scores).tolist(),
+        "reload_error": (scores - reloaded).abs().max().item(),
+        "plain_is_whole": all(p.numel() > 0 and not hasattr(p, "ds_id") for p in plain.parameters()),
+        "vocabulary": [len(tokenizer), plain.config.vocab_size, plain.get_input_embeddings().weight.shape[0]],
+    }
+    if distributed.is_main_process():
+        (output / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    distributed.leave()
