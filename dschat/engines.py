@@ -1,0 +1,132 @@
+"""A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
+from dschat.deepspeed_config import get_eval_ds_config, get_train_ds_config
+from dschat.distributed import world_size
+from dschat.models.lora import add_lora, is_adapter
+from dschat.models.reward_model import enable_gradient_checkpointing
+
+
+def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
+    """Trained parameters in groups: LoRA's adapters, which have a learning rate of their own, other weight
+    matrices, and biases and norms, which do not decay.
+
+    A vector is told by its own shape, or under ZeRO-3, where a parameter is a flat shard, by its full one.
+    """
+    adapters = [p for name, p in model.named_parameters() if p.requires_grad and is_adapter(name)]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)]
+    vectors = [p for p in others if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for p in others if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    groups = [
+        {"params": adapters, "weight_decay": args.weight_decay, "lr": args.lora_learning_rate},
+        {"params": matrices, "weight_decay": args.weight_decay, "lr": args.learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "lr": args.learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, model_args: ModelArguments, args: OptimizerArguments, *, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's own on the CPU where states are offloaded, else torch's (fused on a GPU)."""
+    groups = parameter_groups(model, model_args)
+    settings = {
+        "lr": model_args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if offload:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **settings)
+
+
+def train_config(
+    model_args: ModelArguments, args: OptimizerArguments, run: RunArguments, *, per_device_batch_size: int
+) -> dict:
+    """The DeepSpeed configuration of a trained model; `create_hf_model` needs it before the engine."""
+    return get_train_ds_config(
+        stage=model_args.zero_stage,
+        dtype=run.dtype,
+        offload=run.offload,
+        per_device_batch_size=per_device_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        world_size=world_size(),
+        max_grad_norm=args.max_grad_norm,
+    )
+
+
+def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
+    """The DeepSpeed configuration of a frozen model."""
+    return get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=world_size())
+
+
+def build_trained_engine(
+    model: nn.Module,
+    model_args: ModelArguments,
+    args: OptimizerArguments,
+    run: RunArguments,
+    *,
+    config: dict,
+    num_training_steps: int,
+) -> DeepSpeedEngine:
+    """An engine with optimiser and learning-rate schedule over `num_training_steps` optimiser steps.
+
+    The model gets LoRA adapters first where its arguments ask for them.
+    """
+    if model_args.lora_dim > 0:
+        add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
+    if model_args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    optimizer = build_optimizer(model, model_args, args, offload=run.offload)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=min(args.num_warmup_steps, num_training_steps),
+        num_training_steps=num_training_steps,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if model_args.zero_stage == 0:
+        # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
+        # count would be one ahead, and the first real update a quarter smaller than at the other stages.
+        optimizer.state.clear()
+    return engine
+
+
+def build_frozen_engine(model: nn.Module, *, config: dict) -> DeepSpeedEngine:
+    """An engine that is never trained: no gradients, eval mode."""
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Backward and, at the accumulation boundary, the optimiser step.
+
+    `loss` is this micro-batch's share of the optimiser step's loss: shares are to be ADDED over micro-batches
+    and ranks. DeepSpeed averages over both, which the factor undoes.
+    """
+    engine.backward(loss * (world_size() * engine.gradient_accumulation_steps()))
+    if isinstance(engine.optimizer, torch.optim.AdamW) and engine.is_gradient_accumulation_boundary():
+        # fp32 without ZeRO: DeepSpeed clips the gradients but does not keep their norm.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = nn.utils.get_total_norm(gradients)
+    engine.step()
+
+
+def learning_rate(engine: DeepSpeedEngine) -> float:
+    """The learning rate of the next optimiser step, the adapters' where the model has some."""
+    return engine.get_lr()[0]
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """The gradient's norm before clipping in the last optimiser step, 0 where there is none."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0

@@ -1,0 +1,65 @@
+"""Where numbers go: the console, `metrics.jsonl` and TensorBoard on rank 0, nowhere on other ranks."""
+
+import json
+import math
+from pathlib import Path
+from typing import TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dschat.arguments import RunArguments
+from dschat.run_folder import tensorboard_folder
+
+
+class MetricsLogger:
+    """One JSON object a line in `metrics.jsonl`, the same numbers in TensorBoard, and a progress bar.
+
+    On ranks other than 0 every method does nothing, so that callers need not know their rank.
+    """
+
+    def __init__(
+        self, run: RunArguments, *, total_steps: int, description: str, is_main_process: bool
+    ) -> None:
+        self._lines: TextIO | None = None
+        self._writer: SummaryWriter | None = None
+        self._bar = tqdm(total=total_steps, desc=description, disable=not is_main_process, dynamic_ncols=True)
+        if not is_main_process:
+            return
+        if run.output_dir:
+            self._lines = (Path(run.output_dir) / "metrics.jsonl").open("w", encoding="utf-8")
+        folder = tensorboard_folder(run)
+        if folder:
+            self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
+        """Record the values of a step; those named in `show` stand beside the progress bar.
+
+        JSON has no infinities: a value that is not finite is written as null.
+        """
+        if self._lines:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            self._lines.flush()
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if show:
+            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in show}, refresh=False)
+
+    def advance(self) -> None:
+        """One optimiser step (step 3: one PPO step) is done."""
+        self._bar.update()
+
+    def say(self, message: str) -> None:
+        """A line on the console that does not break the progress bar."""
+        if not self._bar.disable:
+            tqdm.write(message)
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        self._bar.close()
+        if self._lines:
+            self._lines.close()
+        if self._writer:
+            self._writer.close()

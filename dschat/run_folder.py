@@ -1,0 +1,63 @@
+"""The output folder of a step: made and tried before any work, its summary written last."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dschat.arguments import RunArguments, StepArguments, write_arguments
+from dschat.errors import UserError
+
+SUMMARY = "summary.json"
+"""The final numbers of a step. It is the last file written: where it is, the step has finished."""
+
+
+def tensorboard_folder(run: RunArguments) -> Path | None:
+    """Where TensorBoard logs are written, if anywhere."""
+    if not run.enable_tensorboard:
+        return None
+    if run.tensorboard_path:
+        return Path(run.tensorboard_path)
+    return Path(run.output_dir) / "tensorboard" if run.output_dir else None
+
+
+def check_run_folder(run: RunArguments) -> None:
+    """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag."""
+    folders = {"--output_dir": run.output_dir, "--tensorboard_path": run.tensorboard_path}
+    for flag, folder in folders.items():
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{flag} {folder} cannot be written ({error.strerror}); name a folder you may write to."
+            ) from error
+
+
+def start_run(arguments: StepArguments) -> None:
+    """Clear the figures of an older run in the same folder and keep the new arguments (rank 0).
+
+    To be called once the input is known to be good: until then the older run stays a finished one.
+    """
+    if not arguments.run.output_dir:
+        return
+    folder = Path(arguments.run.output_dir)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for old_curve in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        old_curve.unlink()
+    write_arguments(arguments, folder / "arguments.json")
+
+
+def write_summary(output_dir: str | None, summary: dict[str, Any]) -> None:
+    """Write the final numbers of a finished step (rank 0)."""
+    if output_dir:
+        (Path(output_dir) / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(folder: str | Path) -> dict[str, Any] | None:
+    """The summary of a finished step, None where there is none."""
+    path = Path(folder) / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else None

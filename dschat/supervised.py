@@ -1,0 +1,133 @@
+"""What steps 1 and 2 share: epochs over rows, with an evaluation before, during and after.
+
+A step brings two functions: `shares_of(batch)`, one micro-batch's shares of the optimiser step's figures, the
+loss among them; and `evaluate(loader)`, the figures of an evaluation.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dschat.arguments import RewardArguments, SftArguments
+from dschat.data.loaders import (
+    Collate,
+    EvalLoader,
+    TrainLoader,
+    build_eval_loader,
+    build_train_loader,
+)
+from dschat.data.preparation import SplitData
+from dschat.data.tokenization import column
+from dschat.distributed import is_main_process, rank, sum_across_ranks, world_size
+from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
+from dschat.metrics import MetricsLogger
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of steps 1 and 2 on this rank."""
+
+    train: TrainLoader
+    evaluation: EvalLoader
+    short_evaluation: EvalLoader
+    """The part of the evaluation data that --eval_iters allows between epochs."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, prompt and answer."""
+        return max(
+            column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
+        )
+
+
+def build_loaders(data: SplitData, collate: Collate, args: SftArguments | RewardArguments) -> Loaders:
+    """Loaders over the data of a step; `collate` has its padding token filled in."""
+    place = {"rank": rank(), "world_size": world_size()}
+    eval_size = args.batch.per_device_eval_batch_size
+    return Loaders(
+        train=build_train_loader(
+            data.train,
+            collate,
+            batch_size=args.batch.per_device_train_batch_size,
+            accumulation_steps=args.optimizer.gradient_accumulation_steps,
+            seed=args.run.seed,
+            **place,
+        ),
+        evaluation=build_eval_loader(data.evaluation, collate, batch_size=eval_size, **place),
+        short_evaluation=build_eval_loader(
+            data.evaluation, collate, batch_size=eval_size, num_batches=args.batch.eval_iters, **place
+        ),
+    )
+
+
+def train_epochs(
+    engine: DeepSpeedEngine,
+    loaders: Loaders,
+    args: SftArguments | RewardArguments,
+    *,
+    description: str,
+    shares_of: Callable[..., dict[str, Tensor]],
+    evaluate: Callable[[EvalLoader], Figures],
+    print_loss: bool = False,
+) -> Figures:
+    """Train, evaluate, log. Returns the final evaluation's figures and, named initial_*, those of the start.
+
+    Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
+    are no figures.
+    """
+    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    metrics = MetricsLogger(
+        args.run, total_steps=num_steps, description=description, is_main_process=is_main_process()
+    )
+
+    def report(step: int, moment: str, figures: Figures) -> Figures:
+        if figures:
+            metrics.log(step, **figures)
+            metrics.say(f"{moment}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return figures
+
+    initial = report(0, "before training", _evaluated(engine, loaders.evaluation, evaluate))
+    final, step = initial, 0
+    for epoch in range(args.optimizer.num_train_epochs):
+        loaders.train.set_epoch(epoch)
+        for shares in _optimizer_steps(engine, loaders.train, shares_of):
+            step += 1
+            values = {"learning_rate": learning_rate(engine), "grad_norm": gradient_norm(engine)}
+            metrics.log(step, show=tuple(shares), **shares, **values)
+            metrics.advance()
+            if print_loss:
+                metrics.say(f"step {step}: loss {shares['loss']:.4f}")
+            if args.batch.eval_interval and step % args.batch.eval_interval == 0:
+                report(step, f"step {step}", _evaluated(engine, loaders.short_evaluation, evaluate))
+        final = report(step, f"epoch {epoch + 1}", _evaluated(engine, loaders.evaluation, evaluate))
+    metrics.close()
+    return {**{f"initial_{name}": value for name, value in initial.items()}, **final}
+
+
+def _optimizer_steps(
+    engine: DeepSpeedEngine, loader: TrainLoader, shares_of: Callable[..., dict[str, Tensor]]
+) -> Iterator[Figures]:
+    """Train on every micro-batch; yield each optimiser step's figures over micro-batches and ranks."""
+    micro_batches = []
+    for batch in loader:
+        engine.train()
+        completes_step = engine.is_gradient_accumulation_boundary()
+        shares = shares_of(batch.to(engine.device))
+        train_on(engine, shares["loss"])
+        micro_batches.append(torch.stack([share.detach().float() for share in shares.values()]))
+        if completes_step:
+            totals = sum_across_ranks(torch.stack(micro_batches).sum(dim=0)).tolist()
+            micro_batches.clear()
+            yield dict(zip(shares, totals, strict=True))
+
+
+@torch.no_grad()
+def _evaluated(
+    engine: DeepSpeedEngine, loader: EvalLoader, evaluate: Callable[[EvalLoader], Figures]
+) -> Figures:
+    engine.eval()
+    return evaluate(loader)

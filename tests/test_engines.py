@@ -1,0 +1,56 @@
+import pytest
+import torch
+from tiny import save_tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from dschat.arguments import ModelArguments
+from dschat.engines import parameter_groups
+from dschat.models.factory import create_hf_model
+from dschat.models.lora import add_lora
+
+ARGS = ModelArguments(
+    model_name_or_path="m", learning_rate=1e-5, weight_decay=0.1, lora_dim=4, lora_learning_rate=2e-4
+)
+
+
+@pytest.fixture
+def model(tmp_path) -> nn.Module:
+    folder = str(save_tiny_model(tmp_path, "opt"))
+    return create_hf_model(AutoModelForCausalLM, folder, tiny_tokenizer())
+
+
+def settings(groups: list[dict]) -> list[tuple[float, float]]:
+    return [(group["lr"], group["weight_decay"]) for group in groups]
+
+
+def test_matrices_decay_and_biases_and_norms_do_not(model):
+    matrices, vectors = parameter_groups(model, ARGS)
+    assert settings([matrices, vectors]) == [(1e-5, 0.1), (1e-5, 0.0)]
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in vectors["params"]} == {1}
+
+
+def test_adapters_have_a_learning_rate_of_their_own(model):
+    add_lora(model, ARGS)
+    groups = parameter_groups(model, ARGS)
+    assert settings(groups) == [(2e-4, 0.1), (1e-5, 0.1), (1e-5, 0.0)]
+    assert len(groups[0]["params"]) == 2 * 12  # A and B of six layers in each of two blocks
+    assert all(4 in p.shape for p in groups[0]["params"])
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_alone_are_one_group(model):
+    add_lora(model, ARGS, only_optimize_lora=True)
+    assert settings(parameter_groups(model, ARGS)) == [(2e-4, 0.1)]
+
+
+def test_the_schedule_scales_every_group(model):
+    add_lora(model, ARGS)
+    optimizer = torch.optim.AdamW(parameter_groups(model, ARGS), lr=ARGS.learning_rate)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=4)
+    optimizer.step()
+    scheduler.step()
+    # Three of four steps remain.
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1.5e-4, 0.75e-5, 0.75e-5])

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dschat.arguments import RunArguments, parse_arguments
+from dschat.errors import UserError
+from dschat.metrics import MetricsLogger
+from dschat.run_folder import check_run_folder, read_summary, start_run, write_summary
+
+
+def arguments(folder) -> object:
+    return parse_arguments("sft", ["--model_name_or_path", "m", "--output_dir", str(folder)])
+
+
+def test_a_new_run_forgets_the_figures_of_the_old_one_once_it_starts(tmp_path):
+    write_summary(str(tmp_path), {"step": "sft"})
+    old_curve = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    old_curve.parent.mkdir()
+    old_curve.write_text("")
+    check_run_folder(arguments(tmp_path).run)
+    assert read_summary(tmp_path) == {"step": "sft"}  # the input may still turn out to be bad
+    start_run(arguments(tmp_path))
+    assert read_summary(tmp_path) is None
+    assert not old_curve.exists()
+    assert json.loads((tmp_path / "arguments.json").read_text())["model"]["model_name_or_path"] == "m"
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--tensorboard_path"])
+def test_a_folder_that_cannot_be_made_is_named(flag, tmp_path):
+    (tmp_path / "file").write_text("")
+    args = parse_arguments("sft", ["--model_name_or_path", "m", flag, str(tmp_path / "file" / "out")])
+    with pytest.raises(UserError, match=rf"{flag} .*file/out cannot be written"):
+        check_run_folder(args.run)
+
+
+def logger(folder, *, is_main_process=True) -> MetricsLogger:
+    run = RunArguments(output_dir=str(folder))
+    return MetricsLogger(run, total_steps=2, description="test", is_main_process=is_main_process)
+
+
+def test_metrics_are_one_object_a_line_and_the_same_in_tensorboard(tmp_path):
+    metrics = logger(tmp_path)
+    metrics.log(1, show=("loss",), loss=2.5, worst=float("inf"))
+    metrics.advance()
+    metrics.log(2, loss=1.5)
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.5, "worst": None}, {"step": 2, "loss": 1.5}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = logger(tmp_path, is_main_process=False)
+    metrics.log(1, show=("loss",), loss=2.5)
+    metrics.say("nothing")
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
