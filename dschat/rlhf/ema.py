@@ -1,0 +1,44 @@
+"""A moving average of the actor's weights."""
+
+import torch
+from torch import Tensor, nn
+
+from dschat.distributed import current_device, gather_rows, is_zero3_parameter
+
+
+def _held_weights(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO-3, all of it elsewhere."""
+    return parameter.ds_tensor if is_zero3_parameter(parameter) else parameter.data
+
+
+class MovingAverage:
+    """`average <- decay * average + (1 - decay) * weights`, in fp32: bf16 would round small steps away.
+
+    An average is element by element, so under ZeRO-3 each rank averages its own shard and nothing is gathered
+    before the average is exported. Frozen weights, such as LoRA leaves, are their own average and left out.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._decay = decay
+        self._averages = {
+            name: _held_weights(p).detach().float().clone() for name, p in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights as they are after an optimiser step into the average."""
+        for name, parameter in self._parameters.items():
+            self._averages[name].lerp_(_held_weights(parameter).float(), 1 - self._decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole averages of trained weights by name, on the CPU, in fp32. Every rank must call it."""
+        return {name: self._whole(name) for name in self._averages}
+
+    def _whole(self, name: str) -> Tensor:
+        parameter, average = self._parameters[name], self._averages[name]
+        if not is_zero3_parameter(parameter):
+            return average.cpu()
+        shards = gather_rows(average.to(current_device()))  # an offloaded shard lies on the CPU
+        # DeepSpeed pads the last shard.
+        return shards[: parameter.ds_numel].view(parameter.ds_shape).cpu()

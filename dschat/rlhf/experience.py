@@ -1,0 +1,242 @@
+"""What PPO learns from: a rollout batch of all ranks, with what the four models said of it.
+
+This file holds the one alignment of the project, `at_answers`: column t of every [B, T] tensor belongs to the
+decision to emit answer token t, whose logits and value stand one position before the token.
+
+Every rank holds all rows: a few MB of numbers, while the models' forward passes are what the ranks share. So
+advantages, whitening, permutations and statistics are the same on any number of ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import PpoArguments
+from dschat.distributed import gather_rows
+from dschat.losses import advantages_and_returns, kl_estimate, kl_shaped_rewards, masked_mean, masked_whiten
+from dschat.rlhf.rollout import RolloutBatch
+
+
+def at_answers(per_position: Tensor, prompt_length: int) -> Tensor:
+    """The columns of the decisions that emitted the answer tokens. [B, P + T, ...] -> [B, T, ...]."""
+    return per_position[:, prompt_length - 1 : -1]
+
+
+@dataclass(frozen=True)
+class ScoreShaping:
+    """From the reward model's raw scores to those that are learned from."""
+
+    clip: float
+    missing_eos_penalty: float
+    mean: float = 0.0
+    std: float = 1.0
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Scores in units of the evaluation data's spread, where step 2's statistics are used. [B] -> [B]."""
+        return (scores - self.mean) / self.std
+
+    def is_clipped(self, scores: Tensor) -> Tensor:
+        """Whether the clip changes a raw score. [B] -> bool [B]."""
+        return (self.normalised(scores).abs() > self.clip) & (self.clip > 0)
+
+    def __call__(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """Normalised, clipped, and less the penalty where an answer has no end token. [B], bool [B] -> [B].
+
+        The penalty comes after the clip, which would otherwise swallow it where it matters most.
+        """
+        scores = self.normalised(scores)
+        if self.clip > 0:
+            scores = scores.clamp(-self.clip, self.clip)
+        return torch.where(ended, scores, scores - self.missing_eos_penalty)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows meet in which optimiser step, in which micro-batch, on which rank."""
+
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    rank: int
+    seed: int
+
+    def optimizer_steps(self, lengths: Tensor, *, ppo_step: int, epoch: int) -> list[Tensor]:
+        """Row numbers of each optimiser step over all ranks: a fresh permutation a pass, alike on each rank.
+
+        `lengths` [B] in tokens. Inside a step rows are sorted by length, so that those passed through a model
+        together, and by different ranks at one time, are of similar length.
+        """
+        step_size = self.micro_batch_size * self.accumulation_steps * self.world_size
+        assert len(lengths) % step_size == 0, (
+            f"{len(lengths)} rows do not fill optimiser steps of {step_size}"
+        )
+        generator = torch.Generator().manual_seed(hash((self.seed, ppo_step, epoch)) % 2**63)
+        permutation = torch.randperm(len(lengths), generator=generator)
+        return [rows[lengths[rows].argsort(stable=True)] for rows in permutation.split(step_size)]
+
+    def micro_batches(self, step_rows: Tensor) -> list[Tensor]:
+        """This rank's rows of an optimiser step, a tensor a micro-batch."""
+        parts = step_rows.split(self.micro_batch_size * self.world_size)
+        return [part[self.rank :: self.world_size] for part in parts]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the four models say of the answers. All [B, T] but `scores` [B]; anything beyond the answers."""
+
+    logprobs: Tensor  # of the actor
+    entropy: Tensor  # of the actor, nats
+    ref_logprobs: Tensor  # of the reference model
+    values: Tensor  # of the critic
+    scores: Tensor  # of the reward model, raw
+
+    @staticmethod
+    def gather(parts: list["Judgement"], rows: list[Tensor], answer_length: int) -> "Judgement":
+        """Judgements of this rank's micro-batches -> those of all ranks, each at its row's number."""
+        row_numbers = gather_rows(torch.cat(rows).to(parts[0].scores.device))
+        order = row_numbers.argsort()
+
+        def column(name: str) -> Tensor:
+            values = [getattr(part, name) for part in parts]
+            if values[0].dim() == 2:
+                values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
+            return gather_rows(torch.cat(values))[order]
+
+        return Judgement(*(column(name) for name in Judgement.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank passes through a model at once. [B, T] each."""
+
+    rollout: RolloutBatch
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One rank's part of one optimiser step."""
+
+    micro_batches: list[MicroBatch]
+    num_tokens: int
+    """Answer tokens of the whole optimiser step, over all micro-batches and ranks."""
+    is_first: bool
+    """Whether no weight has changed since the experience was made, so that every ratio is 1."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout batch of all ranks, judged: what every pass over it learns from. All [B, T]."""
+
+    rollout: RolloutBatch
+    judgement: Judgement
+    raw_advantages: Tensor
+    advantages: Tensor
+    """Whitened over the rollout batch, unless told otherwise."""
+    returns: Tensor
+    schedule: Schedule
+    shaping: ScoreShaping
+    kl_coef: float
+    ppo_step: int
+
+    @staticmethod
+    def build(
+        rollout: RolloutBatch,
+        judgement: Judgement,
+        args: PpoArguments,
+        schedule: Schedule,
+        shaping: ScoreShaping,
+        *,
+        ppo_step: int,
+    ) -> "Experience":
+        """Rewards, advantages and returns by items 3 to 7 of docs/ppo.md."""
+        mask = rollout.answer_mask
+        scores = shaping(judgement.scores, rollout.ended)
+        rewards = kl_shaped_rewards(
+            scores, judgement.logprobs, judgement.ref_logprobs, mask, kl_coef=args.kl_coef, score_clip=0
+        )
+        advantages, returns = advantages_and_returns(
+            judgement.values, rewards, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+        )
+        return Experience(
+            rollout=rollout,
+            judgement=judgement,
+            raw_advantages=advantages,
+            advantages=masked_whiten(advantages, mask) if args.whiten_advantages else advantages,
+            returns=returns,
+            schedule=schedule,
+            shaping=shaping,
+            kl_coef=args.kl_coef,
+            ppo_step=ppo_step,
+        )
+
+    def minibatches(self, epoch: int) -> Iterator[Minibatch]:
+        """This rank's optimiser steps of one pass.
+
+        In pass 0 rows meet in the micro-batches in which they were judged, so that the ratio of the first
+        optimiser step is exactly 1, not only nearly.
+        """
+        answer_lengths = self.rollout.answer_lengths.cpu()
+        lengths = self.rollout.attention_mask.sum(dim=1).cpu()
+        for number, rows in enumerate(
+            self.schedule.optimizer_steps(lengths, ppo_step=self.ppo_step, epoch=epoch)
+        ):
+            yield Minibatch(
+                micro_batches=[self._micro_batch(part) for part in self.schedule.micro_batches(rows)],
+                num_tokens=int(answer_lengths[rows].sum()),
+                is_first=epoch == 0 and number == 0,
+            )
+
+    def _micro_batch(self, rows: Tensor) -> MicroBatch:
+        rows = rows.to(self.returns.device)
+        rollout = self.rollout.rows(rows)
+        width = rollout.answer_mask.shape[1]
+        columns = (self.judgement.logprobs, self.judgement.values, self.advantages, self.returns)
+        return MicroBatch(rollout, *(column[rows, :width] for column in columns))
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+        """The first prompts with their answers and raw scores, for people."""
+        lines = []
+        for row in range(min(count, len(self.judgement.scores))):
+            one = self.rollout.rows(torch.tensor([row], device=self.returns.device))
+            prompt, answer = one.input_ids[0].split([one.prompt_length, one.answer_mask.shape[1]])
+            score = self.judgement.scores[row]
+            lines.append(f"--- prompt: {tokenizer.decode(prompt)}")
+            lines.append(f"--- answer (score {score:.3f}): {tokenizer.decode(answer)}")
+        return "\n".join(lines)
+
+    def metrics(self) -> dict[str, float]:
+        """What the rollout batch was like before anything was learned from it. Names as in docs/ppo.md."""
+        mask, judged = self.rollout.answer_mask, self.judgement
+        log_ratio = torch.where(mask, judged.logprobs - judged.ref_logprobs, 0)
+        kl = log_ratio.sum(dim=1).mean()
+        k3 = kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean()
+        unexplained = masked_variance(self.returns - judged.values, mask)
+        values = {
+            "score": judged.scores.mean(),
+            "score_std": judged.scores.std(unbiased=False),
+            "score_clipped_share": self.shaping.is_clipped(judged.scores).float().mean(),
+            "kl": kl,
+            "k3": k3,
+            "score_minus_kl": judged.scores.mean() - self.kl_coef * kl,
+            "entropy": masked_mean(judged.entropy, mask),
+            "explained_variance": 1 - unexplained / masked_variance(self.returns, mask).clamp(min=1e-8),
+            "advantage_mean": masked_mean(self.raw_advantages, mask),
+            "advantage_std": masked_variance(self.raw_advantages, mask).sqrt(),
+            "return_mean": masked_mean(self.returns, mask),
+            "return_std": masked_variance(self.returns, mask).sqrt(),
+            "answer_length": self.rollout.answer_lengths.float().mean(),
+            "eos_share": self.rollout.ended.float().mean(),
+        }
+        return {name: value.item() for name, value in values.items()} | {"kl_coef": self.kl_coef}
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """The population variance of the valid entries. -> scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

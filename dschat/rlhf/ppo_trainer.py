@@ -1,0 +1,259 @@
+"""PPO in two verbs: make experience, learn from it. The mathematics: dschat/losses.py, docs/ppo.md."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import RlhfArguments
+from dschat.data.collate import PromptBatch
+from dschat.distributed import (
+    max_across_ranks,
+    peak_memory_gib,
+    rank,
+    sum_across_ranks,
+    synchronize,
+    world_size,
+)
+from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
+from dschat.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    policy_ratio,
+    token_entropy,
+    token_logprobs,
+)
+from dschat.rlhf.experience import (
+    Experience,
+    Judgement,
+    MicroBatch,
+    Minibatch,
+    Schedule,
+    ScoreShaping,
+    at_answers,
+)
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
+
+
+def answer_logits(model: DeepSpeedEngine, batch: RolloutBatch, num_tokens: int) -> Tensor:
+    """The logits of the decisions that emitted the answers, over the tokenizer's `num_tokens`. -> [B, T, V].
+
+    The one way logits are computed for old, new and reference policy: a ratio compares like with like. Rows
+    that pad a model's vocabulary are left out, as they are in sampling.
+    """
+    first, last = batch.prompt_length - 1, batch.input_ids.shape[1] - 1
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=torch.arange(first, last, device=batch.input_ids.device),
+        use_cache=False,
+    )
+    return output.logits[..., :num_tokens]
+
+
+def values_at_tokens(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """The head's output at every position. -> fp32 [B, P + T]."""
+    return model(batch.input_ids, batch.attention_mask, batch.position_ids, return_values=True)
+
+
+def scores_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """The reward model's output at each answer's last valid token. -> fp32 [B]."""
+    last = batch.prompt_length + batch.answer_lengths - 1
+    return values_at_tokens(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+class UpdateStatistics:
+    """Sums and maxima over the optimiser steps of a PPO step, reduced over ranks once, when they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self._maxima: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, **values: Tensor) -> None:
+        """Add this rank's share."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name].to(value.device) + value.detach().double()
+
+    def maximise(self, **values: Tensor) -> None:
+        """Keep the largest seen."""
+        for name, value in values.items():
+            self._maxima[name] = torch.maximum(self._maxima[name].to(value.device), value.detach().double())
+
+    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and maxima over all ranks. Every rank must call it."""
+        sums = sum_across_ranks(torch.stack(list(self._sums.values()))).tolist()
+        maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
+        return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
+
+
+class DeepSpeedPPOTrainer:
+    """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedRLHFEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        args: RlhfArguments,
+        *,
+        score_mean: float = 0.0,
+        score_std: float = 1.0,
+    ) -> None:
+        self.engine = engine
+        self._args = args
+        self._pad_token_id = tokenizer.pad_token_id
+        self._num_tokens = len(tokenizer)
+        self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
+        self._schedule = Schedule(
+            micro_batch_size=args.ppo.per_device_training_batch_size,
+            accumulation_steps=args.optimizer.gradient_accumulation_steps,
+            world_size=world_size(),
+            rank=rank(),
+            seed=args.run.seed,
+        )
+        self._shaping = ScoreShaping(
+            clip=args.ppo.reward_clip,
+            missing_eos_penalty=args.ppo.missing_eos_penalty,
+            mean=score_mean,
+            std=score_std,
+        )
+        self._ppo_step = 0
+        self._experience: Experience | None = None
+        self._statistics = UpdateStatistics()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+    def generate_experience(self, prompts: PromptBatch | list[PromptBatch]) -> Experience:
+        """Answer this rank's prompts and judge the answers of all ranks. Every rank must call it.
+
+        The ranks' prompts together are one rollout batch: the next PPO step.
+        """
+        batches = prompts if isinstance(prompts, list) else [prompts]
+        self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
+        with self._timed("generation"), self._rollout.phase():
+            answered = [self._rollout.generate(batch, ppo_step=self._ppo_step) for batch in batches]
+            rollout = gather_rollouts(answered, self._pad_token_id)
+        with self._timed("experience"):
+            judgement = self._judge(rollout)
+            self._experience = Experience.build(
+                rollout, judgement, self._args.ppo, self._schedule, self._shaping, ppo_step=self._ppo_step
+            )
+        self._ppo_step += 1
+        return self._experience
+
+    @torch.no_grad()
+    def _judge(self, rollout: RolloutBatch) -> Judgement:
+        """All four models on this rank's rows, in the micro-batches in which pass 0 will meet them."""
+        for engine in (self.engine.actor, self.engine.critic):
+            engine.eval()
+        lengths = rollout.attention_mask.sum(dim=1).cpu()
+        steps = self._schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
+        rows = [part for step_rows in steps for part in self._schedule.micro_batches(step_rows)]
+        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device))) for part in rows]
+        return Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
+
+    def _judge_rows(self, batch: RolloutBatch) -> Judgement:
+        temperature = self._args.rollout.temperature
+        logits = answer_logits(self.engine.actor, batch, self._num_tokens)
+        logprobs = token_logprobs(logits, batch.answers, temperature=temperature)
+        entropy = token_entropy(logits, temperature=temperature)
+        del logits  # the largest tensor here: gone before the reference model makes its own
+        ref_logits = answer_logits(self.engine.ref, batch, self._num_tokens)
+        return Judgement(
+            logprobs=logprobs,
+            entropy=entropy,
+            ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=temperature),
+            values=at_answers(values_at_tokens(self.engine.critic, batch), batch.prompt_length),
+            scores=scores_of_answers(self.engine.reward, batch),
+        )
+
+    def train_rlhf(self, minibatch: Minibatch) -> None:
+        """One optimiser step of actor and critic. Every rank must call it, with its part of the same step."""
+        with self._timed("training"):
+            self.engine.actor.train()
+            self.engine.critic.train()
+            for micro_batch in minibatch.micro_batches:
+                self._train_actor(micro_batch, minibatch)
+                self._train_critic(micro_batch, minibatch)
+            if self.engine.ema:
+                self.engine.ema.update()
+
+    def _train_actor(self, batch: MicroBatch, minibatch: Minibatch) -> None:
+        mask = batch.rollout.answer_mask
+        logits = answer_logits(self.engine.actor, batch.rollout, self._num_tokens)
+        logprobs = token_logprobs(logits, batch.rollout.answers, temperature=self._args.rollout.temperature)
+        loss = clipped_policy_loss(
+            logprobs,
+            batch.logprobs,
+            batch.advantages,
+            mask,
+            ratio_clip=self._args.ppo.ratio_clip,
+            denominator=minibatch.num_tokens,
+        )
+        train_on(self.engine.actor, loss)
+        self._record_ratio(logprobs.detach(), batch, is_first=minibatch.is_first)
+        self._statistics.add(policy_loss=loss)
+
+    @torch.no_grad()
+    def _record_ratio(self, logprobs: Tensor, batch: MicroBatch, *, is_first: bool) -> None:
+        mask, clip = batch.rollout.answer_mask, self._args.ppo.ratio_clip
+        ratio = policy_ratio(logprobs, batch.logprobs, mask)
+        self._statistics.add(
+            num_tokens=mask.sum(),
+            approx_kl=torch.where(mask, 0.5 * (logprobs - batch.logprobs) ** 2, 0).sum(),
+            approx_k3=torch.where(mask, ratio - 1 - ratio.log(), 0).sum(),
+            clip_fraction=(((ratio - 1).abs() > clip) & mask).sum(),
+            ratio_mean=torch.where(mask, ratio, 0).sum(),
+        )
+        self._statistics.maximise(ratio_max=ratio.max())
+        if is_first:
+            self._statistics.maximise(first_minibatch_ratio_error=(ratio - 1).abs().max())
+
+    def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
+        mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
+        values = at_answers(values_at_tokens(self.engine.critic, batch.rollout), batch.rollout.prompt_length)
+        loss = clipped_value_loss(
+            values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
+        )
+        train_on(self.engine.critic, loss)
+        moved = ((values.detach() - batch.values).abs() > clip) & mask
+        self._statistics.add(value_loss=loss, value_clip_fraction=moved.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the last PPO step over all ranks, weighted by tokens. Every rank must call it."""
+        assert self._experience is not None, "generate_experience comes first"
+        sums, maxima = self._statistics.reduce()
+        num_tokens = sums.pop("num_tokens")
+        num_updates = self._args.updates_per_ppo_step
+        losses = {name: sums.pop(name) / num_updates for name in ("policy_loss", "value_loss")}
+        return {
+            **self._experience.metrics(),
+            **losses,
+            **{name: total / num_tokens for name, total in sums.items()},
+            **maxima,
+            "actor_grad_norm": gradient_norm(self.engine.actor),
+            "critic_grad_norm": gradient_norm(self.engine.critic),
+            "actor_lr": learning_rate(self.engine.actor),
+            "critic_lr": learning_rate(self.engine.critic),
+            **self._speed(),
+        }
+
+    def _speed(self) -> dict[str, float]:
+        seconds = {f"seconds_{phase}": spent for phase, spent in self._seconds.items()}
+        num_tokens = self._experience.rollout.attention_mask.sum().item()
+        return {
+            **seconds,
+            "tokens_per_second": num_tokens / sum(seconds.values()),
+            "peak_memory_gib": peak_memory_gib(),
+        }

@@ -1,0 +1,96 @@
+"""The four models of PPO, each in its DeepSpeed engine, and the actor's moving average."""
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dschat.arguments import ModelArguments, RlhfArguments
+from dschat.distributed import print_once
+from dschat.engines import (
+    DeepSpeedEngine,
+    build_frozen_engine,
+    build_trained_engine,
+    frozen_config,
+    train_config,
+)
+from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.rlhf.ema import MovingAverage
+
+
+class DeepSpeedRLHFEngine:
+    """`actor` and `critic` are trained, `ref` and `reward`, the models they started from, are frozen.
+
+    Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
+    the model it was copied from is, and whole on each rank otherwise. `ema` is None unless asked for.
+    """
+
+    def __init__(
+        self, args: RlhfArguments, tokenizer: PreTrainedTokenizerBase, *, num_training_steps: int
+    ) -> None:
+        self._args = args
+        self._tokenizer = tokenizer
+        self.actor = self._build_actor(num_training_steps)
+        self.ref = self._build_reference()
+        self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
+        self.critic = self._build_critic(num_training_steps)
+        self.reward = self._build_reward()
+
+    def _train_config(self, model_args: ModelArguments) -> dict:
+        return train_config(
+            model_args,
+            self._args.optimizer,
+            self._args.run,
+            per_device_batch_size=self._args.ppo.per_device_training_batch_size,
+        )
+
+    def _frozen_config(self, original: ModelArguments, *, offload: bool) -> dict:
+        return frozen_config(stage=3 if original.zero_stage == 3 else 0, run=self._args.run, offload=offload)
+
+    def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
+        print_once("loading the actor")
+        args, config = self._args.actor, self._train_config(self._args.actor)
+        model = create_hf_model(
+            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, dropout=args.dropout
+        )
+        return build_trained_engine(
+            model,
+            args,
+            self._args.optimizer,
+            self._args.run,
+            config=config,
+            num_training_steps=num_training_steps,
+        )
+
+    def _build_reference(self) -> DeepSpeedEngine:
+        print_once("loading the reference model")
+        path = self._args.actor.model_name_or_path
+        config = self._frozen_config(self._args.actor, offload=self._args.rlhf.offload_reference_model)
+        model = create_hf_model(AutoModelForCausalLM, path, self._tokenizer, config, dropout=0.0)
+        return build_frozen_engine(model, config=config)
+
+    def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
+        print_once("loading the critic")
+        args, config = self._args.critic, self._train_config(self._args.critic)
+        model = create_critic_model(
+            args.model_name_or_path,
+            self._tokenizer,
+            config,
+            rlhf_training=True,
+            dropout=args.dropout,
+            zero_stage=args.zero_stage,
+        )
+        return build_trained_engine(
+            model,
+            args,
+            self._args.optimizer,
+            self._args.run,
+            config=config,
+            num_training_steps=num_training_steps,
+        )
+
+    def _build_reward(self) -> DeepSpeedEngine:
+        print_once("loading the reward model")
+        args = self._args.critic
+        config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
+        model = create_critic_model(
+            args.model_name_or_path, self._tokenizer, config, rlhf_training=True, dropout=0.0
+        )
+        return build_frozen_engine(model, config=config)

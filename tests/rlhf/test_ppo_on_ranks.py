@@ -1,0 +1,189 @@
+"""PPO gives the same numbers on any number of ranks, at any ZeRO stage, in any micro-batches."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import ROOT, python
+from tiny import save_reward_model, save_tiny_model
+
+WORKER = ROOT / "tests" / "workers" / "ppo_steps.py"
+TIMED = ("seconds", "tokens_per_second", "peak_memory")
+STAGES = [(actor, critic) for actor in range(4) for critic in range(4)]
+BF16_STAGES = [(0, 0), (1, 2), (2, 1), (3, 3)]
+# Eight answers a PPO step, in two optimiser steps, passed twice.
+COMMON = {"ppo_epochs": 2, "enable_ema": True}
+ONE_RANK = {**COMMON, "per_device_generation_batch_size": 8, "per_device_training_batch_size": 4}
+TWO_RANKS = {**COMMON, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "actor", "llama")
+    save_tiny_model(folder / "base", "llama", seed=1)
+    save_reward_model(folder / "base", folder / "reward")
+    return folder
+
+
+def run(models: Path, settings: list[dict], *, ranks: int) -> list[dict]:
+    output = models / f"results_of_{ranks}.json"
+    python(WORKER, models, output, json.dumps(settings), ranks=ranks, timeout=900)
+    return json.loads(output.read_text())
+
+
+def assert_same(actual: dict, expected: dict, *, tolerance: float, answers: bool = True) -> None:
+    for step, (ours, theirs) in enumerate(zip(actual["steps"], expected["steps"], strict=True)):
+        if answers:
+            assert ours["answers"] == theirs["answers"], f"answers of PPO step {step}"
+        compared = [n for n in theirs if n != "answers" and not n.startswith(TIMED)]
+        assert len(compared) > 20
+        for name in compared:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (
+                f"{name} of step {step}"
+            )
+    for name, weights in expected["weights"].items():
+        assert actual["weights"][name] == pytest.approx(weights, rel=tolerance), f"weights of {name}"
+
+
+@pytest.fixture(scope="module")
+def one_rank(models) -> dict:
+    settings = {"fp32": {"dtype": "fp32"}, "bf16": {"dtype": "bf16"}}
+    settings["in two generation batches"] = {
+        "dtype": "fp32",
+        "per_device_generation_batch_size": 4,
+        "generation_batches": 2,
+    }
+    settings["in micro-batches of one"] = {
+        "dtype": "fp32",
+        "per_device_training_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+    }
+    settings["with gradient checkpointing"] = {
+        "dtype": "fp32",
+        "actor_gradient_checkpointing": True,
+        "critic_gradient_checkpointing": True,
+    }
+    results = run(models, [{**ONE_RANK, **s} for s in settings.values()], ranks=1)
+    return dict(zip(settings, results, strict=True))
+
+
+def test_before_the_first_update_ratio_is_one_and_kl_zero(one_rank):
+    for name, result in one_rank.items():
+        first, second = result["steps"]
+        assert first["kl"] == 0, name
+        assert first["k3"] == 0, name
+        assert first["first_minibatch_ratio_error"] == 0, name
+        assert second["first_minibatch_ratio_error"] == 0, name
+        assert second["kl"] != 0, name
+        assert first["approx_kl"] > 0, name  # the later optimiser steps
+
+
+@pytest.mark.parametrize(
+    "name", ["in two generation batches", "in micro-batches of one", "with gradient checkpointing"]
+)
+def test_numbers_do_not_change(name, one_rank):
+    assert_same(one_rank[name], one_rank["fp32"], tolerance=1e-4)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models) -> dict:
+    keys = [("fp32", *stages) for stages in STAGES] + [("bf16", *stages) for stages in BF16_STAGES]
+    settings = [
+        {**TWO_RANKS, "dtype": dtype, "actor_zero_stage": actor, "critic_zero_stage": critic}
+        for dtype, actor, critic in keys
+    ]
+    layered = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "rollout_gather": "never"}
+    offloaded = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 2, "critic_zero_stage": 3, "offload": True}
+    results = run(models, [*settings, layered, offloaded], ranks=2)
+    return dict(zip([*keys, "layered", "offloaded"], results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("actor", "critic"), STAGES)
+def test_two_ranks_at_any_zero_stage_give_the_numbers_of_one(actor, critic, one_rank, two_ranks):
+    assert_same(two_ranks["fp32", actor, critic], one_rank["fp32"], tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("actor", "critic"), BF16_STAGES)
+def test_bf16_agrees_within_its_rounding(actor, critic, one_rank, two_ranks):
+    first, expected = two_ranks["bf16", actor, critic]["steps"][0], one_rank["bf16"]["steps"][0]
+    assert first["first_minibatch_ratio_error"] == 0
+    assert first["kl"] == 0
+    for name in ("score", "entropy", "return_mean", "value_loss"):
+        assert first[name] == pytest.approx(expected[name], rel=0.05, abs=0.05), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layered", "offloaded"])
+def test_gathering_layer_by_layer_and_offloading_change_nothing(name, one_rank, two_ranks):
+    assert_same(two_ranks[name], one_rank["fp32"], tolerance=1e-4)
+
+
+ADAPTERS = {
+    f"{model}_{name}": value
+    for model in ("actor", "critic")
+    for name, value in {"lora_dim": 4, "lora_learning_rate": 1e-2, "gradient_checkpointing": True}.items()
+}
+LORA = {
+    "adapters alone": {**ADAPTERS, "only_optimize_lora": True},
+    "adapters, embeddings and norms": ADAPTERS,
+}
+LORA_STAGES = [(0, 0), (3, 3), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def one_rank_with_lora(models) -> dict:
+    results = run(models, [{**ONE_RANK, "dtype": "fp32", **settings} for settings in LORA.values()], ranks=1)
+    return dict(zip(LORA, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks_with_lora(models) -> dict:
+    keys = [(name, "fp32", *stages) for name in LORA for stages in LORA_STAGES]
+    keys += [("adapters alone", "bf16", 3, 2), ("adapters alone", "bf16", 0, 1)]
+    settings = [
+        {**TWO_RANKS, **LORA[name], "dtype": dtype, "actor_zero_stage": actor, "critic_zero_stage": critic}
+        for name, dtype, actor, critic in keys
+    ]
+    layered = {**TWO_RANKS, **LORA["adapters alone"], "dtype": "fp32", "actor_zero_stage": 3}
+    results = run(models, [*settings, {**layered, "rollout_gather": "never"}], ranks=2)
+    return dict(zip([*keys, "layered"], results, strict=True))
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_adapters_begin_with_ratio_one_and_kl_zero_and_then_learn(name, one_rank_with_lora, one_rank):
+    result = one_rank_with_lora[name]
+    first, second = result["steps"]
+    assert first["kl"] == first["k3"] == 0
+    assert first["first_minibatch_ratio_error"] == second["first_minibatch_ratio_error"] == 0
+    assert second["kl"] != 0
+    assert first["answers"] == one_rank["fp32"]["steps"][0]["answers"]
+    expected = {"actor", "critic", "ema"}
+    assert result["weights"].keys() == expected | {f"{model} adapter" for model in expected}
+    assert result["weights"]["actor"] != result["weights"]["ema"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize(("actor", "critic"), LORA_STAGES)
+def test_adapters_on_two_ranks_give_the_numbers_of_one(
+    name, actor, critic, one_rank_with_lora, two_ranks_with_lora
+):
+    actual = two_ranks_with_lora[name, "fp32", actor, critic]
+    assert_same(actual, one_rank_with_lora[name], tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_gathered_layer_by_layer_change_nothing(one_rank_with_lora, two_ranks_with_lora):
+    assert_same(two_ranks_with_lora["layered"], one_rank_with_lora["adapters alone"], tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("actor", "critic"), [(3, 2), (0, 1)])
+def test_adapters_in_bf16_begin_with_ratio_one_and_kl_zero(actor, critic, two_ranks_with_lora):
+    first, second = two_ranks_with_lora["adapters alone", "bf16", actor, critic]["steps"]
+    assert first["kl"] == 0
+    assert first["first_minibatch_ratio_error"] == second["first_minibatch_ratio_error"] == 0
+    assert second["kl"] != 0

@@ -1,0 +1,96 @@
+"""Two PPO steps for each of several settings, on as many ranks as it is started with; the metrics as JSON.
+
+python ppo_steps.py MODELS_FOLDER OUTPUT_FILE '[{"actor_zero_stage": 0, ...}, ...]'
+MODELS_FOLDER holds an actor and a reward model; every setting is a dictionary of step 3's flags.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dschat.arguments import parse_arguments
+from dschat.checkpoint import export_model
+from dschat.data.collate import PromptBatch
+from dschat.distributed import is_main_process, leave, rank, seed_everything, setup, world_size
+from dschat.models.tokenizer import load_tokenizer
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+
+GLOBAL_ROWS = 8
+
+
+def prompts(tokenizer, ppo_step: int, num_batches: int) -> list[PromptBatch]:
+    """This rank's share of eight prompts of different lengths, dealt as the loader deals."""
+    texts = [f"\n\nHuman: Count to {n}{' please' * (n % 3)}.\n\nAssistant:" for n in range(GLOBAL_ROWS)]
+    tokens = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    parts = torch.arange(GLOBAL_ROWS).chunk(num_batches)
+    return [
+        PromptBatch(
+            input_ids=tokens["input_ids"][mine],
+            attention_mask=tokens["attention_mask"][mine],
+            keys=mine * 7919 + ppo_step,
+            samples=torch.zeros_like(mine),
+        )
+        for mine in (part[rank() :: world_size()] for part in parts)
+    ]
+
+
+def run(models: Path, flags: dict) -> dict:
+    """Metrics of two PPO steps, and a checksum of the actor, critic and moving average that came out."""
+    argv = [
+        f"--actor_model_name_or_path={models / 'actor'}",
+        f"--critic_model_name_or_path={models / 'reward'}",
+        "--num_warmup_steps=0",
+        "--actor_learning_rate=1e-3",
+        "--critic_learning_rate=1e-3",
+        "--max_answer_seq_len=12",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
+    args = parse_arguments("rlhf", argv)
+    tokenizer = load_tokenizer(args.actor.model_name_or_path)
+    seed_everything(args.run.seed)
+    engine = DeepSpeedRLHFEngine(args, tokenizer, num_training_steps=100)
+    trainer = DeepSpeedPPOTrainer(engine, tokenizer, args)
+    steps = []
+    for ppo_step in range(2):
+        experience = trainer.generate_experience(
+            prompts(tokenizer, ppo_step, args.rollout.generation_batches)
+        )
+        for epoch in range(args.ppo.ppo_epochs):
+            for minibatch in experience.minibatches(epoch):
+                trainer.train_rlhf(minibatch)
+        answers = experience.rollout.answers.masked_fill(~experience.rollout.answer_mask, -1)
+        steps.append({**trainer.metrics(), "answers": answers.tolist()})
+    return {"steps": steps, "weights": exported(engine, tokenizer, models)}
+
+
+def exported(engine: DeepSpeedRLHFEngine, tokenizer, models: Path) -> dict:
+    """The absolute sum of every exported weight file, and of the adapters beside the weights."""
+    folder = models / "exported"
+    export_model(engine.actor, tokenizer, folder / "actor")
+    export_model(engine.critic, tokenizer, folder / "critic")
+    names = ["actor", "critic"]
+    if engine.ema:
+        export_model(engine.actor, tokenizer, folder / "ema", parameters=engine.ema.weights())
+        names.append("ema")
+    if not is_main_process():
+        return {}
+    paths = {name: folder / name / "model.safetensors" for name in names}
+    adapters = {f"{name} adapter": folder / name / "adapter" / "adapter_model.safetensors" for name in names}
+    paths |= {name: path for name, path in adapters.items() if path.exists()}
+    files = {name: load_file(path) for name, path in paths.items()}
+    return {
+        name: sum(t.double().abs().sum().item() for t in tensors.values()) for name, tensors in files.items()
+    }
+
+
+if __name__ == "__main__":
+    setup()
+    torch.set_num_threads(1)
+    results = [run(Path(sys.argv[1]), flags) for flags in json.loads(sys.argv[3])]
+    if is_main_process():
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
