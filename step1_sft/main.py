@@ -1,0 +1,147 @@
+"""Step 1: fine-tune a causal language model on prompts and their chosen answers.
+
+python step1_sft/main.py --model_name_or_path MODEL --data_path pairs.jsonl --output_dir output/sft
+On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dschat.arguments import SftArguments, parse_arguments
+from dschat.errors import readable_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+    with readable_errors():
+        ARGS = parse_arguments("sft")
+
+import functools
+import math
+import time
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dschat.checkpoint import export_model
+from dschat.data.collate import SftBatch, collate_sft
+from dschat.data.loaders import EvalLoader
+from dschat.data.preparation import sft_data
+from dschat.distributed import (
+    check_precision,
+    is_main_process,
+    leave,
+    seed_everything,
+    setup,
+    sum_across_ranks,
+)
+from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
+from dschat.losses import masked_mean, token_logprobs
+from dschat.models.factory import check_language_model, check_positions, create_hf_model
+from dschat.models.tokenizer import load_tokenizer
+from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.supervised import Loaders, build_loaders, train_epochs
+
+
+def main(args: SftArguments) -> None:
+    """The step from flags to the saved model."""
+    check_precision(args.run.dtype, args.run.offload)
+    check_language_model(args.model.model_name_or_path, "--model_name_or_path")
+    check_run_folder(args.run)
+    tokenizer = load_tokenizer(
+        args.model.model_name_or_path,
+        add_eot_token=args.tokenizer.add_eot_token,
+        eot_token=args.tokenizer.eot_token,
+    )
+    loaders = load_data(args, tokenizer)
+    check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
+
+    setup(args.run.local_rank)
+    if is_main_process():
+        start_run(args)
+    seed_everything(args.run.seed)
+    engine = build_engine(args, tokenizer, loaders)
+    start = time.perf_counter()
+    figures = train_epochs(
+        engine,
+        loaders,
+        args,
+        description="SFT",
+        shares_of=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
+        evaluate=lambda loader: evaluate(engine, loader),
+        print_loss=args.sft.print_loss,
+    )
+    seconds = time.perf_counter() - start
+    if args.run.output_dir:
+        export_model(engine, tokenizer, Path(args.run.output_dir))
+    if is_main_process():
+        counts = {
+            "num_train_rows": len(loaders.train.dataset),
+            "num_eval_rows": len(loaders.evaluation.dataset),
+        }
+        write_summary(args.run.output_dir, {"step": "sft", **figures, **counts, "seconds": seconds})
+
+
+def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> Loaders:
+    """Prompts and chosen answers as batches."""
+    data = sft_data(
+        args.data,
+        tokenizer,
+        max_seq_len=args.batch.max_seq_len,
+        seed=args.run.seed,
+        train_on_prompt=args.sft.train_on_prompt,
+        sft_only_data_path=args.sft.sft_only_data_path,
+    )
+    return build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
+
+
+def build_engine(args: SftArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders) -> DeepSpeedEngine:
+    """The model in its engine."""
+    config = train_config(
+        args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
+    )
+    model = create_hf_model(
+        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, dropout=args.model.dropout
+    )
+    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    return build_trained_engine(
+        model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
+    )
+
+
+def answer_loss(engine: DeepSpeedEngine, batch: SftBatch, *, denominator: float) -> Tensor:
+    """Negative log-likelihood of the tokens to be learned, summed and divided by `denominator`. -> scalar.
+
+    Logits are computed from the first of these tokens on: the prompts before it need none.
+    """
+    first = max(1, int(batch.loss_mask.any(dim=0).int().argmax()))
+    logits = engine(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        logits_to_keep=torch.arange(first - 1, batch.input_ids.shape[1] - 1, device=engine.device),
+        use_cache=False,
+    ).logits
+    logprobs = token_logprobs(logits, batch.input_ids[:, first:])
+    return masked_mean(-logprobs, batch.loss_mask[:, first:], denominator=denominator)
+
+
+def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
+    """Loss and perplexity per token over all ranks; nothing where there are no evaluation data."""
+    sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
+    for batch in loader:
+        batch = batch.to(engine.device)
+        sums += torch.stack(
+            [answer_loss(engine, batch, denominator=1.0).double(), batch.loss_mask.sum().double()]
+        )
+    loss_sum, num_tokens = sum_across_ranks(sums).tolist()
+    if num_tokens == 0:
+        return {}
+    loss = loss_sum / num_tokens
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+
+
+if __name__ == "__main__":
+    with readable_errors(ARGS.run.debug):
+        main(ARGS)
+        leave()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Step 1, LoRA adapters of Llama-3.1-8B on eight GPUs of one node, ZeRO 3.
+#     bash step1_sft/run_llama_8b_single_node_lora.sh [FLAGS that override those below]
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+out="${OUTPUT:-output/llama_8b_lora}"
+
+deepspeed "$here/main.py" \
+    --model_name_or_path meta-llama/Llama-3.1-8B \
+    --output_dir "$out/step1_sft" \
+    --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+    --max_seq_len 512 \
+    --per_device_train_batch_size 4 \
+    --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 2 \
+    --num_train_epochs 1 \
+    --lora_dim 64 \
+    --lora_learning_rate 1e-4 \
+    --only_optimize_lora \
+    --zero_stage 3 \
+    --dtype bf16 \
+    --gradient_checkpointing \
+    "$@"

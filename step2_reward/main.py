@@ -1,0 +1,150 @@
+"""Step 2: train a reward model on pairs of a chosen and a rejected answer.
+
+python step2_reward/main.py --model_name_or_path MODEL --data_path pairs.jsonl --output_dir output/reward
+On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dschat.arguments import RewardArguments, parse_arguments
+from dschat.errors import readable_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+    with readable_errors():
+        ARGS = parse_arguments("reward")
+
+import functools
+import math
+import time
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dschat.checkpoint import export_model
+from dschat.data.collate import PairBatch, collate_pairs
+from dschat.data.loaders import EvalLoader
+from dschat.data.preparation import reward_data
+from dschat.distributed import (
+    check_precision,
+    is_main_process,
+    leave,
+    seed_everything,
+    setup,
+    sum_across_ranks,
+)
+from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
+from dschat.models.factory import check_model_path, check_positions, create_critic_model
+from dschat.models.tokenizer import load_tokenizer
+from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.supervised import Loaders, build_loaders, train_epochs
+
+
+def main(args: RewardArguments) -> None:
+    """The step from flags to the saved model."""
+    check_precision(args.run.dtype, args.run.offload)
+    check_model_path(args.model.model_name_or_path, "--model_name_or_path")
+    check_run_folder(args.run)
+    tokenizer = load_tokenizer(
+        args.model.model_name_or_path,
+        add_eot_token=args.tokenizer.add_eot_token,
+        eot_token=args.tokenizer.eot_token,
+    )
+    data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
+    loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
+    check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
+
+    setup(args.run.local_rank)
+    if is_main_process():
+        start_run(args)
+    seed_everything(args.run.seed)
+    engine = build_engine(args, tokenizer, loaders)
+    start = time.perf_counter()
+    figures = train_epochs(
+        engine,
+        loaders,
+        args,
+        description="reward",
+        shares_of=lambda batch: training_shares(engine, batch, args),
+        evaluate=lambda loader: evaluate(engine, loader, args),
+    )
+    seconds = time.perf_counter() - start
+    if args.run.output_dir:
+        export_model(engine, tokenizer, Path(args.run.output_dir))
+    if is_main_process():
+        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
+        write_summary(args.run.output_dir, {"step": "reward", **figures, **counts, "seconds": seconds})
+
+
+def build_engine(
+    args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
+) -> DeepSpeedEngine:
+    """The backbone with a fresh head in its engine."""
+    config = train_config(
+        args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
+    )
+    model = create_critic_model(
+        args.model.model_name_or_path,
+        tokenizer,
+        config,
+        dropout=args.model.dropout,
+        zero_stage=args.model.zero_stage,
+    )
+    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    return build_trained_engine(
+        model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
+    )
+
+
+def judge(
+    engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments, *, denominator: float
+) -> dict[str, Tensor]:
+    """The ranking loss, summed over pairs and divided by `denominator`, and both answers' scores [B]."""
+    return engine(
+        batch.input_ids,
+        batch.attention_mask,
+        loss_fn=args.reward.loss_fn,
+        pair_mask=batch.pair_mask,
+        denominator=denominator,
+    )
+
+
+def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:
+    """A micro-batch's shares of the optimiser step's loss and accuracy."""
+    judged = judge(engine, batch, args, denominator=batch.denominator)
+    is_right = (judged["chosen_mean_scores"] > judged["rejected_mean_scores"]) * batch.pair_mask
+    return {"loss": judged["loss"], "accuracy": is_right.sum() / batch.denominator}
+
+
+def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments) -> dict[str, float]:
+    """Loss, accuracy with its standard error, and the scores' statistics, over all pairs of all ranks."""
+    sums = torch.zeros(6, device=engine.device, dtype=torch.float64)
+    for batch in loader:
+        batch = batch.to(engine.device)
+        judged = judge(engine, batch, args, denominator=1.0)
+        chosen, rejected = judged["chosen_mean_scores"].double(), judged["rejected_mean_scores"].double()
+        columns = (torch.ones_like(chosen), chosen > rejected, chosen, rejected, chosen**2 + rejected**2)
+        sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
+        sums[5] += judged["loss"]
+    num_pairs, num_right, chosen, rejected, squares, loss = sum_across_ranks(sums).tolist()
+    if num_pairs == 0:
+        return {}
+    accuracy, mean = num_right / num_pairs, (chosen + rejected) / (2 * num_pairs)
+    return {
+        "eval_loss": loss / num_pairs,
+        "eval_accuracy": accuracy,
+        "eval_accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / num_pairs),
+        "chosen_mean_score": chosen / num_pairs,
+        "rejected_mean_score": rejected / num_pairs,
+        "score_mean": mean,
+        "score_std": math.sqrt(max(squares / (2 * num_pairs) - mean**2, 0.0)),
+    }
+
+
+if __name__ == "__main__":
+    with readable_errors(ARGS.run.debug):
+        main(ARGS)
+        leave()

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Step 2, a reward model of Llama-3.1-8B on eight GPUs of one node, ZeRO 3.
+#     bash step2_reward/run_llama_8b_single_node_zero3.sh [FLAGS that override those below]
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+out="${OUTPUT:-output/llama_8b}"
+
+deepspeed "$here/main.py" \
+    --model_name_or_path meta-llama/Llama-3.1-8B \
+    --output_dir "$out/step2_reward" \
+    --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+    --max_seq_len 512 \
+    --per_device_train_batch_size 4 \
+    --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 2 \
+    --num_train_epochs 1 \
+    --learning_rate 9e-6 \
+    --eval_interval 500 \
+    --zero_stage 3 \
+    --dtype bf16 \
+    --gradient_checkpointing \
+    "$@"

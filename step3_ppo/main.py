@@ -1,0 +1,154 @@
+r"""Step 3: train an actor with PPO against a reward model.
+
+python step3_ppo/main.py --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward \
+    --data_path pairs.jsonl --output_dir output/ppo
+On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dschat.arguments import RlhfArguments, parse_arguments
+from dschat.errors import UserError, readable_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+    with readable_errors():
+        ARGS = parse_arguments("rlhf")
+
+import time
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.checkpoint import export_model
+from dschat.data.loaders import PromptLoader, build_prompt_loader
+from dschat.data.preparation import prompt_data
+from dschat.data.tokenization import column
+from dschat.distributed import (
+    check_precision,
+    is_main_process,
+    leave,
+    rank,
+    seed_everything,
+    setup,
+    world_size,
+)
+from dschat.metrics import MetricsLogger
+from dschat.models.factory import check_language_model, check_positions, check_reward_model
+from dschat.models.tokenizer import check_same_tokenizer, load_tokenizer
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.run_folder import check_run_folder, read_summary, start_run, write_summary
+
+SHOWN = ("score", "kl", "answer_length", "value_loss")
+NUM_PRINTED_ANSWERS = 3
+
+
+def main(args: RlhfArguments) -> None:
+    """The step from flags to the saved actor and critic."""
+    check_precision(args.run.dtype, args.run.offload)
+    check_language_model(args.actor.model_name_or_path, "--actor_model_name_or_path")
+    check_reward_model(args.critic.model_name_or_path, "--critic_model_name_or_path")
+    check_run_folder(args.run)
+    tokenizer = load_tokenizers(args)
+    score_mean, score_std = score_statistics(args)
+    prompt_loader = build_loader(args, tokenizer)
+
+    device = setup(args.run.local_rank)
+    if is_main_process():
+        start_run(args)
+    seed_everything(args.run.seed)
+    num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
+    num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
+    num_updates = num_ppo_steps * args.updates_per_ppo_step
+    engine = DeepSpeedRLHFEngine(args, tokenizer, num_training_steps=num_updates)
+    trainer = DeepSpeedPPOTrainer(engine, tokenizer, args, score_mean=score_mean, score_std=score_std)
+    metrics = MetricsLogger(
+        args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=is_main_process()
+    )
+
+    start, values = time.perf_counter(), {}
+    for step, prompts in zip(range(1, num_ppo_steps + 1), prompt_loader, strict=False):
+        experience = trainer.generate_experience([batch.to(device) for batch in prompts])
+        for epoch in range(args.ppo.ppo_epochs):
+            for minibatch in experience.minibatches(epoch):
+                trainer.train_rlhf(minibatch)
+        values = trainer.metrics()
+        metrics.log(step, show=SHOWN, **values)
+        metrics.advance()
+        if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
+            metrics.say(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+    metrics.close()
+    save(args, engine, tokenizer)
+    if is_main_process():
+        seconds = time.perf_counter() - start
+        write_summary(
+            args.run.output_dir, {"step": "rlhf", "ppo_steps": num_ppo_steps, **values, "seconds": seconds}
+        )
+
+
+def load_tokenizers(args: RlhfArguments) -> PreTrainedTokenizerBase:
+    """The actor's tokenizer, which must be the reward model's too."""
+    settings = {"add_eot_token": args.tokenizer.add_eot_token, "eot_token": args.tokenizer.eot_token}
+    tokenizer = load_tokenizer(args.actor.model_name_or_path, **settings)
+    check_same_tokenizer(tokenizer, load_tokenizer(args.critic.model_name_or_path, **settings))
+    return tokenizer
+
+
+def score_statistics(args: RlhfArguments) -> tuple[float, float]:
+    """Mean and standard deviation that bring scores to a common scale: step 2's, or 0 and 1.
+
+    Raises `UserError` where --normalize_scores finds none.
+    """
+    if not args.ppo.normalize_scores:
+        return 0.0, 1.0
+    summary = read_summary(args.critic.model_name_or_path) or {}
+    if not summary.get("score_std"):
+        raise UserError(
+            f"--normalize_scores needs the score statistics that step 2 writes to summary.json, and "
+            f"--critic_model_name_or_path {args.critic.model_name_or_path} has none; leave the flag out."
+        )
+    return summary["score_mean"], summary["score_std"]
+
+
+def build_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> PromptLoader:
+    """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
+    data = prompt_data(
+        args.data, tokenizer, max_prompt_seq_len=args.rollout.max_prompt_seq_len, seed=args.run.seed
+    )
+    longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
+    for model in (args.actor, args.critic):
+        check_positions(
+            model.model_name_or_path,
+            longest,
+            "--max_prompt_seq_len or --max_answer_seq_len",
+            "the longest prompt with the longest answer",
+        )
+    return build_prompt_loader(
+        data.train,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=args.rollout.per_device_generation_batch_size,
+        batches_per_step=args.rollout.generation_batches,
+        rank=rank(),
+        world_size=world_size(),
+        seed=args.run.seed,
+        num_epochs=args.optimizer.num_train_epochs,
+    )
+
+
+def save(args: RlhfArguments, engine: DeepSpeedRLHFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write actor, critic and moving average. Every rank must call it."""
+    if not args.run.output_dir:
+        return
+    folder = Path(args.run.output_dir)
+    export_model(engine.actor, tokenizer, folder / "actor")
+    export_model(engine.critic, tokenizer, folder / "critic")
+    if engine.ema:
+        export_model(engine.actor, tokenizer, folder / "actor_ema", parameters=engine.ema.weights())
+
+
+if __name__ == "__main__":
+    with readable_errors(ARGS.run.debug):
+        main(ARGS)
+        leave()

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Step 3, LoRA adapters of an actor and a critic of Llama-3.1-8B on eight GPUs of one node, ZeRO 3.
+#     bash step3_ppo/run_llama_8b_single_node_lora.sh [FLAGS that override those below]
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+out="${OUTPUT:-output/llama_8b_lora}"
+
+deepspeed "$here/main.py" \
+    --actor_model_name_or_path "$out/step1_sft" \
+    --critic_model_name_or_path "$out/step2_reward" \
+    --output_dir "$out/step3_ppo" \
+    --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+    --max_prompt_seq_len 256 \
+    --max_answer_seq_len 256 \
+    --per_device_generation_batch_size 16 \
+    --generation_batches 1 \
+    --per_device_training_batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    --actor_lora_dim 64 \
+    --critic_lora_dim 64 \
+    --actor_lora_learning_rate 1e-4 \
+    --critic_lora_learning_rate 1e-4 \
+    --critic_learning_rate 1e-4 \
+    --only_optimize_lora \
+    --kl_coef 0.05 \
+    --num_warmup_steps 20 \
+    --normalize_scores \
+    --actor_zero_stage 3 \
+    --critic_zero_stage 3 \
+    --dtype bf16 \
+    --enable_ema \
+    --actor_gradient_checkpointing \
+    --critic_gradient_checkpointing \
+    "$@"

@@ -1,0 +1,367 @@
+"""The three steps run for real, as a user starts them, on a small model and a small file of preferences."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from processes import ROOT, environment, python
+from safetensors.torch import load_file
+from tiny import save_reward_model, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+SFT, REWARD, PPO = (ROOT / name / "main.py" for name in ("step1_sft", "step2_reward", "step3_ppo"))
+PROMISED_METRICS = {
+    "step",
+    "score",
+    "kl",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "first_minibatch_ratio_error",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+    "answer_length",
+    "eos_share",
+    "seconds_generation",
+    "seconds_experience",
+    "seconds_training",
+    "tokens_per_second",
+    "score_clipped_share",
+    "k3",
+    "score_minus_kl",
+    "kl_coef",
+    "value_clip_fraction",
+    "advantage_mean",
+    "advantage_std",
+    "return_mean",
+    "return_std",
+    "actor_grad_norm",
+    "critic_grad_norm",
+    "actor_lr",
+    "critic_lr",
+    "peak_memory_gib",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model and sixty preferences: the chosen answer counts on, the rejected one does not."""
+    folder = tmp_path_factory.mktemp("steps")
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [
+        {
+            "prompt": f"\n\nHuman: Count on from {words[i % 8]}, {'please ' * (i // 8)}friend.\n\nAssistant:",
+            "chosen": f" {words[i % 8 + 1]} {words[i % 8 + 2]}",
+            "rejected": f" {words[(i * 5) % 7]} {words[(i * 3) % 5]} no",
+        }
+        for i in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny_model(folder / "base")
+    return folder
+
+
+def flags(folder: Path, output: str, *more: str) -> list[str]:
+    return [
+        f"--data_path={folder / 'pairs.jsonl'}",
+        f"--data_output_path={folder / 'cache'}",
+        f"--output_dir={folder / output}",
+        "--dtype=fp32",
+        *more,
+    ]
+
+
+def supervised(folder: Path, output: str, *more: str) -> list[str]:
+    base = [f"--model_name_or_path={folder / 'base'}", "--learning_rate=3e-3"]
+    return flags(folder, output, *base, "--num_train_epochs=3", *more)
+
+
+def ppo(folder: Path, output: str, sft: str, reward: str, *more: str) -> list[str]:
+    models = [f"--actor_model_name_or_path={folder / sft}", f"--critic_model_name_or_path={folder / reward}"]
+    small = ["--max_answer_seq_len=8", "--num_warmup_steps=0", "--data_split=1,1,1"]
+    return flags(folder, output, *models, *small, *more)
+
+
+def batch(rows: int, **more: int) -> list[str]:
+    return [f"--per_device_train_batch_size={rows}", *(f"--{name}={value}" for name, value in more.items())]
+
+
+def ppo_batch(rows: int) -> list[str]:
+    return [f"--per_device_generation_batch_size={rows}", f"--per_device_training_batch_size={rows // 2}"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder) -> Path:
+    """All three steps on one rank, with plain python, from another working directory."""
+    python(SFT, *supervised(folder, "sft", "--data_split=1,1,1", *batch(8)), cwd=folder)
+    python(
+        REWARD, *supervised(folder, "reward", "--data_split=1,1,1", *batch(8, eval_interval=2)), cwd=folder
+    )
+    python(
+        PPO,
+        *ppo(folder, "ppo", "sft", "reward", *ppo_batch(8), "--enable_ema", "--print_answers"),
+        cwd=folder,
+    )
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_sft_lowers_the_perplexity_and_reports_it_before_during_and_after(one_rank):
+    result = summary(one_rank / "sft")
+    assert result["eval_perplexity"] < 0.8 * result["initial_eval_perplexity"]
+    assert result["eval_perplexity"] == pytest.approx(math.exp(result["eval_loss"]))
+    losses = [line["loss"] for line in lines(one_rank / "sft") if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
+    result = summary(one_rank / "reward")
+    p, n = result["eval_accuracy"], result["num_eval_rows"]
+    assert result["eval_accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / n))
+    assert result["score_mean"] == pytest.approx(
+        (result["chosen_mean_score"] + result["rejected_mean_score"]) / 2
+    )
+    evaluations = [line["step"] for line in lines(one_rank / "reward") if "eval_accuracy" in line]
+    assert evaluations[:2] == [0, 2]
+
+
+def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank):
+    steps = lines(one_rank / "ppo")
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert len(steps) == 3  # nineteen prompts, eight a step
+    for line in steps:
+        assert [line[name] for name in PROMISED_METRICS if not math.isfinite(line[name])] == []
+        assert line["first_minibatch_ratio_error"] == 0
+    assert steps[0]["kl"] == 0
+    assert summary(one_rank / "ppo")["ppo_steps"] == 3
+
+
+@pytest.mark.parametrize("model", ["sft", "ppo/actor", "ppo/actor_ema"])
+def test_the_actor_generates_from_its_folder_with_its_own_tokenizer(model, one_rank):
+    tokenizer = AutoTokenizer.from_pretrained(one_rank / model)
+    language_model = AutoModelForCausalLM.from_pretrained(one_rank / model)
+    tokens = tokenizer("\n\nHuman: Count on from one, friend.\n\nAssistant:", return_tensors="pt")
+    ids = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    assert language_model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("model", ["reward", "ppo/critic"])
+def test_the_reward_model_is_a_sequence_classifier_for_everyone(model, one_rank):
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        one_rank / model, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert classifier.config.num_labels == 1
+
+
+def test_a_second_run_gives_the_same_numbers_and_reads_the_cache(one_rank):
+    result = python(SFT, *supervised(one_rank, "sft_again", "--data_split=1,1,1", *batch(8)))
+    assert "tokenising" not in result.stderr
+
+    def timeless(name: str) -> dict:
+        return {key: value for key, value in summary(one_rank / name).items() if key != "seconds"}
+
+    assert timeless("sft_again") == timeless("sft")
+    assert lines(one_rank / "sft_again") == lines(one_rank / "sft")
+
+
+def assert_close(ours: list[dict], theirs: list[dict], names: tuple[str, ...]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name in set(names) & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), (name, one["step"])
+
+
+@pytest.mark.slow
+def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank):
+    split = "--data_split=1,1,1"
+    python(SFT, *supervised(one_rank, "sft2", split, "--zero_stage=3", *batch(4)), ranks=2)
+    assert_close(lines(one_rank / "sft2"), lines(one_rank / "sft"), ("loss", "eval_loss"))
+    half = batch(2, gradient_accumulation_steps=2, eval_interval=2)
+    python(REWARD, *supervised(one_rank, "reward2", split, "--zero_stage=3", *half), ranks=2)
+    names = ("loss", "accuracy", "eval_loss", "eval_accuracy", "chosen_mean_score")
+    assert_close(lines(one_rank / "reward2"), lines(one_rank / "reward"), names)
+    zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
+    python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)
+    names = ("score", "kl", "entropy", "policy_loss", "value_loss", "answer_length", "approx_kl")
+    assert_close(lines(one_rank / "ppo2"), lines(one_rank / "ppo"), names)
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_starts_two_ranks_from_any_directory(one_rank, tmp_path):
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [
+        launcher,
+        "--num_gpus",
+        "2",
+        PPO,
+        *ppo(one_rank, "ppo_launched", "sft", "reward", *ppo_batch(4)),
+    ]
+    path = f"{launcher.parent}:{environment()['PATH']}"
+    subprocess.run(
+        command, check=True, cwd=tmp_path, env=environment(PATH=path), timeout=600, capture_output=True
+    )
+    assert_close(lines(one_rank / "ppo_launched"), lines(one_rank / "ppo"), ("score", "kl", "value_loss"))
+
+
+@pytest.mark.slow
+def test_bf16_trains_too(one_rank):
+    more = ("--data_split=1,1,1", "--dtype=bf16", "--zero_stage=2", "--gradient_checkpointing", *batch(8))
+    python(SFT, *supervised(one_rank, "sft_bf16", *more))
+    assert summary(one_rank / "sft_bf16")["eval_loss"] < summary(one_rank / "sft_bf16")["initial_eval_loss"]
+    model = AutoModelForCausalLM.from_pretrained(one_rank / "sft_bf16", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+LORA = ("--lora_dim=4", "--lora_learning_rate=1e-2", "--data_split=1,1,1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "alone"), [(SFT, False), (REWARD, True)], ids=["sft", "reward"])
+def test_adapters_learn_the_same_on_two_ranks_at_any_stage(program, alone, folder, tmp_path):
+    more = (*LORA, "--gradient_checkpointing", *(["--only_optimize_lora"] if alone else []))
+    python(program, *supervised(folder, tmp_path / "one", *more, *batch(8)))
+    result = summary(tmp_path / "one")
+    assert result["eval_loss"] < 0.98 * result["initial_eval_loss"]
+    names = ("loss", "eval_loss", "learning_rate", "grad_norm", "eval_accuracy")
+    one = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    for stage in (2, 3):
+        output = tmp_path / f"stage{stage}"
+        python(program, *supervised(folder, output, *more, f"--zero_stage={stage}", *batch(4)), ranks=2)
+        assert_close(lines(output), lines(tmp_path / "one"), names)
+        two = load_file(output / "adapter" / "adapter_model.safetensors")
+        torch.testing.assert_close(two, one, atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_train_in_bf16_and_load_on_their_base_model(stage, folder, tmp_path):
+    more = (
+        *LORA,
+        "--only_optimize_lora",
+        "--dtype=bf16",
+        f"--zero_stage={stage}",
+        "--gradient_checkpointing",
+    )
+    python(SFT, *supervised(folder, tmp_path / "sft", *more, *batch(4)), ranks=2)
+    result = summary(tmp_path / "sft")
+    assert result["eval_loss"] < 0.98 * result["initial_eval_loss"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "sft" / "adapter").merge_and_unload()
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged.state_dict(), adapted.state_dict(), atol=1e-2, rtol=1e-2)
+
+
+BAD_INPUT = {
+    "unknown flag": (SFT, ["--model_name=x"], ["unknown flag --model_name"]),
+    "missing file": (SFT, ["--data_path=gone.jsonl"], ["gone.jsonl", "--data_path"]),
+    "malformed line": (SFT, ["--data_path={bad}/malformed.jsonl"], ["malformed.jsonl:2: "]),
+    "no answer": (REWARD, ["--data_path={bad}/no_answer.jsonl"], ["no_answer.jsonl:2: "]),
+    "empty split": (REWARD, ["--data_split=1,0,1"], ["--data_split"]),
+    "no weights": (SFT, ["--model_name_or_path={bad}/empty_model"], ["--model_name_or_path", "weights"]),
+    "nothing to optimise": (SFT, ["--only_optimize_lora"], ["--only_optimize_lora", "--lora_dim"]),
+    "no folder": (SFT, ["--output_dir={bad}/file/out"], ["--output_dir", "cannot be written"]),
+    "fp16 on a CPU": (SFT, ["--dtype=fp16"], ["--dtype fp16", "bf16"]),
+    "offload at stage 0": (SFT, ["--offload"], ["--offload", "--zero_stage 2"]),
+    "prompts too long": (PPO, ["--max_prompt_seq_len=2"], ["--max_prompt_seq_len"]),
+    "another tokenizer": (
+        PPO,
+        ["--critic_model_name_or_path={bad}/other_tokenizer"],
+        ["--critic_model_name_or_path", "tokenizer"],
+    ),
+    "answers beyond the positions": (
+        PPO,
+        ["--actor_model_name_or_path={bad}/gpt2", "--max_answer_seq_len=600"],
+        ["512 positions", "--max_answer_seq_len"],
+    ),
+    "a base model as reward model": (
+        PPO,
+        ["--critic_model_name_or_path={folder}/base"],
+        ["--critic_model_name_or_path", "score.weight", "step 2"],
+    ),
+    "a mistyped folder": (
+        PPO,
+        ["--critic_model_name_or_path=base/nothere"],
+        ["--critic_model_name_or_path 'base/nothere'", "no such folder"],
+    ),
+    "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "summary.json"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(folder) -> Path:
+    bad = folder / "bad"
+    bad.mkdir()
+    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (bad / "malformed.jsonl").write_text(good + '{"prompt": "d",\n')
+    (bad / "no_answer.jsonl").write_text(good + '{"prompt": "d", "chosen": "", "rejected": "c"}\n')
+    (bad / "file").write_text("")
+    (bad / "empty_model").mkdir()
+    (bad / "empty_model" / "config.json").write_text((folder / "base" / "config.json").read_text())
+    other = AutoTokenizer.from_pretrained(folder / "base")
+    other.add_tokens(["<|another|>"])
+    save_reward_model(save_tiny_model(bad / "base", tokenizer=other), bad / "other_tokenizer")
+    save_reward_model(folder / "base", bad / "reward")
+    save_tiny_model(bad / "gpt2", "gpt2")
+    return bad
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_in_one_message_before_a_model_is_loaded(name, folder, bad):
+    program, extra, parts = BAD_INPUT[name]
+    usual = (
+        ppo(folder, "unused", "base", "bad/reward")
+        if program == PPO
+        else supervised(folder, "unused", "--data_split=1,1,1")
+    )
+    result = python(
+        program, *usual, *(e.format(bad=bad, folder=folder) for e in extra), check=False, cwd=folder
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert "Loading weights" not in result.stderr
+    message = result.stderr[result.stderr.index("error:") :]
+    for part in parts:
+        assert part in message
+
+
+def test_debug_shows_the_traceback(folder):
+    result = python(SFT, *supervised(folder, "unused", "--data_path=gone.jsonl", "--debug"), check=False)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("program", [SFT, REWARD, PPO], ids=lambda path: path.parent.name)
+def test_help_answers_without_torch(program):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['main.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    print('torch loaded:', 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert result.stdout.rstrip().endswith("torch loaded: False")
+    assert "--output_dir" in result.stdout
