@@ -1,0 +1,193 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dschat.arguments import parse_arguments
+from dschat.errors import UserError
+from scripts import demo_task, e2e_rlhf
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "scripts" / "e2e_rlhf.py"
+
+# What stands in for a step's main.py: it says what it was given, and fails or finishes as told.
+FAKE_STEP = """
+import json, pathlib, sys
+flags = sys.argv[1:]
+folder = pathlib.Path(flags[flags.index("--output_dir") + 1])
+print("flags", flags)
+if "--seed" in flags:
+    sys.stderr.write("10%|#  | 1/10\\r20%|## | 2/10\\n")
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+(folder / "config.json").write_text("{}")
+figures = {"eval_accuracy": 0.75, "eval_accuracy_stderr": 0.01, "seconds": 3}
+(folder / "summary.json").write_text(json.dumps(figures))
+"""
+
+
+@pytest.fixture
+def fake_steps(tmp_path, monkeypatch):
+    """e2e_rlhf with steps that take no time; returns the flags that every run needs."""
+    root = tmp_path / "project"
+    for folder in e2e_rlhf.FOLDERS.values():
+        (root / folder).mkdir(parents=True)
+        (root / folder / "main.py").write_text(FAKE_STEP)
+    monkeypatch.setattr(e2e_rlhf, "ROOT", root)
+    (tmp_path / "pairs.jsonl").touch()
+    return ["--data-path", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "out")]
+
+
+def flags_of(command):
+    return dict(zip(command.flags[::2], command.flags[1::2], strict=True))
+
+
+def test_help_answers_without_torch_and_at_once():
+    start = time.perf_counter()
+    spy = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules));"
+        f"sys.argv = ['e2e', '--help']; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", spy], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--actor-model" in result.stdout
+    assert result.stdout.endswith("False\n")
+    assert time.perf_counter() - start < 3
+
+
+def test_the_steps_hand_their_output_to_step_three(tmp_path):
+    flags = "--actor-model a --reward-model b --actor-zero-stage 2 --reward-zero-stage 3 --data-path d"
+    args = e2e_rlhf.parse(["--output-dir", str(tmp_path), *flags.split()])
+    sft, reward, ppo = (flags_of(command) for command in e2e_rlhf.commands(args))
+    assert (sft["--model_name_or_path"], sft["--zero_stage"]) == ("a", "2")
+    assert (reward["--model_name_or_path"], reward["--zero_stage"]) == ("b", "3")
+    assert (ppo["--actor_model_name_or_path"], ppo["--actor_zero_stage"]) == (sft["--output_dir"], "2")
+    assert (ppo["--critic_model_name_or_path"], ppo["--critic_zero_stage"]) == (reward["--output_dir"], "3")
+    assert {flags["--data_path"] for flags in (sft, reward, ppo)} == {"d"}
+
+
+def test_a_reward_model_can_start_from_what_step_one_writes(tmp_path):
+    args = e2e_rlhf.parse(["--output-dir", str(tmp_path), "--reward-model", "sft"])
+    assert flags_of(e2e_rlhf.commands(args)[1])["--model_name_or_path"] == str(tmp_path / "step1_sft")
+
+
+def test_extra_flags_reach_their_step_last_and_quotes_hold_them_together(tmp_path):
+    extra = ["--common-args", "--seed 7", "--ppo-args", "--tensorboard_path 'a b; rm -rf $HOME'"]
+    args = e2e_rlhf.parse(["--output-dir", str(tmp_path), *extra])
+    sft, _, ppo = e2e_rlhf.commands(args)
+    assert sft.flags[-2:] == ["--seed", "7"]
+    assert ppo.flags[-4:] == ["--seed", "7", "--tensorboard_path", "a b; rm -rf $HOME"]
+    assert parse_arguments("rlhf", ppo.flags).run.tensorboard_path == "a b; rm -rf $HOME"
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        ([], []),
+        (["--deployment-type", "single_node", "--num-gpus", "2"], ["--num_gpus", "2"]),
+        (["--deployment-type", "multi_node", "--hostfile", "hosts"], ["--hostfile", "hosts"]),
+    ],
+)
+def test_a_deployment_type_decides_what_starts_the_step(flags, start):
+    argv = e2e_rlhf.commands(e2e_rlhf.parse(["--step", "1", *flags]))[0].argv
+    main = argv.index(str(ROOT / "step1_sft" / "main.py"))
+    assert argv[0] == sys.executable
+    assert ("deepspeed.launcher.runner" in argv) == bool(flags)
+    assert " ".join(start) in " ".join(argv[:main])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--actor-model", "/nowhere/model"], "--actor-model /nowhere/model does not exist"),
+        (["--data-path", "nowhere.jsonl"], "--data-path nowhere.jsonl does not exist"),
+        (["--step", "3"], "step 3 needs the model of step 1 in .*; add 1 to --step"),
+        (["--num-gpus", "2"], "--num-gpus 2 needs --deployment-type"),
+        (["--deployment-type", "multi_node", "--hostfile", "/nowhere"], "needs --hostfile"),
+        (["--ppo-args", "--kl_coeff 1"], "flags of step 3: unknown flag --kl_coeff .*did you mean --kl_coef"),
+        (["--sft-args", "--dtype fp8"], "flags of step 1: .*fp8"),
+        (["--sft-args", "--dtype 'fp32"], "--sft-args .* cannot be split"),
+        (["--actor-zero-stage", "4"], "invalid choice: 4"),
+        (["--actor", "a"], "unrecognized arguments: --actor"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(fake_steps, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        e2e_rlhf.main([*fake_steps, *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_step_runs_in_order_and_its_output_is_kept(fake_steps, tmp_path, capfdbinary):
+    assert e2e_rlhf.main([*fake_steps, "--step", "3", "1", "2"]) == 0
+    console = capfdbinary.readouterr().out.decode()
+    places = [console.index(f"== step {step}") for step in (1, 2, 3)]
+    assert places == sorted(places)
+    assert "0.750 ± 0.010" in console
+    for folder in e2e_rlhf.FOLDERS.values():
+        assert "flags ['--data_path'" in (tmp_path / "out" / folder / "training.log").read_text()
+
+
+def test_a_failing_step_is_named_with_its_log_its_last_lines_and_a_remedy(fake_steps, tmp_path, capfd):
+    assert e2e_rlhf.main([*fake_steps, "--reward-args", "--seed 1"]) == 1
+    output = capfd.readouterr()
+    assert "error: step 2 (reward model) failed with exit code 1" in output.err
+    assert str(tmp_path / "out" / "step2_reward" / "training.log") in output.err
+    assert "  | 20%|## | 2/10\n" in output.err
+    assert "10%|#" not in output.err
+    assert "likely remedy: Memory ran out." in output.err
+    assert "== step 3" not in output.out
+
+
+def test_finished_steps_are_skipped_only_when_asked(fake_steps, tmp_path, capfd):
+    assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
+    assert e2e_rlhf.main([*fake_steps, "--step", "1", "2", "--skip-finished"]) == 0
+    second = capfd.readouterr().out.partition("what each step achieved")[2]
+    assert "step 1 has finished before: skipped" in second
+    assert "== step 2, reward model" in second
+    assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
+    assert "skipped" not in capfd.readouterr().out
+
+
+def test_a_step_that_fails_leaves_no_summary_of_an_older_run(fake_steps, tmp_path):
+    summary = tmp_path / "out" / "step1_sft" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(json.dumps({"seconds": 1}))
+    assert e2e_rlhf.main([*fake_steps, "--step", "1", "--sft-args", "--seed 1"]) == 1
+    assert not summary.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "Memory ran out"),
+        ("DistNetworkError: port: 29500, code: -98, name: EADDRINUSE", "port"),
+        ("OSError: [Errno 28] No space left on device", "disk is full"),
+        ("error: --max_prompt_seq_len 4 removes every prompt", "message above"),
+        ("something new", "No known cause"),
+    ],
+)
+def test_a_known_message_has_its_remedy(line, advice):
+    assert advice in e2e_rlhf.remedy(["Traceback", line])
+
+
+@pytest.mark.slow
+def test_three_steps_on_two_ranks_under_the_deepspeed_launcher(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    demo_task.write_demo(tmp_path, num_train=160, num_test=20)
+    flags = [
+        *("--actor-model", str(tmp_path / "base_model"), "--reward-model", "sft"),
+        *("--data-path", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")),
+        *("--deployment-type", "single_node", "--num-gpus", "2"),
+        *("--actor-zero-stage", "3", "--reward-zero-stage", "2", "--common-args", "--dtype fp32"),
+        *("--sft-args", "--max_seq_len 64", "--reward-args", "--max_seq_len 64"),
+        "--ppo-args",
+        "--max_prompt_seq_len 40 --max_answer_seq_len 8 --per_device_generation_batch_size 8"
+        " --per_device_training_batch_size 8 --enable_test_mode --test_stop_step 2",
+    ]
+    assert e2e_rlhf.main(flags) == 0, capfd.readouterr().err
+    summaries = [e2e_rlhf.read_summary(tmp_path / "out" / folder) for folder in e2e_rlhf.FOLDERS.values()]
+    assert [summary["step"] for summary in summaries] == ["sft", "reward", "rlhf"]
+    assert summaries[2]["ppo_steps"] == 2
+    assert (tmp_path / "out" / "step3_ppo" / "actor" / "config.json").is_file()
