@@ -1,0 +1,92 @@
+"""The house rules of docs/architecture.md that a program can check."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
+LAYERS = {
+    0: ("errors", "arguments", "losses", "distributed", "throughput"),
+    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "memory"),
+    2: ("engines", "checkpoint", "manifest", "supervised"),
+    3: ("rlhf",),
+    4: ("utils",),
+}
+LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
+DEEPSPEED_USERS = ("distributed", "engines", "checkpoint", "models")
+LONGEST_FUNCTION = 80
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "dschat").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+LIBRARY = [path for path in sources("dschat") if path.parent != ROOT / "dschat" or path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down_only(path):
+    mine = LAYER_OF[room(path)]
+    for name in imports(path):
+        assert name.split(".")[0] not in PROGRAMS, f"the library imports the program {name}"
+        if name.startswith("dschat."):
+            theirs = LAYER_OF[name.split(".")[1]]
+            assert theirs <= mine, f"layer {mine} imports {name} of layer {theirs}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_deepspeed_is_imported_in_its_own_rooms_only(path):
+    if room(path) not in DEEPSPEED_USERS:
+        assert not [name for name in imports(path) if name.split(".")[0] == "deepspeed"]
+
+
+def test_the_re_exports_hold_no_code():
+    for path in sources("dschat/utils"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_all = isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+            assert isinstance(node, ast.Import | ast.ImportFrom | ast.Expr) or is_all, path
+
+
+@pytest.mark.parametrize("path", sources("dschat", *PROGRAMS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_a_screen_and_public_ones_are_annotated(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        length = node.end_lineno - node.lineno + 1
+        assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+        if not node.name.startswith("_") or node.name == "__init__":
+            parameters = [*node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in parameters if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not bare, f"{node.name}: {bare} without annotation"
+            assert node.returns is not None, f"{node.name} does not say what it returns"
+
+
+def test_losses_know_no_model_rank_or_engine():
+    assert {name.split(".")[0] for name in imports(ROOT / "dschat" / "losses.py")} <= {"torch", "typing"}
+
+
+def test_flags_are_declared_without_torch():
+    for name in ("arguments.py", "errors.py"):
+        assert not [n for n in imports(ROOT / "dschat" / name) if n.startswith(("torch", "deepspeed"))]
+
+
+@pytest.mark.parametrize(
+    "path", sources("step1_sft", "step2_reward", "step3_ppo"), ids=lambda p: p.parent.name
+)
+def test_a_program_is_a_short_table_of_contents(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150

@@ -1,0 +1,141 @@
+"""The README's commands: their flags exist, and those that need no hub run in an empty folder."""
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import environment
+
+from dschat.arguments import parse_arguments
+from dschat.errors import UserError
+from scripts import compare, e2e_rlhf
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STEPS = {"step1_sft/main.py": "sft", "step2_reward/main.py": "reward", "step3_ppo/main.py": "rlhf"}
+
+
+def commands() -> list[list[str]]:
+    """Every command of the README's bash blocks, in words."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+COMMANDS = commands()
+
+
+def flags_after(program: str) -> list[list[str]]:
+    return [command[command.index(program) + 1 :] for command in COMMANDS if program in command]
+
+
+@pytest.mark.parametrize("program", STEPS)
+def test_the_flags_of_every_step_exist(program):
+    calls = flags_after(program)
+    assert calls, f"the README shows no {program}"
+    for flags in calls:
+        parse_arguments(STEPS[program], flags)
+
+
+def test_a_mistyped_flag_would_be_found():
+    flags = flags_after("step3_ppo/main.py")[0]
+    with pytest.raises(UserError, match="unknown flag --kl_coeff"):
+        parse_arguments("rlhf", [*flags, "--kl_coeff", "1"])
+
+
+def test_the_flags_of_the_scripts_exist():
+    for flags in flags_after("scripts/compare.py"):
+        compare.parse(flags)
+    calls = flags_after("scripts/e2e_rlhf.py")
+    assert calls
+    for flags in calls:
+        e2e_rlhf.check(args := e2e_rlhf.parse(flags), e2e_rlhf.commands(args))
+
+
+def test_every_program_named_in_a_command_exists():
+    programs = {word for command in COMMANDS for word in command if re.fullmatch(r"[\w/]+\.(sh|py)", word)}
+    assert "scripts/quickstart.sh" in programs
+    assert [program for program in sorted(programs) if not (ROOT / program).is_file()] == []
+
+
+def test_a_step_reads_what_an_earlier_command_wrote():
+    written = {"output/hand/base_model", "output/hand/data"}  # by scripts/demo_task.py output/hand
+    for command in COMMANDS:
+        words = dict(itertools.pairwise(command))
+        inputs = [value for flag, value in words.items() if flag.endswith("model_name_or_path")]
+        assert set(inputs) <= written
+        if "--output_dir" in words:
+            written.add(words["--output_dir"])
+
+
+def test_ci_runs_the_command_that_the_readme_gives():
+    assert ["bash", "scripts/test.sh"] in COMMANDS
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_flag_that_the_text_names_exists(capsys):
+    for step in STEPS.values():
+        with pytest.raises(SystemExit):
+            parse_arguments(step, ["--help"])
+    for program in (compare, e2e_rlhf):
+        with pytest.raises(SystemExit):
+            program.parse(["--help"])
+    flag = r"--[a-z]\w+(?:-\w+)*"
+    known = set(re.findall(flag, capsys.readouterr().out))
+    launchers = {"--num_gpus", "--nproc_per_node"}
+    said_to_be_missing = {"--unsup_coef"}
+    named = set(re.findall(flag, README.partition("## Tests")[0]))
+    assert named - launchers - said_to_be_missing <= known
+    assert len(named & known) > 40
+
+
+# Added to a command, so that the test shows that it works and not how well it learns.
+SHORTER = {
+    "step1_sft": ["--num_train_epochs", "1"],
+    "step2_reward": ["--num_train_epochs", "1"],
+    "step3_ppo": ["--enable_test_mode", "--test_stop_step", "3"],
+    "compare.py": ["--num-prompts", "20"],
+}
+SETTING_UP = ("setup.sh", "test.sh", "quickstart.sh", "activate")
+"""They make an environment, and this test runs in one."""
+
+
+def runnable() -> list[list[str]]:
+    needs_hub = {"facebook/opt-1.3b"}
+    return [
+        command
+        for command in COMMANDS
+        if not needs_hub & set(command) and not any(word.endswith(SETTING_UP) for word in command)
+    ]
+
+
+@pytest.mark.slow
+def test_the_commands_run_from_top_to_bottom_in_an_empty_folder(tmp_path):
+    for name in ("scripts", "step1_sft", "step2_reward", "step3_ppo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = Path(sys.executable).parent
+    variables = environment(
+        PATH=f"{programs}:{environment()['PATH']}", PYTHON=sys.executable, OUTPUT=str(tmp_path / "demo")
+    )
+    commands = runnable()
+    assert len(commands) > 8
+    for command in commands:
+        shorter = [
+            flag for name, flags in SHORTER.items() if any(name in word for word in command) for flag in flags
+        ]
+        result = subprocess.run(
+            [*command, *shorter],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert result.returncode == 0, (
+            f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        )
