@@ -21,19 +21,11 @@ import time
 
 from transformers import PreTrainedTokenizerBase
 
+from dschat import distributed
 from dschat.checkpoint import export_model
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import prompt_data
 from dschat.data.tokenization import column
-from dschat.distributed import (
-    check_precision,
-    is_main_process,
-    leave,
-    rank,
-    seed_everything,
-    setup,
-    world_size,
-)
 from dschat.metrics import MetricsLogger
 from dschat.models.factory import check_language_model, check_positions, check_reward_model
 from dschat.models.tokenizer import check_same_tokenizer, load_tokenizer
@@ -47,7 +39,7 @@ NUM_PRINTED_ANSWERS = 3
 
 def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
-    check_precision(args.run.dtype, args.run.offload)
+    distributed.check_precision(args.run.dtype, args.run.offload)
     check_language_model(args.actor.model_name_or_path, "--actor_model_name_or_path")
     check_reward_model(args.critic.model_name_or_path, "--critic_model_name_or_path")
     check_run_folder(args.run)
@@ -55,17 +47,17 @@ def main(args: RlhfArguments) -> None:
     score_mean, score_std = score_statistics(args)
     prompt_loader = build_loader(args, tokenizer)
 
-    device = setup(args.run.local_rank)
-    if is_main_process():
+    device = distributed.setup(args.run.local_rank)
+    if distributed.is_main_process():
         start_run(args)
-    seed_everything(args.run.seed)
+    distributed.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     num_updates = num_ppo_steps * args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(args, tokenizer, num_training_steps=num_updates)
     trainer = DeepSpeedPPOTrainer(engine, tokenizer, args, score_mean=score_mean, score_std=score_std)
     metrics = MetricsLogger(
-        args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=is_main_process()
+        args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )
 
     start, values = time.perf_counter(), {}
@@ -81,7 +73,7 @@ def main(args: RlhfArguments) -> None:
             metrics.say(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
     metrics.close()
     save(args, engine, tokenizer)
-    if is_main_process():
+    if distributed.is_main_process():
         seconds = time.perf_counter() - start
         write_summary(
             args.run.output_dir, {"step": "rlhf", "ppo_steps": num_ppo_steps, **values, "seconds": seconds}
@@ -130,8 +122,8 @@ def build_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> Pro
         pad_id=tokenizer.pad_token_id,
         batch_size=args.rollout.per_device_generation_batch_size,
         batches_per_step=args.rollout.generation_batches,
-        rank=rank(),
-        world_size=world_size(),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
         seed=args.run.seed,
         num_epochs=args.optimizer.num_train_epochs,
     )
@@ -151,4 +143,4 @@ def save(args: RlhfArguments, engine: DeepSpeedRLHFEngine, tokenizer: PreTrained
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        leave()
+        distributed.leave()
