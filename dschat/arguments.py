@@ -54,8 +54,19 @@ class DataArguments:
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders.",
+        "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders; "
+        "NAME:0.3 gives one a weight: training prompts then stand in proportion to the weights (1 without).",
     )
+    eval_data_path: list[str] = flag(
+        [], "Data sets for evaluation; without them what --data_path publishes for it or --eval_fraction."
+    )
+    data_format: str | None = flag(
+        None, "How rows are read: a layout or a known data set of docs/data.md; default: by their columns."
+    )
+    prompt_key: str | None = flag(None, "Column of the prompt, where it is not called prompt.")
+    chosen_key: str | None = flag(None, "Column of the better answer, where it is not called chosen.")
+    rejected_key: str | None = flag(None, "Column of the worse answer, where it is not called rejected.")
+    messages_key: str | None = flag(None, "Column of the conversation, where it is not called messages.")
     data_split: str = flag(
         "2,4,4", "Shares of the training prompts for steps 1, 2 and 3; no prompt is in two of them."
     )
@@ -65,6 +76,9 @@ class DataArguments:
     )
     eval_fraction: float = flag(
         0.05, "Share of the prompts held out for evaluation, in every step the same, where a source has none."
+    )
+    max_train_samples: int | None = flag(
+        None, "Train on this many rows of the step's share, chosen at random by --seed; default: all."
     )
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenise; default: one a CPU core.")
 
@@ -83,10 +97,9 @@ class DataArguments:
             0 <= self.eval_fraction < 1,
             f"--eval_fraction must lie in [0, 1), got {self.eval_fraction}; 0.05 holds out every twentieth.",
         )
-        workers = self.preprocessing_num_workers
-        require(
-            workers is None or workers > 0, f"--preprocessing_num_workers must be positive, got {workers}."
-        )
+        for name in ("max_train_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,11 @@ class TokenizerArguments:
 
     add_eot_token: bool = flag(False, "Add --eot_token to the vocabulary and end every answer with it.")
     eot_token: str = flag("<|endoftext|>", "The end token that --add_eot_token adds.")
+    chat_template: str | None = flag(
+        None,
+        "Jinja file of the chat template; or plain (Human: / Assistant:), or none (text as it is). Default: "
+        "the tokenizer's own, else plain. It is saved with the model: give it in step 1 and then no more.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +315,9 @@ class PpoArguments:
 class RlhfOptions:
     """Step 3's other settings."""
 
+    reward_model_name_or_path: str | None = flag(
+        None, "Folder or hub id of the reward model, where it is not the one that the critic starts from."
+    )
     offload_reference_model: bool = flag(
         False, "Keep the reference model's weights in CPU memory (ZeRO stage 3)."
     )
@@ -385,6 +406,16 @@ class RlhfArguments:
     def rollout_size(self) -> int:
         """Answers a rank samples before each training phase."""
         return self.rollout.per_device_generation_batch_size * self.rollout.generation_batches
+
+    @property
+    def reward_path(self) -> str:
+        """Where the reward model is."""
+        return self.rlhf.reward_model_name_or_path or self.critic.model_name_or_path
+
+    @property
+    def reward_flag(self) -> str:
+        """The flag that says so."""
+        return f"--{'reward' if self.rlhf.reward_model_name_or_path else 'critic'}_model_name_or_path"
 
     @property
     def minibatch_size(self) -> int:

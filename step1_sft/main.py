@@ -49,11 +49,7 @@ def main(args: SftArguments) -> None:
     check_precision(args.run.dtype, args.run.offload)
     check_language_model(args.model.model_name_or_path, "--model_name_or_path")
     check_run_folder(args.run)
-    tokenizer = load_tokenizer(
-        args.model.model_name_or_path,
-        add_eot_token=args.tokenizer.add_eot_token,
-        eot_token=args.tokenizer.eot_token,
-    )
+    tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     loaders = load_data(args, tokenizer)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 

@@ -48,11 +48,7 @@ def main(args: RewardArguments) -> None:
     check_precision(args.run.dtype, args.run.offload)
     check_model_path(args.model.model_name_or_path, "--model_name_or_path")
     check_run_folder(args.run)
-    tokenizer = load_tokenizer(
-        args.model.model_name_or_path,
-        add_eot_token=args.tokenizer.add_eot_token,
-        eot_token=args.tokenizer.eot_token,
-    )
+    tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
@@ -107,7 +103,8 @@ def judge(
         batch.input_ids,
         batch.attention_mask,
         loss_fn=args.reward.loss_fn,
-        pair_mask=batch.pair_mask,
+        weights=batch.weights,
+        margins=batch.margins,
         denominator=denominator,
     )
 
@@ -115,26 +112,26 @@ def judge(
 def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:
     """A micro-batch's shares of the optimiser step's loss and accuracy."""
     judged = judge(engine, batch, args, denominator=batch.denominator)
-    is_right = (judged["chosen_mean_scores"] > judged["rejected_mean_scores"]) * batch.pair_mask
+    is_right = (judged["chosen_mean_scores"] > judged["rejected_mean_scores"]) * batch.weights
     return {"loss": judged["loss"], "accuracy": is_right.sum() / batch.denominator}
 
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments) -> dict[str, float]:
     """Loss, accuracy with its standard error, and the scores' statistics, over all pairs of all ranks."""
-    sums = torch.zeros(6, device=engine.device, dtype=torch.float64)
+    sums = torch.zeros(7, device=engine.device, dtype=torch.float64)
     for batch in loader:
         batch = batch.to(engine.device)
         judged = judge(engine, batch, args, denominator=1.0)
         chosen, rejected = judged["chosen_mean_scores"].double(), judged["rejected_mean_scores"].double()
         columns = (torch.ones_like(chosen), chosen > rejected, chosen, rejected, chosen**2 + rejected**2)
         sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
-        sums[5] += judged["loss"]
-    num_pairs, num_right, chosen, rejected, squares, loss = sum_across_ranks(sums).tolist()
+        sums[5:] += torch.stack([judged["loss"], batch.weights.sum()])
+    num_pairs, num_right, chosen, rejected, squares, loss, weight = sum_across_ranks(sums).tolist()
     if num_pairs == 0:
         return {}
     accuracy, mean = num_right / num_pairs, (chosen + rejected) / (2 * num_pairs)
     return {
-        "eval_loss": loss / num_pairs,
+        "eval_loss": loss / weight,
         "eval_accuracy": accuracy,
         "eval_accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / num_pairs),
         "chosen_mean_score": chosen / num_pairs,

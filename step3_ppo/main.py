@@ -28,7 +28,7 @@ from dschat.data.preparation import prompt_data
 from dschat.data.tokenization import column
 from dschat.metrics import MetricsLogger
 from dschat.models.factory import check_language_model, check_positions, check_reward_model
-from dschat.models.tokenizer import check_same_tokenizer, load_tokenizer
+from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.run_folder import check_run_folder, read_summary, start_run, write_summary
@@ -42,10 +42,11 @@ def main(args: RlhfArguments) -> None:
     distributed.check_precision(args.run.dtype, args.run.offload)
     check_language_model(args.actor.model_name_or_path, "--actor_model_name_or_path")
     check_reward_model(args.critic.model_name_or_path, "--critic_model_name_or_path")
+    check_reward_model(args.reward_path, args.reward_flag)
     check_run_folder(args.run)
-    tokenizer = load_tokenizers(args)
-    score_mean, score_std = score_statistics(args)
-    prompt_loader = build_loader(args, tokenizer)
+    tokenizers = load_rlhf_tokenizers(args)
+    score_scale = score_statistics(args)
+    prompt_loader = build_loader(args, tokenizers)
 
     device = distributed.setup(args.run.local_rank)
     if distributed.is_main_process():
@@ -54,8 +55,10 @@ def main(args: RlhfArguments) -> None:
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     num_updates = num_ppo_steps * args.updates_per_ppo_step
-    engine = DeepSpeedRLHFEngine(args, tokenizer, num_training_steps=num_updates)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizer, args, score_mean=score_mean, score_std=score_std)
+    engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=num_updates)
+    trainer = DeepSpeedPPOTrainer(
+        engine, tokenizers, args, prompts=prompt_loader.dataset, score_scale=score_scale
+    )
     metrics = MetricsLogger(
         args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )
@@ -70,22 +73,14 @@ def main(args: RlhfArguments) -> None:
         metrics.log(step, show=SHOWN, **values)
         metrics.advance()
         if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
-            metrics.say(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+            metrics.say(experience.examples(tokenizers.actor, NUM_PRINTED_ANSWERS))
     metrics.close()
-    save(args, engine, tokenizer)
+    save(args, engine, tokenizers.actor)
     if distributed.is_main_process():
         seconds = time.perf_counter() - start
         write_summary(
             args.run.output_dir, {"step": "rlhf", "ppo_steps": num_ppo_steps, **values, "seconds": seconds}
         )
-
-
-def load_tokenizers(args: RlhfArguments) -> PreTrainedTokenizerBase:
-    """The actor's tokenizer, which must be the reward model's too."""
-    settings = {"add_eot_token": args.tokenizer.add_eot_token, "eot_token": args.tokenizer.eot_token}
-    tokenizer = load_tokenizer(args.actor.model_name_or_path, **settings)
-    check_same_tokenizer(tokenizer, load_tokenizer(args.critic.model_name_or_path, **settings))
-    return tokenizer
 
 
 def score_statistics(args: RlhfArguments) -> tuple[float, float]:
@@ -95,31 +90,37 @@ def score_statistics(args: RlhfArguments) -> tuple[float, float]:
     """
     if not args.ppo.normalize_scores:
         return 0.0, 1.0
-    summary = read_summary(args.critic.model_name_or_path) or {}
+    summary = read_summary(args.reward_path) or {}
     if not summary.get("score_std"):
         raise UserError(
             f"--normalize_scores needs the score statistics that step 2 writes to summary.json, and "
-            f"--critic_model_name_or_path {args.critic.model_name_or_path} has none; leave the flag out."
+            f"{args.reward_flag} {args.reward_path} has none; leave the flag out."
         )
     return summary["score_mean"], summary["score_std"]
 
 
-def build_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> PromptLoader:
+def build_loader(args: RlhfArguments, tokenizers: RlhfTokenizers) -> PromptLoader:
     """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
     data = prompt_data(
-        args.data, tokenizer, max_prompt_seq_len=args.rollout.max_prompt_seq_len, seed=args.run.seed
+        args.data,
+        tokenizers.actor,
+        max_prompt_seq_len=args.rollout.max_prompt_seq_len,
+        seed=args.run.seed,
+        reader=tokenizers.reader,
     )
     longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
-    for model in (args.actor, args.critic):
+    for path in {args.actor.model_name_or_path, args.critic.model_name_or_path} - (
+        {args.reward_path} if tokenizers.reader else set()
+    ):
         check_positions(
-            model.model_name_or_path,
+            path,
             longest,
             "--max_prompt_seq_len or --max_answer_seq_len",
             "the longest prompt with the longest answer",
         )
     return build_prompt_loader(
         data.train,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=tokenizers.actor.pad_token_id,
         batch_size=args.rollout.per_device_generation_batch_size,
         batches_per_step=args.rollout.generation_batches,
         rank=distributed.rank(),

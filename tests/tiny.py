@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from dschat.checkpoint import export_model
+from dschat.data.comparisons import SCHEMA, Comparison, pack_prompt
 from dschat.models.factory import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
 
@@ -65,6 +68,13 @@ def tiny_tokenizer(
         pad_token=pad_token,
         bos_token="<s>" if bos else None,
     )
+
+
+def comparison_rows(*comparisons: Comparison) -> Dataset:
+    """The comparisons as the data set that tokenisation reads."""
+    columns = {name: [getattr(c, name) for c in comparisons] for name in SCHEMA.names}
+    columns["prompt"] = [pack_prompt(c.prompt) for c in comparisons]
+    return Dataset(pa.table(columns, schema=SCHEMA))
 
 
 def tiny_config(family: str, vocab_size: int, **ids: int | None) -> PretrainedConfig:

@@ -43,8 +43,12 @@ class PairBatch:
     """[2B, L] int64: 1 on tokens, 0 on padding."""
     pair_mask: Tensor
     """[B] float32: 1 for a pair, 0 for a filler."""
+    weights: Tensor
+    """[B] float32: what a pair counts in the loss; those of one prompt count 1 together. 0 for a filler."""
+    margins: Tensor
+    """[B] float32: by how much the chosen answer is to be better."""
     denominator: float
-    """Pairs in the whole optimiser step, over all ranks and micro-batches."""
+    """The sum of the weights in the whole optimiser step, over all ranks and micro-batches."""
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The batch on that device."""
@@ -61,6 +65,8 @@ class PromptBatch:
     """[B, P] int64: 0 on padding, 1 on tokens."""
     keys: Tensor
     """[B] int64: a hash of the prompt's tokens."""
+    rows: Tensor
+    """[B] int64: the prompt's row in its data set; -1 for a filler."""
     samples: Tensor
     """[B] int64: how often the prompt came before; with its key it names an answer. -1 for a filler."""
 
@@ -73,9 +79,9 @@ def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: in
     """The rows of `tokenize_sft` and fillers, `num_rows` together."""
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
     input_ids, attention_mask = _padded(flat, lengths, pad_id)
-    num_targets = _extended(rows["num_targets"], num_rows, 0)
-    positions = np.arange(input_ids.shape[1])
-    loss_mask = attention_mask & (positions >= (lengths - num_targets)[:, None])
+    loss_mask = np.zeros_like(attention_mask)
+    flat_mask = rows["loss_mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    loss_mask[: rows.num_rows][attention_mask[: rows.num_rows]] = flat_mask
     return SftBatch(_integers(input_ids), _integers(attention_mask), torch.from_numpy(loss_mask), denominator)
 
 
@@ -85,22 +91,40 @@ def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: 
     flat, lengths = (np.concatenate(parts) for parts in zip(*halves, strict=True))
     input_ids, attention_mask = _padded(flat, lengths, pad_id)
     pair_mask = (torch.arange(num_rows) < rows.num_rows).float()
-    return PairBatch(_integers(input_ids), _integers(attention_mask), pair_mask, denominator)
+    weights, margins = (
+        torch.from_numpy(_extended(rows[name], num_rows, 0.0)).float() for name in ("weight", "margin")
+    )
+    return PairBatch(
+        _integers(input_ids), _integers(attention_mask), pair_mask, weights, margins, denominator
+    )
 
 
 def collate_prompts(
-    rows: pa.Table, num_rows: int, denominator: float = 1.0, *, pad_id: int, samples: np.ndarray | None = None
+    rows: pa.Table,
+    num_rows: int,
+    denominator: float = 1.0,
+    *,
+    pad_id: int,
+    numbers: np.ndarray | None = None,
+    samples: np.ndarray | None = None,
 ) -> PromptBatch:
-    """The rows of `tokenize_prompts` and fillers; `samples` numbers the rows' answers, 0 by default.
+    """The rows of `tokenize_prompts` and fillers; `numbers` are the rows' in their data set, `samples` their
+    answers', both 0 by default.
 
     There is no loss, hence no use for the denominator.
     """
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
     input_ids, attention_mask = _padded(flat, lengths, pad_id, left=True)
-    numbers = np.full(num_rows, -1, dtype=np.int64)
-    numbers[: rows.num_rows] = 0 if samples is None else samples
     keys = _extended(rows["key"], num_rows, 0)
-    return PromptBatch(_integers(input_ids), _integers(attention_mask), _integers(keys), _integers(numbers))
+
+    def per_row(values: np.ndarray | None) -> Tensor:
+        column = np.full(num_rows, -1, dtype=np.int64)
+        column[: rows.num_rows] = 0 if values is None else values
+        return _integers(column)
+
+    return PromptBatch(
+        _integers(input_ids), _integers(attention_mask), _integers(keys), per_row(numbers), per_row(samples)
+    )
 
 
 def _moved(batch: Batch, device: torch.device | str) -> Batch:
@@ -122,9 +146,9 @@ def _filled(tokens: pa.ChunkedArray, num_rows: int, pad_id: int) -> tuple[np.nda
     return np.append(flat, [pad_id] * num_fillers), np.append(lengths, [1] * num_fillers)
 
 
-def _extended(numbers: pa.ChunkedArray, num_rows: int, filler: int) -> np.ndarray:
-    values = numbers.to_numpy().astype(np.int64)
-    return np.append(values, np.full(num_rows - len(values), filler, dtype=np.int64))
+def _extended(numbers: pa.ChunkedArray, num_rows: int, filler: float) -> np.ndarray:
+    values = numbers.to_numpy()
+    return np.append(values, np.full(num_rows - len(values), filler, dtype=values.dtype))
 
 
 def _padded(

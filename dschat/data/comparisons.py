@@ -1,25 +1,74 @@
 """Comparison: the one form that every data set is brought into, and its file of text on the way to tokens."""
 
-from collections.abc import Iterable
+import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-SCHEMA = pa.schema([("prompt", pa.string()), ("chosen", pa.string()), ("rejected", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("ranks", pa.list_(pa.float64())),
+        ("margin", pa.float64()),
+        ("learn_all_turns", pa.bool_()),
+    ]
+)
 ROWS_AT_ONCE = 1000
+
+Answer = TypeVar("Answer")
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Prompt = str | tuple[Turn, ...]
+"""What an answer continues: a conversation; or text, which is one message or a dialogue with its marks."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and two answers to it, of which people preferred the first. Text, none of it empty."""
+    """A prompt and the answers to it, the best first. None of the text is empty.
 
-    prompt: str
-    chosen: str
-    rejected: str
+    Without answers it is a prompt for step 3, with one it is an example for step 1, with more, whose ranks
+    differ, it is also something to compare for step 2.
+    """
+
+    prompt: Prompt
+    answers: tuple[str, ...] = ()
+    ranks: tuple[float, ...] | None = None
+    """One number an answer, ascending; answers of equal rank are a tie. None: 0, 1, 2, ..."""
+    margin: float = 0.0
+    """By how much the better answer of a pair is better, on the scale of scores."""
+    learn_all_turns: bool = False
+    """Whether step 1 learns what the assistant said in the prompt, too."""
+
+    def __post_init__(self) -> None:
+        assert self.ranks is None or len(self.ranks) == len(self.answers)
+        assert self.ranks is None or list(self.ranks) == sorted(self.ranks)
+        assert math.isfinite(self.margin)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (better, worse) pair of answers: K choose 2 of them, less the ties."""
+        return answer_pairs(self.answers, self.ranks)
+
+
+def answer_pairs(answers: Sequence[Answer], ranks: Sequence[float] | None) -> list[tuple[Answer, Answer]]:
+    """The pairs of answers of different rank, better first (InstructGPT's K choose 2, arXiv:2203.02155)."""
+    ranked = list(zip(range(len(answers)) if ranks is None else ranks, answers, strict=True))
+    return [(a, b) for (i, a), (j, b) in combinations(ranked, 2) if i < j]
 
 
 @dataclass(frozen=True)
@@ -28,31 +77,75 @@ class ComparisonIndex:
 
     keys: np.ndarray
     """A hash of each prompt, uint64 [N]; equal prompts have equal keys."""
+    row_keys: np.ndarray
+    """A hash of each row, prompt and answers, uint64 [N]."""
     sources: np.ndarray
     """The number of the source each comes from, int32 [N]."""
     in_evaluation: np.ndarray
-    """Whether its source published it for evaluation, bool [N]."""
+    """Whether it is for evaluation only, bool [N]."""
+    num_answers: np.ndarray
+    """Answers of each, int32 [N]."""
+    num_pairs: np.ndarray
+    """Pairs of answers of each, int32 [N]."""
 
 
-def prompt_key(prompt: str) -> int:
-    """A 64-bit hash that stands for the prompt; that two of ten million share one has a chance of 3e-6."""
-    return xxhash.xxh3_64_intdigest(prompt.encode())
+def prompt_key(prompt: Prompt) -> int:
+    """A 64-bit hash that stands for the prompt, one question's the same as text and as a message.
+
+    That two of ten million share one has a chance of 3e-6.
+    """
+    is_question = not isinstance(prompt, str) and [turn.role for turn in prompt] == ["user"]
+    text = prompt[0].content if is_question else prompt
+    text = text.strip() if isinstance(text, str) else json.dumps(text)
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def pack_prompt(prompt: Prompt) -> str:
+    """The prompt as JSON, for a column of text."""
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def unpack_prompt(packed: str) -> Prompt:
+    """The reverse of `pack_prompt`."""
+    prompt = json.loads(packed)
+    return prompt if isinstance(prompt, str) else tuple(Turn(*turn) for turn in prompt)
 
 
 def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) -> ComparisonIndex:
     """Stream (comparison, source, in evaluation) to an Arrow file of `SCHEMA`, and index them."""
-    keys, sources, in_evaluation = [], [], []
+    columns: list[list[np.ndarray]] = [[] for _ in ComparisonIndex.__dataclass_fields__]
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            comparisons = [row[0] for row in some]
-            columns = [[getattr(c, name) for c in comparisons] for name in SCHEMA.names]
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            keys.append(np.array([prompt_key(c.prompt) for c in comparisons], dtype=np.uint64))
-            sources.append(np.array([row[1] for row in some], dtype=np.int32))
-            in_evaluation.append(np.array([row[2] for row in some], dtype=bool))
+            writer.write_batch(_record_batch([row[0] for row in some]))
+            for parts, values in zip(columns, _index_columns(some), strict=True):
+                parts.append(values)
+    types = (np.uint64, np.uint64, np.int32, bool, np.int32, np.int32)
     return ComparisonIndex(
-        np.concatenate([np.empty(0, np.uint64), *keys]),
-        np.concatenate([np.empty(0, np.int32), *sources]),
-        np.concatenate([np.empty(0, bool), *in_evaluation]),
+        *(np.concatenate([np.empty(0, t), *parts]) for t, parts in zip(types, columns, strict=True))
     )
+
+
+def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
+    columns = [
+        [pack_prompt(c.prompt) for c in comparisons],
+        [c.answers for c in comparisons],
+        [c.ranks for c in comparisons],
+        [c.margin for c in comparisons],
+        [c.learn_all_turns for c in comparisons],
+    ]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _index_columns(rows: list[tuple[Comparison, int, bool]]) -> list[np.ndarray]:
+    comparisons = [row[0] for row in rows]
+    whole = [(c.prompt, c.answers, c.ranks, c.margin) for c in comparisons]
+    return [
+        np.array([prompt_key(c.prompt) for c in comparisons], dtype=np.uint64),
+        np.array([xxhash.xxh3_64_intdigest(json.dumps(row).encode()) for row in whole], dtype=np.uint64),
+        np.array([row[1] for row in rows], dtype=np.int32),
+        np.array([row[2] for row in rows], dtype=bool),
+        np.array([len(c.answers) for c in comparisons], dtype=np.int32),
+        np.array([len(c.pairs) for c in comparisons], dtype=np.int32),
+    ]

@@ -1,21 +1,48 @@
 """Layouts: how a row of a data set becomes a Comparison. Each is one small function, known by its columns.
 
-To add one, write a function from a row to a Comparison and put `@layout(column, ...)` above it. Where several
-fit a row, the one that was registered first is taken, so the more columns, the earlier.
+To add one, write a function from a row to a Comparison and put `@layout(name, column, ...)` above it. Where
+several fit a row, the one that was registered first is taken, so the more columns, the earlier. The name is
+what --data_format takes.
 """
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dschat.data.comparisons import Comparison
+from dschat.data.comparisons import Comparison, Prompt, Turn
 
 Row = dict[str, Any]
-Layout = Callable[[Row], Comparison]
-
-LAYOUTS: dict[tuple[str, ...], Layout] = {}
-"""The known layouts by the columns they need."""
+ReadRow = Callable[[Row], Comparison]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+}
+"""What the field calls the parties of a conversation."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to read rows that have certain columns."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: ReadRow
+
+
+LAYOUTS: dict[str, Layout] = {}
+"""The known layouts by name, in the order in which they are tried."""
 
 
 class BadRow(ValueError):
@@ -26,11 +53,11 @@ class DroppedRow(Exception):
     """A sound row that is of no use here; the message is the reason it is counted under."""
 
 
-def layout(*columns: str) -> Callable[[Layout], Layout]:
+def layout(name: str, *columns: str) -> Callable[[ReadRow], ReadRow]:
     """Register the function below as the layout of rows with these columns."""
 
-    def register(read: Layout) -> Layout:
-        LAYOUTS[columns] = read
+    def register(read: ReadRow) -> ReadRow:
+        LAYOUTS[name] = Layout(name, columns, read)
         return read
 
     return register
@@ -38,33 +65,61 @@ def layout(*columns: str) -> Callable[[Layout], Layout]:
 
 def recognise(row: Row) -> Layout:
     """The layout of a row by its columns. Raises `BadRow` where none fits."""
-    for columns, read in LAYOUTS.items():
-        if set(columns) <= set(row):
-            return read
-    known = "; or ".join(", ".join(columns) for columns in LAYOUTS)
-    closest = max(LAYOUTS, key=lambda columns: len(set(columns) & set(row)))
-    missing = ", ".join(f'"{column}"' for column in closest if column not in row)
+    for known in LAYOUTS.values():
+        if set(known.columns) <= set(row) and not _half_a_pair(known, row):
+            return known
     found = ", ".join(map(str, row)) or "none"
-    raise BadRow(f"the row has no {missing}; its columns are: {found}; the known layouts are: {known}")
+    closest = max(LAYOUTS.values(), key=lambda known: len(set(known.columns) & set(row)))
+    missing = ", ".join(f'"{column}"' for column in closest.columns if column not in row)
+    listed = "; or ".join(", ".join(known.columns) for known in LAYOUTS.values())
+    raise BadRow(
+        f"the row has no {missing}; its columns are: {found}; the known layouts are: {listed}; "
+        "--prompt_key, --chosen_key, --rejected_key and --messages_key name columns that are called otherwise"
+    )
+
+
+def _half_a_pair(known: Layout, row: Row) -> bool:
+    """Whether the layout would overlook that one answer of a pair is missing."""
+    return "chosen" not in known.columns and ("chosen" in row) != ("rejected" in row)
+
+
+def value_of(row: Row, column: str) -> Any:
+    """What is in that column. Raises `BadRow` where there is none: rows need not be like the first."""
+    if column not in row:
+        raise BadRow(f'the row has no "{column}"')
+    return row[column]
 
 
 def text(row: Row, column: str) -> str:
-    """The non-empty string in that column. Raises `BadRow` for anything else."""
-    if column not in row:
-        raise BadRow(f'the row has no "{column}"')
-    value = row[column]
+    """The string in that column, which must hold more than white space. Raises `BadRow` for anything else."""
+    return sound_text(value_of(row, column), f'"{column}"')
+
+
+def sound_text(value: Any, name: str) -> str:
+    """`value`, if it is a string with something in it; `name` says in a message what it is."""
     if not isinstance(value, str):
-        raise BadRow(f'"{column}" must be a string, but is {_describe(value)}')
-    if not value:
-        raise BadRow(f'"{column}" is empty')
+        raise BadRow(f"{name} must be a string, but is {describe(value)}")
+    if not value.strip():
+        raise BadRow(f"{name} is empty" + (" but for white space" if value else ""))
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f'"{column}" holds half of a surrogate pair at character {error.start + 1}') from error
+        raise BadRow(f"{name} holds half of a surrogate pair at character {error.start + 1}") from error
     return value
 
 
-def _describe(value: Any) -> str:
+def finite_number(value: Any, name: str) -> float:
+    """`value`, if it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{name} must be a number, but is {describe(value)}")
+    # An int compares with any float, but is not always one: float(10**400) is an OverflowError.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise BadRow(f"{name} must be a finite number, but is {describe(value)}")
+    return float(value)
+
+
+def describe(value: Any) -> str:
+    """What a value is, for a message."""
     if value is None:
         return "null"
     names = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
@@ -72,27 +127,185 @@ def _describe(value: Any) -> str:
     return f"{names.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"
 
 
-@layout("prompt", "chosen", "rejected")
-def answers_to_a_prompt(row: Row) -> Comparison:
-    """Three strings, taken as they are."""
-    return Comparison(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"))
+def turns(value: Any, name: str) -> tuple[Turn, ...]:
+    """A conversation from a list of {"role", "content"} or {"from", "value"}; neighbours of one role merge.
 
-
-@layout("chosen", "rejected")
-def whole_dialogues(row: Row) -> Comparison:
-    """Two dialogues "\\n\\nHuman: ...\\n\\nAssistant: ..." as in HH that differ in the last answer.
-
-    The prompt ends with "\\n\\nAssistant:" and the answers begin with their space. Dialogues that part
-    earlier compare answers to different prompts and are dropped.
+    Raises `BadRow` for anything else and `DroppedRow` where a tool speaks.
     """
-    prompt, chosen = _last_answer(row, "chosen")
-    other_prompt, rejected = _last_answer(row, "rejected")
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} must be a list of messages, but is {describe(value)}")
+    merged: list[Turn] = []
+    for number, message in enumerate(value, start=1):
+        turn = _turn(message, f"message {number} of {name}")
+        if merged and merged[-1].role == turn.role:
+            turn = Turn(turn.role, f"{merged.pop().content}\n\n{turn.content}")
+        merged.append(turn)
+    return tuple(merged)
+
+
+def _turn(message: Any, name: str) -> Turn:
+    if not isinstance(message, dict):
+        raise BadRow(f'{name} must be an object {{"role", "content"}}, but is {describe(message)}')
+    if message.get("tool_calls") or message.get("function_call"):  # such a message may have no content
+        raise DroppedRow("conversations with tools")
+    role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in message:
+            raise BadRow(f'{name} has no "{key}"')
+    role = str(message[role_key]).lower()
+    if role in ("tool", "function", "function_call", "observation", "ipython"):
+        raise DroppedRow("conversations with tools")
+    if role not in ROLES:
+        raise BadRow(f"{name} is by {message[role_key]!r}; known are {', '.join(ROLES)}")
+    return Turn(ROLES[role], sound_text(message[content_key], name).strip())
+
+
+def prompt_and_answer(conversation: tuple[Turn, ...], name: str) -> tuple[Prompt, str]:
+    """A conversation cut before its last turn, which must be the assistant's."""
+    *before, last = conversation
+    if last.role != "assistant":
+        raise DroppedRow("conversations that end with a question")
+    return _asked(tuple(before), name), last.content
+
+
+def _asked(prompt: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
+    """The same turns, if there is a question among them."""
+    if not any(turn.role == "user" for turn in prompt):
+        raise BadRow(f"{name} has an answer but no question before it")
+    return prompt
+
+
+def text_prompt(value: str) -> str:
+    """A prompt that is text. Raises `DroppedRow` where it ends inside an answer, to which nothing fits."""
+    marks = list(re.finditer(r"(?:^|\n\n)(Human|Assistant):", value))
+    if marks and marks[-1][1] == "Assistant" and value[marks[-1].end() :].strip():
+        raise DroppedRow("prompts that end inside an answer")
+    return value
+
+
+def a_prompt(row: Row, column: str = "prompt") -> Prompt:
+    """The prompt in that column: text, or messages of which the last is a question."""
+    if isinstance(row.get(column), list):
+        prompt = turns(row[column], f'"{column}"')
+        if prompt[-1].role == "assistant":
+            raise DroppedRow("prompts that end with an answer")
+        return _asked(prompt, f'"{column}"')
+    return text_prompt(text(row, column))
+
+
+def margin(row: Row) -> float:
+    """The row's margin, 0 where it has none."""
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    number = finite_number(value, '"margin"')
+    if number < 0:
+        raise BadRow(f'"margin" must be at least 0, but is {number}')
+    return number
+
+
+def ranked(prompt: Prompt, answers: Sequence[str], ranks: Sequence[float], **settings: Any) -> Comparison:
+    """A Comparison of answers in any order; the lower the rank, the better."""
+    order = sorted(range(len(answers)), key=lambda i: ranks[i])
+    return Comparison(
+        prompt, tuple(answers[i] for i in order), tuple(float(ranks[i]) for i in order), **settings
+    )
+
+
+@layout("preference", "prompt", "chosen", "rejected")
+def answers_to_a_prompt(row: Row) -> Comparison:
+    """A prompt and two answers, each text or messages; messages may repeat the prompt before the answer."""
+    return _continued(row, a_prompt(row), "chosen", "rejected", margin=margin(row))
+
+
+def _continued(row: Row, prompt: Prompt, *columns: str, **settings: Any) -> Comparison:
+    """The prompt and its answers in those columns; what stands before the answers must be the prompt."""
+    befores, answers = zip(*(_end_of(row, column) for column in columns), strict=True)
+    repeated = {before: column for before, column in zip(befores, columns, strict=True) if before}
+    if len(repeated) > 1:
+        raise DroppedRow("dialogues that part before their last answer")
+    for before, column in repeated.items():
+        prompt = _whole_prompt(before, prompt, column)
+    return Comparison(prompt, answers, **settings)
+
+
+def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], str]:
+    """An answer, and the messages before it if there are any."""
+    value = row.get(column)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return (), text(row, column)
+    *before, last = turns(value, f'"{column}"')
+    if last.role != "assistant":
+        raise DroppedRow("conversations that end with a question")
+    return tuple(before), last.content
+
+
+def _whole_prompt(before: tuple[Turn, ...], prompt: Prompt, column: str) -> tuple[Turn, ...]:
+    """The messages before an answer, which may say more than the prompt, such as a system message."""
+    asked = (Turn("user", prompt.strip()),) if isinstance(prompt, str) else prompt
+    if not set(asked) <= set(before):
+        raise BadRow(f'"{column}" has messages before its answer, and they are not the prompt')
+    return before
+
+
+@layout("sharegpt_preference", "conversations", "chosen", "rejected")
+def sharegpt_preference(row: Row) -> Comparison:
+    """`conversations` up to the question, and two answers as messages or text; `system` may stand apart."""
+    prompt = a_prompt(row, "conversations")
+    comparison = _continued(row, prompt, "chosen", "rejected", margin=margin(row))
+    if isinstance(comparison.prompt, str):
+        return comparison
+    return replace(comparison, prompt=_with_system(row, comparison.prompt))
+
+
+@layout("ranked", "prompt", "answers")
+def several_answers(row: Row) -> Comparison:
+    """A prompt and a list of answers, the best first; or in any order with `scores` (higher is better) or
+    `ranks` (lower is better), where equal numbers are a tie."""
+    answers = value_of(row, "answers")
+    if not isinstance(answers, list) or not answers:
+        raise BadRow(f'"answers" must be a list of texts, but is {describe(answers)}')
+    answers = [sound_text(answer, f"answer {number}") for number, answer in enumerate(answers, start=1)]
+    if row.get("ranks") is not None:
+        ranks = _numbers(row, "ranks", len(answers))
+    elif row.get("scores") is not None:
+        # 0.0 - 0.0 is 0.0, but -0.0 would be written as another row.
+        ranks = [0.0 - score for score in _numbers(row, "scores", len(answers))]
+    else:
+        ranks = list(range(len(answers)))
+    return ranked(a_prompt(row), answers, ranks)
+
+
+def _numbers(row: Row, column: str, count: int) -> list[float]:
+    values = row[column]
+    if not isinstance(values, list) or len(values) != count:
+        raise BadRow(
+            f'"{column}" must be a list of {count} numbers, one an answer, but is {describe(values)}'
+        )
+    return [finite_number(value, f'{number} of "{column}"') for number, value in enumerate(values, start=1)]
+
+
+@layout("hh", "chosen", "rejected")
+def whole_dialogues(row: Row) -> Comparison:
+    """Two dialogues that differ in the last answer: "\\n\\nHuman: ...\\n\\nAssistant: ..." as in HH, or
+    messages. Dialogues that part earlier compare answers to different prompts and are dropped.
+    """
+    is_text = not isinstance(row.get("chosen"), list)
+    cut = _cut_marked_dialogue if is_text else _cut_messages
+    prompt, chosen = cut(row, "chosen")
+    other_prompt, rejected = cut(row, "rejected")
     if prompt != other_prompt:
         raise DroppedRow("dialogues that part before their last answer")
-    return Comparison(prompt, chosen, rejected)
+    return Comparison(prompt, (chosen, rejected), margin=margin(row))
 
 
-def _last_answer(row: Row, column: str) -> tuple[str, str]:
+def _cut_messages(row: Row, column: str) -> tuple[Prompt, str]:
+    return prompt_and_answer(turns(value_of(row, column), f'"{column}"'), f'"{column}"')
+
+
+def _cut_marked_dialogue(row: Row, column: str) -> tuple[str, str]:
     before, marker, answer = text(row, column).rpartition(ASSISTANT)
     if not marker:
         raise BadRow(
@@ -101,6 +314,66 @@ def _last_answer(row: Row, column: str) -> tuple[str, str]:
         )
     if HUMAN in answer:
         raise DroppedRow("dialogues that end with a question")
-    if not answer:
-        raise BadRow(f'"{column}" has no answer after its last {ASSISTANT!r}')
+    if not before.strip():
+        raise BadRow(f'"{column}" has an answer but no question before it')
+    if not answer.strip():
+        raise DroppedRow("empty answers")  # HH has some
     return before + marker, answer
+
+
+@layout("messages", "messages")
+def messages(row: Row) -> Comparison:
+    """A conversation; step 1 learns all that the assistant says in it."""
+    prompt, answer = prompt_and_answer(turns(value_of(row, "messages"), '"messages"'), '"messages"')
+    return Comparison(prompt, (answer,), learn_all_turns=True)
+
+
+@layout("sharegpt", "conversations")
+def sharegpt(row: Row) -> Comparison:
+    """The same as messages, from {"from": "human" | "gpt" | "system", "value"}; `system` may stand apart."""
+    conversation = _with_system(row, turns(value_of(row, "conversations"), '"conversations"'))
+    prompt, answer = prompt_and_answer(conversation, '"conversations"')
+    return Comparison(prompt, (answer,), learn_all_turns=True)
+
+
+def _with_system(row: Row, conversation: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The conversation, led by the message in the column `system` where it has none of its own."""
+    apart = row.get("system")
+    nothing = apart is None or (isinstance(apart, str) and not apart.strip())
+    if nothing or conversation[0].role == "system":
+        return conversation
+    return (Turn("system", text(row, "system").strip()), *conversation)
+
+
+@layout("alpaca", "instruction", "output")
+def alpaca(row: Row) -> Comparison:
+    """An instruction, where there is one an input below it, and the answer."""
+    extra = row.get("input")
+    question = text(row, "instruction").strip()
+    if extra is not None and extra != "":
+        question += f"\n\n{text(row, 'input').strip()}"
+    return Comparison((Turn("user", question),), (text(row, "output"),))
+
+
+@layout("question_answer", "question", "answer")
+def question_answer(row: Row) -> Comparison:
+    """A question and its answer, as in GSM8K."""
+    return Comparison((Turn("user", text(row, "question").strip()),), (text(row, "answer"),))
+
+
+@layout("prompt_completion", "prompt", "completion")
+def prompt_completion(row: Row) -> Comparison:
+    """A prompt and one answer, each text or messages."""
+    return _continued(row, a_prompt(row), "completion")
+
+
+@layout("prompt_response", "prompt", "response")
+def prompt_response(row: Row) -> Comparison:
+    """A prompt and one answer under another name."""
+    return _continued(row, a_prompt(row), "response")
+
+
+@layout("prompt_only", "prompt")
+def prompt_only(row: Row) -> Comparison:
+    """A prompt without an answer, for step 3."""
+    return Comparison(a_prompt(row))

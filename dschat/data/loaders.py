@@ -57,7 +57,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         for step in step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch)):
-            denominator = float(self.weights[step].sum())
+            denominator = float(self.weights[step].sum(dtype=np.float64))
             for rows in _dealt(step, self.batch_size, self.accumulation_steps, self.rank, self.world_size):
                 yield self.collate(self.dataset[rows], self.batch_size, denominator)
 
@@ -110,7 +110,11 @@ class PromptLoader:
             order = _longest_first(np.arange(len(rows)), self.lengths[rows])
             yield [
                 collate_prompts(
-                    self.dataset[rows[mine]], len(mine), pad_id=self.pad_id, samples=samples[mine]
+                    self.dataset[rows[mine]],
+                    len(mine),
+                    pad_id=self.pad_id,
+                    numbers=rows[mine],
+                    samples=samples[mine],
                 )
                 for mine in _dealt(order, self.batch_size, self.batches_per_step, self.rank, self.world_size)
             ]
@@ -128,9 +132,10 @@ def build_train_loader(
 ) -> TrainLoader:
     """Batches of `batch_size` rows of similar length; each row once an epoch, fillers in the last step.
 
-    A batch's denominator is the sum of the optimiser step's num_targets, or without that column its rows.
+    A batch's denominator is the sum of the optimiser step's num_targets, or weights, or without these columns
+    its rows.
     """
-    has_targets = "num_targets" in dataset.column_names
+    counted = next((name for name in ("num_targets", "weight") if name in dataset.column_names), None)
     lengths = column(dataset, "length")
     return TrainLoader(
         dataset=dataset.with_format("arrow"),
@@ -141,7 +146,7 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         lengths=lengths,
-        weights=column(dataset, "num_targets") if has_targets else np.ones(len(lengths)),
+        weights=column(dataset, counted) if counted else np.ones(len(lengths)),
     )
 
 

@@ -27,7 +27,7 @@ from dschat.arguments import DataArguments
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
-from dschat.data.sources import Source, open_source, read_comparisons
+from dschat.data.sources import Format, Source, open_source, read_comparisons
 from dschat.data.tokenization import (
     Tokenized,
     column,
@@ -39,10 +39,14 @@ from dschat.data.tokenization import (
 )
 from dschat.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
-REASONS = {splits.REPEATED: "repeated prompt", splits.ALSO_EVALUATION: "prompt in an evaluation split"}
+REASONS = {
+    splits.REPEATED: "repeated prompt",
+    splits.ALSO_EVALUATION: "prompt in an evaluation split",
+    splits.OUTWEIGHED: "over its weight in the blend",
+}
 """Why a comparison is in no part."""
 
 
@@ -67,6 +71,42 @@ class _Task:
     """and its value."""
     settings: dict[str, Any]
     """What shapes the tokens beside the text and the tokenizer."""
+    lacks: str = ""
+    """What a row that the step cannot use lacks."""
+
+    def can_use(self, index: ComparisonIndex) -> np.ndarray:
+        """Which comparisons the step can use, bool [N]: those with an answer, with a pair, or all."""
+        return {1: index.num_answers > 0, 2: index.num_pairs > 0}.get(self.step, index.num_answers >= 0)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The opened data sets, in the order in which their comparisons are numbered."""
+
+    shared: list[Source]
+    """--data_path, which all steps know."""
+    evaluation: list[Source]
+    """--eval_data_path."""
+    own: list[Source]
+    """Step 1's own."""
+
+    @property
+    def all(self) -> list[Source]:
+        """Every source; its place is its number."""
+        return [*self.shared, *self.evaluation, *self.own]
+
+    def are_for_evaluation(self, number: int) -> bool:
+        """Whether the source of that number is one of --eval_data_path."""
+        return len(self.shared) <= number < len(self.shared) + len(self.evaluation)
+
+    @staticmethod
+    def open(data: DataArguments, own_data_path: Sequence[str]) -> "_Sources":
+        """Open them all. Raises `UserError`."""
+        return _Sources(
+            [open_source(entry) for entry in data.data_path],
+            [open_source(entry, "--eval_data_path") for entry in data.eval_data_path],
+            [open_source(entry, "--sft_only_data_path") for entry in own_data_path],
+        )
 
 
 def sft_data(
@@ -84,28 +124,43 @@ def sft_data(
     """
     settings = {"max_seq_len": max_seq_len, "train_on_prompt": train_on_prompt}
     tokenize = partial(tokenize_sft, tokenizer=tokenizer, **settings)
-    task = _Task(1, tokenize, "--max_seq_len", max_seq_len, settings)
+    task = _Task(1, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no answer to learn")
     return _prepare(task, data, tokenizer, seed, sft_only_data_path)
 
 
 def reward_data(
     data: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, seed: int
 ) -> SplitData:
-    """Step 2's pairs, as `tokenize_pairs` makes them. Raises `UserError` as `sft_data` does."""
+    """Step 2's pairs, as `tokenize_pairs` makes them; the pairs of one prompt weigh 1 together.
+
+    Raises `UserError` as `sft_data` does.
+    """
     settings = {"max_seq_len": max_seq_len}
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **settings)
-    task = _Task(2, tokenize, "--max_seq_len", max_seq_len, settings)
+    task = _Task(2, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no two answers to compare")
     return _prepare(task, data, tokenizer, seed)
 
 
 def prompt_data(
-    data: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_prompt_seq_len: int, seed: int
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_seq_len: int,
+    seed: int,
+    reader: PreTrainedTokenizerBase | None = None,
 ) -> SplitData:
     """Step 3's prompts, as `tokenize_prompts` makes them. Raises `UserError` as `sft_data` does."""
     settings = {"max_prompt_seq_len": max_prompt_seq_len}
-    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, **settings)
+    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, reader=reader, **settings)
+    if reader is not None:
+        settings["reader"] = _text_fingerprint(reader)
     task = _Task(3, tokenize, "--max_prompt_seq_len", max_prompt_seq_len, settings)
     return _prepare(task, data, tokenizer, seed)
+
+
+def _text_fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """What decides the tokens of a conversation."""
+    return [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
 
 
 def _prepare(
@@ -115,57 +170,94 @@ def _prepare(
     seed: int,
     own_data_path: Sequence[str] = (),
 ) -> SplitData:
-    sources = [open_source(entry) for entry in data.data_path]
-    own = [open_source(entry, "--sft_only_data_path") for entry in own_data_path]
+    sources, form = _Sources.open(data, own_data_path), Format.of(data)
+
+    def identities(some: list[Source]) -> list[list]:
+        return [[s.fingerprint, s.weight, s.read and s.read.__name__] for s in some]
+
     key = fingerprint(
         {
             "format": FORMAT,
             "step": task.step,
             "settings": task.settings,
-            "sources": [source.fingerprint for source in sources],
-            "own": [source.fingerprint for source in own],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "sources": identities(sources.shared),
+            "evaluation": identities(sources.evaluation),
+            "own": identities(sources.own),
+            "form": [form.name, form.keys],
+            "tokenizer": _text_fingerprint(tokenizer),
             "shares": data.shares,
             "eval_fraction": data.eval_fraction,
+            "max_train_samples": data.max_train_samples,
             "seed": seed,
         }
     )
     folder = cached(
-        cache_folder(data.data_output_path), key, lambda place: _build(place, task, data, seed, sources, own)
+        cache_folder(data.data_output_path),
+        key,
+        lambda place: _build(place, task, data, seed, sources, form),
     )
     if int(os.environ.get("RANK", 0)) == 0:
         report = json.loads((folder / "report.json").read_text())
-        print(_describe(report, task, [*sources, *own], folder), flush=True)
+        print(_describe(report, task, sources.all, folder), flush=True)
     return SplitData(load_from_disk(str(folder / "train")), load_from_disk(str(folder / "evaluation")))
 
 
 def _build(
-    folder: Path, task: _Task, data: DataArguments, seed: int, sources: list[Source], own: list[Source]
+    folder: Path, task: _Task, data: DataArguments, seed: int, sources: _Sources, form: Format
 ) -> None:
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
     text = folder / "comparisons.arrow"
-    dropped = [Counter() for _ in [*sources, *own]]
-    index = write_comparisons(_all_comparisons([*sources, *own], dropped), text)
-    parts = _assign(index, len(sources), data, seed)
-    _check_sources([*sources, *own], index)
+    dropped = [Counter() for _ in sources.all]
+    index = write_comparisons(_all_comparisons(sources, form, dropped), text)
+    parts = _assign(index, sources, data, seed)
+    _check_sources(sources, index)
     _check_share(parts, task, data)
     rows = Dataset.from_file(str(text))
-    num_proc = data.preprocessing_num_workers or default_num_proc()
     report = {
-        "sources": [_source_report(number, index, parts, drops) for number, drops in enumerate(dropped)]
+        "sources": [_source_report(number, index, parts, drops, task) for number, drops in enumerate(dropped)]
     }
     for name, part in (("train", task.step - 1), ("evaluation", splits.EVALUATION)):
-        tokenized = task.tokenize(rows.select(np.flatnonzero(parts == part)), num_proc=num_proc)
+        chosen, left_out = _rows_of(part, index, parts, task)
+        if name == "train" and data.max_train_samples is not None:
+            left_out["over --max_train_samples"] = max(len(chosen) - data.max_train_samples, 0)
+            chosen = chosen[splits.some_rows(index.row_keys[chosen], data.max_train_samples, seed)]
+        tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
+        left_out.update(tokenized.dropped)
         if name == "train":
-            _check_rows_left(tokenized, task)
+            _check_rows_left(tokenized, left_out, task)
         with _without_progress_bar():
             # By itself `datasets` gives no rows no file, and cannot load that.
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
-        report[name] = _rows_report(tokenized)
+        report[name] = _rows_report(tokenized, +left_out)
     text.unlink()
     for scratch in folder.glob("cache-*.arrow"):
         scratch.unlink()
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _rows_of(
+    part: int, index: ComparisonIndex, parts: np.ndarray, task: _Task
+) -> tuple[np.ndarray, Counter[str]]:
+    """The comparisons of a part that the step uses, ascending, and why prompts of it are left out.
+
+    Steps 1 and 3 take a prompt once, step 2 takes every different row of it.
+    """
+    mine = splits.parts_of_prompts(index.keys, index.in_evaluation, parts) == part
+    usable = mine & task.can_use(index)
+    identity = index.row_keys if task.step == 2 else index.keys
+    num_unusable = len(np.setdiff1d(index.keys[mine], index.keys[usable]))
+    return splits.first_of_each(identity, np.flatnonzero(usable)), Counter({task.lacks: num_unusable})
+
+
+def _tokenized(
+    rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: _Task, data: DataArguments
+) -> Tokenized:
+    num_proc = data.preprocessing_num_workers or default_num_proc()
+    if task.step != 2:
+        return task.tokenize(rows, num_proc=num_proc)
+    _, group = np.unique(index.keys[chosen], return_inverse=True)
+    pairs_of_prompt = np.bincount(group, weights=index.num_pairs[chosen])
+    return task.tokenize(rows, weights=(1 / pairs_of_prompt[group]).astype(np.float32), num_proc=num_proc)
 
 
 @contextmanager
@@ -180,42 +272,51 @@ def _without_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _all_comparisons(sources: list[Source], dropped: list[Counter]) -> Iterator[tuple[Comparison, int, bool]]:
+def _all_comparisons(
+    sources: _Sources, form: Format, dropped: list[Counter]
+) -> Iterator[tuple[Comparison, int, bool]]:
     """Every comparison of every source, with the source's number and whether it is for evaluation."""
-    for number, source in enumerate(sources):
-        for comparison in read_comparisons(source.training, dropped[number]):
-            yield comparison, number, False
-        if source.evaluation is not None:
-            for comparison in read_comparisons(source.evaluation, dropped[number]):
-                yield comparison, number, True
+    for number, source in enumerate(sources.all):
+        if sources.are_for_evaluation(number):
+            splits_used = [(source.evaluation or source.training, True)]
+        else:
+            splits_used = [(source.training, False)]
+            if source.evaluation is not None and not sources.evaluation:
+                splits_used.append((source.evaluation, True))
+        for rows, in_evaluation in splits_used:
+            for comparison in read_comparisons(source, rows, form, dropped[number]):
+                yield comparison, number, in_evaluation
 
 
-def _assign(index: ComparisonIndex, num_shared: int, data: DataArguments, seed: int) -> np.ndarray:
+def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed: int) -> np.ndarray:
     """The part of each comparison, as `splits.assign` numbers them.
 
-    Sources from `num_shared` on are step 1's own. The other steps do not know them, so they must not change
-    the split of the shared ones: they give up prompts that those have, in any step.
+    The other steps do not know step 1's own sources, so they must not change the split of the shared ones:
+    they give up prompts that those have, in any step.
     """
-    shared = index.sources < num_shared
+    shared = index.sources < len(sources.shared) + len(sources.evaluation)
     own = ~shared & ~np.isin(index.keys, index.keys[shared])
+    weights = {n: source.weight for n, source in enumerate(sources.all) if source.weight is not None}
     parts = np.full(len(shared), splits.REPEATED, dtype=np.int8)
-    for rows, shares in ((shared, data.shares), (own, (1.0, 0.0, 0.0))):
+    for rows, shares, some in ((shared, data.shares, sources.shared), (own, (1.0, 0.0, 0.0), sources.own)):
         parts[rows] = splits.assign(
             index.keys[rows],
             index.sources[rows],
             index.in_evaluation[rows],
-            eval_fraction=data.eval_fraction,
+            eval_fraction=0.0 if sources.evaluation else data.eval_fraction,
             shares=shares,
             seed=seed,
+            weights=weights if any(source.weight is not None for source in some) else None,
         )
     return parts
 
 
-def _check_sources(sources: list[Source], index: ComparisonIndex) -> None:
-    """Raise `UserError` for a source without rows to train on."""
-    for number, source in enumerate(sources):
-        if not np.any((index.sources == number) & ~index.in_evaluation):
-            problem = f"{source.flag} {source.name} holds no rows to train on"
+def _check_sources(sources: _Sources, index: ComparisonIndex) -> None:
+    """Raise `UserError` for a source without rows to train on, or to evaluate on."""
+    for number, source in enumerate(sources.all):
+        use = "evaluate" if sources.are_for_evaluation(number) else "train"
+        if not np.any((index.sources == number) & (index.in_evaluation == (use == "evaluate"))):
+            problem = f"{source.flag} {source.name} holds no rows to {use} on"
             raise UserError(f"{problem}; leave it out or give another file.")
 
 
@@ -231,24 +332,32 @@ def _check_share(parts: np.ndarray, task: _Task, data: DataArguments) -> None:
         )
 
 
-def _check_rows_left(tokenized: Tokenized, task: _Task) -> None:
-    """Raise `UserError` where tokenisation dropped every training row."""
-    if len(tokenized.rows) == 0:
-        problem = f"step {task.step} has no rows left to train on" + _listed(": dropped", tokenized.dropped)
-        raise UserError(
-            f"{problem}. {task.limit} is {task.max_tokens} and the shortest prompt has "
-            f"{tokenized.shortest_prompt} tokens: raise it, or give other data."
-        )
+def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: _Task) -> None:
+    """Raise `UserError` where no training row is left."""
+    if len(tokenized.rows) > 0:
+        return
+    problem = f"step {task.step} has no rows left to train on" + _listed(": dropped", +left_out)
+    if left_out[task.lacks] and not tokenized.dropped:
+        raise UserError(f"{problem}. Give data that has what step {task.step} learns from (docs/data.md).")
+    raise UserError(
+        f"{problem}. {task.limit} is {task.max_tokens} and the shortest prompt has "
+        f"{tokenized.shortest_prompt} tokens: raise it, or give other data."
+    )
 
 
 def _source_report(
-    number: int, index: ComparisonIndex, parts: np.ndarray, dropped: Counter[str]
+    number: int, index: ComparisonIndex, parts: np.ndarray, dropped: Counter[str], task: _Task
 ) -> dict[str, Any]:
-    parts = parts[index.sources == number]
+    mine = index.sources == number
     reasons = dict(dropped)
     for part, reason in REASONS.items():
-        if np.any(parts == part):
-            reasons[reason] = int(np.sum(parts == part))
+        rows = np.flatnonzero(mine & (parts == part))
+        if part == splits.REPEATED and task.step == 2:  # further pairs of a prompt are used
+            first = splits.first_of_each(index.row_keys, np.arange(len(parts)))
+            rows, reason = np.setdiff1d(rows, first), "repeated row"
+        if len(rows):
+            reasons[reason] = len(rows)
+    parts = parts[mine]
     return {
         "rows": len(parts) + sum(dropped.values()),
         "dropped": reasons,
@@ -257,13 +366,14 @@ def _source_report(
     }
 
 
-def _rows_report(tokenized: Tokenized) -> dict[str, Any]:
+def _rows_report(tokenized: Tokenized, left_out: Counter[str]) -> dict[str, Any]:
     lengths = column(tokenized.rows, "length")
     return {
         "rows": len(lengths),
         "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
+        "fewer_turns": tokenized.num_fewer_turns,
         "cut": tokenized.num_cut,
-        "dropped": tokenized.dropped,
+        "dropped": dict(left_out),
     }
 
 
@@ -273,7 +383,7 @@ def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder
     for source, counts in zip(sources, report["sources"], strict=True):
         shares = " + ".join(map(str, counts["shares"]))
         lines.append(
-            f"  {source.name}: {counts['rows']} rows; {shares} for steps 1 + 2 + 3"
+            f"  {source.name}: {counts['rows']} rows; {shares} prompts for steps 1 + 2 + 3"
             f" and {counts['evaluation']} for evaluation"
             + _listed("; dropped", counts["dropped"])
             + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
@@ -282,7 +392,8 @@ def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder
         counts = report[name]
         lines.append(
             f"  {name}: {counts['rows']} rows of {counts['mean_length']:.0f} tokens on average"
-            + (f", {counts['cut']} of them cut to {task.limit}" if counts["cut"] else "")
+            + (f", {counts['fewer_turns']} without their first turns" if counts["fewer_turns"] else "")
+            + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
             + _listed("; dropped", counts["dropped"])
         )
     return "\n".join(lines)

@@ -1,37 +1,32 @@
 """Sources: the entries of --data_path, each opened as training and evaluation rows.
 
 An entry is a local JSON, JSON Lines or Parquet file (the first two also with .gz), a folder that `datasets`
-saved or that holds train and test files, or else the id of a data set on the hub.
+saved or that holds train and test files, or else the id of a data set on the hub; with a weight behind it as
+in "pairs.jsonl:0.3".
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from dschat.arguments import DataArguments
 from dschat.data.cache import files_fingerprint
 from dschat.data.comparisons import Comparison
-from dschat.data.layouts import BadRow, DroppedRow, recognise
+from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, file_rows, readable
+from dschat.data.known_sets import KNOWN_SETS, KnownSet
+from dschat.data.layouts import LAYOUTS, BadRow, DroppedRow, ReadRow, recognise
 from dschat.errors import UserError
 
-Rows = Callable[[], Iterator[tuple[str, Any]]]
-"""Called, it streams (place, row); the place is for messages, such as "pairs.jsonl:3"."""
-
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-KNOWN_FILES = ".json, .jsonl (both also .gz) and .parquet"
 ROWS_AT_ONCE = 1000
 
 
@@ -49,17 +44,77 @@ class Source:
     """The flag that names it."""
     unused: tuple[str, ...] = ()
     """Names of splits that are neither for training nor for evaluation."""
+    weight: float | None = None
+    """Its share of a blend, None where none is given."""
+    read: ReadRow | None = None
+    """How its rows are read, None where their columns are to tell."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the user says that rows are to be read, where the columns do not tell."""
+
+    name: str | None = None
+    """A layout or a known data set, None for what the columns tell."""
+    keys: tuple[tuple[str, str], ...] = ()
+    """(the name a layout uses, the name in the data) of columns."""
+
+    @staticmethod
+    def of(data: DataArguments) -> "Format":
+        """From --data_format and the flags that name columns. Raises `UserError` for an unknown format."""
+        if data.data_format is not None and data.data_format not in {**LAYOUTS, **KNOWN_SETS}:
+            raise UserError(
+                f"--data_format {data.data_format!r} is unknown; choose a layout ({', '.join(LAYOUTS)}) or a "
+                f"known data set ({', '.join(KNOWN_SETS)})."
+            )
+        keys = {
+            "prompt": data.prompt_key,
+            "chosen": data.chosen_key,
+            "rejected": data.rejected_key,
+            "messages": data.messages_key,
+        }
+        return Format(data.data_format, tuple((ours, theirs) for ours, theirs in keys.items() if theirs))
+
+    def reader(self) -> ReadRow | None:
+        """What reads a row, None where the columns are to tell."""
+        if self.name is None:
+            return None
+        return (LAYOUTS if self.name in LAYOUTS else KNOWN_SETS)[self.name].read
+
+    def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row under the names that layouts use. Raises `BadRow` for a missing column."""
+        for ours, theirs in self.keys:
+            if theirs not in row:
+                raise BadRow(f'the row has no "{theirs}" (--{ours}_key)')
+        return {**row, **{ours: row[theirs] for ours, theirs in self.keys}} if self.keys else row
 
 
 def open_source(entry: str, flag: str = "--data_path") -> Source:
     """Find out what `entry` of `flag` is and open it; rows are read later. Raises `UserError`."""
+    name, weight = _weighted(entry, flag)
+    return replace(_open_unweighted(name, flag), weight=weight)
+
+
+def _weighted(entry: str, flag: str) -> tuple[str, float | None]:
+    """An entry as its name and its weight."""
+    name, colon, number = entry.rpartition(":")
+    if not colon or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", number) or Path(entry).exists():
+        return entry, None
+    if not 0 < float(number) < float("inf"):
+        raise UserError(f"{flag} {entry}: the weight must be positive, got {number}; 0.3 is one.")
+    return name, float(number)
+
+
+def _open_unweighted(entry: str, flag: str) -> Source:
     path = Path(entry).expanduser()
-    with _readable(path):
+    with readable(path):
         if path.is_file():
             return _file_source(entry, path, flag)
         if path.is_dir():
             saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
             return (_saved_source if saved else _folder_source)(entry, path, flag)
+    if entry in KNOWN_SETS:
+        return _known_source(KNOWN_SETS[entry], flag)
     if _is_path(entry):
         raise UserError(
             f"{flag} {entry}: there is no such file or folder, seen from {Path.cwd()}; correct the path."
@@ -67,17 +122,19 @@ def open_source(entry: str, flag: str = "--data_path") -> Source:
     return _hub_source(entry, flag)
 
 
-def read_comparisons(rows: Rows, dropped: Counter[str]) -> Iterator[Comparison]:
-    """Stream the rows as comparisons by the layout of the first; reasons to leave one out count in `dropped`.
+def read_comparisons(source: Source, rows: Rows, form: Format, dropped: Counter[str]) -> Iterator[Comparison]:
+    """Stream the source's rows as comparisons; reasons to leave one out count in `dropped`.
 
-    Raises `UserError` with file and line for what cannot be read.
+    They are read as `form` says, else as is known of the source, else by the columns of the first row. Raises
+    `UserError` with file and line for what cannot be read.
     """
-    read = None
+    read = form.reader() or source.read
     for place, row in rows():
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
-            read = read or recognise(row)
+            row = form.renamed(row)
+            read = read or recognise(row).read
             comparison = read(row)
         except BadRow as error:
             raise UserError(f"{place}: {error}. Correct the row or remove it.") from error
@@ -85,6 +142,61 @@ def read_comparisons(rows: Rows, dropped: Counter[str]) -> Iterator[Comparison]:
             dropped[str(reason)] += 1
         else:
             yield comparison
+
+
+def _known_source(known: KnownSet, flag: str) -> Source:
+    if known.local_files is not None:
+        return _known_files(known, flag)
+    loaded = _load_from_hub(known.name, flag, known.load_options())
+    present = {name: split for name, split in loaded.items() if name in (*known.training, *known.evaluation)}
+    if not any(name in present for name in known.training):
+        raise UserError(
+            f"{flag} {known.name}: the hub's data set has no split {' or '.join(known.training)} any more "
+            f"(found: {', '.join(loaded)}); download it and give its files."
+        )
+    opened = {name: _split_rows(known.name, name, split) for name, split in present.items()}
+    return _assembled(
+        known.name,
+        flag,
+        training=[opened[name] for name in known.training if name in opened],
+        evaluation=[opened[name] for name in known.evaluation if name in opened],
+        unused=tuple(sorted(set(loaded) - set(present))),
+        read=known.read,
+    )
+
+
+def _known_files(known: KnownSet, flag: str) -> Source:
+    """DeepSpeed-Chat's local/jsonfile: files at fixed places below the working directory."""
+    training, evaluation = (Path(name) for name in known.local_files)
+    if not training.is_file():
+        raise UserError(
+            f"{flag} {known.name} reads {training} and, if it is there, {evaluation}, seen from "
+            f"{Path.cwd()}; there is no such file. Put it there, or give the path of a file instead."
+        )
+    parts = [[(file_rows(path, flag), [path])] if path.is_file() else [] for path in (training, evaluation)]
+    return _assembled(known.name, flag, training=parts[0], evaluation=parts[1], read=known.read)
+
+
+def _assembled(
+    name: str,
+    flag: str,
+    *,
+    training: list[tuple[Rows, list[Path]]],
+    evaluation: list[tuple[Rows, list[Path]]],
+    unused: tuple[str, ...] = (),
+    read: ReadRow | None = None,
+) -> Source:
+    """A source of splits, each given as its rows and the files that hold them."""
+    return Source(
+        name=name,
+        training=_chained([rows for rows, _ in training]),
+        evaluation=_chained([rows for rows, _ in evaluation]) if evaluation else None,
+        # Split by split, so that the same file for another use is another source.
+        fingerprint="/".join(files_fingerprint(files) for _, files in [*training, *evaluation]),
+        flag=flag,
+        unused=unused,
+        read=read,
+    )
 
 
 def _is_path(entry: str) -> bool:
@@ -97,7 +209,7 @@ def _is_path(entry: str) -> bool:
 
 
 def _file_source(entry: str, path: Path, flag: str) -> Source:
-    return Source(entry, _file_rows(path, flag), None, files_fingerprint([path]), flag)
+    return Source(entry, file_rows(path, flag), None, files_fingerprint([path]), flag)
 
 
 def _folder_source(entry: str, path: Path, flag: str) -> Source:
@@ -109,7 +221,7 @@ def _folder_source(entry: str, path: Path, flag: str) -> Source:
     for file in files:
         splits.setdefault(re.split(r"[-_.]", file.name.lower())[0], []).append(file)
     opened = {
-        name: (_chained([_file_rows(file, flag) for file in files]), files) for name, files in splits.items()
+        name: (_chained([file_rows(file, flag) for file in files]), files) for name, files in splits.items()
     }
     return _source_of_splits(entry, flag, opened, "files")
 
@@ -129,41 +241,41 @@ def _saved_source(entry: str, path: Path, flag: str) -> Source:
 
 
 def _hub_source(entry: str, flag: str) -> Source:
+    return _dataset_source(entry, _load_from_hub(entry, flag, {"path": entry}), flag)
+
+
+def _load_from_hub(entry: str, flag: str, options: dict[str, str]) -> datasets.Dataset | datasets.DatasetDict:
+    """`options` are those of `datasets.load_dataset`."""
     try:
-        loaded = datasets.load_dataset(entry)
+        return datasets.load_dataset(**options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{flag} {entry}: there is no such file or folder here, and the hub gives no such data set "
             f"({type(error).__name__}: {error}). Correct the name, go online, or give a file ({KNOWN_FILES})."
         ) from error
-    return _dataset_source(entry, loaded, flag)
 
 
 def _dataset_source(entry: str, loaded: datasets.Dataset | datasets.DatasetDict, flag: str) -> Source:
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    opened = {
-        name: (partial(_dataset_rows, split, f"{entry} {name}"), _files_of(split))
-        for name, split in splits.items()
-    }
+    opened = {name: _split_rows(entry, name, split) for name, split in splits.items()}
     return _source_of_splits(entry, flag, opened, "splits")
 
 
-def _files_of(split: datasets.Dataset) -> list[Path]:
-    return [Path(file["filename"]) for file in split.cache_files]
+def _split_rows(entry: str, name: str, split: datasets.Dataset) -> tuple[Rows, list[Path]]:
+    """The rows of a split, and the files that hold them."""
+    files = [Path(file["filename"]) for file in split.cache_files]
+    return partial(_dataset_rows, split, f"{entry} {name}"), files
 
 
 def _source_of_splits(entry: str, flag: str, splits: dict[str, tuple[Rows, list[Path]]], kind: str) -> Source:
     """A source of named splits, each given as its rows and the files that hold them."""
     training, evaluation = _choose_splits(list(splits), f"{flag} {entry}", kind)
-    used = [training, *evaluation]
-    return Source(
-        name=entry,
-        training=splits[training][0],
-        evaluation=_chained([splits[name][0] for name in evaluation]) if evaluation else None,
-        # Split by split, so that the same file for another use is another source.
-        fingerprint="/".join(files_fingerprint(splits[name][1]) for name in used),
-        flag=flag,
-        unused=tuple(sorted(set(splits) - set(used))),
+    return _assembled(
+        entry,
+        flag,
+        training=[splits[training]],
+        evaluation=[splits[name] for name in evaluation],
+        unused=tuple(sorted(set(splits) - {training, *evaluation})),
     )
 
 
@@ -189,108 +301,3 @@ def _dataset_rows(split: datasets.Dataset, name: str) -> Iterator[tuple[str, Any
         for row in table.to_pylist():
             number += 1
             yield f"{name}, row {number}", row
-
-
-def _file_rows(path: Path, flag: str) -> Rows:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return partial(_parquet_rows, path)
-    if name.endswith(SUFFIXES):
-        return partial(_json_rows, path)
-    raise UserError(f"{flag} {path}: files of this kind are not read; give one of {KNOWN_FILES}.")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    with _readable(path):
-        for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """One object a line, streamed; or, where the file begins with a bracket, the elements of one list."""
-    with _readable(path):
-        with _open(path) as file:
-            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        with _open(path) as file:
-            yield from (_elements if is_list else _lines)(path, file)
-
-
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                yield f"{path}:{number}", json.loads(text)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, number) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not a JSON object on one line ({error.msg} at character {error.pos + 1}). "
-                "Correct the line, or give one list of objects."
-            ) from error
-        except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-            raise UserError(
-                f"{path}:{number}: the JSON cannot be read ({error}). Correct the line."
-            ) from error
-
-
-def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    data = file.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, data.count(b"\n", 0, error.start) + 1) from error
-    try:
-        for line, element in _list_elements(text):
-            yield f"{path}:{line}", element
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not a JSON list ({error.msg} at character {error.colno} of the line). "
-            "Correct it there."
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise UserError(f"{path}: the JSON cannot be read ({error}). Correct the file.") from error
-
-
-def _list_elements(text: str) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON list, decoded one at a time, each with the line it begins on."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-    position = blank.match(text, text.index("[") + 1).end()
-    line = 1 + text.count("\n", 0, position)
-    while text[position : position + 1] != "]":
-        element, end = decode(text, position)
-        yield line, element
-        end = blank.match(text, end).end()
-        if text[end : end + 1] not in ("]", ","):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
-        following = end if text[end] == "]" else blank.match(text, end + 1).end()
-        if text[end] == "," and text[following : following + 1] == "]":
-            raise json.JSONDecodeError("Expecting another element", text, following)
-        line, position = line + text.count("\n", position, following), following
-    end = blank.match(text, position + 1).end()
-    if end < len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-
-
-def _not_utf8(path: Path, line: int) -> UserError:
-    return UserError(f"{path}:{line}: the text is not UTF-8; save the file in that encoding.")
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn failures to read a file's bytes into `UserError`."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the gzip file is damaged ({error}); fetch or pack it again.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: the Parquet file cannot be read ({error}); write it again.") from error
-    except OSError as error:
-        raise UserError(f"{path}: the file cannot be read ({error.strerror or error}).") from error

@@ -4,7 +4,7 @@ Everything follows from hashes of the prompts, never from their order, so that e
 split by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -13,8 +13,9 @@ NUM_STEPS = 3
 EVALUATION = 3
 REPEATED = -1
 ALSO_EVALUATION = -2
-"""Parts beside 0, 1, 2, which are the steps' shares: held out; dropped as the prompt came before; dropped
-from training as the prompt is in some source's evaluation split."""
+OUTWEIGHED = -3
+"""Parts beside 0, 1, 2, which are the steps' shares: held out; the prompt came before; dropped from training
+as the prompt is in some source's evaluation split, or as its source has less weight in the blend."""
 
 
 def assign(
@@ -25,40 +26,75 @@ def assign(
     eval_fraction: float,
     shares: Sequence[float],
     seed: int,
+    weights: Mapping[int, float] | None = None,
 ) -> np.ndarray:
     """The part of each of N comparisons, int8 [N].
 
-    A prompt is kept once: the first of the published evaluation rows, else the first of the training rows.
-    A source without published evaluation rows gives `eval_fraction` of its prompts to evaluation; the rest of
-    each source is cut by `shares`.
+    A prompt counts once: the first of the published evaluation rows, else the first of the training rows;
+    the others are `REPEATED`. A source without published evaluation rows gives `eval_fraction` of its prompts
+    to evaluation; the rest of each source is cut by `shares`. `weights` are the sources' by number: their
+    training prompts then stand in that proportion, none is used twice, and as many are used as can be.
     """
     part = np.full(len(keys), REPEATED, dtype=np.int8)
-    part[_first_of_each(keys, np.flatnonzero(in_evaluation))] = EVALUATION
+    part[first_of_each(keys, np.flatnonzero(in_evaluation))] = EVALUATION
     also_evaluation = ~in_evaluation & np.isin(keys, keys[in_evaluation])
     part[also_evaluation] = ALSO_EVALUATION
-    fresh = _first_of_each(keys, np.flatnonzero(~in_evaluation & ~also_evaluation))
+    fresh = first_of_each(keys, np.flatnonzero(~in_evaluation & ~also_evaluation))
     with_evaluation = set(sources[in_evaluation].tolist())
-    for source in np.unique(sources[fresh]).tolist():
-        rows = fresh[sources[fresh] == source]
-        fraction = 0.0 if source in with_evaluation else eval_fraction
-        part[rows] = split_prompts(keys[rows], eval_fraction=fraction, shares=shares, seed=seed)
+    rows_of = {number: fresh[sources[fresh] == number] for number in np.unique(sources[fresh]).tolist()}
+    held_out = {
+        number: 0 if number in with_evaluation else held_out_size(len(rows), eval_fraction)
+        for number, rows in rows_of.items()
+    }
+    quotas = blend_sizes({n: len(rows) - held_out[n] for n, rows in rows_of.items()}, weights or {})
+    for number, rows in rows_of.items():
+        part[rows] = split_prompts(
+            keys[rows], num_held_out=held_out[number], num_used=quotas[number], shares=shares, seed=seed
+        )
     return part
+
+
+def parts_of_prompts(keys: np.ndarray, in_evaluation: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """The part of each comparison's PROMPT, int8 [N]: of repeated ones, the first one's."""
+    whole = part.copy()
+    for rows in (np.flatnonzero(in_evaluation), np.flatnonzero(~in_evaluation)):
+        _, first, group = np.unique(keys[rows], return_index=True, return_inverse=True)
+        whole[rows] = part[rows[first]][group]
+    return whole
+
+
+def blend_sizes(sizes: Mapping[int, int], weights: Mapping[int, float]) -> dict[int, int]:
+    """How many prompts of each source to use: in proportion to `weights` (1 where not given), none of them
+    twice, as many as there are for the source that runs out first. Without any weight: all."""
+    if not weights:
+        return dict(sizes)
+    scale = min((size / weights.get(number, 1.0) for number, size in sizes.items()), default=0.0)
+    return {
+        number: min(max(round(scale * weights.get(number, 1.0)), 1), size) for number, size in sizes.items()
+    }
 
 
 def split_prompts(
-    keys: np.ndarray, *, eval_fraction: float, shares: Sequence[float], seed: int
+    keys: np.ndarray, *, num_held_out: int, num_used: int, shares: Sequence[float], seed: int
 ) -> np.ndarray:
-    """The part (0, 1, 2 or `EVALUATION`) of N different prompts, int8 [N], in exact sizes.
+    """The part of N different prompts, int8 [N], in exact sizes: `num_held_out` for evaluation, `num_used`
+    cut by `shares`, the others `OUTWEIGHED`.
 
-    Which prompts are held out does not depend on the shares.
+    Which prompts are held out depends on neither shares nor weights.
     """
-    num_held_out = held_out_size(len(keys), eval_fraction)
     order = _shuffled(keys, seed, "evaluation")
     part = np.full(len(keys), EVALUATION, dtype=np.int8)
     training = order[num_held_out:]
+    part[training] = OUTWEIGHED
     training = training[_shuffled(keys[training], seed, "steps")]
+    training = training[np.sort(_shuffled(keys[training], seed, "blend")[:num_used])]
     part[training] = np.repeat(np.arange(len(shares), dtype=np.int8), share_sizes(len(training), shares))
     return part
+
+
+def some_rows(keys: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The positions, ascending, of `count` of N rows by a seeded hash; a larger count adds to them."""
+    return np.sort(_shuffled(keys, seed, "some")[:count])
 
 
 def held_out_size(num_prompts: int, fraction: float) -> int:
@@ -86,7 +122,7 @@ def share_sizes(num_prompts: int, shares: Sequence[float]) -> list[int]:
     return sizes.tolist()
 
 
-def _first_of_each(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def first_of_each(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` (ascending) whose key no earlier one of them has, ascending."""
     return rows[np.sort(np.unique(keys[rows], return_index=True)[1])]
 

@@ -1,6 +1,8 @@
-"""Text to token ids: one format for all steps, prompt + answer + the tokenizer's own end token.
+"""Text to token ids: one form for all steps, prompt + answer + the tokenizer's own end token.
 
-Prompt and answer are tokenised apart, so that a prompt has the same tokens in every step.
+The tokenizer's chat template makes the text (`dschat.data.templates`). Prompt and answer are tokenised apart,
+so that a prompt has the same tokens in every step. What is too long loses whole early turns first, then text
+of the prompt from its beginning, and an answer's text last; the end token stays.
 """
 
 import json
@@ -8,8 +10,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -20,11 +23,14 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as Tokens
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.comparisons import Prompt, answer_pairs, unpack_prompt
+from dschat.data.templates import ChatTemplate
+
 ROWS_A_PROCESS = 2000
 """Fewer rows are not worth another process."""
 
-KEPT, CUT, LONG_PROMPT, EQUAL_ANSWERS, NO_TOKEN = range(5)
-"""What became of a row: whole; shortened; and the reasons it was dropped for."""
+KEPT, FEWER_TURNS, CUT, LONG_PROMPT, EQUAL_ANSWERS, NO_TOKEN = range(6)
+"""What became of a row: whole; without its first turns; cut in its text; and why it was dropped."""
 
 REASONS = {
     LONG_PROMPT: "prompt over {limit}",
@@ -34,11 +40,19 @@ REASONS = {
 
 SFT_COLUMNS = {
     "input_ids": Tokens(Value("int32")),
-    "prompt_length": Value("int32"),
+    "loss_mask": Tokens(Value("bool")),
     "num_targets": Value("int32"),
 }
-PAIR_COLUMNS = {"chosen_ids": Tokens(Value("int32")), "rejected_ids": Tokens(Value("int32"))}
+PAIR_COLUMNS = {
+    "chosen_ids": Tokens(Value("int32")),
+    "rejected_ids": Tokens(Value("int32")),
+    "weight": Value("float32"),
+    "margin": Value("float32"),
+}
 PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
+READER_COLUMNS = {**PROMPT_COLUMNS, "reader_ids": Tokens(Value("int32"))}
+
+Columns = dict[str, list]
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,10 @@ class Tokenized:
     """Rows of token ids, and what it took to get them."""
 
     rows: Dataset
+    num_fewer_turns: int
+    """Rows kept, but without their first turns."""
     num_cut: int
-    """Rows kept, but shortened."""
+    """Rows kept, but cut inside their text."""
     dropped: dict[str, int]
     """Rows left out, by reason."""
     shortest_prompt: int
@@ -62,38 +78,62 @@ def tokenize_sft(
     train_on_prompt: bool = False,
     num_proc: int = 1,
 ) -> Tokenized:
-    """Columns input_ids (prompt and chosen answer), prompt_length, num_targets, length.
+    """Columns input_ids (prompt and best answer), loss_mask, num_targets (how many it marks), length.
 
-    The last num_targets tokens are to be learned: the answer, or with `train_on_prompt` all but the first.
-    A row over `max_seq_len` loses the prompt's first tokens; one whose prompt alone is over it is dropped.
+    To be learned are the answer and, in conversations that say so, the assistant's earlier turns; with
+    `train_on_prompt` all but the first token. A row whose prompt alone is over `max_seq_len` is dropped.
     """
     encode = partial(
-        _sft_batch, tokenizer=tokenizer, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt
+        _sft_batch, encoder=Encoder(tokenizer), max_seq_len=max_seq_len, train_on_prompt=train_on_prompt
     )
     return _tokenize(rows, encode, SFT_COLUMNS, "--max_seq_len", num_proc)
 
 
 def tokenize_pairs(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, num_proc: int = 1
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_len: int,
+    weights: np.ndarray | None = None,
+    num_proc: int = 1,
 ) -> Tokenized:
-    """Columns chosen_ids, rejected_ids (each the same prompt and its answer) and length, of the longer one.
+    """Columns chosen_ids, rejected_ids (the same prompt and an answer each), weight, margin and length, of
+    the longer one: a row for every pair of answers.
 
-    Shortened as in `tokenize_sft`; pairs whose answers are then equal are dropped.
+    `weights` [N] are the pairs' of each row, 1 by default. Shortened as in `tokenize_sft`; pairs whose
+    answers are then equal are dropped.
     """
-    encode = partial(_pair_batch, tokenizer=tokenizer, max_seq_len=max_seq_len)
-    return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc)
+    weights = np.ones(len(rows), dtype=np.float32) if weights is None else weights
+    encode = partial(_pair_batch, encoder=Encoder(tokenizer), max_seq_len=max_seq_len, weights=weights)
+    return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc, with_indices=True)
 
 
 def tokenize_prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_prompt_seq_len: int, num_proc: int = 1
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_seq_len: int,
+    reader: PreTrainedTokenizerBase | None = None,
+    num_proc: int = 1,
 ) -> Tokenized:
-    """Columns input_ids (the prompt), key (a hash of them, int64) and length. Longer prompts are dropped."""
-    encode = partial(_prompt_batch, tokenizer=tokenizer, max_prompt_seq_len=max_prompt_seq_len)
-    return _tokenize(rows, encode, PROMPT_COLUMNS, "--max_prompt_seq_len", num_proc)
+    """Columns input_ids (the prompt), key (a hash of them, int64) and length. Prompts that are too long lose
+    whole early turns; those that still are are dropped.
+
+    With `reader`, the tokenizer of a reward model that has its own, also reader_ids: the prompt in its tokens
+    and template.
+    """
+    encode = partial(
+        _prompt_batch,
+        encoder=Encoder(tokenizer),
+        max_prompt_seq_len=max_prompt_seq_len,
+        reader=Encoder(reader) if reader else None,
+    )
+    columns = READER_COLUMNS if reader else PROMPT_COLUMNS
+    return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits that change with anything that decides a fast tokenizer's tokens."""
+    """32 hex digits that change with anything that decides a fast tokenizer's tokens, its template aside."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call happened to ask for, not part of the tokenizer.
     state["truncation"] = state["padding"] = None
@@ -120,17 +160,24 @@ def default_num_proc() -> int:
 
 
 def _tokenize(
-    rows: Dataset, encode: Callable[..., dict], columns: dict[str, Any], flag: str, num_proc: int
+    rows: Dataset,
+    encode: Callable[..., Columns],
+    columns: dict[str, Any],
+    flag: str,
+    num_proc: int,
+    *,
+    with_indices: bool = False,
 ) -> Tokenized:
     """Run `encode` over batches of rows in parallel, then leave out and count what it marked as dropped."""
     features = Features(**columns, length=Value("int32"), prompt_size=Value("int32"), fate=Value("int8"))
     if len(rows) == 0:  # of which `map` would make rows without columns
-        return Tokenized(_empty(columns), num_cut=0, dropped={}, shortest_prompt=0)
+        return Tokenized(_empty(columns), 0, 0, dropped={}, shortest_prompt=0)
     num_proc = max(min(num_proc, len(rows) // ROWS_A_PROCESS), 1)
     with _threads_allowed(num_proc == 1):
         marked = rows.map(
             encode,
             batched=True,
+            with_indices=with_indices,
             remove_columns=rows.column_names,
             features=features,
             num_proc=num_proc if num_proc > 1 else None,
@@ -142,9 +189,10 @@ def _tokenize(
     counts = Counter(fates.tolist())
     return Tokenized(
         rows=marked.select(np.flatnonzero(fates <= CUT)).remove_columns(["fate", "prompt_size"]),
+        num_fewer_turns=counts[FEWER_TURNS],
         num_cut=counts[CUT],
         dropped={name.format(limit=flag): counts[fate] for fate, name in REASONS.items() if counts[fate]},
-        shortest_prompt=int(column(marked, "prompt_size").min()),
+        shortest_prompt=int(column(marked, "prompt_size").min(initial=1 << 30)),
     )
 
 
@@ -171,43 +219,197 @@ def _threads_allowed(allowed: bool) -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _sft_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, train_on_prompt: bool
-) -> dict[str, list]:
-    start = len(start_tokens(tokenizer))
-    table = []
-    for prompt, answer in zip(_prompts(batch, tokenizer), _answers(batch["chosen"], tokenizer), strict=True):
-        (kept, shown), fate = _fit(prompt, [answer], max_seq_len, start)
-        ids = kept + shown
-        # Nothing precedes the first token, so nothing can predict it.
-        num_targets = len(ids) - 1 if train_on_prompt else min(len(shown), len(ids) - 1)
-        table.append((ids, len(kept), num_targets, len(ids), len(prompt), fate))
-    return _columns(table, [*SFT_COLUMNS, "length", "prompt_size", "fate"])
+@dataclass(frozen=True)
+class _Row:
+    """One prompt and answers to it, as token ids."""
+
+    prompt: list[int]
+    learned: list[bool]
+    """Of the prompt's tokens, those that step 1 learns."""
+    answers: list[list[int]]
+    fate: int = KEPT
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt and its longest answer."""
+        return len(self.prompt) + max(map(len, self.answers), default=0)
+
+
+class Encoder:
+    """Prompts and answers to token ids, with a tokenizer and its template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self._start = start_tokens(tokenizer)
+        self._end = tokenizer.eos_token_id
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Prompts with the tokenizer's start tokens, once, and no end token."""
+        return [self._started(ids) for ids in self._encode([self._template.prompt(p) for p in prompts])]
+
+    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+        """An answer to each prompt with one end token, also where the text spells it out."""
+        pairs = zip(prompts, answers, strict=True)
+        return [self._ended(ids) for ids in self._encode([self._template.answer(*pair) for pair in pairs])]
+
+    def answers_alone(self, answers: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
+        """Answers to whatever prompts, with the end token where they `ended`; at least one token each."""
+        pairs = list(zip(answers, ended, strict=True))
+        encoded = self._encode([self._template.answer_alone(*pair) for pair in pairs])
+        return [
+            self._ended(ids) if whole or not ids else ids for ids, whole in zip(encoded, ended, strict=True)
+        ]
+
+    def rows(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[_Row]:
+        """Each prompt with its answers; none of the prompt is learned."""
+        flat = self.answers(
+            list(chain.from_iterable([p] * len(a) for p, a in zip(prompts, answers, strict=True))),
+            list(chain.from_iterable(answers)),
+        )
+        rest = iter(flat)
+        return [
+            _Row(ids, [False] * len(ids), [next(rest) for _ in texts])
+            for ids, texts in zip(self.prompts(prompts), answers, strict=True)
+        ]
+
+    def conversations(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[_Row]:
+        """Each conversation with all that the assistant says marked as learned."""
+        pieces = [self._template.pieces(*pair) for pair in zip(prompts, answers, strict=True)]
+        rest = iter(self._encode([text for row in pieces for text, _ in row]))
+        return [self._joined([(next(rest), learned) for _, learned in row]) for row in pieces]
+
+    def _joined(self, pieces: list[tuple[list[int], bool]]) -> _Row:
+        *before, (answer, _) = pieces
+        ids = list(chain.from_iterable(ids for ids, _ in before))
+        learned = list(chain.from_iterable([flag] * len(ids) for ids, flag in before))
+        started = self._started(ids)
+        learned = [False] * (len(started) - len(ids)) + learned
+        return _Row(started, learned, [self._ended(answer)])
+
+    def fitted(self, row: _Row, prompt: Prompt, max_tokens: int, reread: Callable[[Prompt], _Row]) -> _Row:
+        """The row within `max_tokens`, without its first turns or cut; or marked as one to be dropped.
+
+        `reread` makes the row of a shorter prompt.
+        """
+        fate = KEPT
+        while row.size > max_tokens:
+            shorter = self._template.without_first_exchange(prompt)
+            if shorter is None:
+                break
+            prompt, row, fate = shorter, reread(shorter), FEWER_TURNS
+        if len(row.prompt) > max_tokens:
+            return replace(row, fate=LONG_PROMPT)
+        if row.size > max_tokens:
+            marks = self._started(self._encode([self._template.before_question(prompt)])[0])
+            return _cut(row, max_tokens, len(self._start), len(marks))
+        return replace(row, fate=fate)
+
+    def _started(self, ids: list[int]) -> list[int]:
+        start = self._start
+        return ids if start and ids[: len(start)] == start else start + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        while ids and ids[-1] == self._end:
+            ids = ids[:-1]
+        return [*ids, self._end]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+
+def _cut(row: _Row, max_tokens: int, num_start: int, num_marks: int) -> _Row:
+    """The row within `max_tokens`: the prompt gives way and keeps at least its last token; only then are
+    answers cut, and still end with their end token.
+
+    The prompt's first `num_start` tokens stay, and the first `num_marks`, which stand before its question,
+    where there is room for more than them.
+    """
+    room = max_tokens - max(map(len, row.answers))
+    num_head = num_marks if num_start < num_marks < min(room, len(row.prompt)) else num_start
+    first = len(row.prompt) - max(room - num_head, 1)
+    prompt = row.prompt[:num_head] + row.prompt[first:]
+    learned = row.learned[:num_head] + row.learned[first:]
+    room = max_tokens - len(prompt)
+    answers = [ids if len(ids) <= room else ids[: room - 1] + ids[-1:] for ids in row.answers]
+    return replace(row, prompt=prompt, learned=learned, answers=answers, fate=CUT)
+
+
+def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prompt: bool) -> Columns:
+    prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
+    answers = [texts[0] for texts in batch["answers"]]
+
+    def read(prompts: Sequence[Prompt], answers: Sequence[str], all_turns: bool) -> list[_Row]:
+        if all_turns:
+            return encoder.conversations(prompts, answers)
+        return encoder.rows(prompts, [[answer] for answer in answers])
+
+    table: list[tuple | None] = [None] * len(prompts)
+    for all_turns in (False, True):
+        chosen = [i for i, flag in enumerate(batch["learn_all_turns"]) if flag == all_turns]
+        rows = read([prompts[i] for i in chosen], [answers[i] for i in chosen], all_turns)
+        for i, row in zip(chosen, rows, strict=True):
+            fitted = encoder.fitted(
+                row, prompts[i], max_seq_len, lambda p, i=i, a=all_turns: read([p], [answers[i]], a)[0]
+            )
+            table[i] = (*_sft_row(fitted, train_on_prompt), len(row.prompt), fitted.fate)
+    return _columns(table, SFT_COLUMNS)
+
+
+def _sft_row(row: _Row, train_on_prompt: bool) -> tuple[list[int], list[bool], int, int]:
+    ids = row.prompt + row.answers[0]
+    mask = [True] * len(ids) if train_on_prompt else row.learned + [True] * len(row.answers[0])
+    mask[0] = False  # nothing precedes the first token, so nothing can predict it
+    return ids, mask, sum(mask), len(ids)
 
 
 def _pair_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
-) -> dict[str, list]:
-    start = len(start_tokens(tokenizer))
-    answers = zip(_answers(batch["chosen"], tokenizer), _answers(batch["rejected"], tokenizer), strict=True)
+    batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, weights: np.ndarray
+) -> Columns:
+    prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
+    rows = encoder.rows(prompts, batch["answers"])
     table = []
-    for prompt, pair in zip(_prompts(batch, tokenizer), answers, strict=True):
-        (kept, chosen, rejected), fate = _fit(prompt, pair, max_seq_len, start)
-        if chosen == rejected and fate != LONG_PROMPT:
-            fate = EQUAL_ANSWERS
-        length = len(kept) + max(len(chosen), len(rejected))
-        table.append((kept + chosen, kept + rejected, length, len(prompt), fate))
-    return _columns(table, [*PAIR_COLUMNS, "length", "prompt_size", "fate"])
+    for i, row in enumerate(rows):
+        answers, ranks = batch["answers"][i], batch["ranks"][i]
+        fitted = encoder.fitted(
+            row, prompts[i], max_seq_len, lambda p, texts=answers: encoder.rows([p], [texts])[0]
+        )
+        for better, worse in answer_pairs(list(range(len(answers))), ranks):
+            chosen, rejected = fitted.answers[better], fitted.answers[worse]
+            fate = EQUAL_ANSWERS if chosen == rejected and fitted.fate != LONG_PROMPT else fitted.fate
+            length = len(fitted.prompt) + max(len(chosen), len(rejected))
+            pair = (fitted.prompt + chosen, fitted.prompt + rejected)
+            values = (float(weights[indices[i]]), batch["margin"][i], length, len(row.prompt), fate)
+            table.append((*pair, *values))
+    return _columns(table, PAIR_COLUMNS)
 
 
 def _prompt_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_prompt_seq_len: int
-) -> dict[str, list]:
+    batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reader: Encoder | None
+) -> Columns:
+    prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     table = []
-    for ids in _prompts(batch, tokenizer):
-        fate = NO_TOKEN if not ids else LONG_PROMPT if len(ids) > max_prompt_seq_len else KEPT
-        table.append((ids, content_key(ids), len(ids), len(ids), fate))
-    return _columns(table, [*PROMPT_COLUMNS, "length", "prompt_size", "fate"])
+    for row, prompt, read in zip(
+        encoder.rows(prompts, [[] for _ in prompts]),
+        prompts,
+        reader.prompts(prompts) if reader else [None] * len(prompts),
+        strict=True,
+    ):
+        fitted = encoder.fitted(row, prompt, max_prompt_seq_len, lambda p: encoder.rows([p], [[]])[0])
+        ids = fitted.prompt
+        fate = fitted.fate if ids else NO_TOKEN
+        extra = () if read is None else (read,)
+        table.append((ids, content_key(ids), *extra, len(ids), len(row.prompt), fate))
+    return _columns(table, READER_COLUMNS if reader else PROMPT_COLUMNS)
 
 
 def content_key(ids: Sequence[int]) -> int:
@@ -216,55 +418,8 @@ def content_key(ids: Sequence[int]) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _prompts(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts with the tokenizer's start tokens, once, and no end token."""
-    start = start_tokens(tokenizer)
-    encoded = _encode(batch["prompt"], tokenizer)
-    return [ids if start and ids[: len(start)] == start else start + ids for ids in encoded]
-
-
-def _answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Answers with one end token, also where the text spells it out."""
-    end = tokenizer.eos_token_id
-    answers = []
-    for ids in _encode(texts, tokenizer):
-        while ids and ids[-1] == end:
-            ids.pop()
-        answers.append([*ids, end])
-    return answers
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
-
-
-def _fit(
-    prompt: list[int], answers: Sequence[list[int]], max_seq_len: int, num_start: int
-) -> tuple[list[list[int]], int]:
-    """The prompt and its answers, prompt + any answer within `max_seq_len` tokens; and the row's fate.
-
-    The prompt gives way from its left, after its `num_start` start tokens, and keeps its last token; only
-    then are answers cut, and still end with their end token.
-    """
-    if len(prompt) > max_seq_len:
-        return [prompt, *answers], LONG_PROMPT
-    longest = max(map(len, answers))
-    if len(prompt) + longest <= max_seq_len:
-        return [prompt, *answers], KEPT
-    num_kept = max(max_seq_len - longest - num_start, 1)
-    prompt = prompt[:num_start] + prompt[num_start:][-num_kept:]
-    room = max_seq_len - len(prompt)
-    fitted = [answer if len(answer) <= room else answer[: room - 1] + answer[-1:] for answer in answers]
-    return [prompt, *fitted], CUT
-
-
-def _columns(table: list[tuple], names: list[str]) -> dict[str, list]:
-    """Rows as columns."""
-    return dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
+def _columns(table: list[tuple], names: dict[str, Any]) -> Columns:
+    """Rows as columns: `names`, then length, prompt_size and fate."""
+    names = [*names, "length", "prompt_size", "fate"]
+    columns = list(map(list, zip(*table, strict=True))) if table else [[] for _ in names]
+    return dict(zip(names, columns, strict=True))

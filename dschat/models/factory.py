@@ -107,11 +107,21 @@ def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: 
     if num_tokens <= limit:
         return
     problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
-    is_rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
-    if is_rotary or getattr(config, "alibi", False):
+    if not _has_learned_positions(config):
         print_once(f"note: {problem}: what comes after those is new to it.")
         return
     raise UserError(f"{problem}; lower {flag}.")
+
+
+def learned_positions(model_name_or_path: str) -> int | None:
+    """The longest input in tokens, None where positions are computed and go on."""
+    config = _read_config(model_name_or_path, dropout=None)
+    return getattr(config, "max_position_embeddings", None) if _has_learned_positions(config) else None
+
+
+def _has_learned_positions(config: PretrainedConfig) -> bool:
+    is_rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
+    return not (is_rotary or getattr(config, "alibi", False))
 
 
 @contextmanager

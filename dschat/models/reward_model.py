@@ -48,7 +48,8 @@ class RewardModel(nn.Module):
         position_ids: Tensor | None = None,
         *,
         loss_fn: Literal["log_sig", "log_exp"] = "log_sig",
-        pair_mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        margins: Tensor | None = None,
         denominator: float | None = None,
         return_values: bool = False,
         use_cache: bool = False,
@@ -56,8 +57,9 @@ class RewardModel(nn.Module):
         """Ranking loss and scores of B pairs: rows [2B, L], all chosen answers before all rejected ones.
 
         Returns `loss` (scalar) and `chosen_mean_scores`, `rejected_mean_scores` [B] in fp32: each answer's
-        score at its last real token. `pair_mask` [B] is 0 for pairs that only fill a batch; the loss is the
-        sum over real pairs divided by `denominator`, by default their number in this batch.
+        score at its last real token. `weights` [B] are the pairs' in the loss, 0 for those that only fill a
+        batch; it is the weighted sum over pairs divided by `denominator`, by default the weights' sum.
+        `margins` [B] are subtracted from the difference of the scores.
         With `return_values` any rows [N, L] go in and their values come out, as in `forward_value`: so a
         DeepSpeed engine can be called for values. `use_cache` is accepted for old scripts.
         """
@@ -66,10 +68,10 @@ class RewardModel(nn.Module):
             return self.v_head(hidden).squeeze(-1)
         scores = self.v_head(_at_last_token(hidden, attention_mask)).squeeze(-1)
         chosen, rejected = scores.chunk(2)
-        losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn)
-        pair_mask = torch.ones_like(losses) if pair_mask is None else pair_mask
-        denominator = pair_mask.sum().clamp(min=1) if denominator is None else denominator
-        loss = (losses * pair_mask).sum() / denominator
+        losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn, margin=margins)
+        weights = torch.ones_like(losses) if weights is None else weights
+        denominator = weights.sum().clamp(min=1e-8) if denominator is None else denominator
+        loss = (losses * weights).sum() / denominator
         return {"loss": loss, "chosen_mean_scores": chosen, "rejected_mean_scores": rejected}
 
     def forward_value(

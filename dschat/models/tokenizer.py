@@ -1,9 +1,12 @@
-"""The tokenizer of a model, with its end and padding tokens settled."""
+"""The tokenizer of a model, with its end and padding tokens and its chat template settled."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dschat.arguments import RlhfArguments, TokenizerArguments
+from dschat.data.templates import settle_template
 from dschat.distributed import print_once
 from dschat.errors import UserError
 
@@ -14,14 +17,15 @@ NEW_PAD_TOKEN = "<|pad|>"
 
 
 def load_tokenizer(
-    model_name_or_path: str, *, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
+    model_name_or_path: str, args: TokenizerArguments | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, its padding token always set and never its end token.
+    """The tokenizer of a folder or hub id: its padding token set and never its end token, its template set.
 
-    With `add_eot_token`, `eot_token` becomes the end token, added to the vocabulary where it is missing. A
-    tokenizer saved after this and loaded again is the same. Raises `UserError` when there is no tokenizer, or
-    none with an end token.
+    `args` may add an end token or choose another template. A tokenizer saved after this and loaded again is
+    the same. Raises `UserError` when there is no tokenizer, or none with an end token, or its template cannot
+    serve.
     """
+    args = TokenizerArguments() if args is None else args
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     except (OSError, ValueError, KeyError) as error:
@@ -35,14 +39,15 @@ def load_tokenizer(
             f"{model_name_or_path!r} has no tokenizer that can be read ({error_line}); "
             "put its tokenizer files beside the model's weights."
         ) from error
-    if add_eot_token:
-        tokenizer.add_special_tokens({"eos_token": eot_token})
+    if args.add_eot_token:
+        tokenizer.add_special_tokens({"eos_token": args.eot_token})
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model_name_or_path!r} has no end token, so no answer could ever end; "
             "--add_eot_token adds one."
         )
     _settle_padding(tokenizer)
+    settle_template(tokenizer, args.chat_template)
     return tokenizer
 
 
@@ -66,16 +71,56 @@ def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def check_same_tokenizer(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` unless both have the same tokens and ids: the reward model reads the actor's ids."""
-    difference = _first_difference(actor, critic)
+@dataclass(frozen=True)
+class RlhfTokenizers:
+    """What step 3's models read."""
+
+    actor: PreTrainedTokenizerBase
+    """The actor's, the reference model's and the critic's."""
+    reader: PreTrainedTokenizerBase | None
+    """The reward model's own, by which it reads answers as text; None where it reads the actor's tokens."""
+    fresh_critic: bool
+    """Whether the critic has to start from the actor, as the reward model knows other tokens."""
+
+
+def load_rlhf_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
+    """The tokenizers of --actor_model_name_or_path, --critic_... and --reward_model_name_or_path.
+
+    Raises `UserError` where critic and actor cannot share tokens, or actor and reward model share a tokenizer
+    but not a template.
+    """
+    actor, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
+    reward, own = args.rlhf.reward_model_name_or_path, replace(args.tokenizer, chat_template=None)
+    ours, theirs = load_tokenizer(actor, args.tokenizer), load_tokenizer(critic, args.tokenizer)
+    difference = _first_difference(ours, theirs)
+    if reward is not None:
+        if difference is not None:
+            raise UserError(
+                f"--actor_model_name_or_path {actor!r} and --critic_model_name_or_path {critic!r} have "
+                f"different tokenizers: {difference}. The critic reads the actor's tokens: give one that "
+                "does. (The reward model of --reward_model_name_or_path may have another.)"
+            )
+        reader = load_tokenizer(reward, own)
+        return RlhfTokenizers(ours, reader if _reads_otherwise(ours, reader) else None, fresh_critic=False)
     if difference is not None:
-        raise UserError(
-            f"--actor_model_name_or_path {actor.name_or_path!r} and --critic_model_name_or_path "
-            f"{critic.name_or_path!r} have different tokenizers: {difference}. "
-            "Train the reward model (step 2) from a model with the actor's tokenizer; give both "
-            "steps the same --add_eot_token."
+        print_once(
+            f"note: the reward model {critic!r} has a tokenizer of its own ({difference}): it reads the "
+            "answers as text, in its own tokens and template, and the critic starts from the actor with a "
+            "fresh head."
         )
+        return RlhfTokenizers(ours, load_tokenizer(critic, own), fresh_critic=True)
+    if _reads_otherwise(ours, theirs):
+        raise UserError(
+            f"--actor_model_name_or_path {actor!r} and --critic_model_name_or_path {critic!r} were saved "
+            "with different chat templates: the reward model would judge texts of a form it has not seen. "
+            "Train both with one template (--chat_template in steps 1 and 2), or name the reward model with "
+            "--reward_model_name_or_path, by which it reads answers in its own template."
+        )
+    return RlhfTokenizers(ours, None, fresh_critic=False)
+
+
+def _reads_otherwise(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+    return _first_difference(ours, theirs) is not None or ours.chat_template != theirs.chat_template
 
 
 def _first_difference(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> str | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments
 from dschat.data.collate import PromptBatch
@@ -27,6 +27,8 @@ from dschat.losses import (
     token_entropy,
     token_logprobs,
 )
+from dschat.models.factory import learned_positions
+from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import (
     Experience,
     Judgement,
@@ -36,6 +38,7 @@ from dschat.rlhf.experience import (
     ScoreShaping,
     at_answers,
 )
+from dschat.rlhf.reading import Reading
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 
@@ -93,19 +96,29 @@ class UpdateStatistics:
 
 
 class DeepSpeedPPOTrainer:
-    """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`."""
+    """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`.
+
+    `score_scale` is the mean and standard deviation that scores are brought to 0 and 1 by. The data set of
+    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`).
+    """
 
     def __init__(
         self,
         engine: DeepSpeedRLHFEngine,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizers: RlhfTokenizers,
         args: RlhfArguments,
         *,
-        score_mean: float = 0.0,
-        score_std: float = 1.0,
+        prompts: Dataset | None = None,
+        score_scale: tuple[float, float] = (0.0, 1.0),
     ) -> None:
+        tokenizer, reader = tokenizers.actor, tokenizers.reader
         self.engine = engine
         self._args = args
+        self._reading = None
+        if reader is not None:
+            assert prompts is not None, "a reward model with its own tokenizer reads prompts anew"
+            limit = learned_positions(args.reward_path)
+            self._reading = Reading(prompts, tokenizer, reader, max_tokens=limit)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
@@ -119,8 +132,8 @@ class DeepSpeedPPOTrainer:
         self._shaping = ScoreShaping(
             clip=args.ppo.reward_clip,
             missing_eos_penalty=args.ppo.missing_eos_penalty,
-            mean=score_mean,
-            std=score_std,
+            mean=score_scale[0],
+            std=score_scale[1],
         )
         self._ppo_step = 0
         self._experience: Experience | None = None
@@ -175,7 +188,9 @@ class DeepSpeedPPOTrainer:
             entropy=entropy,
             ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=temperature),
             values=at_answers(values_at_tokens(self.engine.critic, batch), batch.prompt_length),
-            scores=scores_of_answers(self.engine.reward, batch),
+            scores=scores_of_answers(
+                self.engine.reward, self._reading.read(batch) if self._reading else batch
+            ),
         )
 
     def train_rlhf(self, minibatch: Minibatch) -> None:

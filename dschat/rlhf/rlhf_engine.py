@@ -1,6 +1,6 @@
 """The four models of PPO, each in its DeepSpeed engine, and the actor's moving average."""
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.distributed import print_once
@@ -12,6 +12,7 @@ from dschat.engines import (
     train_config,
 )
 from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.ema import MovingAverage
 
 
@@ -22,11 +23,10 @@ class DeepSpeedRLHFEngine:
     the model it was copied from is, and whole on each rank otherwise. `ema` is None unless asked for.
     """
 
-    def __init__(
-        self, args: RlhfArguments, tokenizer: PreTrainedTokenizerBase, *, num_training_steps: int
-    ) -> None:
+    def __init__(self, args: RlhfArguments, tokenizers: RlhfTokenizers, *, num_training_steps: int) -> None:
         self._args = args
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
+        self._tokenizer = tokenizers.actor
         self.actor = self._build_actor(num_training_steps)
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
@@ -69,11 +69,12 @@ class DeepSpeedRLHFEngine:
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
         print_once("loading the critic")
         args, config = self._args.critic, self._train_config(self._args.critic)
+        is_fresh = self._tokenizers.fresh_critic
         model = create_critic_model(
-            args.model_name_or_path,
+            self._args.actor.model_name_or_path if is_fresh else args.model_name_or_path,
             self._tokenizer,
             config,
-            rlhf_training=True,
+            rlhf_training=not is_fresh,
             dropout=args.dropout,
             zero_stage=args.zero_stage,
         )
@@ -91,6 +92,10 @@ class DeepSpeedRLHFEngine:
         args = self._args.critic
         config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
         model = create_critic_model(
-            args.model_name_or_path, self._tokenizer, config, rlhf_training=True, dropout=0.0
+            self._args.reward_path,
+            self._tokenizers.reader or self._tokenizer,
+            config,
+            rlhf_training=True,
+            dropout=0.0,
         )
         return build_frozen_engine(model, config=config)

@@ -36,6 +36,7 @@ class RolloutBatch:
     attention_mask: Tensor  # [B, P + T] int64
     answer_mask: Tensor  # [B, T] bool
     ended: Tensor  # [B] bool: the answer has its end token; False where it was cut at the length limit
+    prompt_rows: Tensor  # [B] int64: the prompt's row in its data set
     prompt_length: int  # P
 
     @property
@@ -65,6 +66,7 @@ class RolloutBatch:
             attention_mask=self.attention_mask[indices, kept],
             answer_mask=answer_mask[:, :length],
             ended=self.ended[indices],
+            prompt_rows=self.prompt_rows[indices],
             prompt_length=self.prompt_length - first,
         )
 
@@ -77,6 +79,7 @@ class RolloutBatch:
             attention_mask=torch.nn.functional.pad(self.attention_mask, (left, right)),
             answer_mask=torch.nn.functional.pad(self.answer_mask, (0, right)),
             ended=self.ended,
+            prompt_rows=self.prompt_rows,
             prompt_length=prompt_length,
         )
 
@@ -102,7 +105,7 @@ def gather_rollouts(batches: list[RolloutBatch], pad_token_id: int) -> RolloutBa
         by_rank = [gather_rows(getattr(b, column)).unflatten(0, (world_size(), -1)) for b in wide]
         return torch.cat([rows.transpose(0, 1).flatten(0, 1) for rows in by_rank])
 
-    columns = ("input_ids", "attention_mask", "answer_mask", "ended")
+    columns = ("input_ids", "attention_mask", "answer_mask", "ended", "prompt_rows")
     return RolloutBatch(**{name: gather(name) for name in columns}, prompt_length=prompt_length)
 
 
@@ -189,5 +192,6 @@ class Rollout:
             attention_mask=torch.cat([prompts.attention_mask.long(), answer_mask.long()], dim=1),
             answer_mask=answer_mask,
             ended=(answers == self._eos_token_id).any(dim=1),
+            prompt_rows=prompts.rows,
             prompt_length=prompt_length,
         )

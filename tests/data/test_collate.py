@@ -12,7 +12,9 @@ def tokens(*rows):
 
 
 def test_sft_rows_are_padded_on_the_right_and_only_their_last_tokens_are_targets():
-    rows = pa.table({"input_ids": tokens([1, 2, 3, 4], [5, 9]), "num_targets": [2, 1]})
+    rows = pa.table(
+        {"input_ids": tokens([1, 2, 3, 4], [5, 9]), "loss_mask": [[False, False, True, True], [False, True]]}
+    )
     batch = collate_sft(rows, 3, 3.0, pad_id=PAD)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [5, 9, PAD, PAD], [PAD] * 4]
     # The second row's 9 is its own token, not padding; the third row is a filler.
@@ -23,25 +25,35 @@ def test_sft_rows_are_padded_on_the_right_and_only_their_last_tokens_are_targets
 
 
 def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
-    rows = pa.table({"chosen_ids": tokens([1, 2, 3], [1, 4]), "rejected_ids": tokens([1, 5], [1, 6, 7, 8])})
+    rows = pa.table(
+        {
+            "chosen_ids": tokens([1, 2, 3], [1, 4]),
+            "rejected_ids": tokens([1, 5], [1, 6, 7, 8]),
+            "weight": pa.array([1.0, 0.5], pa.float32()),
+            "margin": pa.array([0.0, 2.0], pa.float32()),
+        }
+    )
     batch = collate_pairs(rows, 3, 2.0, pad_id=PAD)
     expected = [[1, 2, 3, 9], [1, 4, 9, 9], [9, 9, 9, 9], [1, 5, 9, 9], [1, 6, 7, 8], [9, 9, 9, 9]]
     assert batch.input_ids.tolist() == expected
     assert batch.attention_mask.sum(1).tolist() == [3, 2, 1, 2, 4, 1]
     assert batch.pair_mask.tolist() == [1.0, 1.0, 0.0]
+    assert batch.weights.tolist() == [1.0, 0.5, 0.0]
+    assert batch.margins.tolist() == [0.0, 2.0, 0.0]
 
 
 def test_prompts_are_padded_on_the_left_and_carry_keys_and_samples():
     rows = pa.table({"input_ids": tokens([1, 2], [3, 4, 5]), "key": pa.array([-(2**63), 2**63 - 1])})
-    batch = collate_prompts(rows, 2, pad_id=PAD, samples=np.array([0, 4]))
-    assert batch.input_ids.tolist() == [[PAD, 1, 2], [3, 4, 5]]
-    assert batch.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert batch.keys.tolist() == [-(2**63), 2**63 - 1]
-    assert batch.samples.tolist() == [0, 4]
+    batch = collate_prompts(rows, 3, pad_id=PAD, numbers=np.array([7, 8]), samples=np.array([0, 4]))
+    assert batch.input_ids.tolist() == [[PAD, 1, 2], [3, 4, 5], [PAD] * 3]
+    assert batch.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert batch.keys.tolist() == [-(2**63), 2**63 - 1, 0]
+    assert batch.rows.tolist() == [7, 8, -1]
+    assert batch.samples.tolist() == [0, 4, -1]
 
 
 def test_a_batch_without_rows_is_all_fillers():
-    rows = pa.table({"input_ids": tokens(), "num_targets": pa.array([], pa.int32())})
+    rows = pa.table({"input_ids": tokens(), "loss_mask": pa.array([], pa.list_(pa.bool_()))})
     batch = collate_sft(rows, 2, 1.0, pad_id=PAD)
     assert batch.input_ids.tolist() == [[PAD], [PAD]]
     assert batch.attention_mask.tolist() == [[1], [1]]
@@ -49,12 +61,16 @@ def test_a_batch_without_rows_is_all_fillers():
 
 
 def test_rows_taken_from_the_middle_of_a_table_keep_their_tokens():
-    rows = pa.table({"input_ids": tokens([1], [2, 3], [4, 5, 6]), "num_targets": [1, 1, 1]}).slice(1, 2)
-    assert collate_sft(rows, 2, 1.0, pad_id=PAD).input_ids.tolist() == [[2, 3, PAD], [4, 5, 6]]
+    rows = pa.table(
+        {"input_ids": tokens([1], [2, 3], [4, 5, 6]), "loss_mask": [[True], [False, True], [True] * 3]}
+    ).slice(1, 2)
+    batch = collate_sft(rows, 2, 1.0, pad_id=PAD)
+    assert batch.input_ids.tolist() == [[2, 3, PAD], [4, 5, 6]]
+    assert batch.loss_mask.tolist() == [[False, True, False], [True] * 3]
 
 
 def test_to_moves_every_tensor_and_keeps_numbers():
-    rows = pa.table({"input_ids": tokens([1, 2]), "num_targets": [1]})
+    rows = pa.table({"input_ids": tokens([1, 2]), "loss_mask": [[False, True]]})
     moved = collate_sft(rows, 1, 5.0, pad_id=PAD).to("meta")
     assert {moved.input_ids.device.type, moved.attention_mask.device.type, moved.loss_mask.device.type} == {
         "meta"

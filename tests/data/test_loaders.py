@@ -16,7 +16,9 @@ def sft_rows(lengths):
     """Row i holds its own number i + 1 again and again, so that batches tell which rows they hold."""
     ids = [[i + 1] * length for i, length in enumerate(lengths)]
     targets = [max(length // 2, 1) for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "num_targets": targets, "length": list(lengths)})
+    masks = [[False] * (length - n) + [True] * n for length, n in zip(lengths, targets, strict=True)]
+    columns = {"input_ids": ids, "loss_mask": masks, "num_targets": targets, "length": list(lengths)}
+    return Dataset.from_dict(columns)
 
 
 def lengths_of(num_rows, seed=0):
@@ -89,8 +91,9 @@ def test_the_denominator_is_the_targets_of_the_whole_step():
         }
 
 
-def test_the_denominator_of_pairs_counts_them():
-    dataset = Dataset.from_dict({"chosen_ids": [[1, 2]] * 3, "rejected_ids": [[1]] * 3, "length": [2] * 3})
+def test_the_denominator_of_pairs_is_the_sum_of_their_weights():
+    columns = {"chosen_ids": [[1, 2]] * 3, "rejected_ids": [[1]] * 3, "length": [2] * 3}
+    dataset = Dataset.from_dict({**columns, "weight": [0.25] * 3, "margin": [0.0] * 3})
     loader = build_train_loader(
         dataset,
         partial(collate_pairs, pad_id=PAD),
@@ -100,9 +103,9 @@ def test_the_denominator_of_pairs_counts_them():
         world_size=1,
         seed=1,
     )
-    assert [(batch.pair_mask.tolist(), batch.denominator) for batch in loader] == [
-        ([1, 1], 2.0),
-        ([1, 0], 1.0),
+    assert [(batch.weights.tolist(), batch.denominator) for batch in loader] == [
+        ([0.25, 0.25], 0.5),
+        ([0.25, 0], 0.25),
     ]
 
 

@@ -12,6 +12,7 @@ from dschat.arguments import DataArguments
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_train_loader
 from dschat.data.preparation import prompt_data, reward_data, sft_data
+from dschat.data.templates import NONE
 from dschat.errors import UserError
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
@@ -20,7 +21,9 @@ HH = SHARED / "data" / "hh_rlhf_harmless" / "test.jsonl.gz"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NONE
+    return tokenizer
 
 
 def write_rows(path, prompts):
@@ -137,10 +140,8 @@ def test_counts_are_told_on_rank_0_only(tmp_path, tokenizer, monkeypatch, capsys
     data = arguments(tmp_path, str(tmp_path / "a.jsonl"), data_split="1,0,0", eval_fraction=0.3)
     sft_data(data, tokenizer, max_seq_len=64, seed=1)
     told = capsys.readouterr().out
-    assert (
-        "a.jsonl: 8 rows; 5 + 0 + 0 for steps 1 + 2 + 3 and 2 for evaluation; dropped 1 (repeated prompt)"
-        in told
-    )
+    counts = "a.jsonl: 8 rows; 5 + 0 + 0 prompts for steps 1 + 2 + 3 and 2 for evaluation"
+    assert f"{counts}; dropped 1 (repeated prompt)" in told
     assert "train: 5 rows of" in told
     monkeypatch.setenv("RANK", "1")
     sft_data(data, tokenizer, max_seq_len=64, seed=1)

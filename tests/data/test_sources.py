@@ -8,18 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from dschat.data.comparisons import Comparison
-from dschat.data.sources import open_source, read_comparisons
+from dschat.data.sources import Format, open_source, read_comparisons
 from dschat.errors import UserError
 
 ROWS = [
     {"prompt": "Grüße 😀", "chosen": "a\u2028b", "rejected": "c"},
     {"prompt": "p2", "chosen": "a2", "rejected": "r2"},
 ]
-COMPARISONS = [Comparison(**row) for row in ROWS]
+COMPARISONS = [Comparison(row["prompt"], (row["chosen"], row["rejected"])) for row in ROWS]
 
 
-def read(path, part="training"):
-    return list(read_comparisons(getattr(open_source(str(path)), part), Counter()))
+def read(path, part="training", dropped=None, form=None):
+    source = open_source(str(path))
+    counts = Counter() if dropped is None else dropped
+    return list(read_comparisons(source, getattr(source, part), form or Format(), counts))
 
 
 def lines(rows):
@@ -105,7 +107,7 @@ def test_dropped_rows_are_counted_by_reason(tmp_path):
     turns = ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d")
     (tmp_path / "hh.jsonl").write_text(lines([dict(zip(("chosen", "rejected"), turns, strict=True))]))
     dropped = Counter()
-    assert list(read_comparisons(open_source(str(tmp_path / "hh.jsonl")).training, dropped)) == []
+    assert read(tmp_path / "hh.jsonl", dropped=dropped) == []
     assert dropped == {"dialogues that part before their last answer": 1}
 
 
@@ -121,11 +123,23 @@ BAD_FILES = {
     "malformed list": (
         "x.json",
         f"[{GOOD},\n{GOOD}\n{GOOD}]",
-        "x.json:3: not a JSON list (Expecting ',' or ']'",
+        "x.json:3: not a JSON list of objects (a comma or the closing bracket is missing",
     ),
-    "list without end": ("x.json", f"[{GOOD}\n", "x.json:2: not a JSON list"),
-    "trailing comma": ("x.json", f"[{GOOD},\n]", "x.json:2: not a JSON list (Expecting another element"),
-    "text after a list": ("x.json", f"[{GOOD}]\nmore", "x.json:2: not a JSON list (Extra data"),
+    "list without end": (
+        "x.json",
+        f"[{GOOD}\n",
+        "x.json:2: not a JSON list of objects (a comma or the closing",
+    ),
+    "trailing comma": (
+        "x.json",
+        f"[{GOOD},\n]",
+        "x.json:2: not a JSON list of objects (there is a comma, but no",
+    ),
+    "text after a list": (
+        "x.json",
+        f"[{GOOD}]\nmore",
+        "x.json:2: not a JSON list of objects (there is more text after the list",
+    ),
     "no object": (
         "x.jsonl",
         f"{GOOD}\n[1, 2]\n",
@@ -140,7 +154,7 @@ BAD_FILES = {
     "nested value": (
         "x.jsonl",
         GOOD.replace('"a2"', '{"a": 1}'),
-        'x.jsonl:1: "chosen" must be a string, but is an',
+        'x.jsonl:1: message 1 of "chosen" has no "role"',
     ),
     "unknown columns": ("x.jsonl", '{"text": "t"}', "x.jsonl:1: the row has no"),
 }
@@ -215,7 +229,7 @@ def test_a_damaged_saved_data_set_is_named(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_names_the_flag_and_a_way_out(monkeypatch):
-    def unreachable(name):
+    def unreachable(path):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -224,9 +238,9 @@ def test_a_hub_that_cannot_be_reached_names_the_flag_and_a_way_out(monkeypatch):
 
 
 def test_a_hub_data_set_is_read_by_its_splits(tmp_path, monkeypatch):
-    path = str(tmp_path / "hub")
+    folder = str(tmp_path / "hub")
     splits = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list(ROWS[:1])}
-    datasets.DatasetDict(splits).save_to_disk(path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.load_from_disk(path))
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: datasets.load_from_disk(folder))
     assert read("some/set") == COMPARISONS
     assert read("some/set", "evaluation") == COMPARISONS[:1]

@@ -13,6 +13,7 @@ from dschat.data.splits import (
     split_prompts,
 )
 
+SIZES = {"num_held_out": 100, "num_used": 900}
 SHARES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, 4.0, 97.0]), min_size=3, max_size=3).filter(any)
 
 
@@ -107,21 +108,21 @@ def test_only_sources_without_an_evaluation_split_give_prompts_to_evaluation():
 
 def test_the_evaluation_prompts_do_not_depend_on_the_shares_or_on_the_order_of_rows():
     keys = keys_of(*range(200))
-    one = split_prompts(keys, eval_fraction=0.1, shares=(2, 4, 4), seed=5)
-    other = split_prompts(keys, eval_fraction=0.1, shares=(0, 1, 0), seed=5)
-    backwards = split_prompts(keys[::-1], eval_fraction=0.1, shares=(2, 4, 4), seed=5)
+    one = split_prompts(keys, **SIZES, shares=(2, 4, 4), seed=5)
+    other = split_prompts(keys, **SIZES, shares=(0, 1, 0), seed=5)
+    backwards = split_prompts(keys[::-1], **SIZES, shares=(2, 4, 4), seed=5)
     assert np.array_equal(one == EVALUATION, other == EVALUATION)
     assert np.array_equal(one, backwards[::-1])
 
 
 def test_another_seed_is_another_split():
     keys = keys_of(*range(200))
-    one, other = (split_prompts(keys, eval_fraction=0.1, shares=(2, 4, 4), seed=seed) for seed in (1, 2))
+    one, other = (split_prompts(keys, **SIZES, shares=(2, 4, 4), seed=seed) for seed in (1, 2))
     assert not np.array_equal(one == EVALUATION, other == EVALUATION)
     assert not np.array_equal(one == 0, other == 0)
 
 
 def test_the_split_of_a_known_input_never_changes():
     # Other results here would mix prompts between the steps of runs made before and after: raise FORMAT then.
-    part = split_prompts(keys_of(*range(12)), eval_fraction=0.2, shares=(2, 4, 4), seed=1234)
+    part = split_prompts(keys_of(*range(12)), num_held_out=2, num_used=10, shares=(2, 4, 4), seed=1234)
     assert part.tolist() == [2, 2, 2, 1, 1, 1, 0, 1, 2, 3, 3, 0]

@@ -1,8 +1,10 @@
 import pytest
 from datasets import Dataset
-from tiny import tiny_tokenizer
+from tiny import comparison_rows, tiny_tokenizer
 from tokenizers import processors
 
+from dschat.data.comparisons import Comparison
+from dschat.data.templates import NONE
 from dschat.data.tokenization import (
     column,
     content_key,
@@ -19,18 +21,23 @@ PROMPT, CHOSEN, REJECTED = "1234", "567", "89"
 
 @pytest.fixture(scope="module")
 def plain():
-    return tiny_tokenizer()
+    return untemplated()
 
 
 @pytest.fixture(scope="module")
 def with_bos():
-    return tiny_tokenizer(bos=True)
+    return untemplated(bos=True)
+
+
+def untemplated(**settings):
+    """A tokenizer whose template takes text as it is."""
+    tokenizer = tiny_tokenizer(**settings)
+    tokenizer.chat_template = NONE
+    return tokenizer
 
 
 def rows(*triples):
-    return Dataset.from_list(
-        [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in triples]
-    )
+    return comparison_rows(*(Comparison(prompt, answers) for prompt, *answers in triples))
 
 
 def decoded(tokenizer, ids):
@@ -53,14 +60,15 @@ def test_the_digits_of_these_tests_are_a_token_each(plain):
 def test_a_row_is_prompt_answer_and_one_end_token(plain):
     row = only(sft(plain, (PROMPT, CHOSEN, REJECTED)))
     assert decoded(plain, row["input_ids"]) == "1234567$"
-    assert (row["prompt_length"], row["num_targets"], row["length"]) == (4, 4, 8)
+    assert row["loss_mask"] == [False] * 4 + [True] * 4
+    assert (row["num_targets"], row["length"]) == (4, 8)
 
 
 def test_bos_stands_at_the_start_of_the_prompt_and_nowhere_else(with_bos):
     assert decoded(with_bos, [start_tokens(with_bos)[0]]) == "^"
     row = only(sft(with_bos, (PROMPT, CHOSEN, REJECTED)))
     assert decoded(with_bos, row["input_ids"]) == "^1234567$"
-    assert (row["prompt_length"], row["num_targets"]) == (5, 4)
+    assert row["loss_mask"] == [False] * 5 + [True] * 4
 
 
 def test_a_spelt_out_bos_or_end_token_is_not_doubled(with_bos):
@@ -69,7 +77,7 @@ def test_a_spelt_out_bos_or_end_token_is_not_doubled(with_bos):
 
 
 def test_an_end_token_that_a_tokenizer_adds_is_not_put_after_the_prompt():
-    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer = untemplated(bos=True)
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|endoftext|>")]
     template = processors.TemplateProcessing(single="<s> $A <|endoftext|>", special_tokens=ends)
     tokenizer.backend_tokenizer.post_processor = template

@@ -95,17 +95,17 @@ def test_loss_of_two_pairs_worked_by_hand(echo, loss_fn):
 
 
 def test_filler_pairs_do_not_count(echo):
-    loss = echo(PAIRS, MASK, pair_mask=torch.tensor([1.0, 0.0]))["loss"]
+    loss = echo(PAIRS, MASK, weights=torch.tensor([1.0, 0.0]))["loss"]
     assert loss.item() == pytest.approx(0.313262, abs=1e-5)
 
 
 def test_the_denominator_is_the_callers(echo):
-    loss = echo(PAIRS, MASK, pair_mask=torch.tensor([1.0, 1.0]), denominator=4.0)["loss"]
+    loss = echo(PAIRS, MASK, weights=torch.tensor([1.0, 1.0]), denominator=4.0)["loss"]
     assert loss.item() == pytest.approx(1.220095 / 2, abs=1e-5)
 
 
 def test_a_batch_of_fillers_alone_costs_nothing(echo):
-    loss = echo(PAIRS, MASK, pair_mask=torch.zeros(2))["loss"]
+    loss = echo(PAIRS, MASK, weights=torch.zeros(2))["loss"]
     assert loss.item() == 0
 
 

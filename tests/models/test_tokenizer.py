@@ -2,10 +2,11 @@
 
 import pytest
 from tiny import tiny_tokenizer
-from transformers import AutoTokenizer
 
+from dschat.arguments import TokenizerArguments, parse_arguments
+from dschat.data.templates import NONE, PLAIN
 from dschat.errors import UserError
-from dschat.models.tokenizer import check_same_tokenizer, load_tokenizer
+from dschat.models.tokenizer import load_rlhf_tokenizers, load_tokenizer
 
 
 def saved(folder, tokenizer, **special) -> str:
@@ -53,7 +54,7 @@ def test_a_tokenizer_without_end_token_needs_add_eot_token(tmp_path):
     folder = saved(tmp_path / "a", tiny_tokenizer(), eos_token=None)
     with pytest.raises(UserError, match="--add_eot_token"):
         load_tokenizer(folder)
-    tokenizer = load_tokenizer(folder, add_eot_token=True, eot_token="<|stop|>")
+    tokenizer = load_tokenizer(folder, TokenizerArguments(add_eot_token=True, eot_token="<|stop|>"))
     assert tokenizer.eos_token == "<|stop|>"
     assert tokenizer("a<|stop|>")["input_ids"][-1] == tokenizer.eos_token_id
     again = load_tokenizer(saved(tmp_path / "b", tokenizer))
@@ -62,7 +63,7 @@ def test_a_tokenizer_without_end_token_needs_add_eot_token(tmp_path):
 
 def test_an_end_token_of_the_vocabulary_is_not_added_again(tmp_path):
     source = tiny_tokenizer()
-    tokenizer = load_tokenizer(saved(tmp_path, source), add_eot_token=True)
+    tokenizer = load_tokenizer(saved(tmp_path, source), TokenizerArguments(add_eot_token=True))
     assert (len(tokenizer), tokenizer.eos_token_id) == (len(source), source.eos_token_id)
 
 
@@ -71,28 +72,96 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_equals_itself_reloaded(tmp_path):
-    tokenizer = load_tokenizer(saved(tmp_path, tiny_tokenizer(bos=True)))
-    check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(tmp_path))
+def rlhf_tokenizers(tmp_path, actor, critic, reward=None):
+    """What step 3 makes of three models with these tokenizers."""
+    flags = {"actor": actor, "critic": critic, "reward": reward}
+    argv = [
+        f"--{role}_model_name_or_path={saved(tmp_path / role, tokenizer)}"
+        for role, tokenizer in flags.items()
+        if tokenizer is not None
+    ]
+    return load_rlhf_tokenizers(parse_arguments("rlhf", argv))
 
 
-def test_tokenizers_differ_by_their_first_token_id():
-    ours, theirs = tiny_tokenizer(["aaab"]), tiny_tokenizer(["abbb"])
-    # What is learnt has ids from 258 on, after two special tokens and 256 bytes: "aa" here, "bb" there.
-    with pytest.raises(UserError, match="--critic_model_name_or_path") as caught:
-        check_same_tokenizer(ours, theirs)
-    assert "'aa' has id 258 for the actor, None for the reward model" in str(caught.value)
+def with_template(template, **settings):
+    tokenizer = tiny_tokenizer(**settings)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def test_tokenizers_differ_by_an_added_token():
-    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
-    theirs.add_tokens(["<|new|>"])
-    with pytest.raises(UserError, match="None for the actor"):
-        check_same_tokenizer(ours, theirs)
+def test_one_tokenizer_serves_all_four_models(tmp_path):
+    loaded = rlhf_tokenizers(tmp_path, tiny_tokenizer(bos=True), tiny_tokenizer(bos=True))
+    assert (loaded.reader, loaded.fresh_critic) == (None, False)
 
 
-def test_tokenizers_differ_by_their_end_token():
-    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
-    theirs.eos_token = "<|pad|>"
-    with pytest.raises(UserError, match="eos_token"):
-        check_same_tokenizer(ours, theirs)
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        # What is learnt has ids from 258 on, after two special tokens and 256 bytes: "aa" here, "bb" there.
+        (lambda: tiny_tokenizer(["abbb"]), "'aa' has id 258 for the actor, None for the reward model"),
+        (lambda: with_added_token(tiny_tokenizer(["aaab"])), "None for the actor"),
+        (lambda: with_other_end(tiny_tokenizer(["aaab"])), "'<s>' has id None for the actor"),
+    ],
+)
+def test_a_reward_model_of_another_tokenizer_reads_text_and_the_critic_starts_from_the_actor(
+    tmp_path, capsys, change, difference
+):
+    loaded = rlhf_tokenizers(tmp_path, tiny_tokenizer(["aaab"]), change())
+    assert loaded.fresh_critic
+    assert loaded.reader.get_vocab() != loaded.actor.get_vocab()
+    told = capsys.readouterr().out
+    assert difference in told
+    assert "the critic starts from the actor" in told
+
+
+def with_added_token(tokenizer):
+    tokenizer.add_tokens(["<|new|>"])
+    return tokenizer
+
+
+def with_other_end(tokenizer):
+    tokenizer.add_special_tokens({"eos_token": "<s>"})
+    return tokenizer
+
+
+def test_a_critic_of_another_tokenizer_beside_a_named_reward_model_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"'aa' has id 258 .*The critic reads the actor's tokens"):
+        rlhf_tokenizers(tmp_path, tiny_tokenizer(["aaab"]), tiny_tokenizer(["abbb"]), tiny_tokenizer())
+
+
+def test_a_reward_model_of_another_template_is_an_error_unless_it_is_named(tmp_path):
+    ours, theirs = with_template(PLAIN), with_template(NONE)
+    with pytest.raises(UserError, match="different chat templates"):
+        rlhf_tokenizers(tmp_path, ours, theirs)
+    loaded = rlhf_tokenizers(tmp_path, ours, ours, theirs)
+    assert loaded.reader.chat_template == NONE
+    assert not loaded.fresh_critic
+
+
+def test_the_template_is_settled_and_saved(tmp_path):
+    folder = saved(tmp_path / "a", tiny_tokenizer())
+    assert load_tokenizer(folder).chat_template == PLAIN
+    chosen = load_tokenizer(folder, TokenizerArguments(chat_template="none"))
+    assert load_tokenizer(saved(tmp_path / "b", chosen)).chat_template == NONE
+    own = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    own += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (tmp_path / "own.jinja").write_text(own)
+    settings = TokenizerArguments(chat_template=str(tmp_path / "own.jinja"))
+    assert load_tokenizer(folder, settings).chat_template == own
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "is empty"),
+        ("{% for %}", "the chat template does not"),
+        ("{{ messages[0]['content'] }}", "cannot be trained with"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.jinja").write_text(content)
+    settings = TokenizerArguments(chat_template=str(tmp_path / "t.jinja"))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(saved(tmp_path / "a", tiny_tokenizer()), settings)

@@ -22,6 +22,7 @@ def make_rollout() -> RolloutBatch:
         attention_mask=torch.cat([torch.ones(NUM_ROWS, PROMPT).long(), answer_mask.long()], dim=1),
         answer_mask=answer_mask,
         ended=LENGTHS < ANSWER,
+        prompt_rows=torch.arange(NUM_ROWS),
         prompt_length=PROMPT,
     )
 
@@ -158,6 +159,7 @@ def test_metrics_of_a_batch_worked_out_by_hand():
         attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]),
         answer_mask=torch.tensor([[True, True], [True, False]]),
         ended=torch.tensor([True, False]),
+        prompt_rows=torch.arange(2),
         prompt_length=1,
     )
     judgement = Judgement(

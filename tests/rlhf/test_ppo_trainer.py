@@ -34,7 +34,8 @@ def rollout_of(prompts, answers, *, pad: int = 1) -> RolloutBatch:
     ]
     answer_mask = torch.tensor(mask)[:, width:].bool()
     ended = torch.tensor([a[-1] == 0 for a in answers])
-    return RolloutBatch(torch.tensor(ids), torch.tensor(mask), answer_mask, ended, width)
+    rows = torch.arange(len(ids))
+    return RolloutBatch(torch.tensor(ids), torch.tensor(mask), answer_mask, ended, rows, width)
 
 
 BATCH = rollout_of(PROMPTS, ANSWERS)

@@ -41,9 +41,8 @@ def actor(request, tmp_path_factory):
 def prompt_batch(tokenizer, texts: list[str]) -> PromptBatch:
     batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     keys = torch.tensor([hash(tuple(tokenizer(text)["input_ids"])) for text in texts])
-    return PromptBatch(
-        batch["input_ids"], batch["attention_mask"], keys, torch.zeros(len(texts), dtype=torch.long)
-    )
+    zeros = torch.zeros(len(texts), dtype=torch.long)
+    return PromptBatch(batch["input_ids"], batch["attention_mask"], keys, rows=zeros, samples=zeros)
 
 
 TEXTS = ["Count", "\n\nHuman: Count to nine, please.\n\nAssistant:", "\n\nHuman: Is it?\n\nAssistant:"]
@@ -123,6 +122,7 @@ def two_rows() -> RolloutBatch:
         attention_mask=torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
         answer_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
         ended=torch.tensor([True, False]),
+        prompt_rows=torch.tensor([5, 3]),
         prompt_length=2,
     )
 

@@ -15,7 +15,7 @@ from dschat.arguments import parse_arguments
 from dschat.checkpoint import export_model
 from dschat.data.collate import PromptBatch
 from dschat.distributed import is_main_process, leave, rank, seed_everything, setup, world_size
-from dschat.models.tokenizer import load_tokenizer
+from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 
@@ -32,6 +32,7 @@ def prompts(tokenizer, ppo_step: int, num_batches: int) -> list[PromptBatch]:
             input_ids=tokens["input_ids"][mine],
             attention_mask=tokens["attention_mask"][mine],
             keys=mine * 7919 + ppo_step,
+            rows=mine,
             samples=torch.zeros_like(mine),
         )
         for mine in (part[rank() :: world_size()] for part in parts)
@@ -50,10 +51,11 @@ def run(models: Path, flags: dict) -> dict:
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
     args = parse_arguments("rlhf", argv)
-    tokenizer = load_tokenizer(args.actor.model_name_or_path)
+    tokenizers = load_rlhf_tokenizers(args)
+    tokenizer = tokenizers.actor
     seed_everything(args.run.seed)
-    engine = DeepSpeedRLHFEngine(args, tokenizer, num_training_steps=100)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizer, args)
+    engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args)
     steps = []
     for ppo_step in range(2):
         experience = trainer.generate_experience(

@@ -1,0 +1,187 @@
+"""File formats: JSON, JSON Lines and Parquet as a stream of rows, each with its place for messages.
+
+A file of any size is read a piece at a time. To add a format, write a function from a path to (place, row)
+and name it in `file_rows`.
+"""
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dschat.errors import UserError
+
+Rows = Callable[[], Iterator[tuple[str, Any]]]
+"""Called, it streams (place, row); the place is for messages, such as "pairs.jsonl:3"."""
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+KNOWN_FILES = ".json, .jsonl (both also .gz) and .parquet"
+ROWS_AT_ONCE = 1000
+READ_AT_ONCE = 1 << 20
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def file_rows(path: Path, flag: str) -> Rows:
+    """The file's rows, by its suffix. Raises `UserError` that names the flag for another kind of file."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return partial(_parquet_rows, path)
+    if name.endswith(SUFFIXES):
+        return partial(_json_rows, path)
+    raise UserError(f"{flag} {path}: files of this kind are not read; give one of {KNOWN_FILES}.")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with readable(path):
+        for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """One object a line, streamed; or, where the file begins with a bracket, the elements of one list."""
+    with readable(path):
+        with _open(path) as file:
+            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        with _open(path) as file:
+            yield from (_elements if is_list else _lines)(path, file)
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                yield f"{path}:{number}", json.loads(text)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, number) from error
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not a JSON object on one line ({error.msg} at character {error.pos + 1}). "
+                "Correct the line, or give one list of objects."
+            ) from error
+        except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+            raise UserError(
+                f"{path}:{number}: the JSON cannot be read ({error}). Correct the line."
+            ) from error
+
+
+def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """The elements of one JSON list, each with the line it begins on; no more than a few are held at once."""
+    text = _TextWindow(path, file)
+    try:
+        text.skip("[")
+        while text.peek() != "]":
+            yield f"{path}:{text.line}", text.decode()
+            if text.peek() == ",":
+                text.skip(",")
+                if text.peek() == "]":
+                    raise text.error("there is a comma, but no element after it")
+            elif text.peek() != "]":
+                raise text.error("a comma or the closing bracket is missing")
+        text.skip("]")
+        if text.peek():
+            raise text.error("there is more text after the list")
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}:{text.line}: the JSON cannot be read ({error}). Correct it there."
+        ) from error
+
+
+class _TextWindow:
+    """A moving window on a file's JSON text."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._decode_bytes = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._position, self._at_end = "", 0, False
+        self.line = 1
+
+    def peek(self) -> str:
+        """The next character that is no white space, "" at the end."""
+        while True:
+            end = BLANK.match(self._text, self._position).end()
+            self.line += self._text.count("\n", self._position, end)
+            self._position = end
+            if end < len(self._text) or not self._more():
+                return self._text[end : end + 1]
+
+    def skip(self, character: str) -> None:
+        """Step over that character, which must come next."""
+        assert self.peek() == character
+        self._position += 1
+
+    def decode(self) -> Any:
+        """The JSON value that comes next."""
+        self.peek()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                if self._may_be_cut_off(error) and self._more():
+                    continue
+                raise self.error(error.msg, error.pos) from error
+            if end < len(self._text) or not self._more():  # a number may go on beyond the window
+                break
+        self.line += self._text.count("\n", self._position, end)
+        self._position = end
+        return value
+
+    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could mend it: a string without its end, or a fault at the window's very end."""
+        return error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
+
+    def error(self, message: str, position: int | None = None) -> UserError:
+        """What is wrong at the position, by default the current one."""
+        position = self._position if position is None else position
+        line = self.line + self._text.count("\n", self._position, position)
+        return UserError(f"{self._path}:{line}: not a JSON list of objects ({message}). Correct it there.")
+
+    def _more(self) -> bool:
+        """Read on, as much again as is being looked at, so that a long value is not looked at too often."""
+        if self._at_end:
+            return False
+        self._text = self._text[self._position :]
+        self._position = 0
+        chunk = self._file.read(max(READ_AT_ONCE, len(self._text)))
+        self._at_end = not chunk
+        try:
+            self._text += self._decode_bytes(chunk, self._at_end)
+        except UnicodeDecodeError as error:
+            line = self.line + self._text.count("\n") + chunk.count(b"\n", 0, error.start)
+            raise _not_utf8(self._path, line) from error
+        return True
+
+
+def _not_utf8(path: Path, line: int) -> UserError:
+    return UserError(f"{path}:{line}: the text is not UTF-8; save the file in that encoding.")
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn failures to read a file's bytes into `UserError`."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip file is damaged ({error}); fetch or pack it again.") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: the Parquet file cannot be read ({error}); write it again.") from error
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be read ({error.strerror or error}).") from error

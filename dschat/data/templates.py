@@ -1,0 +1,244 @@
+"""Chat templates: conversations to the text that a model reads, one way in all steps.
+
+A template is the tokenizer's Jinja template, settled by `settle_template` and saved with the model, so that
+what step 1 learned is what steps 2 and 3, chat and evaluation show.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data.comparisons import Prompt, Turn
+from dschat.errors import UserError
+
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+"""The default: "\\n\\nHuman: question\\n\\nAssistant: answer", as HH and DeepSpeed-Chat have it."""
+
+NONE = (
+    "{% if messages | length > 2 %}{{ raise_exception('--chat_template none takes a prompt and an answer as "
+    "they are, not conversations') }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+)
+"""Nothing is added: an answer follows its prompt as both stand in the data."""
+
+NAMED = {"plain": PLAIN, "none": NONE}
+
+QUESTION, ANSWER = "a question of 7 words to be answered", "an answer of 5 words"
+"""Content to try a template on; no template has it in its own text."""
+
+MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+"""What begins a turn of a dialogue in text."""
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+    """Give the tokenizer its one template: a named one, a file's, or for None its own, else the plain one.
+
+    Raises `UserError` for a file that cannot be read and a template that cannot serve.
+    """
+    if choice is None:
+        tokenizer.chat_template = _own_template(tokenizer) or PLAIN
+    elif choice in NAMED:
+        tokenizer.chat_template = NAMED[choice]
+    else:
+        tokenizer.chat_template = _read_template(Path(choice).expanduser())
+    ChatTemplate(tokenizer)
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _read_template(path: Path) -> str:
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "its text is not UTF-8"
+        raise UserError(
+            f"--chat_template {path} cannot be read ({reason}); give a file with a Jinja template, "
+            f"or one of {', '.join(NAMED)}."
+        ) from error
+    if not template.strip():
+        raise UserError(f"--chat_template {path} is empty; give a file with a Jinja template.")
+    return template
+
+
+class ChatTemplate:
+    """What the tokenizer's template makes of prompts and answers.
+
+    Raises `UserError` for a template that cannot serve.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._template = _own_template(tokenizer) or PLAIN
+        self._keeps_text = self._template == NONE
+        question, answer = Turn("user", QUESTION), Turn("assistant", ANSWER)
+        asked, whole = self._try([question], True), self._try([question, answer])
+        self._opening = asked.partition(QUESTION)[0].strip()
+        self._lead, _, ending = whole.removeprefix(asked).partition(ANSWER)
+        if QUESTION not in asked or not whole.startswith(asked) or ANSWER not in whole:
+            raise UserError(
+                "the chat template cannot be trained with: what it shows for a question and its answer does "
+                f"not begin with what it shows for the question alone ({asked!r}); give another with "
+                "--chat_template."
+            )
+        self._ending = ending
+        # The end token is added to the tokens; what follows it is between this turn and the next.
+        before_end, end, _ = ending.partition(tokenizer.eos_token or "\0")
+        self._close = before_end if end else ending.rstrip()
+        self._close_inside = before_end + end if end else ending.rstrip()
+        self._takes_system = "a system" in self._attempt([Turn("system", "a system"), question])
+        self._takes_leading_answer = bool(self._attempt([answer, question]))
+
+    def prompt(self, prompt: Prompt) -> str:
+        """What the model reads before it answers."""
+        return prompt if self._is_rendered(prompt) else self._render(self.turns(prompt), True)
+
+    def answer(self, prompt: Prompt, answer: str) -> str:
+        """What follows `prompt(prompt)` when the model answers so, but for the end token."""
+        if self._is_rendered(prompt):
+            return self.answer_alone(answer, ended=True)
+        turns = self.turns(prompt)
+        return self._continuation(self._render(turns, True), turns, answer)
+
+    def answer_alone(self, answer: str, ended: bool) -> str:
+        """What follows some prompt when the model answers so: all of it, or a part that is cut off."""
+        return self._lead + answer.strip() + (self._close if ended else "")
+
+    def content(self, shown: str) -> str:
+        """The answer's own text, from what a model wrote in this template, its end token apart."""
+        if self._keeps_text:
+            return shown
+        return shown.strip().removeprefix(self._lead.strip()).removesuffix(self._close.strip()).strip()
+
+    def pieces(self, prompt: Prompt, answer: str) -> list[tuple[str, bool]]:
+        """The whole conversation in pieces, each with whether the assistant says it; the end token apart.
+
+        What the assistant says is its text and the mark that ends its turn, not the one that begins it.
+        """
+        if self._is_rendered(prompt):
+            return [(prompt, False), (self.answer(prompt, answer), True)]
+        turns = self.turns(prompt)
+        whole, pieces, position = self._render(turns, True), [], 0
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start = len(self._render(turns[:number], True))
+            found = whole.find(turn.content, start)
+            if found < 0:  # the template shows earlier answers in another form
+                continue
+            end = found + len(turn.content)
+            end += len(self._close_inside) * whole.startswith(self._close_inside, end)
+            pieces += [(whole[position:start], False), (whole[start:end], True)]
+            position = end
+        return [*pieces, (whole[position:], False), (self._continuation(whole, turns, answer), True)]
+
+    def turns(self, prompt: Prompt) -> tuple[Turn, ...]:
+        """The conversation that a prompt is, in the form that the template takes."""
+        if isinstance(prompt, str):
+            return (Turn("user", prompt),) if self._keeps_text else self._adapted(parse_dialogue(prompt))
+        return self._adapted(prompt)
+
+    def without_first_exchange(self, prompt: Prompt) -> Prompt | None:
+        """The prompt less its first question and the answer to that; None where one question is left."""
+        if self._keeps_text or self._is_rendered(prompt):
+            return None
+        turns = self.turns(prompt)
+        questions = [number for number, turn in enumerate(turns) if turn.role == "user"]
+        if len(questions) < 2:
+            return None
+        return tuple(turn for turn in turns[: questions[0]] if turn.role == "system") + turns[questions[1] :]
+
+    def before_question(self, prompt: Prompt) -> str:
+        """What stands before the last question's text: marks, and a system message."""
+        if self._keeps_text or self._is_rendered(prompt):
+            return ""
+        questions = [turn.content for turn in self.turns(prompt) if turn.role == "user"]
+        shown = self.prompt(prompt)
+        return shown[: max(shown.rfind(questions[-1]), 0)] if questions else ""
+
+    def _is_rendered(self, prompt: Prompt) -> bool:
+        """Whether the prompt is text in this template's own form already."""
+        if not isinstance(prompt, str) or self._template in (PLAIN, NONE) or not self._opening:
+            return False
+        bos = self._tokenizer.bos_token or ""
+        return prompt.lstrip().removeprefix(bos).lstrip().startswith(self._opening.removeprefix(bos).lstrip())
+
+    def _adapted(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        """The same for a template that takes no system message, or no answer before the first question."""
+        turns = list(turns)
+        if turns[0].role == "system" and not self._takes_system and len(turns) > 1:
+            system, first, *rest = turns
+            turns = [Turn(first.role, f"{system.content}\n\n{first.content}"), *rest]
+        while turns[0].role == "assistant" and not self._takes_leading_answer and len(turns) > 1:
+            turns.pop(0)
+        return tuple(turns)
+
+    def _continuation(self, asked: str, turns: Sequence[Turn], answer: str) -> str:
+        content = answer if self._keeps_text else answer.strip()
+        whole = self._render([*turns, Turn("assistant", content)])
+        if not whole.startswith(asked):
+            return self._lead + content + self._close
+        shown = whole[len(asked) :]
+        return shown.removesuffix(self._ending) + self._close if shown.endswith(self._ending) else shown
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        messages = [turn._asdict() for turn in turns]
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(turn.role for turn in turns)
+            raise UserError(
+                f"the chat template does not take a conversation of {roles} ({error}); give another with "
+                "--chat_template, or leave such rows out."
+            ) from error
+
+    def _try(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        try:
+            return self._render(turns, add_generation_prompt)
+        except (TypeError, ValueError) as error:  # what a template's own expressions may raise
+            raise UserError(
+                f"the chat template does not work ({error}); give another with --chat_template."
+            ) from error
+
+    def _attempt(self, turns: Sequence[Turn]) -> str:
+        try:
+            return self._try(turns)
+        except UserError:
+            return ""
+
+
+def parse_dialogue(text: str) -> tuple[Turn, ...]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; text without these marks is one question.
+
+    What stands before the first mark is a system message; a last "Assistant:" with nothing after it asks for
+    the answer and is no turn.
+    """
+    marks = list(MARK.finditer(text))
+    if not any(mark[1] == "Human" for mark in marks):
+        return (Turn("user", text.strip()),)
+    turns = [Turn("system", text[: marks[0].start()].strip())]
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        content = text[mark.end() : following.start() if following else len(text)].strip()
+        role = "user" if mark[1] == "Human" else "assistant"
+        if content and turns[-1].role == role:
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}")
+        elif content:
+            turns.append(Turn(role, content))
+    return tuple(turn for turn in turns if turn.content)

@@ -1,0 +1,69 @@
+"""Answers as a reward model with a tokenizer of its own reads them: in its tokens and in its template."""
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data.templates import ChatTemplate
+from dschat.data.tokenization import Encoder
+from dschat.rlhf.rollout import RolloutBatch
+
+
+class Reading:
+    """Turns rollouts in the actor's tokens into the same prompts and answers in the reader's.
+
+    `prompts` are those of the rollouts, with the column reader_ids (`dschat.data.tokenization`). What is over
+    `max_tokens` loses the prompt's beginning, then the answer's end.
+    """
+
+    def __init__(
+        self,
+        prompts: Dataset,
+        actor: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._max_tokens = max_tokens
+        self._prompts = prompts.with_format("numpy", columns=["reader_ids"])
+        self._actor, self._template = actor, ChatTemplate(actor)
+        self._encoder, self._pad_id = Encoder(reader), reader.pad_token_id
+
+    def read(self, batch: RolloutBatch) -> RolloutBatch:
+        """The same rows for the reader. An answer that was cut off has no end token there either."""
+        texts = [
+            self._template.content(self._actor.decode(ids[mask], skip_special_tokens=True))
+            for ids, mask in zip(batch.answers, batch.answer_mask, strict=True)
+        ]
+        answers = self._encoder.answers_alone(texts, batch.ended.tolist())
+        prompts = [ids.tolist() for ids in self._prompts[batch.prompt_rows.tolist()]["reader_ids"]]
+        if self._max_tokens is not None:
+            answers = [ids[: self._max_tokens - 1] for ids in answers]
+            room = [self._max_tokens - len(ids) for ids in answers]
+            prompts = [ids[-number:] for ids, number in zip(prompts, room, strict=True)]
+        device = batch.input_ids.device
+        left, left_mask = _padded(prompts, self._pad_id, device, left=True)
+        right, right_mask = _padded(answers, self._pad_id, device)
+        return RolloutBatch(
+            input_ids=torch.cat([left, right], dim=1),
+            attention_mask=torch.cat([left_mask, right_mask], dim=1).long(),
+            answer_mask=right_mask,
+            ended=batch.ended,
+            prompt_rows=batch.prompt_rows,
+            prompt_length=left.shape[1],
+        )
+
+
+def _padded(
+    rows: list[list[int]], pad_id: int, device: torch.device, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as [B, L], and a mask bool [B, L] of what is no padding."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    side = "left" if left else "right"
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
+    positions = torch.arange(ids.shape[1])
+    width = ids.shape[1]
+    mask = positions >= (width - lengths)[:, None] if left else positions < lengths[:, None]
+    return ids.to(device), mask.to(device)
