@@ -9,13 +9,22 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from dschat.checkpoint import export_model
@@ -24,7 +33,12 @@ from dschat.models.factory import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
 
 # "opt_projected" is OPT-350m's shape: embeddings narrower than the hidden states, norms after the layers.
-FAMILIES = ("llama", "opt", "qwen3", "gpt2", "gpt_neox", "opt_projected")
+# "llama" has grouped queries, "llama_mha" a key head a query head; "falcon_alibi" is Falcon-RW's shape.
+FAMILIES = (
+    *("llama", "opt", "qwen3", "gpt2", "gpt_neox", "opt_projected"),
+    *("llama_mha", "qwen2", "mistral", "gemma", "phi", "gptj", "bloom", "falcon", "falcon_alibi"),
+    *("mixtral", "qwen3_moe"),
+)
 
 TEXTS = (
     "\n\nHuman: How do I boil an egg?\n\nAssistant: Put it in boiling water for eight minutes.",
@@ -87,14 +101,30 @@ def tiny_config(family: str, vocab_size: int, **ids: int | None) -> PretrainedCo
     narrow = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **vocabulary}
     gated = shape | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    wide = shape | {"intermediate_size": 64, "max_position_embeddings": 512}
     opt = shape | {"ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
+    falcon = shape | {"max_position_embeddings": 512, "ffn_hidden_size": 64}
+    moe = gated | {"num_experts_per_tok": 2, "head_dim": 8}
     configs = {
         "llama": lambda: LlamaConfig(**gated, tie_word_embeddings=False),
         "qwen3": lambda: Qwen3Config(**gated, head_dim=8, tie_word_embeddings=True),
         "opt": lambda: OPTConfig(**opt),
         "opt_projected": lambda: OPTConfig(**opt | narrow),
         "gpt2": lambda: GPT2Config(**gpt2),
-        "gpt_neox": lambda: GPTNeoXConfig(**shape, intermediate_size=64, max_position_embeddings=512),
+        "gpt_neox": lambda: GPTNeoXConfig(**wide),
+        "llama_mha": lambda: LlamaConfig(**gated | {"num_key_value_heads": 4}),
+        "qwen2": lambda: Qwen2Config(**gated),
+        "mistral": lambda: MistralConfig(**gated, sliding_window=256),
+        "gemma": lambda: GemmaConfig(**gated | {"num_key_value_heads": 1}, head_dim=8),
+        "phi": lambda: PhiConfig(**wide),
+        "gptj": lambda: GPTJConfig(**gpt2, rotary_dim=4),
+        "bloom": lambda: BloomConfig(**vocabulary, hidden_size=32, n_layer=2, n_head=4),
+        "falcon": lambda: FalconConfig(**falcon, alibi=False, multi_query=True, parallel_attn=True),
+        "falcon_alibi": lambda: FalconConfig(
+            **falcon, alibi=True, multi_query=False, parallel_attn=False, bias=True
+        ),
+        "mixtral": lambda: MixtralConfig(**moe, num_local_experts=4),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**moe, num_experts=4, moe_intermediate_size=32),
     }
     config = configs[family]()
     config.initializer_range = 0.1  # the default 0.02 gives a model of this width nearly uniform outputs

@@ -92,7 +92,12 @@ def test_fresh_adapters_change_no_output(folder):
         assert torch.equal(value_model(**batch(), return_values=True), values)
 
 
-NUM_LINEAR = {"llama": 7, "qwen3": 7, "opt": 6, "opt_projected": 6, "gpt2": 4, "gpt_neox": 4}
+NUM_LINEAR = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma"), 7),
+    **dict.fromkeys(("opt", "opt_projected", "phi", "gptj"), 6),
+    **dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), 4),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), 4),  # the experts are stacked in tensors
+}
 
 
 def test_every_linear_layer_of_the_backbone_gets_an_adapter_and_no_output_layer(folder):
