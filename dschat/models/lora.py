@@ -126,3 +126,7 @@ def _announce(model: nn.Module, num_layers: int) -> None:
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     print_once(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
+    stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]
+    if stacked:
+        fate = "trained whole" if stacked[0].requires_grad else "not trained"
+        print_once(f"note: the experts' weights are no linear layers and get no adapters; they are {fate}.")

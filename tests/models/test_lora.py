@@ -110,6 +110,14 @@ def test_every_linear_layer_of_the_backbone_gets_an_adapter_and_no_output_layer(
         assert not [name for name in adapted(one) if name.startswith(("lm_head", "embed_out", "v_head"))]
 
 
+@pytest.mark.parametrize(("alone", "fate"), [(True, "not trained"), (False, "trained whole")])
+def test_that_experts_get_no_adapters_is_said(alone, fate, tmp_path, capsys):
+    add_lora(causal(str(save_tiny_model(tmp_path / "moe", "mixtral"))), lora(), only_optimize_lora=alone)
+    assert f"get no adapters; they are {fate}" in capsys.readouterr().out
+    add_lora(causal(str(save_tiny_model(tmp_path / "dense", "mistral"))), lora(), only_optimize_lora=alone)
+    assert "experts" not in capsys.readouterr().out
+
+
 def test_alone_the_adapters_and_a_critics_head_are_trained(folder):
     model, value_model = causal(folder), critic(folder)
     for one in (model, value_model):
