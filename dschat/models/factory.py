@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +37,12 @@ BACKBONE_NAMES = ("rwtransformer.", "rwtranrsformer.")
 
 OUTPUT_LAYERS = ("lm_head.", "embed_out.")
 """Where causal language models keep the layer that a reward model has no use for."""
+
+CONSTANTS = (
+    *(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),
+    ".rotary_emb.inv_freq",
+)
+"""Causal masks and rotary frequencies, which older versions of transformers saved among the weights."""
 
 HEAD = "score.weight"
 
@@ -65,13 +73,25 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
             f"{flag} {model_name_or_path!r} has no weights ({', '.join(WEIGHT_FILES)}, whole or in shards); "
             "if the step that writes them did not finish, run it again."
         )
-    shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+    shards = _shards(indexes[0], flag)
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
         raise UserError(
             f"{flag} {model_name_or_path!r} lacks {len(missing)} of the {len(shards)} weight files that "
             f"{indexes[0].name} names: {', '.join(missing)}. Copy or download them again."
         )
+
+
+def _shards(index: Path, flag: str) -> set[str]:
+    """The names of the weight files in a shard index."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return {str(Path(name)) for name in names}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{flag}: {index} is no index of weight files ({type(error).__name__}: {error}); "
+            "copy or download it again."
+        ) from error
 
 
 def _is_path(model_name_or_path: str) -> bool:
@@ -86,6 +106,7 @@ def check_language_model(model_name_or_path: str, flag: str) -> None:
     check_model_path(model_name_or_path, flag)
     with _named(flag):
         config = _read_config(model_name_or_path, dropout=None)
+        _check_generates(config, model_name_or_path)
         _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
 
 
@@ -94,6 +115,27 @@ def check_reward_model(model_name_or_path: str, flag: str) -> None:
     check_model_path(model_name_or_path, flag)
     with _named(flag):
         _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
+
+
+def _check_generates(config: PretrainedConfig, model_name_or_path: str) -> None:
+    """Raise `UserError` for architectures that do not predict each token from those before it alone."""
+    _check_decoder(config, model_name_or_path)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no causal "
+            "language model, so it cannot generate; choose another architecture."
+        )
+
+
+def _check_decoder(config: PretrainedConfig, model_name_or_path: str) -> None:
+    """Raise `UserError` for encoders, which transformers loads as language models that see the answer."""
+    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
+    if config.is_encoder_decoder or (fills_gaps and not getattr(config, "is_decoder", False)):
+        kind = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder: it reads both ways"
+        raise UserError(
+            f"{model_name_or_path!r} is a {config.model_type!r} model, {kind}; "
+            "every step needs a decoder, such as Llama, Qwen or GPT-2."
+        )
 
 
 def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: str) -> None:
@@ -120,8 +162,8 @@ def learned_positions(model_name_or_path: str) -> int | None:
 
 
 def _has_learned_positions(config: PretrainedConfig) -> bool:
-    is_rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
-    return not (is_rotary or getattr(config, "alibi", False))
+    # GPT-J and CodeGen rotate too, but by a table that ends with their last position.
+    return not (getattr(config, "rope_parameters", None) or getattr(config, "alibi", False))
 
 
 @contextmanager
@@ -150,6 +192,8 @@ def create_hf_model(
     """
     check_model_path(model_name_or_path, "model_name_or_path")
     config = _read_config(model_name_or_path, dropout)
+    if model_class is AutoModelForCausalLM:
+        _check_generates(config, model_name_or_path)
     load = _loader(model_class, model_name_or_path, config)
     _check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
@@ -197,13 +241,17 @@ def _reward_model_loader(model_name_or_path: str, dropout: float | None) -> Call
             f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
             "sequence classifier, so it cannot become a reward model; choose another architecture."
         )
+    _check_decoder(config, model_name_or_path)
     model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
     return _loader(model_class, model_name_or_path, config, state)
 
 
 def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any) -> PretrainedConfig:
-    """The model's configuration, `dropout` in place of every dropout probability that the family has."""
+    """The model's configuration, `dropout` in place of every dropout probability that the family has.
+
+    Other noise of training is switched off with it: dropped layers, an expert router's jitter.
+    """
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **settings)
     except (OSError, ValueError, KeyError) as error:
@@ -219,6 +267,9 @@ def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any
             setattr(config, name, dropout)
         elif name == "layerdrop":
             # Skips whole layers, which ranks under ZeRO-3 would have to agree on.
+            setattr(config, name, 0.0)
+        elif name == "router_jitter_noise" and config.model_type != "phimoe":
+            # Chooses other experts in training than in evaluation. (Phi-MoE's also sets who may be chosen.)
             setattr(config, name, 0.0)
     return config
 
@@ -250,7 +301,8 @@ def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head
             _, info = load(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights of {model_name_or_path!r} cannot be read: {error}") from error
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    missing = set(info["missing_keys"])
+    unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CONSTANTS)}
     if fresh_head:
         if HEAD not in missing:
             print_once(f"note: {model_name_or_path!r} has a reward head; a fresh one takes its place.")
@@ -336,8 +388,10 @@ def _grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         return
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-        with gathered([layer.weight], modifier_rank=0), torch.no_grad():
-            layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+        rows = [layer.weight] if getattr(layer, "bias", None) is None else [layer.weight, layer.bias]
+        with gathered(rows, modifier_rank=0), torch.no_grad():
+            for row in rows:
+                row[old:] = row[:old].float().mean(dim=0).to(row.dtype)
 
 
 def _draw_head(head: nn.Linear) -> None:

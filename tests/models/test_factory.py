@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_reward_model, save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from dschat.checkpoint import export_model
 from dschat.errors import UserError
@@ -188,6 +196,14 @@ def test_dropout_replaces_every_probability(tmp_path):
     assert {module.p for module in critic.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
+def test_an_expert_router_adds_no_noise(tmp_path):
+    folder = save_tiny_model(tmp_path, "mixtral")
+    edit_json(folder / "config.json", router_jitter_noise=0.25)
+    model = create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer(), dropout=0.0).train()
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
 def test_precision_follows_the_deepspeed_configuration(base):
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("none", torch.float32)):
         config = DS_CONFIG | {name: {"enabled": True}}
@@ -212,6 +228,30 @@ def test_the_vocabulary_grows_with_the_tokenizer_and_is_reloadable(family, tmp_p
     assert model.config.vocab_size == old + 2
     export_model(model, tokenizer, tmp_path / "grown")
     assert equal_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "grown"), model)
+
+
+@pytest.mark.parametrize("family", ["phi", "gptj"])
+def test_the_bias_of_an_output_layer_grows_too(family, tmp_path):
+    tokenizer = tiny_tokenizer()
+    folder = save_tiny_model(tmp_path, family, tokenizer=tokenizer)
+    bias = torch.arange(len(tokenizer)).float()
+    edit_weights(folder, lambda weights: weights.update({"lm_head.bias": bias}))
+    tokenizer.add_tokens(["<|one|>", "<|two|>"])
+    grown = create_hf_model(AutoModelForCausalLM, str(folder), tokenizer).lm_head.bias
+    assert torch.equal(grown, torch.cat([bias, bias.mean().expand(2)]))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma", "bloom", "falcon"])
+def test_tied_embeddings_stay_tied_when_the_vocabulary_grows(family, tmp_path):
+    tokenizer = tiny_tokenizer()
+    folder = save_tiny_model(tmp_path / "base", family, tokenizer=tokenizer)
+    tokenizer.add_tokens(["<|one|>"])
+    export_model(create_hf_model(AutoModelForCausalLM, str(folder), tokenizer), tokenizer, tmp_path / "grown")
+    loaded = create_hf_model(AutoModelForCausalLM, str(tmp_path / "grown"), tokenizer)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert loaded.get_input_embeddings().num_embeddings == len(tokenizer)
+    names = load_file(tmp_path / "grown" / "model.safetensors").keys()
+    assert not [name for name in names if name.startswith("lm_head")]
 
 
 def test_a_vocabulary_larger_than_the_tokenizers_is_left_alone(tmp_path):
@@ -299,6 +339,20 @@ def test_lengths_beyond_learned_positions_are_an_error_and_beyond_rotary_ones_a_
     assert "512 positions" in capsys.readouterr().out
 
 
+def test_a_table_of_rotations_ends_as_learned_positions_do(tmp_path):
+    folder = save_tiny_model(tmp_path, "gptj")
+    tokens = torch.full((1, 513), 5)
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(folder)(tokens)
+    with pytest.raises(UserError, match=r"513 tokens .* 512 positions; lower --max_seq_len"):
+        check_positions(str(folder), 513, "--max_seq_len", "the longest row")
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_alibi"])
+def test_models_that_know_no_positions_have_no_limit(family, tmp_path):
+    check_positions(str(save_tiny_model(tmp_path, family)), 10_000, "--max_seq_len", "the longest row")
+
+
 def test_actor_and_reward_model_cannot_be_swapped(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     reward = save_reward_model(base, tmp_path / "reward")
@@ -319,17 +373,139 @@ def test_a_folder_must_have_configuration_and_weights(base):
         check_model_path(str(base), "--model_name_or_path")
 
 
-def test_every_shard_must_be_there(base):
+def in_shards(folder: Path, form: str) -> None:
+    """Divide the folder's weights over two files, with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, _, ending = form.rpartition(".")
+    weight_map = {}
+    for part in (1, 2):
+        name = f"{stem}-0000{part}-of-00002.{ending}"
+        tensors = dict(list(weights.items())[part - 1 :: 2])
+        if ending == "bin":
+            torch.save(tensors, folder / name)
+        else:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / f"{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+FORMS = ("model.safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_shards_give_the_model_that_was_divided(family, form, tmp_path):
+    base = save_tiny_model(tmp_path / "base", family)
+    reward = save_reward_model(base, tmp_path / "reward")
     model = AutoModelForCausalLM.from_pretrained(base)
-    (base / "model.safetensors").unlink()
-    model.save_pretrained(base, max_shard_size="50KB")
-    check_model_path(str(base), "--model_name_or_path")
-    loaded = create_hf_model(AutoModelForCausalLM, str(base), tiny_tokenizer())
-    assert equal_weights(loaded, model)
-    shard = min(base.glob("model-*.safetensors"))
+    critic = create_critic_model(str(reward), tiny_tokenizer(), None, rlhf_training=True)
+    for folder in (base, reward):
+        in_shards(folder, form)
+    check_language_model(str(base), "--actor_model_name_or_path")
+    check_reward_model(str(reward), "--critic_model_name_or_path")
+    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(base), tiny_tokenizer()), model)
+    fresh = create_critic_model(str(base), tiny_tokenizer(), None)
+    assert equal_weights(fresh.rwtransformer, model.base_model)
+    assert equal_weights(create_critic_model(str(reward), tiny_tokenizer(), None, rlhf_training=True), critic)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_shard_must_be_there(form, base):
+    in_shards(base, form)
+    shard = next(base.glob("*-00002-of-00002*"))
     shard.unlink()
-    with pytest.raises(UserError, match=shard.name):
+    with pytest.raises(UserError, match=f"--model_name_or_path .* lacks 1 of the 2 .*{shard.name}"):
         check_model_path(str(base), "--model_name_or_path")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}']
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_malformed_shard_index_is_an_error_that_names_it(form, text, base):
+    in_shards(base, form)
+    index = base / f"{form}.index.json"
+    index.write_text(text)
+    with pytest.raises(UserError, match=rf"--model_name_or_path: .*{index.name} is no index"):
+        check_model_path(str(base), "--model_name_or_path")
+
+
+def with_causal_masks(weights: dict[str, torch.Tensor], attention: str) -> None:
+    """Add what transformers before version 5 kept beside the weights of GPT-2, GPT-J and GPT-NeoX."""
+    for layer in range(2):
+        weights[f"{attention.format(layer)}.bias"] = torch.ones(1, 1, 512, 512).tril().bool()
+        weights[f"{attention.format(layer)}.masked_bias"] = torch.tensor(-1e9)
+
+
+OLD_FILES = {
+    "gpt2": lambda weights: with_causal_masks(weights, "transformer.h.{}.attn"),
+    "gptj": lambda weights: with_causal_masks(weights, "transformer.h.{}.attn"),
+    "gpt_neox": lambda weights: with_causal_masks(weights, "gpt_neox.layers.{}.attention"),
+    "llama": lambda weights: weights.update(
+        {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OLD_FILES)
+def test_constants_that_older_versions_saved_are_no_unexpected_weights(family, tmp_path):
+    folder = save_tiny_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    edit_weights(folder, OLD_FILES[family])
+    check_language_model(str(folder), "--model_name_or_path")
+    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer()), model)
+    critic = create_critic_model(str(folder), tiny_tokenizer(), None)
+    assert equal_weights(critic.rwtransformer, model.base_model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_weights_without_the_backbones_prefix_load(family, tmp_path):
+    folder = save_tiny_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def strip(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[name.removeprefix("transformer.")] = weights.pop(name)
+
+    edit_weights(folder, strip)
+    check_language_model(str(folder), "--model_name_or_path")
+    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer()), model)
+
+
+def tiny_encoder(model_type: str, **settings) -> PretrainedConfig:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    return AutoConfig.for_model(model_type, **shape, vocab_size=400, **settings)
+
+
+ENCODERS = {
+    "bert": lambda: AutoModelForMaskedLM.from_config(tiny_encoder("bert")),
+    "roberta": lambda: AutoModelForMaskedLM.from_config(tiny_encoder("roberta")),
+    "bert-generation": lambda: AutoModelForCausalLM.from_config(tiny_encoder("bert-generation")),
+    "distilbert": lambda: AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model("distilbert", dim=32, n_layers=1, n_heads=4, hidden_dim=64, vocab_size=400)
+    ),
+    "t5": lambda: AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("t5", d_model=32, d_kv=8, num_layers=1, num_heads=4, d_ff=64, vocab_size=400)
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_an_encoder_is_no_language_model_and_no_reward_model(model_type, tmp_path):
+    ENCODERS[model_type]().save_pretrained(tmp_path)
+    pattern = rf"'{model_type}' model, an encoder"
+    with pytest.raises(UserError, match=rf"--model_name_or_path: .*{pattern}"):
+        check_language_model(str(tmp_path), "--model_name_or_path")
+    with pytest.raises(UserError, match=pattern):
+        create_hf_model(AutoModelForCausalLM, str(tmp_path), tiny_tokenizer())
+    with pytest.raises(UserError, match=pattern if model_type != "bert-generation" else "no sequence class"):
+        create_critic_model(str(tmp_path), tiny_tokenizer(), None)
+
+
+def test_an_encoders_architecture_set_to_read_from_left_to_right_is_a_language_model(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_encoder("bert", is_decoder=True)).save_pretrained(tmp_path)
+    check_language_model(str(tmp_path), "--model_name_or_path")
 
 
 def test_what_transformers_wrote_as_a_classifier_loads_too(base, tmp_path):
