@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from processes import ROOT, environment, python
 from safetensors.torch import load_file
-from tiny import save_reward_model, save_tiny_model
+from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 SFT, REWARD, PPO = (ROOT / name / "main.py" for name in ("step1_sft", "step2_reward", "step3_ppo"))
@@ -282,10 +282,13 @@ BAD_INPUT = {
     "fp16 on a CPU": (SFT, ["--dtype=fp16"], ["--dtype fp16", "bf16"]),
     "offload at stage 0": (SFT, ["--offload"], ["--offload", "--zero_stage 2"]),
     "prompts too long": (PPO, ["--max_prompt_seq_len=2"], ["--max_prompt_seq_len"]),
-    "another tokenizer": (
+    "another tokenizer for the critic": (
         PPO,
-        ["--critic_model_name_or_path={bad}/other_tokenizer"],
-        ["--critic_model_name_or_path", "tokenizer"],
+        [
+            "--critic_model_name_or_path={bad}/other_tokenizer",
+            "--reward_model_name_or_path={bad}/other_tokenizer",
+        ],
+        ["--critic_model_name_or_path", "different tokenizers", "'<|another|>'"],
     ),
     "answers beyond the positions": (
         PPO,
@@ -304,6 +307,30 @@ BAD_INPUT = {
     ),
     "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "summary.json"]),
 }
+
+
+def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
+    """It reads text, and the critic starts from the actor."""
+    other = tiny_tokenizer(["another vocabulary"], bos=True)
+    other.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    base = save_tiny_model(folder / "gpt2_base", "gpt2", tokenizer=other)
+    save_reward_model(base, folder / "gpt2_reward")
+    outputs = [f"{folder}/other_{ranks}" for ranks in (1, 2)]
+    told = ""
+    for ranks, output in zip((1, 2), outputs, strict=True):
+        flags = [*ppo(folder, output, "base", "gpt2_reward"), "--dtype=fp32"]
+        sizes = [f"--per_device_{name}_batch_size={8 // ranks}" for name in ("generation", "training")]
+        told = python(PPO, *flags, *sizes, ranks=ranks, cwd=folder).stdout
+    assert "the critic starts from the actor with a fresh head" in told
+    one, two = (metrics(Path(output)) for output in outputs)
+    assert one[0]["first_minibatch_ratio_error"] == 0
+    for name in ("score", "kl", "value_loss", "policy_loss", "score_std"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
+    config = AutoModelForSequenceClassification.from_pretrained(f"{outputs[0]}/critic").config
+    assert config.model_type == "llama"
 
 
 @pytest.fixture(scope="module")
