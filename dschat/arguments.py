@@ -138,7 +138,27 @@ class ModelArguments:
         "",
         "Layers that get adapters: parts of their names, separated by commas; default: all linear layers.",
     )
+    lora_config: str | None = flag(
+        None,
+        "JSON file of a PEFT LoraConfig, such as an adapter_config.json: all about the adapters but their "
+        "learning rate, in place of the flags for rank, alpha, dropout and layers.",
+    )
     lora_learning_rate: float = flag(5e-4, "Peak learning rate of the adapters.")
+    load_in_4bit: bool = flag(
+        False,
+        "QLoRA: hold the weights under the adapters in 4 bits (NF4); needs bitsandbytes, which "
+        "pip install 'dschat[qlora]' brings. What is exported is in --dtype again.",
+    )
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the model gets adapters."""
+        return self.lora_dim > 0 or self.lora_config is not None
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """What `create_hf_model` and `create_critic_model` take from here."""
+        return {"dropout": self.dropout, "load_in_4bit": self.load_in_4bit}
 
     def __post_init__(self) -> None:
         p = self.prefix
@@ -154,6 +174,13 @@ class ModelArguments:
         require(
             0 <= self.lora_dropout < 1,
             f"--{p}lora_dropout must lie in [0, 1), got {self.lora_dropout}; RLHF uses 0.",
+        )
+        by_flag = {"lora_dim": 0, "lora_alpha": None, "lora_dropout": 0, "lora_module_name": ""}
+        doubled = [f"--{p}{name}" for name, default in by_flag.items() if getattr(self, name) != default]
+        require(
+            self.lora_config is None or not doubled,
+            f"--{p}lora_config {self.lora_config} and {', '.join(doubled)} exclude each other: the file "
+            "gives everything (r, lora_alpha, lora_dropout, target_modules); leave one of them out.",
         )
         require(0 <= self.dropout < 1, f"--{p}dropout must lie in [0, 1), got {self.dropout}; RLHF uses 0.")
 
@@ -319,7 +346,9 @@ class RlhfOptions:
         None, "Folder or hub id of the reward model, where it is not the one that the critic starts from."
     )
     offload_reference_model: bool = flag(
-        False, "Keep the reference model's weights in CPU memory (ZeRO stage 3)."
+        False,
+        "Keep the reference model's weights in CPU memory (ZeRO stage 3); no use where the actor trains "
+        "adapters alone, as it is its own reference then.",
     )
     offload_reward_model: bool = flag(False, "Keep the reward model's weights in CPU memory (ZeRO stage 3).")
     num_padding_at_beginning: int | None = flag(
@@ -342,9 +371,40 @@ def check_lora(only_optimize_lora: bool, *models: ModelArguments) -> None:
     """Adapters alone can be trained where there are some."""
     names = " or ".join(f"--{model.prefix}lora_dim" for model in models)
     require(
-        not only_optimize_lora or any(model.lora_dim > 0 for model in models),
-        f"--only_optimize_lora needs adapters to train; add {names}, for example 64.",
+        not only_optimize_lora or any(model.uses_lora for model in models),
+        f"--only_optimize_lora needs adapters to train; add {names}, for example 64, or a LoRA file.",
     )
+
+
+def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArguments) -> None:
+    """Weights in 4 bits are not trained, and DeepSpeed can neither shard nor offload nor halve them."""
+    for model in models:
+        p, given = model.prefix, f"--{model.prefix}load_in_4bit"
+        if not model.load_in_4bit:
+            continue
+        require(
+            model.uses_lora,
+            f"{given} needs adapters to train, as 4-bit weights cannot be; add --{p}lora_dim 64 or "
+            f"--{p}lora_config.",
+        )
+        require(
+            only_optimize_lora,
+            f"{given} trains the adapters alone; add --only_optimize_lora.",
+        )
+        require(
+            model.zero_stage < 3,
+            f"{given} cannot be combined with --{p}zero_stage 3, which would shard packed weights; use "
+            f"--{p}zero_stage 2.",
+        )
+        require(
+            not run.offload,
+            f"{given} cannot be combined with --offload, and adapters have small optimiser states; leave out "
+            "--offload.",
+        )
+        require(
+            run.dtype != "fp16",
+            f"{given} cannot be combined with --dtype fp16: such a model cannot be cast; use --dtype bf16.",
+        )
 
 
 def note_padding_flag(value: int | None) -> None:
@@ -368,6 +428,7 @@ class SftArguments:
     def __post_init__(self) -> None:
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +446,7 @@ class RewardArguments:
     def __post_init__(self) -> None:
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
         note_padding_flag(self.reward.num_padding_at_beginning)
 
 
@@ -430,6 +492,7 @@ class RlhfArguments:
     def __post_init__(self) -> None:
         check_offload(self.run.offload, self.actor, self.critic)
         check_lora(self.optimizer.only_optimize_lora, self.actor, self.critic)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.actor, self.critic)
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         for model in (self.actor, self.critic):
             require(

@@ -17,6 +17,7 @@ from transformers import (
 from dschat.distributed import barrier, gathered, is_main_process, print_once
 from dschat.models.factory import HEAD
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
+from dschat.models.quantization import unpacked
 from dschat.models.reward_model import RewardModel
 
 ADAPTER_FOLDER = "adapter"
@@ -61,8 +62,9 @@ def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[
     for name, tensor in tensors:
         with gathered([tensor]):
             if is_main_process():
-                source = replacements.get(name, tensor)
-                state[name] = source.detach().to(device="cpu", dtype=tensor.dtype, copy=True)
+                whole = unpacked(tensor)
+                source = replacements.get(name, whole)
+                state[name] = source.detach().to(device="cpu", dtype=whole.dtype, copy=True)
     unknown = sorted(set(replacements) - {name for name, _ in tensors})
     assert not unknown, f"the model has no {unknown}"
     return state

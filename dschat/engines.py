@@ -80,7 +80,7 @@ def build_trained_engine(
 
     The model gets LoRA adapters first where its arguments ask for them.
     """
-    if model_args.lora_dim > 0:
+    if model_args.uses_lora:
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)

@@ -39,6 +39,7 @@ from dschat.distributed import (
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.losses import masked_mean, token_logprobs
 from dschat.models.factory import check_language_model, check_positions, create_hf_model
+from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
 from dschat.supervised import Loaders, build_loaders, train_epochs
@@ -48,6 +49,7 @@ def main(args: SftArguments) -> None:
     """The step from flags to the saved model."""
     check_precision(args.run.dtype, args.run.offload)
     check_language_model(args.model.model_name_or_path, "--model_name_or_path")
+    check_adapters(language=args.model)
     check_run_folder(args.run)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     loaders = load_data(args, tokenizer)
@@ -98,7 +100,7 @@ def build_engine(args: SftArguments, tokenizer: PreTrainedTokenizerBase, loaders
         args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
     )
     model = create_hf_model(
-        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, dropout=args.model.dropout
+        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
     )
     num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
     return build_trained_engine(

@@ -38,6 +38,7 @@ from dschat.distributed import (
 )
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.models.factory import check_model_path, check_positions, create_critic_model
+from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
 from dschat.supervised import Loaders, build_loaders, train_epochs
@@ -47,6 +48,7 @@ def main(args: RewardArguments) -> None:
     """The step from flags to the saved model."""
     check_precision(args.run.dtype, args.run.offload)
     check_model_path(args.model.model_name_or_path, "--model_name_or_path")
+    check_adapters(reward=args.model)
     check_run_folder(args.run)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
@@ -83,11 +85,7 @@ def build_engine(
         args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
     )
     model = create_critic_model(
-        args.model.model_name_or_path,
-        tokenizer,
-        config,
-        dropout=args.model.dropout,
-        zero_stage=args.model.zero_stage,
+        args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
     )
     num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
     return build_trained_engine(

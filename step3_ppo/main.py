@@ -28,6 +28,7 @@ from dschat.data.preparation import prompt_data
 from dschat.data.tokenization import column
 from dschat.metrics import MetricsLogger
 from dschat.models.factory import check_language_model, check_positions, check_reward_model
+from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -43,6 +44,7 @@ def main(args: RlhfArguments) -> None:
     check_language_model(args.actor.model_name_or_path, "--actor_model_name_or_path")
     check_reward_model(args.critic.model_name_or_path, "--critic_model_name_or_path")
     check_reward_model(args.reward_path, args.reward_flag)
+    check_adapters(language=args.actor, reward=args.critic)
     check_run_folder(args.run)
     tokenizers = load_rlhf_tokenizers(args)
     score_scale = score_statistics(args)

@@ -15,6 +15,8 @@ from dschat.errors import UserError
 
 STEP3 = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
 
+FOUR_BIT = ["--actor_load_in_4bit", "--actor_lora_dim", "8", "--only_optimize_lora"]
+
 
 def rlhf(*argv: str):
     return parse_arguments("rlhf", [*STEP3, *argv])
@@ -103,6 +105,25 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--critic_lora_alpha", "0"], ["--critic_lora_alpha", "positive", "--critic_lora_dim"]),
         (["--actor_lora_dropout", "1"], ["--actor_lora_dropout", "[0, 1)", "1.0"]),
         (["--actor_lora_learning_rate", "-1"], ["--actor_lora_learning_rate", "at least 0"]),
+        (
+            ["--actor_lora_config", "f.json", "--actor_lora_dim", "8"],
+            ["--actor_lora_config f.json", "_lora_dim"],
+        ),
+        (
+            ["--critic_lora_config", "f.json", "--critic_lora_alpha", "8"],
+            ["--critic_lora_alpha", "one of them"],
+        ),
+        (
+            ["--critic_load_in_4bit"],
+            ["--critic_load_in_4bit", "--critic_lora_dim 64 or --critic_lora_config"],
+        ),
+        ([*FOUR_BIT[:-1]], ["--actor_load_in_4bit", "add --only_optimize_lora"]),
+        ([*FOUR_BIT, "--actor_zero_stage", "3"], ["--actor_load_in_4bit", "use --actor_zero_stage 2"]),
+        (
+            [*FOUR_BIT, "--offload", "--actor_zero_stage", "1", "--critic_zero_stage", "1"],
+            ["leave out --offload"],
+        ),
+        ([*FOUR_BIT, "--dtype", "fp16"], ["--dtype fp16", "use --dtype bf16"]),
         (["--per_device_training_batch_size", "0"], ["--per_device_training_batch_size", "at least 1"]),
     ],
 )
@@ -131,6 +152,14 @@ def test_adapters_alone_is_one_flag_for_both_models_of_step_3():
         rlhf("--actor_lora_dim", "8", "--actor_only_optimize_lora")
     with pytest.raises(UserError, match="add --lora_dim, for example 64"):
         parse_arguments("sft", ["--model_name_or_path", "m", "--only_optimize_lora"])
+
+
+def test_a_file_of_adapters_is_as_good_as_a_rank():
+    args = parse_arguments(
+        "sft", ["--model_name_or_path", "m", "--lora_config", "f", "--only_optimize_lora", "--load_in_4bit"]
+    )
+    assert args.model.uses_lora
+    assert not rlhf("--actor_lora_config", "f").critic.uses_lora
 
 
 def test_settings_are_frozen():

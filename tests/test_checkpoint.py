@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dschat.arguments import ModelArguments
 from dschat.checkpoint import export_model
 from dschat.models.factory import create_critic_model, create_hf_model
-from dschat.models.lora import add_lora
+from dschat.models.lora import add_lora, check_adapters
 
 WORKER = Path(__file__).parent / "workers" / "models_at_stage.py"
 
@@ -204,6 +204,42 @@ def test_an_adapter_that_is_not_all_that_was_trained_is_said(alone, tmp_path, ca
     add_lora(model, ModelArguments(model_name_or_path=base, lora_dim=4), only_optimize_lora=alone)
     export_model(model, tokenizer, tmp_path / "output")
     assert ("adapter/ holds the adapters alone" in capsys.readouterr().out) is not alone
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("is_reward_model", [False, True], ids=["actor", "reward"])
+def test_adapters_of_a_file_are_exported_with_their_scale_and_biases(bias, is_reward_model, tmp_path, capsys):
+    tokenizer, base = tiny_tokenizer(), save_tiny_model(tmp_path / "base", "opt")
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True, "bias": bias}))
+    args = ModelArguments(model_name_or_path=str(base), lora_config=str(file))
+    auto_class = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
+    if is_reward_model:
+        model = create_critic_model(str(base), tokenizer, None)
+        original = auto_class.from_pretrained(base, num_labels=1)
+        original.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model, original = create_hf_model(auto_class, str(base), tokenizer), auto_class.from_pretrained(base)
+    add_lora(model, args, only_optimize_lora=True)
+    batch = language_batch(tokenizer)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        export_model(model, tokenizer, tmp_path / "out")
+        expected = (
+            model.forward_value(**batch)["chosen_end_scores"] if is_reward_model else model(**batch).logits
+        )
+        for loaded in (
+            auto_class.from_pretrained(tmp_path / "out"),
+            PeftModel.from_pretrained(original, tmp_path / "out" / "adapter"),
+        ):
+            actual = loaded(**batch).logits
+            torch.testing.assert_close(actual.view_as(expected), expected, atol=1e-5, rtol=0)
+    assert "adapter/ holds the adapters alone" not in capsys.readouterr().out
+    again = ModelArguments(
+        model_name_or_path=str(base), lora_config=str(tmp_path / "out" / "adapter" / "adapter_config.json")
+    )
+    check_adapters(language=again, reward=again)
 
 
 def test_a_later_export_replaces_or_removes_the_adapter(tmp_path):

@@ -278,6 +278,12 @@ BAD_INPUT = {
     "empty split": (REWARD, ["--data_split=1,0,1"], ["--data_split"]),
     "no weights": (SFT, ["--model_name_or_path={bad}/empty_model"], ["--model_name_or_path", "weights"]),
     "nothing to optimise": (SFT, ["--only_optimize_lora"], ["--only_optimize_lora", "--lora_dim"]),
+    "adapters on no layer": (
+        PPO,
+        ["--critic_lora_dim=4", "--critic_lora_module_name=qkv"],
+        ["--critic_lora_module_name 'qkv'", "rwtransformer.layers.*.self_attn.q_proj"],
+    ),
+    "no file of adapters": (REWARD, ["--lora_config=gone.json"], ["--lora_config gone.json", "JSON"]),
     "no folder": (SFT, ["--output_dir={bad}/file/out"], ["--output_dir", "cannot be written"]),
     "fp16 on a CPU": (SFT, ["--dtype=fp16"], ["--dtype fp16", "bf16"]),
     "offload at stage 0": (SFT, ["--offload"], ["--offload", "--zero_stage 2"]),

@@ -17,6 +17,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from dschat.distributed import gathered, is_main_process, print_once
 from dschat.errors import UserError
+from dschat.models.quantization import four_bit_options, settle_4bit
 from dschat.models.reward_model import RewardModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -166,6 +168,22 @@ def _has_learned_positions(config: PretrainedConfig) -> bool:
     return not (getattr(config, "rope_parameters", None) or getattr(config, "alibi", False))
 
 
+def skeleton(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedModel | RewardModel:
+    """The model that would be trained, without weights: on the meta device, from its configuration alone.
+
+    Raises `UserError` where there is no configuration, or none that can become a reward model.
+    """
+    settings = {"num_labels": 1, "problem_type": None} if is_reward_model else {}
+    config = _read_config(model_name_or_path, dropout=None, **settings)
+    model_class = AutoModelForCausalLM
+    if is_reward_model:
+        _check_classifiable(config, model_name_or_path)
+        model_class = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    return RewardModel(model.base_model, model.score, config) if is_reward_model else model
+
+
 @contextmanager
 def _named(flag: str) -> Iterator[None]:
     """Put the flag before the message of a `UserError`."""
@@ -182,13 +200,15 @@ def create_hf_model(
     ds_config: dict[str, Any] | None = None,
     rlhf_training: bool = False,
     dropout: float | None = None,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """A model of `model_class` (such as AutoModelForCausalLM) with its weights, in eval mode.
 
     `ds_config` decides the precision (fp32 without one) and, at ZeRO stage 3, that every rank holds its shard
     from the start. `dropout` replaces all the model's dropout probabilities; None leaves them. The vocabulary
-    grows to the tokenizer's. `rlhf_training` is accepted for old scripts: weights are always read, and never
-    initialised first. Raises `UserError` when the weights cannot be read or do not match the model.
+    grows to the tokenizer's. `load_in_4bit` packs the linear layers. `rlhf_training` is accepted for old
+    scripts: weights are always read, and never initialised first. Raises `UserError` when the weights cannot
+    be read or do not match the model.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
     config = _read_config(model_name_or_path, dropout)
@@ -197,7 +217,7 @@ def create_hf_model(
     load = _loader(model_class, model_name_or_path, config)
     _check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
-        model = load(dtype=_dtype(ds_config))
+        model = _load(load, _dtype(ds_config), load_in_4bit)
         _grow_vocabulary(model, tokenizer)
     _settle_config(model, tokenizer)
     return model
@@ -212,20 +232,22 @@ def create_critic_model(
     dropout: float | None = None,
     zero_stage: int = 0,
     compute_fp32_loss: bool = False,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """A `RewardModel`: a base model with a fresh head, or with `rlhf_training` a saved reward model.
 
     The latter is what step 2 (or anyone) wrote for AutoModelForSequenceClassification with one label, or a
     DeepSpeed-Chat checkpoint. Either `zero_stage` or `ds_config` may ask for stage 3. A fresh head depends on
-    torch's seed alone, not on rank or stage. `num_padding_at_beginning` and `compute_fp32_loss` are accepted
-    for old scripts: masks tell padding, and losses are always fp32. Raises as `create_hf_model` does.
+    torch's seed alone, not on rank or stage. `load_in_4bit` packs the backbone's linear layers.
+    `num_padding_at_beginning` and `compute_fp32_loss` are accepted for old scripts: masks tell padding, and
+    losses are always fp32. Raises as `create_hf_model` does.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
     load = _reward_model_loader(model_name_or_path, dropout)
     _check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
     stage = max(zero_stage, _zero_stage(ds_config))
     with _construction(ds_config, stage):
-        classifier = load(dtype=_dtype(ds_config))
+        classifier = _load(load, _dtype(ds_config), load_in_4bit)
         _grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
             _draw_head(classifier.score)
@@ -236,15 +258,19 @@ def create_critic_model(
 def _reward_model_loader(model_name_or_path: str, dropout: float | None) -> Callable[..., Any]:
     """What reads a sequence classifier of one label from here. Raises `UserError` for other architectures."""
     config = _read_config(model_name_or_path, dropout, num_labels=1, problem_type=None)
+    _check_classifiable(config, model_name_or_path)
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
+    return _loader(model_class, model_name_or_path, config, state)
+
+
+def _check_classifiable(config: PretrainedConfig, model_name_or_path: str) -> None:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
             "sequence classifier, so it cannot become a reward model; choose another architecture."
         )
     _check_decoder(config, model_name_or_path)
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
-    return _loader(model_class, model_name_or_path, config, state)
 
 
 def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any) -> PretrainedConfig:
@@ -287,6 +313,15 @@ def _loader(
         return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
 
     return load
+
+
+def _load(load: Callable[..., Any], dtype: torch.dtype, in_4bit: bool) -> PreTrainedModel:
+    """The model with its weights, its linear layers packed where that is wanted."""
+    if not in_4bit:
+        return load(dtype=dtype)
+    model = load(dtype=dtype, **four_bit_options(dtype))
+    settle_4bit(model)
+    return model
 
 
 def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head: bool | None = None) -> None:

@@ -3,8 +3,12 @@
 PEFT is imported where adapters are made or written and not before: that takes seconds.
 """
 
+import contextlib
 import dataclasses
+import functools
+import math
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from dschat.arguments import ModelArguments
 from dschat.distributed import print_once
 from dschat.errors import UserError
+from dschat.models.factory import skeleton
+from dschat.models.lora_file import read_lora_file
+from dschat.models.quantization import check_bitsandbytes, num_weights
 from dschat.models.reward_model import RewardModel
 
 if TYPE_CHECKING:
@@ -31,23 +38,45 @@ def is_adapter(name: str) -> bool:
     return name.endswith((LORA_A, LORA_B))
 
 
+def check_adapters(*, language: ModelArguments | None = None, reward: ModelArguments | None = None) -> None:
+    """Raise `UserError` for adapters that a language or reward model cannot get. Reads no weights.
+
+    That is a file that asks for what is not supported, names that are in no linear layer's, and 4 bits
+    without bitsandbytes or in a model that keeps its weights transposed.
+    """
+    for args, is_reward_model in ((language, False), (reward, True)):
+        if args is None or not args.uses_lora:
+            continue
+        if args.load_in_4bit:
+            check_bitsandbytes(f"--{args.prefix}load_in_4bit")
+        model = skeleton(args.model_name_or_path, is_reward_model=is_reward_model)
+        layers = _covered_layers(model, args, _wanted(args))
+        if args.load_in_4bit and any(isinstance(layer, Conv1D) for layer in layers.values()):
+            raise UserError(
+                f"--{args.prefix}load_in_4bit is not for a {model.config.model_type!r} model: its layers "
+                "keep their weights transposed; leave the flag out."
+            )
+
+
 def add_lora(
     model: PreTrainedModel | RewardModel, args: ModelArguments, *, only_optimize_lora: bool = False
 ) -> None:
     """Give the backbone's linear layers adapters, in place; the model's outputs stay what they were.
 
     The weights of these layers are frozen. All else is trained, or with `only_optimize_lora` nothing but a
-    reward model's head. A is drawn from torch's seed alone, the same on every rank and at every ZeRO stage;
-    B is 0. Raises `UserError` where a part of `lora_module_name` is in no linear layer's name.
+    reward model's head and the biases that a `lora_config` file names. A is drawn from torch's seed alone,
+    the same on every rank and at every ZeRO stage; B is 0. Raises `UserError` as `check_adapters` does.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    layers = _covered_layers(model, args)
+    wanted = _wanted(args)
+    layers = _covered_layers(model, args, wanted)
     host = model.rwtransformer if isinstance(model, RewardModel) else model
-    config = LoraConfig(
-        r=args.lora_dim,
-        lora_alpha=args.lora_dim if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+    config = dataclasses.replace(
+        wanted,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         target_modules=[name.removeprefix("rwtransformer.") for name in layers],
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
         task_type="SEQ_CLS" if isinstance(model, RewardModel) else "CAUSAL_LM",
@@ -69,41 +98,83 @@ def lora_config(model: nn.Module) -> "LoraConfig | None":
     return getattr(model, "lora_config", None)
 
 
+def trains_adapters_only(model: nn.Module) -> bool:
+    """Whether the model without its adapters stays what it was when it was loaded."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return lora_config(model) is not None and all(map(is_adapter, trained))
+
+
 def trains_more_than_adapters(model: nn.Module) -> bool:
-    """Whether weights are trained that `save_adapter` does not write: embeddings, norms, biases."""
-    written = ("v_head.weight", LORA_A, LORA_B)
-    return any(p.requires_grad and not name.endswith(written) for name, p in model.named_parameters())
+    """Whether weights are trained that `save_adapter` does not write: embeddings, norms, other biases."""
+    config = lora_config(model)
+    return any(
+        p.requires_grad and name != "v_head.weight" and not _is_written(name, config)
+        for name, p in model.named_parameters()
+    )
+
+
+def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager:
+    """The model as it was loaded inside the block, and what it was before after it; no gradient flag changes.
+
+    The adapters still run, times 0: under ZeRO-3 every pass then meets the same layers in the same order, and
+    DeepSpeed goes on fetching weights ahead. Adding 0 changes no finite number.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    return rescale_adapter_scale(model, 0)
 
 
 def merge_lora(state: dict[str, Tensor], config: "LoraConfig") -> dict[str, Tensor]:
     """The weights of the same model without adapters, W + alpha / r * B A in their place; `state` stays.
 
-    Added in fp32 and rounded once, to W's precision.
+    With rsLoRA the factor is alpha / sqrt(r). Added in fp32 and rounded once, to W's precision.
     """
+    factor = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     merged = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_adapter(name)}
     for layer in (name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)):
         a, b, weight = state[layer + LORA_A], state[layer + LORA_B], merged[f"{layer}.weight"]
-        update = config.lora_alpha / config.r * (b.float() @ a.float())
+        update = factor * (b.float() @ a.float())
         update = update.T if config.fan_in_fan_out else update
         merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
     return merged
 
 
 def save_adapter(state: dict[str, Tensor], config: "LoraConfig", folder: Path) -> None:
-    """Write the adapters, and a reward model's head with them, as `PeftModel.from_pretrained` reads them.
+    """Write the adapters as `PeftModel.from_pretrained` reads them, and what PEFT counts to them: biases that
+    the configuration names, a reward model's head.
 
     `state` has the names of the model that is loaded under the adapter. What else was trained is not in it.
     """
     heads = ["score"] if config.task_type == "SEQ_CLS" else None
-    kept = {name for name in state if is_adapter(name) or (heads and name == "score.weight")}
+    kept = {name for name in state if _is_written(name, config) or (heads and name == "score.weight")}
     folder.mkdir()
     tensors = {f"base_model.model.{name.replace('.default.', '.')}": state[name] for name in sorted(kept)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     dataclasses.replace(config, modules_to_save=heads, inference_mode=True).save_pretrained(folder)
 
 
-def _covered_layers(model: PreTrainedModel | RewardModel, args: ModelArguments) -> dict[str, nn.Module]:
-    """The backbone's linear layers whose names hold a part of `lora_module_name`; all where it is empty."""
+def _is_written(name: str, config: "LoraConfig") -> bool:
+    """Whether a parameter belongs into the adapter's file: A, B, and the biases that PEFT counts to them."""
+    bias = {"none": "", "all": ".bias", "lora_only": ".base_layer.bias"}[config.bias]
+    return is_adapter(name) or (bool(bias) and name.endswith(bias))
+
+
+def _wanted(args: ModelArguments) -> "LoraConfig":
+    """The adapters that the flags or the file ask for; which layers they mean is not settled yet."""
+    from peft import LoraConfig
+
+    if args.lora_config is not None:
+        return read_lora_file(args)
+    alpha = args.lora_dim if args.lora_alpha is None else args.lora_alpha
+    return LoraConfig(
+        r=args.lora_dim, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules="all-linear"
+    )
+
+
+def _covered_layers(
+    model: PreTrainedModel | RewardModel, args: ModelArguments, wanted: "LoraConfig"
+) -> dict[str, nn.Module]:
+    """The backbone's linear layers that get adapters: all, those of `lora_module_name`, those of the file."""
     backbone = model.rwtransformer if isinstance(model, RewardModel) else model.base_model
     inside = set(backbone.modules())  # leaves out the layer that turns hidden states into logits
     layers = {
@@ -111,19 +182,63 @@ def _covered_layers(model: PreTrainedModel | RewardModel, args: ModelArguments) 
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.Linear | Conv1D)
     }
+    if args.lora_config is not None:
+        own_name = functools.partial(_name_in_transformers, model)
+        return _layers_of_file(layers, args, wanted, own_name)
     parts = [part.strip() for part in args.lora_module_name.split(",") if part.strip()]
     for part in parts:
         if not any(part in name for name in layers):
-            kinds = sorted({re.sub(r"\d+", "*", name) for name in layers})
             raise UserError(
                 f"--{args.prefix}lora_module_name {part!r} is in no name of a linear layer of this model; "
-                f"the names are {', '.join(kinds)} (* is a number). Without the flag all get adapters."
+                f"{_kinds(layers)} Without the flag all get adapters."
             )
     return {name: m for name, m in layers.items() if not parts or any(part in name for part in parts)}
 
 
+def _name_in_transformers(model: PreTrainedModel | RewardModel, name: str) -> str:
+    """The layer's name in the model class that transformers loads, which is what PEFT's files are about."""
+    if isinstance(model, RewardModel):
+        return f"{model.rwtransformer.base_model_prefix}.{name.removeprefix('rwtransformer.')}"
+    return name
+
+
+def _layers_of_file(
+    layers: dict[str, nn.Module],
+    args: ModelArguments,
+    wanted: "LoraConfig",
+    own_name: Callable[[str], str],
+) -> dict[str, nn.Module]:
+    """The layers that PEFT would choose. Raises `UserError` for a name or pattern that fits none."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = {own_name(name): name for name in layers}
+    where = f"--{args.prefix}lora_config {args.lora_config}: "
+    targets, excluded = wanted.target_modules, wanted.exclude_modules
+    for target in sorted(targets) if isinstance(targets, set) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"{where}target_modules: {target!r} is no linear layer here; {_kinds(names)}")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        wanted = dataclasses.replace(wanted, target_modules=".*", exclude_modules=excluded)
+    try:
+        chosen = [names[name] for name in names if check_target_module_exists(wanted, name)]
+    except re.error as error:
+        raise UserError(
+            f"{where}target_modules or exclude_modules is no regular expression: {error}."
+        ) from error
+    if not chosen:
+        raise UserError(
+            f"{where}its target_modules and exclude_modules leave no linear layer; {_kinds(names)}"
+        )
+    return {name: layers[name] for name in chosen}
+
+
+def _kinds(names: Iterable[str]) -> str:
+    kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})
+    return f"the names are {', '.join(kinds)} (* is a number)."
+
+
 def _announce(model: nn.Module, num_layers: int) -> None:
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     print_once(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
     stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]

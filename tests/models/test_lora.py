@@ -1,5 +1,8 @@
 """Adapters: where they go, what is trained with them, and what a merged weight is."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -10,7 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dschat.arguments import ModelArguments
 from dschat.errors import UserError
 from dschat.models.factory import create_critic_model, create_hf_model
-from dschat.models.lora import add_lora, is_adapter, merge_lora
+from dschat.models.lora import (
+    adapters_off,
+    add_lora,
+    check_adapters,
+    is_adapter,
+    merge_lora,
+    trains_adapters_only,
+)
 from dschat.models.reward_model import RewardModel, enable_gradient_checkpointing
 
 
@@ -74,6 +84,17 @@ def test_a_merged_weight_is_w_plus_alpha_over_r_times_b_a():
 def test_a_weight_stored_as_in_by_out_gets_the_transpose():
     weights = merged(torch.zeros(3, 2), fan_in_fan_out=True)
     assert weights["x.weight"].tolist() == [list(column) for column in zip(*UPDATE, strict=True)]
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank():
+    state = {
+        "x.base_layer.weight": torch.zeros(1, 1),
+        "x.lora_A.default.weight": torch.ones(4, 1),
+        "x.lora_B.default.weight": torch.ones(1, 4),
+    }
+    # B A = 4, times alpha / sqrt(r) = 6 / 2.
+    weights = merge_lora(state, LoraConfig(r=4, lora_alpha=6, use_rslora=True))
+    assert weights["x.weight"].item() == 12
 
 
 def test_merging_keeps_the_precision_and_leaves_the_original():
@@ -213,3 +234,114 @@ def test_gradient_checkpointing_gives_frozen_backbones_the_same_gradients(make, 
     assert plain.keys() == recomputed.keys()
     assert sum(".lora_B." in name and bool(grad.any()) for name, grad in plain.items()) > 0
     torch.testing.assert_close(recomputed, plain)
+
+
+def from_file(folder: Path, **content) -> ModelArguments:
+    path = folder / "lora.json"
+    path.write_text(json.dumps(content))
+    return lora(lora_dim=0, lora_config=str(path))
+
+
+OPT_LAYERS = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds", "number"),
+    [
+        ({}, {*OPT_LAYERS, "project_in", "project_out"}, 14),
+        ({"target_modules": "ALL-linear"}, {*OPT_LAYERS, "project_in", "project_out"}, 14),
+        ({"target_modules": ["fc1", "layers.1.fc2"]}, {"fc1", "fc2"}, 3),
+        ({"target_modules": r".*\.layers\.\d+\.fc."}, {"fc1", "fc2"}, 4),
+        ({"target_modules": ["fc1"], "layers_to_transform": 1}, {"fc1"}, 1),
+        ({"exclude_modules": ["project_in", "project_out"]}, OPT_LAYERS, 12),
+        ({"target_modules": ["model.decoder.layers.0.fc1"]}, {"fc1"}, 1),
+    ],
+)
+def test_a_file_chooses_layers_as_peft_does_in_either_model(content, kinds, number, opt_projected, tmp_path):
+    for model in (causal(opt_projected), critic(opt_projected)):
+        add_lora(model, from_file(tmp_path, **content))
+        assert {name.split(".")[-1] for name in adapted(model)} == kinds
+        assert len(adapted(model)) == number
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"target_modules": ["fc1", "lm_head"]}, "target_modules: 'lm_head' is no linear layer"),
+        ({"target_modules": ".*nothing"}, "leave no linear layer"),
+        ({"target_modules": ["fc1"], "exclude_modules": ["fc1"]}, "leave no linear layer"),
+        ({"target_modules": "(fc1"}, "no regular expression"),
+    ],
+)
+def test_a_file_that_covers_no_layer_is_an_error(content, part, opt_projected, tmp_path):
+    with pytest.raises(UserError) as error:
+        add_lora(causal(opt_projected), from_file(tmp_path, **content))
+    assert "--lora_config" in str(error.value)
+    assert part in str(error.value)
+    assert "model.decoder.layers.*.fc1" in str(error.value) or "regular" in part
+
+
+def test_rank_and_scale_of_a_file_reach_the_layers(opt_projected, tmp_path):
+    model = causal(opt_projected)
+    add_lora(model, from_file(tmp_path, r=16, lora_alpha=8, use_rslora=True, init_lora_weights="gaussian"))
+    layer = model.model.decoder.layers[0].fc1
+    assert (layer.r["default"], layer.scaling["default"]) == (16, 2)
+    assert layer.lora_B["default"].weight.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("bias", "names"), [("none", set()), ("lora_only", {"fc1.base_layer.bias"}), ("all", {"bias"})]
+)
+def test_biases_are_trained_as_the_file_says(bias, names, opt_projected, tmp_path):
+    model = causal(opt_projected)
+    add_lora(model, from_file(tmp_path, target_modules=["fc1"], bias=bias), only_optimize_lora=True)
+    biases = {name for name in trained(model) if not is_adapter(name)}
+    expected = {n for n, _ in model.named_parameters() if n.endswith(".bias") and n.endswith(tuple(names))}
+    assert biases == expected
+    assert bool(expected) is bool(names)
+    assert trains_adapters_only(model) is (bias == "none")
+
+
+@pytest.fixture
+def without_weights(opt_projected, tmp_path) -> str:
+    """The configuration of a model, and no weights to be read."""
+    (tmp_path / "config.json").write_text((Path(opt_projected) / "config.json").read_text())
+    return str(tmp_path)
+
+
+def test_layers_are_checked_before_weights_are_read(without_weights):
+    one = {"model_name_or_path": without_weights, "lora_dim": 4, "prefix": "critic_"}
+    fitting = ModelArguments(**one, lora_module_name="decoder.layers.")
+    check_adapters(language=fitting, reward=fitting)
+    wrong = ModelArguments(**one, lora_module_name="qkv")
+    for models, name in (
+        ({"language": wrong}, "model.decoder"),
+        ({"reward": wrong}, "rwtransformer.decoder"),
+    ):
+        with pytest.raises(UserError, match="--critic_lora_module_name 'qkv'") as error:
+            check_adapters(**models)
+        assert f"{name}.layers.*.self_attn.q_proj" in str(error.value)
+
+
+def test_a_model_without_adapters_is_not_looked_at():
+    check_adapters(language=ModelArguments(model_name_or_path="gone"))
+
+
+def test_adapters_off_is_the_model_that_was_loaded_and_changes_no_flag(folder):
+    model = causal(folder)
+    with torch.no_grad():
+        loaded = model(**batch()).logits
+        add_lora(model, lora(), only_optimize_lora=True)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+        flags, adapted_logits = trained(model), model(**batch()).logits
+        assert (adapted_logits - loaded).abs().max() > 0.01
+        with adapters_off(model):
+            assert torch.equal(model(**batch()).logits, loaded)
+            assert trained(model) == flags
+        assert torch.equal(model(**batch()).logits, adapted_logits)
+        with pytest.raises(RuntimeError, match="midway"), adapters_off(model):
+            raise RuntimeError("midway")
+        assert torch.equal(model(**batch()).logits, adapted_logits)
+    assert trained(model) == flags
