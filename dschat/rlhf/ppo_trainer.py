@@ -182,7 +182,8 @@ class DeepSpeedPPOTrainer:
         logprobs = token_logprobs(logits, batch.answers, temperature=temperature)
         entropy = token_entropy(logits, temperature=temperature)
         del logits  # the largest tensor here: gone before the reference model makes its own
-        ref_logits = answer_logits(self.engine.ref, batch, self._num_tokens)
+        with self.engine.reference() as reference:
+            ref_logits = answer_logits(reference, batch, self._num_tokens)
         return Judgement(
             logprobs=logprobs,
             entropy=entropy,

@@ -1,5 +1,8 @@
 """The four models of PPO, each in its DeepSpeed engine, and the actor's moving average."""
 
+import contextlib
+from collections.abc import Iterator
+
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments, RlhfArguments
@@ -12,6 +15,7 @@ from dschat.engines import (
     train_config,
 )
 from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.ema import MovingAverage
 
@@ -20,7 +24,8 @@ class DeepSpeedRLHFEngine:
     """`actor` and `critic` are trained, `ref` and `reward`, the models they started from, are frozen.
 
     Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
-    the model it was copied from is, and whole on each rank otherwise. `ema` is None unless asked for.
+    the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
+    adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for.
     """
 
     def __init__(self, args: RlhfArguments, tokenizers: RlhfTokenizers, *, num_training_steps: int) -> None:
@@ -32,6 +37,15 @@ class DeepSpeedRLHFEngine:
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
         self.critic = self._build_critic(num_training_steps)
         self.reward = self._build_reward()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[DeepSpeedEngine]:
+        """The model that the actor started from: a copy, or within the block the actor without adapters."""
+        if self.ref is not None:
+            yield self.ref
+            return
+        with adapters_off(self.actor.module):
+            yield self.actor
 
     def _train_config(self, model_args: ModelArguments) -> dict:
         return train_config(
@@ -48,7 +62,7 @@ class DeepSpeedRLHFEngine:
         print_once("loading the actor")
         args, config = self._args.actor, self._train_config(self._args.actor)
         model = create_hf_model(
-            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, dropout=args.dropout
+            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, **args.loading_options
         )
         return build_trained_engine(
             model,
@@ -59,11 +73,18 @@ class DeepSpeedRLHFEngine:
             num_training_steps=num_training_steps,
         )
 
-    def _build_reference(self) -> DeepSpeedEngine:
-        print_once("loading the reference model")
-        path = self._args.actor.model_name_or_path
-        config = self._frozen_config(self._args.actor, offload=self._args.rlhf.offload_reference_model)
-        model = create_hf_model(AutoModelForCausalLM, path, self._tokenizer, config, dropout=0.0)
+    def _build_reference(self) -> DeepSpeedEngine | None:
+        args, offload = self._args.actor, self._args.rlhf.offload_reference_model
+        if trains_adapters_only(self.actor.module):
+            print_once("the reference model is the actor without its adapters: no copy is loaded")
+            if offload:
+                print_once("note: --offload_reference_model has nothing to offload and is ignored.")
+            return None
+        print_once("loading the reference model, a copy: the actor trains more than adapters")
+        config = self._frozen_config(args, offload=offload)
+        model = create_hf_model(
+            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, **args.loading_options
+        )
         return build_frozen_engine(model, config=config)
 
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
@@ -75,8 +96,7 @@ class DeepSpeedRLHFEngine:
             self._tokenizer,
             config,
             rlhf_training=not is_fresh,
-            dropout=args.dropout,
-            zero_stage=args.zero_stage,
+            **args.loading_options,
         )
         return build_trained_engine(
             model,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, python
+from safetensors.torch import load_file
 from tiny import save_reward_model, save_tiny_model
 
 WORKER = ROOT / "tests" / "workers" / "ppo_steps.py"
@@ -187,3 +188,34 @@ def test_adapters_in_bf16_begin_with_ratio_one_and_kl_zero(actor, critic, two_ra
     assert first["kl"] == 0
     assert first["first_minibatch_ratio_error"] == second["first_minibatch_ratio_error"] == 0
     assert second["kl"] != 0
+
+
+REFERENCES = ("shared", "copied")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def actors_with_either_reference(models, request) -> dict:
+    keys = [(stage, reference) for stage in range(4) for reference in REFERENCES]
+    sizes = {1: ONE_RANK, 2: TWO_RANKS}[request.param]
+    adapters = {"actor_lora_dim": 4, "actor_lora_learning_rate": 1e-2, "only_optimize_lora": True}
+    settings = [
+        {**sizes, **adapters, "dtype": "fp32", "actor_zero_stage": stage}
+        | ({"copied_reference": True} if reference == "copied" else {})
+        for stage, reference in keys
+    ]
+    return dict(zip(keys, run(models, settings, ranks=request.param), strict=True))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_actor_is_its_own_reference_as_well_as_a_copy_is(stage, actors_with_either_reference, models):
+    shared, copied = (actors_with_either_reference[stage, reference] for reference in REFERENCES)
+    assert (shared["has_copy"], copied["has_copy"]) == (False, True)
+    first, second = shared["steps"]
+    assert first["kl"] == first["k3"] == 0
+    assert first["first_minibatch_ratio_error"] == second["first_minibatch_ratio_error"] == 0
+    assert second["kl"] != 0
+    assert_same(shared, copied, tolerance=1e-6)
+    if stage < 3:  # there whole on every rank
+        saved = copied["held_bytes"] - shared["held_bytes"]
+        weights = load_file(models / "actor" / "model.safetensors")
+        assert saved == sum(t.numel() * t.element_size() for t in weights.values())

@@ -1,11 +1,13 @@
 """Two PPO steps for each of several settings, on as many ranks as it is started with; the metrics as JSON.
 
 python ppo_steps.py MODELS_FOLDER OUTPUT_FILE '[{"actor_zero_stage": 0, ...}, ...]'
-MODELS_FOLDER holds an actor and a reward model; every setting is a dictionary of step 3's flags.
+MODELS_FOLDER holds an actor and a reward model; every setting is a dictionary of step 3's flags, and
+"copied_reference" makes a copy of an actor that could be its own reference.
 """
 
 import json
 import sys
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -15,7 +17,9 @@ from dschat.arguments import parse_arguments
 from dschat.checkpoint import export_model
 from dschat.data.collate import PromptBatch
 from dschat.distributed import is_main_process, leave, rank, seed_everything, setup, world_size
+from dschat.models.lora import trains_adapters_only
 from dschat.models.tokenizer import load_rlhf_tokenizers
+from dschat.rlhf import rlhf_engine
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 
@@ -41,6 +45,7 @@ def prompts(tokenizer, ppo_step: int, num_batches: int) -> list[PromptBatch]:
 
 def run(models: Path, flags: dict) -> dict:
     """Metrics of two PPO steps, and a checksum of the actor, critic and moving average that came out."""
+    is_copied = flags.pop("copied_reference", False)
     argv = [
         f"--actor_model_name_or_path={models / 'actor'}",
         f"--critic_model_name_or_path={models / 'reward'}",
@@ -54,7 +59,9 @@ def run(models: Path, flags: dict) -> dict:
     tokenizers = load_rlhf_tokenizers(args)
     tokenizer = tokenizers.actor
     seed_everything(args.run.seed)
-    engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+    with unittest.mock.patch.object(rlhf_engine, "trains_adapters_only") as decides:
+        decides.side_effect = (lambda model: False) if is_copied else trains_adapters_only
+        engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
     trainer = DeepSpeedPPOTrainer(engine, tokenizers, args)
     steps = []
     for ppo_step in range(2):
@@ -66,7 +73,15 @@ def run(models: Path, flags: dict) -> dict:
                 trainer.train_rlhf(minibatch)
         answers = experience.rollout.answers.masked_fill(~experience.rollout.answer_mask, -1)
         steps.append({**trainer.metrics(), "answers": answers.tolist()})
-    return {"steps": steps, "weights": exported(engine, tokenizer, models)}
+    held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None}
+    return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
+
+
+def held_bytes(engine: DeepSpeedRLHFEngine) -> int:
+    """Bytes of weights in this rank's memory, of all models."""
+    models = [m.module for m in (engine.actor, engine.ref, engine.critic, engine.reward) if m is not None]
+    weights = [getattr(p, "ds_tensor", p) for model in models for p in model.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def exported(engine: DeepSpeedRLHFEngine, tokenizer, models: Path) -> dict:
