@@ -16,7 +16,8 @@ from dschat.rlhf.reading import Reading
 from dschat.rlhf.rollout import RolloutBatch
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QUESTIONS = ("\n\nHuman: Count.\n\nAssistant:", "What is blue?")
