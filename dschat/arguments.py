@@ -200,7 +200,8 @@ class OptimizerArguments:
     only_optimize_lora: bool = flag(
         False,
         "Train the adapters (and a reward model's head) alone; without it also what they do not cover: "
-        "embeddings, norms, biases. A model without adapters is trained whole.",
+        "embeddings, norms, biases. A model without adapters is trained whole. In step 3 an actor with "
+        "nothing but adapters to train is its own reference.",
     )
 
     def __post_init__(self) -> None:
