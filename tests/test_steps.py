@@ -331,7 +331,7 @@ def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
         sizes = [f"--per_device_{name}_batch_size={8 // ranks}" for name in ("generation", "training")]
         told = python(PPO, *flags, *sizes, ranks=ranks, cwd=folder).stdout
     assert "the critic starts from the actor with a fresh head" in told
-    one, two = (metrics(Path(output)) for output in outputs)
+    one, two = (lines(Path(output)) for output in outputs)
     assert one[0]["first_minibatch_ratio_error"] == 0
     for name in ("score", "kl", "value_loss", "policy_loss", "score_std"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
