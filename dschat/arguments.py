@@ -583,3 +583,17 @@ def parse_arguments(
 def write_arguments(arguments: StepArguments, path: Path) -> None:
     """Keep what a run was started with, as JSON, one object a group."""
     path.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n")
+
+
+def changed_flags(arguments: StepArguments) -> dict[str, Any]:
+    """The flags whose values are not their defaults, by name; those without a default are among them."""
+    changed = {}
+    for part in fields(arguments):
+        for f in fields(part.metadata["group"]):
+            default = part.metadata["defaults"].get(f.name, f.default)
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            value = getattr(getattr(arguments, part.name), f.name)
+            if "help" in f.metadata and f.name != "local_rank" and value != default:
+                changed[part.metadata["prefix"] + f.name] = value
+    return changed

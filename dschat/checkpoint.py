@@ -2,23 +2,40 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from dschat.distributed import barrier, gathered, is_main_process, print_once
-from dschat.models.factory import HEAD
+from dschat.data.tokenization import tokenizer_fingerprint
+from dschat.distributed import barrier, gathered, is_main_process, local_world_size, print_once
+from dschat.manifest import (
+    MANIFEST,
+    PRECISIONS,
+    WEIGHT_PATTERNS,
+    Manifest,
+    golden_outputs,
+    head_of,
+    template_fingerprint,
+    weight_checksums,
+)
+from dschat.model_card import CARD, Provenance, model_card
+from dschat.models.factory import HEAD, create_critic_model, create_hf_model
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
 from dschat.models.quantization import unpacked
 from dschat.models.reward_model import RewardModel
+from dschat.models.tokenizer import load_tokenizer
 
 ADAPTER_FOLDER = "adapter"
 """Where an export keeps LoRA's adapters, in PEFT's format; the weights beside it have them merged in."""
@@ -30,28 +47,95 @@ def export_model(
     output_dir: Path | str,
     *,
     parameters: Mapping[str, Tensor] | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
     """Write model, configuration and tokenizer into `output_dir` from any ZeRO stage; every rank calls it.
 
     A language model then loads with AutoModelForCausalLM, a `RewardModel` with equal scores with
     AutoModelForSequenceClassification. `parameters` (rank 0's count) replace the model's own by name, whole
     and in any precision; the files are in the model's. LoRA's adapters are merged into copies of the weights
-    and also written by themselves, into `adapter/`. Files of an older export are replaced, others in the
-    folder stay; config.json comes last, so that a folder which has one is complete.
+    and also written by themselves, into `adapter/`. With a `provenance` the folder gets a manifest and a
+    model card. Files of an older export are replaced, others in the folder stay; config.json comes last, so
+    that a folder which has one is complete.
     """
     module = getattr(engine_or_module, "module", engine_or_module)
     state = _whole_state(module, parameters or {})
     if is_main_process():
-        output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir))
-        try:
-            _save(module, state, temporary)
-            tokenizer.save_pretrained(temporary)
-            _move_into_place(temporary, output_dir)
-        finally:
-            shutil.rmtree(temporary)
+        with replacing_export(Path(output_dir)) as folder:
+            _save(module, state, folder)
+            state.clear()  # the manifest reads the model back: one copy of the weights at a time
+            tokenizer.save_pretrained(folder)
+            if provenance is not None:
+                manifest = _manifest(folder, provenance)
+                manifest.write(folder)
+                card = model_card(provenance, manifest.head, str(output_dir))
+                (folder / CARD).write_text(card, encoding="utf-8")
     barrier()
+
+
+@contextmanager
+def replacing_export(output_dir: Path) -> Iterator[Path]:
+    """A folder to fill with a model, which then takes the place of an older one in `output_dir`.
+
+    Where the block fails, the older one stays.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir))
+    try:
+        yield temporary
+        _move_into_place(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _manifest(folder: Path, provenance: Provenance) -> Manifest:
+    """The promises of the model in `folder`: read back from its files, as the next step will read it.
+
+    So the golden outputs are those of the weights in the file, also where adapters were merged or an average
+    took the place of the live weights. On the CPU: the device is full of what was trained.
+    """
+    tokenizer = load_tokenizer(str(folder))
+    model = _read_back(folder, tokenizer)
+    head = provenance.head or head_of(model)
+    with _more_threads():
+        outputs = golden_outputs(model, provenance.golden_inputs, num_tokens=len(tokenizer), device="cpu")
+    has_statistics = head == "score"
+    return Manifest(
+        step=provenance.step,
+        head=head,
+        tokenizer=tokenizer_fingerprint(tokenizer, versioned=False),
+        tokenizers_version=tokenizers.__version__,
+        chat_template=template_fingerprint(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        num_tokens=len(tokenizer),
+        dtype=PRECISIONS[next(model.parameters()).dtype],
+        score_mean=provenance.figures.get("score_mean") if has_statistics else None,
+        score_std=provenance.figures.get("score_std") if has_statistics else None,
+        files=weight_checksums(folder),
+        golden_inputs=provenance.golden_inputs,
+        golden_outputs=outputs.tolist(),
+    )
+
+
+def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | RewardModel:
+    """The model in `folder` on the CPU, in the precision of its files."""
+    config = AutoConfig.from_pretrained(folder)
+    precision = {PRECISIONS[config.dtype]: {"enabled": True}}  # what a DeepSpeed configuration says
+    if config.architectures[0].endswith("ForSequenceClassification"):
+        return create_critic_model(str(folder), tokenizer, precision, rlhf_training=True)
+    return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, precision)
+
+
+@contextmanager
+def _more_threads() -> Iterator[None]:
+    """This machine's cores for this process: torchrun leaves each rank one, and the others are waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, before * local_world_size()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +191,8 @@ def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: P
 
 def _move_into_place(temporary: Path, output_dir: Path) -> None:
     (output_dir / "config.json").unlink(missing_ok=True)
-    for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+    (output_dir / MANIFEST).unlink(missing_ok=True)
+    for pattern in WEIGHT_PATTERNS:
         for old in output_dir.glob(pattern):
             old.unlink()
     shutil.rmtree(output_dir / ADAPTER_FOLDER, ignore_errors=True)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dschat.checkpoint import export_model
 from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
-from dschat.data.preparation import sft_data
+from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed import (
     check_precision,
     is_main_process,
@@ -38,7 +38,9 @@ from dschat.distributed import (
 )
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.losses import masked_mean, token_logprobs
-from dschat.models.factory import check_language_model, check_positions, create_hf_model
+from dschat.manifest import receive_model
+from dschat.model_card import step_provenance
+from dschat.models.factory import check_positions, create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
@@ -48,11 +50,12 @@ from dschat.supervised import Loaders, build_loaders, train_epochs
 def main(args: SftArguments) -> None:
     """The step from flags to the saved model."""
     check_precision(args.run.dtype, args.run.offload)
-    check_language_model(args.model.model_name_or_path, "--model_name_or_path")
+    base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args.run)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
-    loaders = load_data(args, tokenizer)
+    data = load_data(args, tokenizer)
+    loaders = build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     setup(args.run.local_rank)
@@ -60,6 +63,7 @@ def main(args: SftArguments) -> None:
         start_run(args)
     seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
+    base.check_outputs(engine)
     start = time.perf_counter()
     figures = train_epochs(
         engine,
@@ -72,18 +76,16 @@ def main(args: SftArguments) -> None:
     )
     seconds = time.perf_counter() - start
     if args.run.output_dir:
-        export_model(engine, tokenizer, Path(args.run.output_dir))
+        provenance = step_provenance(args, args.model, data, figures)
+        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
     if is_main_process():
-        counts = {
-            "num_train_rows": len(loaders.train.dataset),
-            "num_eval_rows": len(loaders.evaluation.dataset),
-        }
+        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
         write_summary(args.run.output_dir, {"step": "sft", **figures, **counts, "seconds": seconds})
 
 
-def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> Loaders:
-    """Prompts and chosen answers as batches."""
-    data = sft_data(
+def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitData:
+    """Prompts and chosen answers as token ids."""
+    return sft_data(
         args.data,
         tokenizer,
         max_seq_len=args.batch.max_seq_len,
@@ -91,7 +93,6 @@ def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> Loaders
         train_on_prompt=args.sft.train_on_prompt,
         sft_only_data_path=args.sft.sft_only_data_path,
     )
-    return build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
 
 
 def build_engine(args: SftArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders) -> DeepSpeedEngine:

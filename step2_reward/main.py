@@ -24,20 +24,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dschat import distributed
 from dschat.checkpoint import export_model
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
-from dschat.distributed import (
-    check_precision,
-    is_main_process,
-    leave,
-    seed_everything,
-    setup,
-    sum_across_ranks,
-)
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
-from dschat.models.factory import check_model_path, check_positions, create_critic_model
+from dschat.manifest import receive_model
+from dschat.model_card import step_provenance
+from dschat.models.factory import check_positions, create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
@@ -46,19 +41,20 @@ from dschat.supervised import Loaders, build_loaders, train_epochs
 
 def main(args: RewardArguments) -> None:
     """The step from flags to the saved model."""
-    check_precision(args.run.dtype, args.run.offload)
-    check_model_path(args.model.model_name_or_path, "--model_name_or_path")
+    distributed.check_precision(args.run.dtype, args.run.offload)
+    base = receive_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
     check_run_folder(args.run)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
+    base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    setup(args.run.local_rank)
-    if is_main_process():
+    distributed.setup(args.run.local_rank)
+    if distributed.is_main_process():
         start_run(args)
-    seed_everything(args.run.seed)
+    distributed.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
     start = time.perf_counter()
     figures = train_epochs(
@@ -71,8 +67,9 @@ def main(args: RewardArguments) -> None:
     )
     seconds = time.perf_counter() - start
     if args.run.output_dir:
-        export_model(engine, tokenizer, Path(args.run.output_dir))
-    if is_main_process():
+        provenance = step_provenance(args, args.model, data, figures)
+        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
+    if distributed.is_main_process():
         counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
         write_summary(args.run.output_dir, {"step": "reward", **figures, **counts, "seconds": seconds})
 
@@ -124,7 +121,8 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
         columns = (torch.ones_like(chosen), chosen > rejected, chosen, rejected, chosen**2 + rejected**2)
         sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
         sums[5:] += torch.stack([judged["loss"], batch.weights.sum()])
-    num_pairs, num_right, chosen, rejected, squares, loss, weight = sum_across_ranks(sums).tolist()
+    totals = distributed.sum_across_ranks(sums).tolist()
+    num_pairs, num_right, chosen, rejected, squares, loss, weight = totals
     if num_pairs == 0:
         return {}
     accuracy, mean = num_right / num_pairs, (chosen + rejected) / (2 * num_pairs)
@@ -142,4 +140,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        leave()
+        distributed.leave()

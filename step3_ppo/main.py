@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import RlhfArguments, parse_arguments
-from dschat.errors import UserError, readable_errors
+from dschat.errors import readable_errors
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
     with readable_errors():
@@ -24,15 +24,17 @@ from transformers import PreTrainedTokenizerBase
 from dschat import distributed
 from dschat.checkpoint import export_model
 from dschat.data.loaders import PromptLoader, build_prompt_loader
-from dschat.data.preparation import prompt_data
+from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.metrics import MetricsLogger
-from dschat.models.factory import check_language_model, check_positions, check_reward_model
+from dschat.model_card import step_provenance
+from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
+from dschat.rlhf.handovers import receive_models
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.run_folder import check_run_folder, read_summary, start_run, write_summary
+from dschat.run_folder import check_run_folder, start_run, write_summary
 
 SHOWN = ("score", "kl", "answer_length", "value_loss")
 NUM_PRINTED_ANSWERS = 3
@@ -41,14 +43,20 @@ NUM_PRINTED_ANSWERS = 3
 def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
     distributed.check_precision(args.run.dtype, args.run.offload)
-    check_language_model(args.actor.model_name_or_path, "--actor_model_name_or_path")
-    check_reward_model(args.critic.model_name_or_path, "--critic_model_name_or_path")
-    check_reward_model(args.reward_path, args.reward_flag)
+    handovers = receive_models(args)
     check_adapters(language=args.actor, reward=args.critic)
     check_run_folder(args.run)
     tokenizers = load_rlhf_tokenizers(args)
-    score_scale = score_statistics(args)
-    prompt_loader = build_loader(args, tokenizers)
+    handovers.check_templates(tokenizers)
+    score_scale = handovers.reward.score_statistics() if args.ppo.normalize_scores else (0.0, 1.0)
+    data = prompt_data(
+        args.data,
+        tokenizers.actor,
+        max_prompt_seq_len=args.rollout.max_prompt_seq_len,
+        seed=args.run.seed,
+        reader=tokenizers.reader,
+    )
+    prompt_loader = build_loader(args, data, tokenizers)
 
     device = distributed.setup(args.run.local_rank)
     if distributed.is_main_process():
@@ -58,9 +66,8 @@ def main(args: RlhfArguments) -> None:
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     num_updates = num_ppo_steps * args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=num_updates)
-    trainer = DeepSpeedPPOTrainer(
-        engine, tokenizers, args, prompts=prompt_loader.dataset, score_scale=score_scale
-    )
+    handovers.check_outputs(engine)
+    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, prompts=data.train, score_scale=score_scale)
     metrics = MetricsLogger(
         args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )
@@ -77,7 +84,7 @@ def main(args: RlhfArguments) -> None:
         if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
             metrics.say(experience.examples(tokenizers.actor, NUM_PRINTED_ANSWERS))
     metrics.close()
-    save(args, engine, tokenizers.actor)
+    save(args, engine, tokenizers.actor, data, values)
     if distributed.is_main_process():
         seconds = time.perf_counter() - start
         write_summary(
@@ -85,35 +92,11 @@ def main(args: RlhfArguments) -> None:
         )
 
 
-def score_statistics(args: RlhfArguments) -> tuple[float, float]:
-    """Mean and standard deviation that bring scores to a common scale: step 2's, or 0 and 1.
-
-    Raises `UserError` where --normalize_scores finds none.
-    """
-    if not args.ppo.normalize_scores:
-        return 0.0, 1.0
-    summary = read_summary(args.reward_path) or {}
-    if not summary.get("score_std"):
-        raise UserError(
-            f"--normalize_scores needs the score statistics that step 2 writes to summary.json, and "
-            f"{args.reward_flag} {args.reward_path} has none; leave the flag out."
-        )
-    return summary["score_mean"], summary["score_std"]
-
-
-def build_loader(args: RlhfArguments, tokenizers: RlhfTokenizers) -> PromptLoader:
+def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizers) -> PromptLoader:
     """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
-    data = prompt_data(
-        args.data,
-        tokenizers.actor,
-        max_prompt_seq_len=args.rollout.max_prompt_seq_len,
-        seed=args.run.seed,
-        reader=tokenizers.reader,
-    )
     longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
-    for path in {args.actor.model_name_or_path, args.critic.model_name_or_path} - (
-        {args.reward_path} if tokenizers.reader else set()
-    ):
+    critics = [] if tokenizers.fresh_critic else [args.critic.model_name_or_path]
+    for path in (args.actor.model_name_or_path, *critics):
         check_positions(
             path,
             longest,
@@ -132,15 +115,24 @@ def build_loader(args: RlhfArguments, tokenizers: RlhfTokenizers) -> PromptLoade
     )
 
 
-def save(args: RlhfArguments, engine: DeepSpeedRLHFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(
+    args: RlhfArguments,
+    engine: DeepSpeedRLHFEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SplitData,
+    figures: dict[str, float],
+) -> None:
     """Write actor, critic and moving average. Every rank must call it."""
     if not args.run.output_dir:
         return
     folder = Path(args.run.output_dir)
-    export_model(engine.actor, tokenizer, folder / "actor")
-    export_model(engine.critic, tokenizer, folder / "critic")
+    of_actor = step_provenance(args, args.actor, data, figures)
+    of_critic = step_provenance(args, args.critic, data, figures, head="value")
+    export_model(engine.actor, tokenizer, folder / "actor", provenance=of_actor)
+    export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
     if engine.ema:
-        export_model(engine.actor, tokenizer, folder / "actor_ema", parameters=engine.ema.weights())
+        average = engine.ema.weights()
+        export_model(engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_actor)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
     0: ("errors", "arguments", "losses", "distributed", "throughput"),
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "memory"),
-    2: ("engines", "checkpoint", "manifest", "supervised"),
+    2: ("engines", "checkpoint", "manifest", "model_card", "supervised"),
     3: ("rlhf",),
     4: ("utils",),
 }

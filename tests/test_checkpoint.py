@@ -291,6 +291,7 @@ def test_zero_3_on_two_ranks_trains_and_exports_what_one_process_does(without_pa
     assert sorted(two["scores"]) == pytest.approx(sorted(one["scores"]), abs=1e-4)
     assert one["reload_error"] == pytest.approx(0, abs=1e-5)
     assert two["reload_error"] == pytest.approx(0, abs=1e-5)
+    assert (one["refusals"], two["refusals"]) == (1, 2)
     for name, auto_class in (("actor", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)):
         ours = auto_class.from_pretrained(tmp_path / "one" / name).state_dict()
         theirs = auto_class.from_pretrained(tmp_path / "two" / name).state_dict()

@@ -12,7 +12,7 @@ from processes import environment
 
 from dschat.arguments import parse_arguments
 from dschat.errors import UserError
-from scripts import compare, e2e_rlhf
+from scripts import compare, convert_checkpoint, e2e_rlhf
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +50,10 @@ def test_a_mistyped_flag_would_be_found():
 def test_the_flags_of_the_scripts_exist():
     for flags in flags_after("scripts/compare.py"):
         compare.parse(flags)
+    sources = [
+        convert_checkpoint.parse(flags).source for flags in flags_after("scripts/convert_checkpoint.py")
+    ]
+    assert sources == list(convert_checkpoint.FORMATS)
     calls = flags_after("scripts/e2e_rlhf.py")
     assert calls
     for flags in calls:
@@ -81,7 +85,7 @@ def test_every_flag_that_the_text_names_exists(capsys):
     for step in STEPS.values():
         with pytest.raises(SystemExit):
             parse_arguments(step, ["--help"])
-    for program in (compare, e2e_rlhf):
+    for program in (compare, convert_checkpoint, e2e_rlhf):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
     flag = r"--[a-z]\w+(?:-\w+)*"

@@ -311,7 +311,7 @@ BAD_INPUT = {
         ["--critic_model_name_or_path=base/nothere"],
         ["--critic_model_name_or_path 'base/nothere'", "no such folder"],
     ),
-    "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "summary.json"]),
+    "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "manifest.json"]),
 }
 
 

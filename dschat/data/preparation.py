@@ -56,6 +56,8 @@ class SplitData:
 
     train: Dataset
     evaluation: Dataset
+    num_rows: dict[str, int]
+    """Rows of each source, those included that were dropped or went to other steps."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,16 @@ def _prepare(
         key,
         lambda place: _build(place, task, data, seed, sources, form),
     )
+    report = json.loads((folder / "report.json").read_text())
     if int(os.environ.get("RANK", 0)) == 0:
-        report = json.loads((folder / "report.json").read_text())
         print(_describe(report, task, sources.all, folder), flush=True)
-    return SplitData(load_from_disk(str(folder / "train")), load_from_disk(str(folder / "evaluation")))
+    return SplitData(
+        train=load_from_disk(str(folder / "train")),
+        evaluation=load_from_disk(str(folder / "evaluation")),
+        num_rows={
+            source.name: counts["rows"] for source, counts in zip(sources.all, report["sources"], strict=True)
+        },
+    )
 
 
 def _build(

@@ -132,8 +132,11 @@ def tokenize_prompts(
     return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits that change with anything that decides a fast tokenizer's tokens, its template aside."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, versioned: bool = True) -> str:
+    """32 hex digits that change with anything that decides a fast tokenizer's tokens, its template aside.
+
+    The library's version is among that; without `versioned` it is not, for files that outlive an upgrade.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call happened to ask for, not part of the tokenizer.
     state["truncation"] = state["padding"] = None
@@ -142,7 +145,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.eos_token_id,
         tokenizer.bos_token_id,
         start_tokens(tokenizer),
-        tokenizers.__version__,
+        *([tokenizers.__version__] if versioned else []),
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(known, sort_keys=True).encode())
 

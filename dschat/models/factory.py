@@ -112,6 +112,14 @@ def check_language_model(model_name_or_path: str, flag: str) -> None:
         _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
 
 
+def check_backbone(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless a reward model can be made of this: any head is left aside."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        load = _reward_model_loader(model_name_or_path, dropout=None)
+        _check_weights(load, model_name_or_path, fresh_head=True)
+
+
 def check_reward_model(model_name_or_path: str, flag: str) -> None:
     """Raise `UserError` naming `flag` unless this is a whole reward model, backbone and head."""
     check_model_path(model_name_or_path, flag)

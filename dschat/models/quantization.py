@@ -55,6 +55,11 @@ def is_4bit(parameter: Tensor) -> bool:
     return getattr(parameter, "quant_state", None) is not None
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model, or an engine's, has packed weights."""
+    return any(is_4bit(parameter) for parameter in model.parameters())
+
+
 def num_weights(parameter: nn.Parameter) -> int:
     """Weights in a parameter, also where it is packed or sharded."""
     if is_4bit(parameter):

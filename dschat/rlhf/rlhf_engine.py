@@ -26,12 +26,14 @@ class DeepSpeedRLHFEngine:
     Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
     the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
     adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for.
+    `fresh_critic` says whether the critic started from the actor instead of the reward model.
     """
 
     def __init__(self, args: RlhfArguments, tokenizers: RlhfTokenizers, *, num_training_steps: int) -> None:
         self._args = args
         self._tokenizers = tokenizers
         self._tokenizer = tokenizers.actor
+        self.fresh_critic = tokenizers.fresh_critic
         self.actor = self._build_actor(num_training_steps)
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
@@ -90,12 +92,11 @@ class DeepSpeedRLHFEngine:
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
         print_once("loading the critic")
         args, config = self._args.critic, self._train_config(self._args.critic)
-        is_fresh = self._tokenizers.fresh_critic
         model = create_critic_model(
-            self._args.actor.model_name_or_path if is_fresh else args.model_name_or_path,
+            self._args.actor.model_name_or_path if self.fresh_critic else args.model_name_or_path,
             self._tokenizer,
             config,
-            rlhf_training=not is_fresh,
+            rlhf_training=not self.fresh_critic,
             **args.loading_options,
         )
         return build_trained_engine(

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dschat import distributed
 from dschat.checkpoint import export_model
+from dschat.errors import UserError
+from dschat.manifest import Handover, receive_model
+from dschat.model_card import Provenance
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
@@ -57,6 +60,18 @@ def train(model: RewardModel, tokenizer, config: dict) -> tuple[deepspeed.DeepSp
     return engine, losses
 
 
+def refuses(handover: Handover, model: RewardModel) -> bool:
+    """Whether this rank notices that the head is another one."""
+    head = model.v_head.weight
+    with distributed.gathered([head], modifier_rank=0), torch.no_grad():
+        head.zero_()
+    try:
+        handover.check_outputs(model)
+    except UserError:
+        return True
+    return False
+
+
 def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
     distributed.setup()
     distributed.seed_everything(7)
@@ -65,17 +80,24 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
     critic.gradient_checkpointing_enable()
     sharded = sum(distributed.is_zero3_parameter(p) for p in critic.parameters())
     engine, losses = train(critic, tokenizer, config)
-    export_model(engine, tokenizer, output / "critic")
+    rows = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
+    provenance = Provenance(step="reward", base_model=model_folder, golden_inputs=rows)
+    export_model(engine, tokenizer, output / "critic", provenance=provenance)
+    handover = receive_model(str(output / "critic"), "critic", "score")
+    handover.check_outputs(engine)
     with torch.no_grad():
         engine.eval()
         scores = engine.module.forward_value(**batch(tokenizer))["chosen_end_scores"]
     again = create_critic_model(str(output / "critic"), tokenizer, config, rlhf_training=True)
-    deepspeed.initialize(model=again, config=config, model_parameters=again.parameters())
+    handover.check_outputs(
+        deepspeed.initialize(model=again, config=config, model_parameters=again.parameters())[0]
+    )
     with torch.no_grad():
         reloaded = again.eval().forward_value(**batch(tokenizer))["chosen_end_scores"]
-    export_model(
-        create_hf_model(AutoModelForCausalLM, model_folder, tokenizer, config), tokenizer, output / "actor"
-    )
+    actor = create_hf_model(AutoModelForCausalLM, model_folder, tokenizer, config)
+    export_model(actor, tokenizer, output / "actor", provenance=provenance)
+    engine = deepspeed.initialize(model=actor, config=config, model_parameters=actor.parameters())[0]
+    receive_model(str(output / "actor"), "actor", "language_model").check_outputs(engine)
     plain = create_hf_model(AutoModelForCausalLM, str(output / "actor"), tokenizer)
     seen = {
         "sharded": sharded,
@@ -83,6 +105,7 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
         "scores": distributed.gather_rows(scores).tolist(),
         "reload_error": (scores - reloaded).abs().max().item(),
         "plain_is_whole": all(p.numel() > 0 and not hasattr(p, "ds_id") for p in plain.parameters()),
+        "refusals": distributed.sum_across_ranks(torch.tensor(refuses(handover, again))).item(),
         "vocabulary": [len(tokenizer), plain.config.vocab_size, plain.get_input_embeddings().weight.shape[0]],
     }
     if distributed.is_main_process():

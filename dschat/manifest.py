@@ -1,0 +1,342 @@
+"""What a step promises about the model it hands on: manifest.json beside the weights, and the proof of it.
+
+A step calls `receive_model` before it loads anything and `Handover.check_outputs` before it trains.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dschat.data.cache import files_fingerprint
+from dschat.data.tokenization import tokenizer_fingerprint
+from dschat.distributed import current_device, is_main_process, max_across_ranks, print_once
+from dschat.errors import UserError
+from dschat.losses import masked_mean, token_logprobs
+from dschat.models.factory import check_backbone, check_language_model, check_reward_model
+from dschat.models.quantization import is_packed
+from dschat.models.reward_model import RewardModel
+from dschat.models.tokenizer import load_tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Raise it when the fields of `Manifest` or their meaning change."""
+
+WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")
+
+Head = Literal["language_model", "score", "value"]
+HEADS = {
+    "language_model": "a language model",
+    "score": "a reward model",
+    "value": "a critic, as step 3 trains",
+}
+
+PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NATS = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.1}
+"""How far a golden log-probability (nats a token) may be from the promised one.
+
+Another device, kernel, batch shape or ZeRO stage rounds differently. Measured on Llamas of 8 and 24 layers
+with random weights against fp32: up to 0.004 in fp16 and 0.025 in bf16; in fp32, between batch shapes, 1e-6.
+A random output layer is nats away.
+"""
+STANDARD_DEVIATIONS = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+"""The same for a score, in standard deviations; measured likewise: 1e-6, 0.05, 0.34.
+
+Scores of two random heads are about the root of 2 of them apart. Half of one is wide, but the farthest of 8
+rows decides, and all 8 are that near by chance once in some 30,000 heads.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The promises. Fingerprints and checksums are xxh3_128, 32 hex digits."""
+
+    step: str
+    """What made the model: sft, reward, rlhf, or deepspeed-chat for a converted one."""
+    head: Head
+    tokenizer: str
+    tokenizers_version: str
+    """Of the library that wrote the tokenizer, for the message where its fingerprint differs."""
+    chat_template: str | None
+    eos_token_id: int
+    pad_token_id: int
+    num_tokens: int
+    """Entries of the vocabulary, over which log-probabilities are taken."""
+    dtype: str
+    """Precision of the weights, in which golden outputs were computed: fp32, bf16 or fp16."""
+    score_mean: float | None
+    score_std: float | None
+    """Of a reward model's scores of all answers of its evaluation data; None where there are none."""
+    files: dict[str, str]
+    """Checksums of the weight files (and of their index) by name."""
+    golden_inputs: list[list[int]]
+    """Rows of token ids,"""
+    golden_outputs: list[float]
+    """and for each the mean log-probability of a token after the first, or the score at the last one."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder."""
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The folder's manifest, None where it has none. Raises `UserError` for one it cannot use."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            return None
+        remedy = "copy the model's folder again, or delete the file to do without its promises"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format")
+            if version == FORMAT:
+                return _checked_types(cls(**values))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is no manifest of this program ({error}); {remedy}.") from error
+        raise UserError(
+            f"{path} has format {version!r} and this version of dschat reads {FORMAT}: use the version that "
+            f"wrote it, or {remedy}."
+        )
+
+
+def _checked_types(manifest: Manifest) -> Manifest:
+    """The manifest itself. Raises `ValueError` for what later checks could not work with."""
+    rows, outputs = manifest.golden_inputs, manifest.golden_outputs
+    tokens = [token for row in rows for token in row]
+    statistics = (manifest.score_mean, manifest.score_std)
+    is_good = {
+        "head": manifest.head in HEADS,
+        "dtype": manifest.dtype in NATS,
+        "num_tokens": isinstance(manifest.num_tokens, int),
+        "files": isinstance(manifest.files, dict) and len(manifest.files) > 0,
+        "score_mean or score_std": all(x is None or isinstance(x, int | float) for x in statistics),
+        "golden_inputs": all(rows) and all(0 <= token < manifest.num_tokens for token in tokens),
+        "golden_outputs": len(outputs) == len(rows) and all(isinstance(x, int | float) for x in outputs),
+    }
+    bad = [name for name, good in is_good.items() if not good]
+    if bad:
+        raise ValueError(f"{bad[0]} does not hold what it should")
+    return manifest
+
+
+def weight_checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every weight file (and index of shards) in the folder, by name."""
+    paths = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda path: files_fingerprint([path]), paths)
+    return {path.name: checksum for path, checksum in zip(paths, sums, strict=True)}
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """32 hex digits of the chat template, None where there is none."""
+    template = tokenizer.chat_template
+    return None if template is None else xxhash.xxh3_128_hexdigest(str(template).encode())
+
+
+def head_of(model: Any) -> Head:
+    """The kind of an engine's or a module's head, as far as the model tells: a critic looks like "score"."""
+    return "score" if isinstance(getattr(model, "module", model), RewardModel) else "language_model"
+
+
+@torch.no_grad()
+def golden_outputs(
+    model: Any, rows: Sequence[Sequence[int]], *, num_tokens: int, device: torch.device | str
+) -> Tensor:
+    """Mean log-probability of a token after the first, or the score at the last one: [N] fp64, on the CPU.
+
+    `model` is an engine or a module, which is left in its mode. Under ZeRO-3 every rank must call it.
+    """
+    if not rows:  # data of which every row has one token
+        return torch.zeros(0, dtype=torch.float64)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
+    ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
+    ids[mask] = torch.tensor([token for row in rows for token in row], device=device)
+    module = getattr(model, "module", model)  # an engine does not know its own mode
+    was_training = module.training
+    module.eval()
+    try:
+        if head_of(model) == "score":
+            values = model(ids, mask.long(), return_values=True)
+            outputs = values.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+        else:
+            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+            logprobs = token_logprobs(logits[:, :-1, :num_tokens], ids[:, 1:])
+            pairs = zip(logprobs, mask[:, 1:], strict=True)
+            outputs = torch.stack([masked_mean(row, row_mask) for row, row_mask in pairs])
+    finally:
+        module.train(was_training)
+    return outputs.double().cpu()
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A model as a step receives it: where it is, the flag that says so, and its manifest if it has one."""
+
+    path: str
+    flag: str
+    manifest: Manifest | None
+
+    def check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `UserError` where the run's tokenizer has another chat template than the model learned."""
+        if self.manifest and self.manifest.chat_template != template_fingerprint(tokenizer):
+            raise self._broken(
+                "its chat template",
+                "this run uses another one than the model was trained with; give every step the same",
+            )
+
+    def score_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of the reward model's scores of its evaluation data.
+
+        Raises `UserError` where the manifest has none.
+        """
+        if self.manifest is None or not self.manifest.score_std:
+            raise UserError(
+                f"--normalize_scores needs the score statistics that step 2 writes to {MANIFEST}, and "
+                f"{self.flag} {self.path} has none; leave the flag out."
+            )
+        return self.manifest.score_mean, self.manifest.score_std
+
+    def check_outputs(self, *engines: Any) -> None:
+        """Raise `UserError` where an engine does not compute the golden outputs. Every rank must call it.
+
+        Weights packed into 4 bits are not those that were promised, and are left alone.
+        """
+        if self.manifest is None or not self.manifest.golden_outputs:
+            return
+        for engine in engines:
+            if is_packed(engine):  # which rounds more than any tolerance allows
+                continue
+            expected = torch.tensor(self.manifest.golden_outputs, dtype=torch.float64)
+            outputs = golden_outputs(
+                engine,
+                self.manifest.golden_inputs,
+                num_tokens=self.manifest.num_tokens,
+                device=current_device(),
+            )
+            allowed = _tolerance(self.manifest, next(engine.parameters()).dtype)
+            # The worst of all ranks, so that all decide alike; a NaN is not within any tolerance.
+            error = (outputs - expected).abs().nan_to_num(nan=torch.inf).to(current_device())
+            worst = max_across_ranks(error).max().item()
+            if worst > allowed:
+                what = "score" if self.manifest.head != "language_model" else "log-probability a token"
+                raise self._broken(
+                    "its golden outputs",
+                    f"a {what} is off by {worst:.3g} where rounding explains {allowed:.3g}; the weights, the "
+                    "head or config.json are not those that were exported. Copy or train the model again",
+                )
+
+    def check_promises(self) -> None:
+        """Raise `UserError` for the first promise that the folder breaks, as far as files tell."""
+        manifest, folder = self.manifest, Path(self.path)
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer_fingerprint(tokenizer, versioned=False) != manifest.tokenizer:
+            raise self._broken("its tokenizer", _tokenizer_problem(manifest))
+        if template_fingerprint(tokenizer) != manifest.chat_template:
+            problem = "the chat template in the folder is not the one that the model was trained with"
+            raise self._broken("its chat template", f"{problem}; restore the file")
+        self._check_ids(tokenizer)
+        changed = changed_files(manifest, folder)
+        if changed:
+            raise self._broken("its checksums", f"{changed}. Copy or train the model again")
+
+    def _check_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        config = PretrainedConfig.get_config_dict(self.path)[0]
+        for name in ("eos_token_id", "pad_token_id"):
+            promised = getattr(self.manifest, name)
+            found = {"the tokenizer": getattr(tokenizer, name), "config.json": config.get(name)}
+            for where, value in found.items():
+                if value != promised:
+                    problem = f"{name} is {value} in {where} and {promised} in the manifest"
+                    raise self._broken("its special tokens", f"{problem}; restore the file")
+
+    def _broken(self, promise: str, problem: str) -> UserError:
+        return UserError(
+            f"{self.flag} {self.path!r} breaks a promise of its {MANIFEST}, {promise}: {problem}."
+        )
+
+
+def receive_model(path: str, flag: str, *heads: Head) -> Handover:
+    """The model at `path`, complete and as its manifest promises, as far as that shows without loading it.
+
+    `heads` are those that the step can use; without any it takes a model of any kind, of which it uses the
+    backbone. Every rank may call it, rank 0 alone verifies. A folder without a manifest (or a hub id) is
+    accepted with one line. Raises `UserError` that names `flag` and the broken promise.
+    """
+    checks: dict[tuple[Head, ...], Callable[[str, str], None]] = {
+        (): check_backbone,
+        ("language_model",): check_language_model,
+    }
+    try:
+        checks.get(heads, check_reward_model)(path, flag)
+        handover = Handover(path, flag, Manifest.read(Path(path)))
+    except UserError as error:
+        raise _explained(error, path) from error
+    if handover.manifest is None:
+        print_once(
+            f"note: {path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
+        )
+        return handover
+    if is_main_process():
+        found = handover.manifest.head
+        if heads and found not in heads:
+            raise UserError(
+                f"{flag} {path!r} is {HEADS[found]}, says its {MANIFEST}; give {HEADS[heads[0]]}."
+            )
+        handover.check_promises()
+    return handover
+
+
+def changed_files(manifest: Manifest, folder: Path) -> str:
+    """What sets the weight files apart from those promised, as the beginning of a sentence; often nothing."""
+    found = weight_checksums(folder)
+    for name, checksum in manifest.files.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != checksum:
+            return (
+                f"{name} is not the file that step {manifest.step!r} wrote: it is corrupted or was replaced"
+            )
+    added = sorted(set(found) - set(manifest.files))
+    return f"{added[0]} was added, so other weights may be loaded" if added else ""
+
+
+def _explained(error: UserError, path: str) -> UserError:
+    """The error, and why a folder that was once whole is not: its files have changed."""
+    try:
+        manifest = Manifest.read(Path(path))
+    except UserError:
+        return error
+    changed = changed_files(manifest, Path(path)) if manifest else ""
+    return UserError(f"{error} By its {MANIFEST} {changed}.") if changed else error
+
+
+def _tokenizer_problem(manifest: Manifest) -> str:
+    import tokenizers
+
+    problem = "the folder holds another tokenizer than the model was trained with; put its own files back"
+    if tokenizers.__version__ != manifest.tokenizers_version:
+        versions = f"{manifest.tokenizers_version} and this is {tokenizers.__version__}"
+        problem += f" (or the library reads it differently: it was written with tokenizers {versions})"
+    return problem
+
+
+def _tolerance(manifest: Manifest, dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains: of log-probabilities in nats, of scores as they are."""
+    precisions = (manifest.dtype, PRECISIONS[dtype])
+    if manifest.head == "language_model":
+        return max(NATS[precision] for precision in precisions)
+    expected = torch.tensor(manifest.golden_outputs, dtype=torch.float64)
+    std = manifest.score_std or expected.std(correction=0).item()
+    # Scores far from 0 are rounded in proportion to their size, which may be many standard deviations.
+    epsilon = max(torch.finfo(kind).eps for kind, name in PRECISIONS.items() if name in precisions)
+    share = max(STANDARD_DEVIATIONS[precision] for precision in precisions)
+    return share * std + 4 * epsilon * expected.abs().max().item()

@@ -1,0 +1,164 @@
+"""Turn what DeepSpeed-Chat wrote into a folder of ours, or a folder of ours into what DeepSpeed-Chat reads.
+
+    python scripts/convert_checkpoint.py --from deepspeed-chat old/reward output/reward
+    python scripts/convert_checkpoint.py --from dschat output/reward old/reward
+
+Language models and reward models are told apart by their weights; step 3's critic is taken for a reward
+model. DeepSpeed-Chat keeps both kinds in pytorch_model.bin, a reward model's backbone as rwtransformer.* and
+its head as v_head.weight. Ours are safetensors that transformers loads by itself, with a manifest whose
+golden outputs the next step verifies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dschat.models.reward_model import RewardModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.errors import ReadableParser, UserError, readable_errors
+
+THEIR_WEIGHTS = "pytorch_model.bin"
+FORMATS = ("deepspeed-chat", "dschat")
+GOLDEN_TEXTS = (
+    "\n\nHuman: What is the capital of France?\n\nAssistant: The capital of France is Paris.",
+    "\n\nHuman: Please count to five.\n\nAssistant: One, two, three, four, five.",
+    "\n\nHuman: Is water wet?\n\nAssistant: I do not want to talk about that.",
+)
+"""What a converted model's outputs are promised on: there are no data here to take rows from."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises `UserError`."""
+    parser = ReadableParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, choices=FORMATS, help="What wrote INPUT; OUTPUT is the other."
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="Folder of the model to convert.")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="Folder to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a model that is in OUTPUT.")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for folders that cannot be read or must not be written."""
+    if not args.input.is_dir():
+        raise UserError(f"INPUT {args.input} is no folder, seen from {Path.cwd()}; give a model's folder.")
+    if args.output.resolve() == args.input.resolve():
+        raise UserError(f"INPUT and OUTPUT are both {args.input}; give another folder for the result.")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"OUTPUT {args.output} is a file; give a folder.")
+    if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
+        raise UserError(f"OUTPUT {args.output} is not empty; give a new folder, or add --overwrite.")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read, check and write one model. Raises `UserError`."""
+    check(args)
+    if args.source == "dschat":
+        to_deepspeed_chat(args.input, args.output)
+    else:
+        from_deepspeed_chat(args.input, args.output)
+    print(f"{args.input} ({args.source}) -> {args.output}")
+
+
+def from_deepspeed_chat(folder: Path, output: Path) -> None:
+    """Write DeepSpeed-Chat's model in `folder` as `export_model` does, in its own precision."""
+    from dschat.checkpoint import export_model
+    from dschat.model_card import GOLDEN_TOKENS, Provenance
+    from dschat.models.factory import BACKBONE_NAMES
+
+    tensors = _their_tensors(folder)
+    is_reward = any(name.startswith((*BACKBONE_NAMES, "v_head.")) for name in tensors)
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    model, tokenizer = _load(folder, is_reward=is_reward, dtype=max(set(dtypes), key=dtypes.count))
+    rows = [tokenizer(text)["input_ids"][-GOLDEN_TOKENS:] for text in GOLDEN_TEXTS]
+    provenance = Provenance(step="deepspeed-chat", base_model=str(folder), golden_inputs=rows)
+    export_model(model, tokenizer, output, provenance=provenance)
+
+
+def _their_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The names, shapes and precisions in DeepSpeed-Chat's file of weights, without the weights."""
+    import torch
+
+    path = folder / THEIR_WEIGHTS
+    if not path.is_file() or (folder / "model.safetensors").is_file():
+        hint = " It holds safetensors: --from dschat is for those." if _is_ours(folder) else ""
+        raise UserError(f"INPUT {folder} is no DeepSpeed-Chat model: that is {THEIR_WEIGHTS} alone.{hint}")
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read as a file of weights alone: {reason}") from error
+    is_state = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    if not is_state or not any(tensor.is_floating_point() for tensor in state.values()):
+        raise UserError(
+            f"{path} holds no named weights; give the folder that a step of DeepSpeed-Chat wrote."
+        )
+    return state
+
+
+def to_deepspeed_chat(folder: Path, output: Path) -> None:
+    """Write our model in `folder` as DeepSpeed-Chat's `save_hf_format` does: weights, config, tokenizer.
+
+    Where the folder has a manifest, what it promises is verified first.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from dschat.checkpoint import replacing_export
+    from dschat.manifest import receive_model
+
+    if not _is_ours(folder):
+        raise UserError(f"INPUT {folder} holds no model of ours: config.json beside model*.safetensors.")
+    receive_model(str(folder), "INPUT")
+    config = AutoConfig.from_pretrained(folder)
+    is_reward = config.architectures[0].endswith("ForSequenceClassification")
+    model, tokenizer = _load(folder, is_reward=is_reward, dtype=config.dtype or torch.float32)
+    with replacing_export(output) as place:
+        torch.save(model.state_dict(), place / THEIR_WEIGHTS)
+        config.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def _load(
+    folder: Path, *, is_reward: bool, dtype: torch.dtype
+) -> tuple[PreTrainedModel | RewardModel, PreTrainedTokenizerBase]:
+    """The whole model in that precision, its keys checked, and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    from dschat.manifest import PRECISIONS
+    from dschat.models.factory import create_critic_model, create_hf_model
+    from dschat.models.tokenizer import load_tokenizer
+
+    if dtype not in PRECISIONS:
+        raise UserError(
+            f"the weights in {folder} are {dtype}; this converts {', '.join(PRECISIONS.values())}."
+        )
+    tokenizer = load_tokenizer(str(folder))
+    precision = {PRECISIONS[dtype]: {"enabled": True}}  # what a DeepSpeed configuration says
+    if is_reward:
+        return create_critic_model(str(folder), tokenizer, precision, rlhf_training=True), tokenizer
+    return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, precision), tokenizer
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        convert(parse())

@@ -1,0 +1,381 @@
+"""Every promise of a manifest, kept and broken, from the export of one step to the start of the next."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from processes import ROOT, python
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dschat import manifest as manifest_module
+from dschat.arguments import ModelArguments, parse_arguments
+from dschat.checkpoint import export_model
+from dschat.data.preparation import SplitData
+from dschat.errors import UserError
+from dschat.manifest import Manifest, golden_outputs, receive_model, weight_checksums
+from dschat.model_card import Provenance, golden_rows, step_provenance
+from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.lora import add_lora
+
+FLAG = "--critic_model_name_or_path"
+ROWS = [[5, 80, 90, 11], [7, 8, 9, 60, 61, 62, 0], [33, 44]]
+
+
+def provenance(step: str, head: str | None = None, **figures: float) -> Provenance:
+    return Provenance(step=step, base_model="base", golden_inputs=ROWS, head=head, figures=figures)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "base", tokenizer=with_template())
+
+
+def with_template(template: str = "{{ messages }}"):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def reward(base) -> Path:
+    """What step 2 hands on; its scores are a quarter of a standard deviation's unit apart from 0."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = create_critic_model(str(base), tokenizer, None)
+    folder = base.parent / "reward"
+    export_model(model, tokenizer, folder, provenance=provenance("reward", score_mean=0.25, score_std=0.5))
+    return folder
+
+
+@pytest.fixture
+def copy(reward, tmp_path) -> Path:
+    return Path(shutil.copytree(reward, tmp_path / "copy"))
+
+
+def edit(folder: Path, **values: object) -> None:
+    """Change the manifest by hand."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def broken(folder: Path, head: str | None = "score") -> str:
+    """The message of a folder that is not accepted."""
+    with pytest.raises(UserError) as error:
+        receive_model(str(folder), FLAG, head)
+    assert FLAG in str(error.value)
+    return str(error.value)
+
+
+def corrupt(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_a_step_promises_is_what_its_folder_holds(reward):
+    promised = Manifest.read(reward)
+    assert (promised.step, promised.head, promised.dtype) == ("reward", "score", "fp32")
+    assert (promised.score_mean, promised.score_std) == (0.25, 0.5)
+    assert promised.files == weight_checksums(reward)
+    assert set(promised.files) == {"model.safetensors"}
+    assert promised.pad_token_id == AutoTokenizer.from_pretrained(reward).pad_token_id
+    handover = receive_model(str(reward), FLAG, "score")
+    assert handover.score_statistics() == (0.25, 0.5)
+    model = create_critic_model(str(reward), AutoTokenizer.from_pretrained(reward), None, rlhf_training=True)
+    handover.check_outputs(model)
+    handover.check_template(AutoTokenizer.from_pretrained(reward))
+
+
+def test_golden_outputs_are_the_mean_log_probability_and_the_score_of_rows_by_themselves(base, reward):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    critic = create_critic_model(str(reward), tokenizer, None, rlhf_training=True).train()
+    logprobs = golden_outputs(actor, ROWS, num_tokens=len(tokenizer), device="cpu")
+    scores = golden_outputs(critic, ROWS, num_tokens=len(tokenizer), device="cpu")
+    assert critic.training
+    with torch.no_grad():
+        for row, logprob, score in zip(ROWS, logprobs, scores, strict=True):
+            ids = torch.tensor([row])
+            # transformers' loss is the mean of -log p over all tokens but the first.
+            assert logprob.item() == pytest.approx(-actor(ids, labels=ids).loss.item(), abs=1e-5)
+            assert score.item() == pytest.approx(
+                critic.forward_value(ids)["chosen_end_scores"].item(), abs=1e-5
+            )
+    assert scores.std() > 0.01
+
+
+def test_a_model_without_a_manifest_is_accepted_with_one_line(base, capsys):
+    handover = receive_model(str(base), "--model_name_or_path", "language_model")
+    assert capsys.readouterr().out.count("\n") == 1
+    assert handover.manifest is None
+    handover.check_outputs(None)
+    handover.check_template(None)
+    with pytest.raises(UserError, match=r"--normalize_scores .* manifest\.json"):
+        handover.score_statistics()
+
+
+def test_a_corrupted_file_is_named(copy):
+    weights = copy / "model.safetensors"
+    corrupt(weights, weights.stat().st_size // 2)
+    assert re.search(r"its checksums: model\.safetensors .*corrupted", broken(copy))
+
+
+def test_a_file_corrupted_in_its_header_is_named_too(copy):
+    corrupt(copy / "model.safetensors", 12)
+    assert re.search(r"By its manifest\.json model\.safetensors is not the file", broken(copy))
+
+
+def test_a_deleted_head_is_named_before_the_checksum(copy):
+    state = load_file(copy / "model.safetensors")
+    del state["score.weight"]
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    message = broken(copy)
+    assert message.index("missing: score.weight") < message.index("model.safetensors is not the file")
+
+
+def with_random_head(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    head = state["score.weight"]
+    state["score.weight"] = torch.randn(head.shape, generator=generator).to(head) / 33**0.5
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_random_head_breaks_the_checksum_and_behind_a_forged_one_the_golden_scores(copy):
+    with_random_head(copy)
+    assert "its checksums: model.safetensors" in broken(copy)
+    edit(copy, files=weight_checksums(copy))
+    handover = receive_model(str(copy), FLAG, "score")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    for config in (None, {"bf16": {"enabled": True}}):
+        model = create_critic_model(str(copy), tokenizer, config, rlhf_training=True)
+        with pytest.raises(UserError, match=f"{FLAG} .*its golden outputs: a score is off by"):
+            handover.check_outputs(model)
+
+
+def test_rounding_to_bf16_breaks_no_promise(reward, base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    half = {"bf16": {"enabled": True}}
+    critic = create_critic_model(str(reward), tokenizer, half, rlhf_training=True)
+    receive_model(str(reward), FLAG, "score").check_outputs(critic)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer, half)
+    export_model(actor, tokenizer, tmp_path, provenance=provenance("sft"))
+    handover = receive_model(str(tmp_path), FLAG, "language_model")
+    assert handover.manifest.dtype == "bf16"
+    handover.check_outputs(actor, create_hf_model(AutoModelForCausalLM, str(tmp_path), tokenizer))
+
+
+def test_another_language_model_under_the_promises_of_this_one_is_found_out(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    export_model(actor, tokenizer, tmp_path / "sft", provenance=provenance("sft"))
+    handover = receive_model(str(tmp_path / "sft"), FLAG, "language_model")
+    save_tiny_model(tmp_path / "other", seed=1)
+    other = create_hf_model(AutoModelForCausalLM, str(tmp_path / "other"), tokenizer)
+    with pytest.raises(UserError, match="a log-probability a token is off by"):
+        handover.check_outputs(actor, other)
+    with torch.no_grad():
+        next(actor.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="off by inf"):
+        handover.check_outputs(actor)
+
+
+def test_a_missing_and_an_added_file_are_named(copy):
+    promised = Manifest.read(copy)
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert "model-00001-of-00002.safetensors was added" in broken(copy)
+    assert manifest_module.changed_files(promised, copy.parent) == "model.safetensors is missing"
+
+
+def test_another_tokenizer_is_named_before_its_ids(copy):
+    tiny_tokenizer(vocab_size=300).save_pretrained(copy)
+    message = broken(copy)
+    assert "its tokenizer: the folder holds another tokenizer" in message
+    edit(copy, tokenizers_version="0.1")
+    assert "written with tokenizers 0.1" in broken(copy)
+
+
+def test_a_changed_template_is_named_in_the_folder_and_in_the_run(copy, reward):
+    with_template("{{ other }}").save_pretrained(copy)
+    assert "its chat template: the chat template in the folder" in broken(copy)
+    handover = receive_model(str(reward), FLAG, "score")
+    with pytest.raises(UserError, match=f"{FLAG} .*its chat template: this run uses another one"):
+        handover.check_template(with_template("{{ other }}"))
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+def test_another_special_token_is_named(name, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, name: 7}))
+    assert f"its special tokens: {name} is 7 in config.json and {config[name]} in" in broken(copy)
+    edit(copy, **{name: 7})
+    assert f"its special tokens: {name} is {config[name]} in the tokenizer and 7 in" in broken(copy)
+
+
+def test_a_critic_is_no_reward_model_and_a_language_model_is_neither(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    critic = create_critic_model(str(base), tokenizer, None)
+    export_model(critic, tokenizer, tmp_path / "critic", provenance=provenance("rlhf", head="value"))
+    assert "is a critic, as step 3 trains" in broken(tmp_path / "critic")
+    assert Manifest.read(tmp_path / "critic").score_std is None
+    assert receive_model(str(tmp_path / "critic"), FLAG).manifest.head == "value"  # step 2 takes any backbone
+    assert "missing: score.weight" in broken(base)
+    assert "not a language model" in broken(tmp_path / "critic", "language_model")
+
+
+def test_promises_are_about_what_is_in_the_file_merged_adapters_and_averages(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    untrained = golden_outputs(actor, ROWS, num_tokens=len(tokenizer), device="cpu")
+    add_lora(actor, ModelArguments(model_name_or_path=str(base), lora_dim=4))
+    with torch.no_grad():
+        for name, parameter in actor.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    export_model(actor, tokenizer, tmp_path / "actor", provenance=provenance("rlhf"))
+    merged = receive_model(str(tmp_path / "actor"), FLAG, "language_model")
+    merged.check_outputs(actor)
+    assert (torch.tensor(merged.manifest.golden_outputs) - untrained).abs().max() > 0.01
+    average = {name: p.detach() * 0.9 for name, p in actor.named_parameters()}
+    export_model(actor, tokenizer, tmp_path / "ema", parameters=average, provenance=provenance("rlhf"))
+    averaged = receive_model(str(tmp_path / "ema"), FLAG, "language_model")
+    averaged.check_outputs(create_hf_model(AutoModelForCausalLM, str(tmp_path / "ema"), tokenizer))
+    with pytest.raises(UserError, match="golden outputs"):
+        averaged.check_outputs(actor)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is no manifest"),
+        ("[]", "is no manifest"),
+        ('{"format": 1}', "is no manifest"),
+        ('{"format": 99}', "has format 99"),
+        ("{}", "is no manifest"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_an_error_and_says_what_to_do(text, problem, copy):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=rf"manifest\.json {problem}.*delete the file"):
+        receive_model(str(copy), FLAG, "score")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"files": {}}, {"head": "tail"}, {"golden_outputs": [1.0]}, {"golden_inputs": [["a"]] * 3}, {"more": 1}],
+)
+def test_a_manifest_with_other_contents_is_one_too(values, copy):
+    edit(copy, **values)
+    with pytest.raises(UserError, match="is no manifest of this program"):
+        Manifest.read(copy)
+
+
+def test_an_export_without_provenance_takes_an_older_manifest_away(copy, base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    export_model(create_critic_model(str(base), tokenizer, None), tokenizer, copy)
+    assert not (copy / "manifest.json").exists()
+
+
+def test_golden_rows_are_the_ends_of_the_first_rows():
+    pairs = {"chosen_ids": [[1] * 30 + [2], [3, 4]], "rejected_ids": [[5], [6, 7]], "length": [31, 2]}
+    assert golden_rows(Dataset.from_dict(pairs)) == [[1] * 23 + [2], [3, 4], [6, 7]]
+    prompts = {"input_ids": [[i, i] for i in range(9)], "key": list(range(9))}
+    assert golden_rows(Dataset.from_dict(prompts)) == [[i, i] for i in range(8)]
+
+
+def test_the_card_says_what_made_the_model_in_front_matter_that_is_yaml(base, tmp_path):
+    args = parse_arguments("sft", ["--model_name_or_path=org/base", "--data_path", "a|b.jsonl", "--seed=7"])
+    rows = Dataset.from_dict({"input_ids": ROWS})
+    data = SplitData(train=rows, evaluation=rows.select([0]), num_rows={"a|b.jsonl": 12})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    made = step_provenance(args, args.model, data, {"eval_loss": 1.23456789})
+    export_model(actor, tokenizer, tmp_path / "sft", provenance=made)
+    _, front, body = (tmp_path / "sft" / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "transformers"
+    assert front["base_model"] == "org/base"
+    assert front["tags"] == ["dschat", "sft", "language_model"]
+    for line in ("| a\\|b.jsonl | 12 |", "3 rows for training, 1 rows for evaluation", "| `--seed` | 7 |"):
+        assert line in body
+    assert "| eval_loss | 1.23457 |" in body
+    assert "`--dtype`" not in body
+    loading = re.search(r"model = transformers\.(.*)", body)[0]
+    found = {}
+    exec(f"import transformers\n{loading}", found)
+    assert found["model"].num_parameters() == actor.num_parameters()
+
+
+# --- the acceptance test: step 3 as a user starts it, on what a saboteur left
+
+
+@pytest.fixture(scope="module")
+def steps(base, reward) -> Path:
+    """A folder with an actor, a reward model and data."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    export_model(actor, tokenizer, base.parent / "sft", provenance=provenance("sft"))
+    rows = [{"prompt": f"\n\nHuman: {i}?\n\nAssistant:", "chosen": " a", "rejected": " b"} for i in range(9)]
+    (base.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base.parent
+
+
+def one_byte(folder: Path) -> None:
+    corrupt(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1000)
+
+
+def other_tokenizer(folder: Path) -> None:
+    tiny_tokenizer(["another language"], vocab_size=280).save_pretrained(folder)
+
+
+def no_head(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["score.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def forged(folder: Path) -> None:
+    with_random_head(folder)
+    edit(folder, files=weight_checksums(folder))
+
+
+SABOTAGE = {
+    one_byte: "its checksums: model.safetensors is not the file that step 'reward' wrote",
+    other_tokenizer: "its tokenizer: the folder holds another tokenizer",
+    no_head: "missing: score.weight",
+    forged: "its golden outputs: a score is off by",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", SABOTAGE, ids=lambda sabotage: sabotage.__name__)
+def test_step_3_refuses_a_reward_model_that_is_not_what_step_2_wrote(sabotage, steps, copy):
+    sabotage(copy)
+    start = time.monotonic()
+    result = python(
+        ROOT / "step3_ppo" / "main.py",
+        f"--actor_model_name_or_path={steps / 'sft'}",
+        f"{FLAG}={copy}",
+        f"--data_path={steps / 'pairs.jsonl'}",
+        f"--data_output_path={steps / 'cache'}",
+        "--data_split=0,0,1",
+        "--dtype=fp32",
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error: ") == 1
+    message = result.stderr[result.stderr.index("error: ") :]
+    print(f"{seconds:.1f} s: {message}")
+    assert FLAG in message
+    assert SABOTAGE[sabotage] in message
+    assert ("Loading weights" in result.stderr) is (sabotage is forged)
+    assert seconds < 30
