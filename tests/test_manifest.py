@@ -19,6 +19,7 @@ from dschat import manifest as manifest_module
 from dschat.arguments import ModelArguments, parse_arguments
 from dschat.checkpoint import export_model
 from dschat.data.preparation import SplitData
+from dschat.data.templates import NONE, PLAIN
 from dschat.errors import UserError
 from dschat.manifest import Manifest, golden_outputs, receive_model, weight_checksums
 from dschat.model_card import Provenance, golden_rows, step_provenance
@@ -38,7 +39,7 @@ def base(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "base", tokenizer=with_template())
 
 
-def with_template(template: str = "{{ messages }}"):
+def with_template(template: str = PLAIN):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
@@ -65,10 +66,10 @@ def edit(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def broken(folder: Path, head: str | None = "score") -> str:
+def broken(folder: Path, *heads: str) -> str:
     """The message of a folder that is not accepted."""
     with pytest.raises(UserError) as error:
-        receive_model(str(folder), FLAG, head)
+        receive_model(str(folder), FLAG, *(heads or ("score",)))
     assert FLAG in str(error.value)
     return str(error.value)
 
@@ -116,7 +117,7 @@ def test_a_model_without_a_manifest_is_accepted_with_one_line(base, capsys):
     assert capsys.readouterr().out.count("\n") == 1
     assert handover.manifest is None
     handover.check_outputs(None)
-    handover.check_template(None)
+    handover.check_template(with_template())
     with pytest.raises(UserError, match=r"--normalize_scores .* manifest\.json"):
         handover.score_statistics()
 
@@ -203,11 +204,11 @@ def test_another_tokenizer_is_named_before_its_ids(copy):
 
 
 def test_a_changed_template_is_named_in_the_folder_and_in_the_run(copy, reward):
-    with_template("{{ other }}").save_pretrained(copy)
+    with_template(NONE).save_pretrained(copy)
     assert "its chat template: the chat template in the folder" in broken(copy)
     handover = receive_model(str(reward), FLAG, "score")
     with pytest.raises(UserError, match=f"{FLAG} .*its chat template: this run uses another one"):
-        handover.check_template(with_template("{{ other }}"))
+        handover.check_template(with_template(NONE))
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from processes import ROOT
@@ -94,12 +95,14 @@ def keep_scores(reward: ModuleType, live: list[Tensor]) -> None:
     """Let step 2 append to `live` what its trained engine says of `answers` before it is exported."""
     export = reward.export_model
 
-    def judge_and_export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    def judge_and_export(
+        engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
+    ) -> None:
         engine.eval()
         batch = {name: column.to(engine.device) for name, column in answers(tokenizer).items()}
         with torch.no_grad():
             live.append(engine.module.forward_value(**batch)["chosen_end_scores"].cpu())
-        export(engine, tokenizer, folder)
+        export(engine, tokenizer, folder, **options)
 
     reward.export_model = judge_and_export
 
