@@ -522,7 +522,38 @@ class RlhfArguments:
         )
 
 
-STEPS: dict[str, type] = {"sft": SftArguments, "reward": RewardArguments, "rlhf": RlhfArguments}
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What scripts/inspect_data.py shows."""
+
+    model_name_or_path: str = flag(help="Folder or hub id of the model whose tokenizer reads the data.")
+    max_seq_len: int = flag(512, "Longest prompt and answer together, in tokens, as in steps 1 and 2.")
+    num_rows: int = flag(3, "Rows shown of each data set.")
+    num_sampled: int = flag(10_000, "Rows of each data set whose tokens are counted; all are read.")
+    html: str = flag("inspect_data.html", "The page to write; empty: none.")
+    seed: int = flag(1234, "Decides which rows are shown and counted.")
+    debug: bool = flag(False, "Show the traceback of an error in the input.")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "num_rows", "num_sampled")
+        require(self.max_seq_len >= 4, f"--max_seq_len must be at least 4 tokens, got {self.max_seq_len}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """scripts/inspect_data.py."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    inspect: InspectOptions = group(InspectOptions)
+
+
+STEPS: dict[str, type] = {
+    "sft": SftArguments,
+    "reward": RewardArguments,
+    "rlhf": RlhfArguments,
+    "inspect": InspectArguments,
+}
 StepArguments = SftArguments | RewardArguments | RlhfArguments
 
 
@@ -558,8 +589,8 @@ def _flat_class(part: dataclasses.Field) -> type:
 
 
 def parse_arguments(
-    step: Literal["sft", "reward", "rlhf"], argv: Sequence[str] | None = None
-) -> StepArguments:
+    step: Literal["sft", "reward", "rlhf", "inspect"], argv: Sequence[str] | None = None
+) -> StepArguments | InspectArguments:
     """The arguments of a step from the command line (`sys.argv` by default).
 
     Raises `UserError` for an unknown flag, a value of the wrong type, and settings that cannot work together.

@@ -2,10 +2,11 @@
 
     python scripts/compare.py --model SFT=output/step1_sft --model PPO=output/step3_ppo/actor \\
         --data-path pairs.jsonl --num-shown 3
-    python scripts/compare.py --model ... --prompt $'\\n\\nHuman: Name a river.\\n\\nAssistant:'
+    python scripts/compare.py --model ... --prompt "Name a river."
 
-Sampling is seeded: the same command prints the same answers. With --reference NAME the mean KL divergence per
-answer to that model is estimated, and --demo-task checks every answer by the rules of scripts/demo_task.py.
+Every model is asked in its own chat template. Sampling is seeded: the same command prints the same answers.
+With --reference NAME the mean KL divergence per answer to that model is estimated, and --demo-task checks
+every answer by the rules of scripts/demo_task.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dschat.data.comparisons import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -43,11 +47,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--data-path",
-        type=Path,
-        metavar="FILE",
-        help="JSON Lines with a 'prompt' in each row, best held-out ones.",
+        metavar="DATA",
+        help="What --data_path of the steps takes; its evaluation split where it has one.",
     )
-    add("--prompt", action="append", default=[], help="A prompt, taken as it is; several flags give several.")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        help="A question, or a dialogue with its marks; several flags give several.",
+    )
     add("--num-prompts", type=int, default=0, help="Prompts taken from --data-path; 0 takes all (default 0).")
     add("--num-shown", type=int, default=3, help="Prompts shown side by side (default 3).")
     add("--max-answer-seq-len", type=int, default=128, help="Longest answer in tokens (default 128).")
@@ -85,21 +93,23 @@ def _named(value: str) -> tuple[str, str]:
     return name, path
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts to ask. Raises `UserError` naming the line of a row without one."""
-    prompts = list(args.prompt)
-    if args.data_path is None:
-        return prompts
-    try:
-        lines = args.data_path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--data-path {args.data_path} cannot be read ({error.strerror}).") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.data_path}:{number}: no JSON object with a 'prompt'.") from error
+    from dschat.data.sources import Format, open_source, read_comparisons
+
+    prompts: list[Prompt] = list(args.prompt)
+    if args.data_path is not None:
+        source = open_source(args.data_path, "--data-path")
+        rows = read_comparisons(source, source.evaluation or source.training, Format(), Counter())
+        prompts += [row.prompt for row in rows]
     return prompts[: args.num_prompts or None]
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt for people: text as it is, of a conversation every message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
 @dataclass(frozen=True)
@@ -128,15 +138,19 @@ def load(path: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], args: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
 ) -> Answers:
     """Answer every prompt, in batches of similar length; an answer's ids include its end token."""
     import torch
 
+    from dschat.data.templates import ChatTemplate
+    from dschat.data.tokenization import Encoder
+
     torch.manual_seed(args.seed)
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    # Some tokenizers end what they read with an end token; the answer has to go on from the prompt.
-    prompt_ids = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompt_ids]
+    prompt_ids = Encoder(tokenizer).prompts(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
     settings = {"do_sample": False} if args.greedy else {
@@ -161,7 +175,8 @@ def answer(
                 tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
             )
             answers[row] = tokens[:end]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    template = ChatTemplate(tokenizer)
+    texts = [template.content(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     return Answers(texts, prompt_ids, answers)
 
 
@@ -189,7 +204,9 @@ def log_likelihoods(model: PreTrainedModel, answers: Answers, pad_id: int, batch
     return result
 
 
-def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str]], dict[str, dict[str, float]]]:
+def compare(
+    args: argparse.Namespace,
+) -> tuple[list[Prompt], dict[str, list[str]], dict[str, dict[str, float]]]:
     """Prompts, the answers of each model, and the figures of each model."""
     prompts = read_prompts(args)
     models = {name: load(path, f"--model {name}=") for name, path in args.models.items()}
@@ -205,7 +222,8 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str]], 
         if args.demo_task:
             from demo_task import check_answer
 
-            right = [not check_answer(prompt, text) for prompt, text in zip(prompts, said.texts, strict=True)]
+            pairs = zip(prompts, said.texts, strict=True)
+            right = [not check_answer(as_text(prompt), text) for prompt, text in pairs]
             figures[name]["success"] = sum(right) / len(prompts)
         if args.reference is not None:
             pad_id = tokenizer.pad_token_id
@@ -217,7 +235,7 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, list[str]], 
 
 def show(
     args: argparse.Namespace,
-    prompts: list[str],
+    prompts: list[Prompt],
     answers: dict[str, list[str]],
     figures: dict[str, dict[str, float]],
 ) -> None:
@@ -231,13 +249,13 @@ def show(
     for name in answers:
         side_by_side.add_column(name, ratio=2)
     for row, prompt in enumerate(prompts[: args.num_shown]):
-        cells = [Text(prompt.strip())]
+        cells = [Text(as_text(prompt).strip())]
         for texts in answers.values():
             cell = Text(_shortened(texts[row].strip()))
             if args.demo_task:
                 from demo_task import check_answer
 
-                faults = check_answer(prompt, texts[row])
+                faults = check_answer(as_text(prompt), texts[row])
                 cell.append("\n" + ("right" if not faults else "wrong: " + ", ".join(faults)), style="dim")
             cells.append(cell)
         side_by_side.add_row(*cells)

@@ -12,7 +12,7 @@ GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without the process group that a test may have joined."""
     inherited = {name: value for name, value in os.environ.items() if name not in GROUP_VARIABLES}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     return {**inherited, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
@@ -23,6 +23,7 @@ def python(
     check: bool = True,
     cwd: Path | None = None,
     timeout: int = 600,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script with plain python, or with torchrun on several ranks; its output is in the result."""
     launcher = [sys.executable]
@@ -32,7 +33,7 @@ def python(
         [*launcher, str(script), *map(str, args)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(**(env or {})),
         cwd=cwd,
         timeout=timeout,
         check=False,

@@ -16,7 +16,12 @@ from scripts import compare, convert_checkpoint, e2e_rlhf
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-STEPS = {"step1_sft/main.py": "sft", "step2_reward/main.py": "reward", "step3_ppo/main.py": "rlhf"}
+STEPS = {
+    "step1_sft/main.py": "sft",
+    "step2_reward/main.py": "reward",
+    "step3_ppo/main.py": "rlhf",
+    "scripts/inspect_data.py": "inspect",
+}
 
 
 def commands() -> list[list[str]]:

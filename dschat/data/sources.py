@@ -125,8 +125,23 @@ def _open_unweighted(entry: str, flag: str) -> Source:
 def read_comparisons(source: Source, rows: Rows, form: Format, dropped: Counter[str]) -> Iterator[Comparison]:
     """Stream the source's rows as comparisons; reasons to leave one out count in `dropped`.
 
-    They are read as `form` says, else as is known of the source, else by the columns of the first row. Raises
-    `UserError` with file and line for what cannot be read.
+    Raises `UserError` with file and line for what cannot be read.
+    """
+    for place, found in read_rows(source, rows, form):
+        if isinstance(found, BadRow):
+            raise UserError(f"{place}: {found}. Correct the row or remove it.") from found
+        if isinstance(found, DroppedRow):
+            dropped[str(found)] += 1
+        else:
+            yield found
+
+
+def read_rows(
+    source: Source, rows: Rows, form: Format
+) -> Iterator[tuple[str, Comparison | BadRow | DroppedRow]]:
+    """Stream what the source's rows are, each with its place.
+
+    They are read as `form` says, else as is known of the source, else by the columns of the first row.
     """
     read = form.reader() or source.read
     for place, row in rows():
@@ -135,13 +150,9 @@ def read_comparisons(source: Source, rows: Rows, form: Format, dropped: Counter[
                 raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
             row = form.renamed(row)
             read = read or recognise(row).read
-            comparison = read(row)
-        except BadRow as error:
-            raise UserError(f"{place}: {error}. Correct the row or remove it.") from error
-        except DroppedRow as reason:
-            dropped[str(reason)] += 1
-        else:
-            yield comparison
+            yield place, read(row)
+        except (BadRow, DroppedRow) as problem:
+            yield place, problem
 
 
 def _known_source(known: KnownSet, flag: str) -> Source:

@@ -1,0 +1,338 @@
+"""What a model will see of the data, and what is wrong with it, before any training.
+
+    python scripts/inspect_data.py --data_path pairs.jsonl --model_name_or_path MODEL
+
+prints, and writes as an HTML page, for each data set: some rows as text, what is learned in colour (or
+between brackets where there is no colour); token lengths and what --max_seq_len does to them; repeated
+prompts and rows; and what is odd about the answers: equal, empty, or better because they are longer. The
+flags of data and tokenizer are those of the training steps.
+"""
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.arguments import InspectArguments, parse_arguments
+from dschat.errors import UserError, readable_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+    with readable_errors():
+        ARGS = parse_arguments("inspect")
+
+import jinja2
+import numpy as np
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data import splits
+from dschat.data.comparisons import Comparison, write_comparisons
+from dschat.data.layouts import BadRow, DroppedRow
+from dschat.data.sources import Format, Source, open_source, read_rows
+from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
+from dschat.models.tokenizer import load_tokenizer
+
+NO_LIMIT = 2**31 - 1
+NUM_BARS = 12
+NUM_BAD_ROWS = 5
+PAGE = Path(__file__).with_suffix(".html.jinja")
+
+Pieces = list[tuple[str, bool]]
+"""Text in pieces, each with whether a model learns it."""
+
+
+@dataclass
+class Counts:
+    """What reading every row of a data set told, without a tokenizer."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    """The first messages."""
+    several_turns: int = 0
+    pairs: int = 0
+    equal_pairs: int = 0
+    chosen_longer: int = 0
+    """Pairs whose better answer has more characters."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of some part of the rows."""
+
+    name: str
+    tokens: np.ndarray
+
+    @property
+    def summary(self) -> str:
+        """Mean, median, 95th percentile and longest."""
+        q50, q95 = np.percentile(self.tokens, [50, 95])
+        return f"mean {self.tokens.mean():.0f}, median {q50:.0f}, 95 % {q95:.0f}, longest {self.tokens.max()}"
+
+    @property
+    def bars(self) -> list[tuple[str, int, float]]:
+        """The histogram: from-to, rows, their share of the largest bar."""
+        edges = np.linspace(self.tokens.min(), self.tokens.max() + 1, NUM_BARS + 1).round().astype(int)
+        counts, edges = np.histogram(self.tokens, np.unique(edges))
+        limits = zip(edges[:-1], edges[1:] - 1, counts, strict=True)
+        return [(f"{low} - {high}", int(n), n / counts.max()) for low, high, n in limits]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is told of one data set."""
+
+    name: str
+    facts: list[tuple[str, str]]
+    warnings: list[str]
+    lengths: list[Lengths]
+    examples: list[dict[str, Pieces]]
+    """Of each row shown, its parts by name."""
+
+
+def main(args: InspectArguments) -> None:
+    """Read, count, tokenise, tell."""
+    disable_progress_bars()
+    form = Format.of(args.data)
+    sources = [open_source(entry) for entry in args.data.data_path]
+    sources += [open_source(entry, "--eval_data_path") for entry in args.data.eval_data_path]
+    tokenizer = load_tokenizer(args.inspect.model_name_or_path, args.tokenizer)
+    reports = [inspect(source, form, tokenizer, args) for source in sources]
+    console = Console(highlight=False)
+    for report in reports:
+        show(report, console, args.inspect.max_seq_len)
+    if args.inspect.html:
+        write_page(Path(args.inspect.html), reports, args)
+        console.print(f"the same as a page: {args.inspect.html}")
+
+
+def inspect(
+    source: Source, form: Format, tokenizer: PreTrainedTokenizerBase, args: InspectArguments
+) -> Report:
+    """Everything about one data set. Raises `UserError` where nothing of it can be read."""
+    counts = Counts()
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "rows.arrow"
+        index = write_comparisons(((row, 0, False) for row in counted(source, form, counts)), text)
+        if len(index.keys) == 0:
+            why = f": {counts.bad_rows[0]}" if counts.bad_rows else ""
+            raise UserError(f"{source.flag} {source.name} has no row that can be used{why}")
+        sample = splits.some_rows(index.row_keys, args.inspect.num_sampled, args.inspect.seed)
+        rows = Dataset.from_file(str(text), in_memory=True)
+        shown = rows.select(splits.some_rows(index.row_keys, args.inspect.num_rows, args.inspect.seed))
+        usable = rows.select(sample)
+        tokens = Tokens(usable, tokenizer, args.inspect.max_seq_len)
+        facts = [*text_facts(counts, index.keys, index.row_keys), *tokens.facts()]
+        examples = list(example_rows(shown, tokenizer, args.inspect.max_seq_len))
+    return Report(source.name, facts, warnings_of(counts, facts), tokens.lengths(), examples)
+
+
+def counted(source: Source, form: Format, counts: Counts) -> Iterator[Comparison]:
+    """Every row that can be used; the others and what answers are like go into `counts`."""
+    for rows in filter(None, (source.training, source.evaluation)):
+        for place, found in read_rows(source, rows, form):
+            counts.rows += 1
+            if isinstance(found, BadRow):
+                counts.bad += 1
+                if len(counts.bad_rows) < NUM_BAD_ROWS:
+                    counts.bad_rows.append(f"{place}: {found}")
+            elif isinstance(found, DroppedRow):
+                counts.dropped[str(found)] += 1
+            else:
+                count_answers(found, counts)
+                yield found
+
+
+def count_answers(row: Comparison, counts: Counts) -> None:
+    """Add what the row's prompt and pairs are like."""
+    if isinstance(row.prompt, str):
+        counts.several_turns += row.prompt.count("\n\nHuman:") + row.prompt.startswith("Human:") > 1
+    else:
+        counts.several_turns += sum(turn.role == "user" for turn in row.prompt) > 1
+    for better, worse in row.pairs:
+        counts.pairs += 1
+        counts.equal_pairs += better.strip() == worse.strip()
+        counts.chosen_longer += len(better.strip()) > len(worse.strip())
+
+
+def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray) -> list[tuple[str, str]]:
+    """What the text tells, as names and values."""
+    num_usable, num_prompts = len(keys), len(np.unique(keys))
+    facts = [("rows", f"{counts.rows}, of which {num_usable} can be used")]
+    facts += [(f"dropped: {reason}", str(number)) for reason, number in counts.dropped.items()]
+    facts += [("cannot be read", str(counts.bad))] if counts.bad else []
+    facts += [
+        ("different prompts", str(num_prompts)),
+        ("repeated prompts", share(num_usable - num_prompts, num_usable)),
+        ("repeated rows", share(num_usable - len(np.unique(row_keys)), num_usable)),
+        ("several turns", share(counts.several_turns, num_usable)),
+        ("pairs", str(counts.pairs)),
+    ]
+    if counts.pairs:
+        unequal = counts.pairs - counts.equal_pairs
+        facts.append(("pairs of equal answers", share(counts.equal_pairs, counts.pairs)))
+        facts.append(("the longer answer is the better one", share(counts.chosen_longer, unequal)))
+    return facts
+
+
+def share(part: int, whole: int) -> str:
+    """A count and its share."""
+    return f"{part} ({part / whole:.1%})" if whole else str(part)
+
+
+class Tokens:
+    """The sampled rows' tokens, without a limit and within --max_seq_len."""
+
+    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> None:
+        numbers = [len(answers) for answers in rows["answers"]]
+        self._num_rows = len(rows)
+        self._prompts = tokenize_prompts(rows, tokenizer, max_prompt_seq_len=NO_LIMIT).rows
+        answered = rows.select(np.flatnonzero(np.array(numbers) > 0))
+        paired = rows.select(np.flatnonzero(np.array(numbers) > 1))
+        self._sft = tokenize_sft(answered, tokenizer, max_seq_len=NO_LIMIT).rows
+        self._pairs = tokenize_pairs(paired, tokenizer, max_seq_len=NO_LIMIT).rows
+        self._limited = {
+            "1 (SFT)": tokenize_sft(answered, tokenizer, max_seq_len=max_seq_len),
+            "2 (reward)": tokenize_pairs(paired, tokenizer, max_seq_len=max_seq_len),
+        }
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What the limit does to the rows of each step."""
+        facts = [("rows whose tokens were counted", str(self._num_rows))]
+        for step, limited in self._limited.items():
+            facts += [(f"step {step}, {what}", value) for what, value in truncation(limited)]
+        if len(self._pairs):
+            chosen, rejected = self._sides()
+            longer = int((chosen > rejected).sum())
+            facts.append(("in tokens, the longer answer is the better one", share(longer, len(chosen))))
+        return facts
+
+    def lengths(self) -> list[Lengths]:
+        """The lengths of what there is."""
+        parts = {"prompt": column(self._prompts, "length")}
+        if len(self._sft):
+            parts["what step 1 learns of a row"] = column(self._sft, "num_targets")
+        if len(self._pairs):
+            chosen, rejected = self._sides()
+            parts |= {"prompt with the better answer": chosen, "prompt with the worse answer": rejected}
+        elif len(self._sft):
+            parts["prompt with the answer"] = column(self._sft, "length")
+        return [Lengths(name, tokens) for name, tokens in parts.items() if len(tokens)]
+
+    def _sides(self) -> list[np.ndarray]:
+        table = self._pairs.with_format("arrow")[:]
+        return [
+            table[name].combine_chunks().value_lengths().to_numpy() for name in ("chosen_ids", "rejected_ids")
+        ]
+
+
+def truncation(limited: Tokenized) -> list[tuple[str, str]]:
+    """How many rows lost turns or text, and how many were dropped for what."""
+    num_rows = len(limited.rows) + sum(limited.dropped.values())
+    if num_rows == 0:
+        return []
+    counts = {"without their first turns": limited.num_fewer_turns, "cut in their text": limited.num_cut}
+    counts |= {f"dropped: {reason}": number for reason, number in limited.dropped.items()}
+    return [(name, share(number, num_rows)) for name, number in counts.items()]
+
+
+def warnings_of(counts: Counts, facts: list[tuple[str, str]]) -> list[str]:
+    """What deserves a second look."""
+    found = [*counts.bad_rows]
+    if counts.bad > len(counts.bad_rows):
+        found.append(f"and {counts.bad - len(counts.bad_rows)} more rows that cannot be read")
+    unequal = counts.pairs - counts.equal_pairs
+    if unequal and not 0.3 <= counts.chosen_longer / unequal <= 0.7:
+        rate = counts.chosen_longer / unequal
+        found.append(
+            f"length alone tells the better answer in {max(rate, 1 - rate):.0%} of the pairs: a reward model "
+            "will learn that first"
+        )
+    if counts.equal_pairs:
+        found.append(f"{counts.equal_pairs} pairs of equal answers teach nothing; step 2 drops them")
+    over = [f"{value} {name}" for name, value in facts if name.startswith("step") and "prompt over" in name]
+    return found + over
+
+
+def example_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+) -> Iterator[dict[str, Pieces]]:
+    """Each row's parts as the steps would see them: the example of step 1, the first pair of step 2."""
+    for number in range(len(rows)):
+        row, parts = rows.select([number]), {}
+        num_answers = len(row[0]["answers"])
+        if num_answers == 0:
+            prompts = tokenize_prompts(row, tokenizer, max_prompt_seq_len=max_seq_len).rows
+            ids = [list(ids) for ids in prompts["input_ids"]]
+            parts = {
+                f"step 3, {len(row_ids)} tokens": [(tokenizer.decode(row_ids), False)] for row_ids in ids
+            }
+        if num_answers > 0:
+            for sft in tokenize_sft(row, tokenizer, max_seq_len=max_seq_len).rows:
+                title = f"step 1, {sft['length']} tokens, {sft['num_targets']} of them learned"
+                parts[title] = pieces(sft["input_ids"], sft["loss_mask"], tokenizer)
+        if num_answers > 1:
+            for pair in tokenize_pairs(row, tokenizer, max_seq_len=max_seq_len).rows.select([0]):
+                ids = pair["rejected_ids"]
+                parts[f"step 2, the worse answer, {len(ids)} tokens"] = [(tokenizer.decode(ids), False)]
+        yield parts or {"dropped": [("this row is dropped at this --max_seq_len", False)]}
+
+
+def pieces(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """The text in runs of tokens that are learned and that are not."""
+    runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs]
+
+
+def show(report: Report, console: Console, max_seq_len: int) -> None:
+    """Print one data set."""
+    console.rule(Text(report.name), align="left")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in report.facts:
+        table.add_row(name, value)
+    console.print(table)
+    for warning in report.warnings:
+        console.print(Text(f"! {warning}", style="yellow"))
+    for lengths in report.lengths:
+        console.print(f"\n{lengths.name}, tokens: {lengths.summary}")
+        for limits, number, part in lengths.bars:
+            console.print(f"  {limits:>13} {number:>7} {'█' * round(40 * part)}".rstrip())
+    for number, parts in enumerate(report.examples, start=1):
+        for title, text in parts.items():
+            console.print(Text(f"\n--- row {number}: {title}", style="bold"))
+            console.print(coloured(text, brackets=not console.is_terminal))
+    console.print()
+
+
+def coloured(text: Pieces, *, brackets: bool) -> Text:
+    """The text, what is learned in green, and between brackets where colours may not be seen."""
+    shown = Text()
+    for part, learned in text:
+        shown.append(f"⟦{part}⟧" if learned and brackets else part, style="green" if learned else "")
+    return shown
+
+
+def write_page(path: Path, reports: list[Report], args: InspectArguments) -> None:
+    """The same as one HTML file that needs nothing else."""
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        PAGE.read_text(encoding="utf-8")
+    )
+    try:
+        path.write_text(template.render(reports=reports, options=args.inspect), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path} cannot be written ({error.strerror}); name another file.") from error
+
+
+if __name__ == "__main__":
+    with readable_errors(ARGS.inspect.debug):
+        main(ARGS)

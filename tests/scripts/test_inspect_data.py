@@ -1,0 +1,111 @@
+"""What scripts/inspect_data.py tells of data whose faults are known."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from processes import ROOT, python
+from tiny import save_tiny_model
+
+PROGRAM = ROOT / "scripts" / "inspect_data.py"
+SHARED = Path(os.environ.get("DSCHAT_SHARED", ROOT.parent / "shared")) / "data"
+
+ROWS = [
+    {"prompt": "Name <b>one</b> tea.", "chosen": "Assam it is.", "rejected": "No."},
+    {"prompt": "Name <b>one</b> tea.", "chosen": "Darjeeling it is.", "rejected": "No."},
+    {"prompt": "Two?", "chosen": "Two of them are here.", "rejected": "No."},
+    {"prompt": "Two?", "chosen": "Two of them are here.", "rejected": "No."},
+    {"prompt": "Equal?", "chosen": "same", "rejected": " same "},
+    {"prompt": "Bad?", "chosen": 3, "rejected": "No."},
+    {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": "yes", "rejected": "no"},
+    {"prompt": "\n\nHuman: a\n\nAssistant: b", "chosen": "c", "rejected": "d"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("inspect") / "model")
+
+
+@pytest.fixture(scope="module")
+def told(model) -> tuple[str, str]:
+    """What is printed and what is on the page."""
+    path = model.parent / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    page = model.parent / "page.html"
+    flags = [f"--data_path={path}", f"--model_name_or_path={model}", f"--html={page}", "--num_rows=8"]
+    # A terminal wide enough that no line is broken.
+    result = python(PROGRAM, *flags, "--max_seq_len=64", env={"COLUMNS": "200"})
+    return result.stdout, page.read_text()
+
+
+def fact(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(name + "  ")]
+    return line.removeprefix(name).strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", "8, of which 6 can be used"),
+        ("dropped: prompts that end inside an answer", "1"),
+        ("cannot be read", "1"),
+        ("different prompts", "4"),
+        ("repeated prompts", "2 (33.3%)"),
+        ("repeated rows", "1 (16.7%)"),
+        ("several turns", "1 (16.7%)"),
+        ("pairs", "6"),
+        ("pairs of equal answers", "1 (16.7%)"),
+        ("the longer answer is the better one", "5 (100.0%)"),
+        ("step 2 (reward), dropped: answers equal as tokens", "1 (16.7%)"),
+    ],
+)
+def test_the_facts_are_those_of_the_rows(told, name, value):
+    assert fact(told[0], name) == value
+
+
+def test_what_is_odd_is_said(told):
+    text, page = told
+    for warning in (
+        'rows.jsonl:6: "chosen" must be a string, but is a number: 3',
+        "length alone tells the better answer in 100% of the pairs",
+        "1 pairs of equal answers",
+    ):
+        assert warning in text
+    assert page.count('class="warning"') == 3
+
+
+def test_rows_are_shown_in_the_template_with_what_is_learned_marked(told):
+    text, page = told
+    assert "Human: Name <b>one</b> tea.\n\nAssistant:⟦ Darjeeling it is.<|endoftext|>⟧" in text
+    shown = 'Assistant:</span><span class="learned"> Darjeeling it is.&lt;|endoftext|&gt;</span>'
+    assert "Human: Name &lt;b&gt;one&lt;/b&gt; tea." in page
+    assert shown in page
+
+
+def test_a_page_can_be_left_out_and_a_wrong_one_is_named(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "only a prompt"}) + "\n")
+    flags = [f"--data_path={tmp_path / 'rows.jsonl'}", f"--model_name_or_path={model}"]
+    result = python(PROGRAM, *flags, "--html=", cwd=tmp_path)
+    assert "step 3, " in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    result = python(PROGRAM, *flags, f"--html={tmp_path / 'no' / 'page.html'}", check=False)
+    assert (result.returncode, result.stderr.count("error: --html")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("hh_rlhf_harmless/test.jsonl.gz", {"rows": "2312, of which 2303 can be used", "pairs": "2303"}),
+        ("gsm8k/test.jsonl", {"rows": "1319, of which 1319 can be used", "pairs": "0"}),
+        ("dpo_demo/dpo_en_demo.json", {"rows": "300, of which 300 can be used", "repeated rows": "5 (1.7%)"}),
+    ],
+)
+def test_real_data_is_told(model, tmp_path, name, facts):
+    if not (SHARED / name).exists():
+        pytest.skip("needs the shared data")
+    flags = [f"--data_path={SHARED / name}", f"--model_name_or_path={model}", "--num_sampled=100"]
+    text = python(PROGRAM, *flags, cwd=tmp_path, env={"COLUMNS": "200"}).stdout
+    assert {key: fact(text, key) for key in facts} == facts
+    assert (tmp_path / "inspect_data.html").stat().st_size > 1000
