@@ -27,6 +27,10 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 KNOWN_FILES = ".json, .jsonl (both also .gz) and .parquet"
 ROWS_AT_ONCE = 1000
 READ_AT_ONCE = 1 << 20
+GOES_ON = (
+    "It goes on below: give each object on one line, or one list of objects; where the rows are in a field "
+    'of one object, as in {"data": [...]}, save that list alone.'
+)
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -67,9 +71,11 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise _not_utf8(path, number) from error
         except json.JSONDecodeError as error:
+            goes_on = text.startswith("{") and error.pos >= len(text) and file.readline()
+            remedy = ("Correct the line, or give one list of objects.", GOES_ON)[bool(goes_on)]
             raise UserError(
                 f"{path}:{number}: not a JSON object on one line ({error.msg} at character {error.pos + 1}). "
-                "Correct the line, or give one list of objects."
+                + remedy
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
             raise UserError(
@@ -134,7 +140,7 @@ class _TextWindow:
                 if self._may_be_cut_off(error) and self._more():
                     continue
                 raise self.error(error.msg, error.pos) from error
-            if end < len(self._text) or not self._more():  # a number may go on beyond the window
+            if end + 2 < len(self._text) or not self._more():  # a number may go on: 1 with .5, e5 or e+5
                 break
         self.line += self._text.count("\n", self._position, end)
         self._position = end
