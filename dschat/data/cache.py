@@ -14,6 +14,8 @@ from filelock import FileLock
 from dschat.errors import UserError
 
 CHUNK = 1 << 20
+MANIFEST = "files.json"
+"""Written last: the size of each file of an entry."""
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -54,20 +56,37 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     """The folder root/key, filled by `build(folder)` where it is missing.
 
     Any number of processes may ask at once: one builds, the others wait and find it. What is there is whole:
-    it is built beside its place and moved there at the end; a build that fails leaves nothing behind.
+    it is built beside its place and moved there at the end; a build that fails leaves nothing behind. Where
+    a file is missing or cut short all the same, it is built again.
     """
     target = root / key
-    if target.is_dir():
+    if _is_whole(target):
         return target
     with FileLock(root / f"{key}.lock"):
-        if target.is_dir():
+        if _is_whole(target):
             return target
+        shutil.rmtree(target, ignore_errors=True)
         for left_behind in root.glob(f"{key}.unfinished-*"):  # by a process that was killed
             shutil.rmtree(left_behind, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}.unfinished-"))
         try:
             build(unfinished)
+            (unfinished / MANIFEST).write_text(json.dumps(_sizes(unfinished)))
             unfinished.replace(target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file that was built is there in its size; others may have come since."""
+    try:
+        built = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return built.items() <= _sizes(folder).items()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}

@@ -59,6 +59,28 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
 
 
+def test_an_entry_that_lost_a_file_or_part_of_it_is_built_again(tmp_path):
+    def build(folder):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_text("whole")
+
+    for damage in (
+        lambda file: file.unlink(),
+        lambda file: file.write_text("who"),
+        lambda file: (file.parents[1] / "files.json").write_text('{"sub/x": '),
+    ):
+        damage(cached(tmp_path, "key", build) / "sub" / "x")
+        assert (cached(tmp_path, "key", build) / "sub" / "x").read_text() == "whole"
+
+
+def test_a_file_that_came_later_does_no_harm(tmp_path):
+    builds = []
+    for _ in range(2):
+        folder = cached(tmp_path, "key", lambda place: builds.append((place / "x").write_text("1")))
+        (folder / "more").write_text("")
+    assert len(builds) == 1
+
+
 def test_a_fingerprint_follows_values_and_not_their_order():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1, "b": [2]}) != fingerprint({"a": 1, "b": [3]})
