@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -23,6 +24,9 @@ SCHEMA = pa.schema(
 )
 ROWS_AT_ONCE = 1000
 
+MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+"""What begins a turn of a dialogue in text."""
+
 Answer = TypeVar("Answer")
 
 
@@ -35,6 +39,28 @@ class Turn(NamedTuple):
 
 Prompt = str | tuple[Turn, ...]
 """What an answer continues: a conversation; or text, which is one message or a dialogue with its marks."""
+
+
+def parse_dialogue(text: str) -> tuple[Turn, ...]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; text in which nobody is "Human" is one question.
+
+    What stands before the first mark is a system message; a last "Assistant:" with nothing after it asks for
+    the answer and is no turn.
+    """
+    marks = list(MARK.finditer(text))
+    if not any(mark[1] == "Human" for mark in marks):
+        asks = marks and not text[marks[-1].end() :].strip()
+        question = (text[: marks[-1].start()] if asks else text).strip()
+        return (Turn("user", question),) if question else ()
+    turns = [Turn("system", text[: marks[0].start()].strip())]
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        content = text[mark.end() : following.start() if following else len(text)].strip()
+        role = "user" if mark[1] == "Human" else "assistant"
+        if content and turns[-1].role == role:
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}")
+        elif content:
+            turns.append(Turn(role, content))
+    return tuple(turn for turn in turns if turn.content)
 
 
 @dataclass(frozen=True)
@@ -90,14 +116,12 @@ class ComparisonIndex:
 
 
 def prompt_key(prompt: Prompt) -> int:
-    """A 64-bit hash that stands for the prompt, one question's the same as text and as a message.
+    """A 64-bit hash that stands for the prompt, the same for a conversation as text and as messages.
 
     That two of ten million share one has a chance of 3e-6.
     """
-    is_question = not isinstance(prompt, str) and [turn.role for turn in prompt] == ["user"]
-    text = prompt[0].content if is_question else prompt
-    text = text.strip() if isinstance(text, str) else json.dumps(text)
-    return xxhash.xxh3_64_intdigest(text.encode())
+    turns = (parse_dialogue(prompt) or prompt.strip()) if isinstance(prompt, str) else prompt
+    return xxhash.xxh3_64_intdigest(json.dumps(turns).encode())
 
 
 def pack_prompt(prompt: Prompt) -> str:

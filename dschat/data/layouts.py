@@ -5,13 +5,12 @@ several fit a row, the one that was registered first is taken, so the more colum
 what --data_format takes.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dschat.data.comparisons import Comparison, Prompt, Turn
+from dschat.data.comparisons import MARK, Comparison, Prompt, Turn, parse_dialogue
 
 Row = dict[str, Any]
 ReadRow = Callable[[Row], Comparison]
@@ -75,6 +74,11 @@ def recognise(row: Row) -> Layout:
     raise BadRow(
         f"the row has no {missing}; its columns are: {found}; the known layouts are: {listed}; "
         "--prompt_key, --chosen_key, --rejected_key and --messages_key name columns that are called otherwise"
+        + "".join(
+            f'; if the rows are the objects in "{name}", save that list alone'
+            for name, value in row.items()
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        )
     )
 
 
@@ -176,10 +180,13 @@ def _asked(prompt: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
 
 
 def text_prompt(value: str) -> str:
-    """A prompt that is text. Raises `DroppedRow` where it ends inside an answer, to which nothing fits."""
-    marks = list(re.finditer(r"(?:^|\n\n)(Human|Assistant):", value))
+    """A prompt that is text. Raises `DroppedRow` where it ends with no question that an answer fits."""
+    marks = list(MARK.finditer(value))
     if marks and marks[-1][1] == "Assistant" and value[marks[-1].end() :].strip():
         raise DroppedRow("prompts that end inside an answer")
+    said = parse_dialogue(value)
+    if not said or said[-1].role != "user":
+        raise DroppedRow("prompts with an empty question")
     return value
 
 
@@ -244,7 +251,7 @@ def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], str]:
 
 def _whole_prompt(before: tuple[Turn, ...], prompt: Prompt, column: str) -> tuple[Turn, ...]:
     """The messages before an answer, which may say more than the prompt, such as a system message."""
-    asked = (Turn("user", prompt.strip()),) if isinstance(prompt, str) else prompt
+    asked = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
     if not set(asked) <= set(before):
         raise BadRow(f'"{column}" has messages before its answer, and they are not the prompt')
     return before
@@ -298,6 +305,7 @@ def whole_dialogues(row: Row) -> Comparison:
     other_prompt, rejected = cut(row, "rejected")
     if prompt != other_prompt:
         raise DroppedRow("dialogues that part before their last answer")
+    prompt = text_prompt(prompt) if isinstance(prompt, str) else prompt
     return Comparison(prompt, (chosen, rejected), margin=margin(row))
 
 

@@ -4,14 +4,13 @@ A template is the tokenizer's Jinja template, settled by `settle_template` and s
 what step 1 learned is what steps 2 and 3, chat and evaluation show.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.comparisons import Prompt, Turn
+from dschat.data.comparisons import Prompt, Turn, parse_dialogue
 from dschat.errors import UserError
 
 PLAIN = (
@@ -34,10 +33,11 @@ NONE = (
 NAMED = {"plain": PLAIN, "none": NONE}
 
 QUESTION, ANSWER = "a question of 7 words to be answered", "an answer of 5 words"
+SYSTEM, LATER = "a system of 4 words", "a later question of 7 words"
 """Content to try a template on; no template has it in its own text."""
 
-MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-"""What begins a turn of a dialogue in text."""
+PLACE = "\ue000a place\ue000"
+"""Content put in the place of a turn's own, to find where a template shows it."""
 
 
 def settle_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
@@ -85,7 +85,6 @@ class ChatTemplate:
         self._keeps_text = self._template == NONE
         question, answer = Turn("user", QUESTION), Turn("assistant", ANSWER)
         asked, whole = self._try([question], True), self._try([question, answer])
-        self._opening = asked.partition(QUESTION)[0].strip()
         self._lead, _, ending = whole.removeprefix(asked).partition(ANSWER)
         if QUESTION not in asked or not whole.startswith(asked) or ANSWER not in whole:
             raise UserError(
@@ -98,22 +97,38 @@ class ChatTemplate:
         before_end, end, _ = ending.partition(tokenizer.eos_token or "\0")
         self._close = before_end if end else ending.rstrip()
         self._close_inside = before_end + end if end else ending.rstrip()
-        self._takes_system = "a system" in self._attempt([Turn("system", "a system"), question])
+        with_system = self._attempt([Turn("system", SYSTEM), question])
+        self._takes_system = SYSTEM in with_system
         self._takes_leading_answer = bool(self._attempt([answer, question]))
+        later = self._attempt([question, answer, Turn("user", LATER)]).partition(ANSWER)[2]
+        openings = (
+            asked.partition(QUESTION)[0],
+            with_system.partition(SYSTEM)[0] if self._takes_system else "",
+            later.partition(LATER)[0].removeprefix(ending),
+        )
+        bos = tokenizer.bos_token or ""
+        self._openings = tuple(filter(None, (text.strip().removeprefix(bos).strip() for text in openings)))
 
     def prompt(self, prompt: Prompt) -> str:
         """What the model reads before it answers."""
-        return prompt if self._is_rendered(prompt) else self._render(self.turns(prompt), True)
+        return self.texts(prompt, ())[0]
 
     def answer(self, prompt: Prompt, answer: str) -> str:
         """What follows `prompt(prompt)` when the model answers so, but for the end token."""
+        return self.texts(prompt, (answer,))[1][0]
+
+    def texts(self, prompt: Prompt, answers: Sequence[str]) -> tuple[str, list[str]]:
+        """`prompt(prompt)` and `answer(prompt, answer)` for each of the answers, with less work."""
         if self._is_rendered(prompt):
-            return self.answer_alone(answer, ended=True)
+            return self._from_bos(prompt), [self.answer_alone(answer, ended=True) for answer in answers]
         turns = self.turns(prompt)
-        return self._continuation(self._render(turns, True), turns, answer)
+        asked = self._render(turns, True)
+        return asked, [self._continuation(asked, turns, answer) for answer in answers]
 
     def answer_alone(self, answer: str, ended: bool) -> str:
         """What follows some prompt when the model answers so: all of it, or a part that is cut off."""
+        if self._keeps_text:
+            return answer
         return self._lead + answer.strip() + (self._close if ended else "")
 
     def content(self, shown: str) -> str:
@@ -128,17 +143,12 @@ class ChatTemplate:
         What the assistant says is its text and the mark that ends its turn, not the one that begins it.
         """
         if self._is_rendered(prompt):
-            return [(prompt, False), (self.answer(prompt, answer), True)]
+            asked, (shown,) = self.texts(prompt, (answer,))
+            return [(asked, False), (shown, True)]
         turns = self.turns(prompt)
         whole, pieces, position = self._render(turns, True), [], 0
-        for number, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            start = len(self._render(turns[:number], True))
-            found = whole.find(turn.content, start)
-            if found < 0:  # the template shows earlier answers in another form
-                continue
-            end = found + len(turn.content)
+        for start, end in self._earlier_answers(turns, whole):
+            start -= len(self._lead) * whole.endswith(self._lead, position, start)
             end += len(self._close_inside) * whole.startswith(self._close_inside, end)
             pieces += [(whole[position:start], False), (whole[start:end], True)]
             position = end
@@ -146,15 +156,13 @@ class ChatTemplate:
 
     def turns(self, prompt: Prompt) -> tuple[Turn, ...]:
         """The conversation that a prompt is, in the form that the template takes."""
-        if isinstance(prompt, str):
-            return (Turn("user", prompt),) if self._keeps_text else self._adapted(parse_dialogue(prompt))
-        return self._adapted(prompt)
+        return self._adapted(self._conversation(prompt))
 
     def without_first_exchange(self, prompt: Prompt) -> Prompt | None:
         """The prompt less its first question and the answer to that; None where one question is left."""
         if self._keeps_text or self._is_rendered(prompt):
             return None
-        turns = self.turns(prompt)
+        turns = self._conversation(prompt)
         questions = [number for number, turn in enumerate(turns) if turn.role == "user"]
         if len(questions) < 2:
             return None
@@ -164,26 +172,66 @@ class ChatTemplate:
         """What stands before the last question's text: marks, and a system message."""
         if self._keeps_text or self._is_rendered(prompt):
             return ""
-        questions = [turn.content for turn in self.turns(prompt) if turn.role == "user"]
-        shown = self.prompt(prompt)
-        return shown[: max(shown.rfind(questions[-1]), 0)] if questions else ""
+        turns = list(self._conversation(prompt))
+        last = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=None)
+        if last is None:
+            return ""
+        turns[last] = Turn("user", PLACE)
+        before, found, _ = self._render(self._adapted(turns), True).rpartition(PLACE)
+        return before if found else ""
+
+    def _conversation(self, prompt: Prompt) -> tuple[Turn, ...]:
+        """The prompt's turns, whatever the template takes."""
+        if not isinstance(prompt, str):
+            return prompt
+        if self._keeps_text:
+            return (Turn("user", prompt),)
+        return parse_dialogue(prompt) or (Turn("user", prompt.strip()),)
+
+    def _earlier_answers(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]]:
+        """Where `whole` shows what the assistant said; not what it shows in another form."""
+        numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        together = self._found(turns, numbers, whole) if numbers else []
+        if together is not None:
+            return together
+        return [span for number in numbers for span in self._found(turns, [number], whole) or ()]
+
+    def _found(self, turns: Sequence[Turn], numbers: list[int], whole: str) -> list[tuple[int, int]] | None:
+        """Where `whole` shows the contents of those turns; None unless it shows them all as they are."""
+        places = [Turn(turn.role, PLACE) if number in numbers else turn for number, turn in enumerate(turns)]
+        first, *rest = self._render(places, True).split(PLACE)
+        if len(rest) != len(numbers):
+            return None
+        shown, spans = first, []
+        for number, following in zip(numbers, rest, strict=True):
+            spans.append((len(shown), len(shown) + len(turns[number].content)))
+            shown += turns[number].content + following
+        return spans if shown == whole else None
 
     def _is_rendered(self, prompt: Prompt) -> bool:
         """Whether the prompt is text in this template's own form already."""
-        if not isinstance(prompt, str) or self._template in (PLAIN, NONE) or not self._opening:
+        if not isinstance(prompt, str) or self._template in (PLAIN, NONE):
             return False
         bos = self._tokenizer.bos_token or ""
-        return prompt.lstrip().removeprefix(bos).lstrip().startswith(self._opening.removeprefix(bos).lstrip())
+        return prompt.lstrip().removeprefix(bos).lstrip().startswith(self._openings)
+
+    def _from_bos(self, text: str) -> str:
+        """Rendered text less the space before a BOS token that it spells out."""
+        bos = self._tokenizer.bos_token
+        return text.lstrip() if bos and text.lstrip().startswith(bos) else text
 
     def _adapted(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
         """The same for a template that takes no system message, or no answer before the first question."""
-        turns = list(turns)
-        if turns[0].role == "system" and not self._takes_system and len(turns) > 1:
-            system, first, *rest = turns
-            turns = [Turn(first.role, f"{system.content}\n\n{first.content}"), *rest]
-        while turns[0].role == "assistant" and not self._takes_leading_answer and len(turns) > 1:
-            turns.pop(0)
-        return tuple(turns)
+        system = turns[:1] if turns[0].role == "system" and len(turns) > 1 else ()
+        rest = list(turns[len(system) :])
+        while rest[0].role == "assistant" and not self._takes_leading_answer and len(rest) > 1:
+            rest.pop(0)
+        if not system or self._takes_system:
+            return (*system, *rest)
+        told = system[0].content
+        if rest[0].role == "user":
+            told += f"\n\n{rest.pop(0).content}"
+        return (Turn("user", told), *rest)
 
     def _continuation(self, asked: str, turns: Sequence[Turn], answer: str) -> str:
         content = answer if self._keeps_text else answer.strip()
@@ -222,23 +270,3 @@ class ChatTemplate:
             return self._try(turns)
         except UserError:
             return ""
-
-
-def parse_dialogue(text: str) -> tuple[Turn, ...]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; text without these marks is one question.
-
-    What stands before the first mark is a system message; a last "Assistant:" with nothing after it asks for
-    the answer and is no turn.
-    """
-    marks = list(MARK.finditer(text))
-    if not any(mark[1] == "Human" for mark in marks):
-        return (Turn("user", text.strip()),)
-    turns = [Turn("system", text[: marks[0].start()].strip())]
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        content = text[mark.end() : following.start() if following else len(text)].strip()
-        role = "user" if mark[1] == "Human" else "assistant"
-        if content and turns[-1].role == role:
-            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}")
-        elif content:
-            turns.append(Turn(role, content))
-    return tuple(turn for turn in turns if turn.content)

@@ -79,16 +79,36 @@ def test_a_prompt_survives_packing(prompt):
     assert isinstance(unpacked, str) or all(isinstance(turn, Turn) for turn in unpacked)
 
 
-@given(PROMPTS, PROMPTS)
+CONTENT = st.text(min_size=1).filter(lambda text: text == text.strip() and "Assistant:" not in text)
+QUESTIONS = CONTENT | CONTENT.map(lambda text: (Turn("user", text),))
+CONVERSATIONS = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), CONTENT), min_size=2)
+
+
+@given(*[QUESTIONS | CONVERSATIONS.map(tuple)] * 2)
 def test_equal_prompts_have_equal_keys_and_others_other_keys(one, other):
     def asked(prompt):
         """One question is one prompt, as text and as a message."""
-        is_question = not isinstance(prompt, str) and [turn.role for turn in prompt] == ["user"]
-        prompt = prompt[0].content if is_question else prompt
-        return prompt.strip() if isinstance(prompt, str) else prompt
+        return (Turn("user", prompt),) if isinstance(prompt, str) else prompt
 
     assert (prompt_key(one) == prompt_key(other)) == (asked(one) == asked(other))
-    assert prompt_key(one) == prompt_key(unpack_prompt(pack_prompt(one)))
+    assert prompt_key(one) == prompt_key(unpack_prompt(pack_prompt(one))) == prompt_key(asked(one))
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        (" What? \n", [("user", "What?")]),
+        ("Human: What?", [("user", "What?")]),
+        ("\n\nHuman: What?\n\nAssistant:", [("user", "What?")]),
+        (
+            "Be brief.\n\nHuman: A?\n\nAssistant: B.\n\nHuman: C?\n\nAssistant: ",
+            [("system", "Be brief."), ("user", "A?"), ("assistant", "B."), ("user", "C?")],
+        ),
+    ],
+)
+def test_a_dialogue_in_text_has_the_key_of_its_turns(text, turns):
+    assert prompt_key(text) == prompt_key(tuple(Turn(*turn) for turn in turns))
+    assert prompt_key(text) != prompt_key(text + "\n\nHuman: D?")
 
 
 def test_rows_survive_the_file(tmp_path):

@@ -266,6 +266,14 @@ def test_messages_that_cannot_be_read_are_named(messages, message):
         ({**PAIR, "prompt": said("a", "b")}, "prompts that end with an answer"),
         ({**PAIR, "prompt": TURN + " Two."}, "prompts that end inside an answer"),
         ({"prompt": "Assistant: Hm"}, "prompts that end inside an answer"),
+        ({**PAIR, "prompt": "\n\nHuman: \n\nAssistant:"}, "prompts with an empty question"),
+        ({"prompt": "Be brief.\n\nHuman:\n\nAssistant:"}, "prompts with an empty question"),
+        ({"prompt": TURN + " Two.\n\nHuman: "}, "prompts with an empty question"),
+        ({"prompt": "\n\nAssistant:"}, "prompts with an empty question"),
+        (
+            {"chosen": "\n\nHuman: \n\nAssistant: 1", "rejected": "\n\nHuman: \n\nAssistant: 2"},
+            "prompts with an empty question",
+        ),
         ({**PAIR, "chosen": said("p")}, "end with a question"),
         ({**PAIR, "chosen": said("p", "a"), "rejected": said("q", "b")}, "part before"),
         ({"chosen": TURN + " 2", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"}, "part before"),
@@ -477,3 +485,16 @@ def test_real_data_are_read_to_the_last_row(rows, name, counts):
     assert {reason: number for reason, number in found.items() if number} == {
         reason: number for reason, number in counts.items() if number
     }
+
+
+def test_a_row_that_holds_the_rows_says_so():
+    with pytest.raises(BadRow, match='if the rows are the objects in "data", save that list alone'):
+        recognise({"version": "1.0", "data": [{"prompt": "p"}]})
+
+
+def test_messages_may_repeat_a_prompt_that_is_a_dialogue_in_text():
+    comparison = read({"prompt": TURN, "chosen": said("Hi", "Hello", "Sum?", "Two."), "rejected": " No."})
+    assert [turn.content for turn in comparison.prompt] == ["Hi", "Hello", "Sum?"]
+    assert comparison.answers == ("Two.", " No.")
+    with pytest.raises(BadRow, match="they are not the prompt"):
+        read({"prompt": TURN, "chosen": said("Hi", "Hey", "Sum?", "Two."), "rejected": " No."})
