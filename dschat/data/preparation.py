@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import (
     Dataset,
     are_progress_bars_disabled,
@@ -39,7 +40,7 @@ from dschat.data.tokenization import (
 )
 from dschat.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
 REASONS = {
@@ -198,16 +199,17 @@ def _prepare(
         key,
         lambda place: _build(place, task, data, seed, sources, form),
     )
-    report = json.loads((folder / "report.json").read_text())
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        train, evaluation = (load_from_disk(str(folder / name)) for name in ("train", "evaluation"))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(
+            f"the tokens kept in {folder} cannot be read ({error}); remove that folder."
+        ) from error
     if int(os.environ.get("RANK", 0)) == 0:
         print(_describe(report, task, sources.all, folder), flush=True)
-    return SplitData(
-        train=load_from_disk(str(folder / "train")),
-        evaluation=load_from_disk(str(folder / "evaluation")),
-        num_rows={
-            source.name: counts["rows"] for source, counts in zip(sources.all, report["sources"], strict=True)
-        },
-    )
+    counts = zip(sources.all, report["sources"], strict=True)
+    return SplitData(train, evaluation, {source.name: count["rows"] for source, count in counts})
 
 
 def _build(
@@ -264,8 +266,7 @@ def _tokenized(
     if task.step != 2:
         return task.tokenize(rows, num_proc=num_proc)
     _, group = np.unique(index.keys[chosen], return_inverse=True)
-    pairs_of_prompt = np.bincount(group, weights=index.num_pairs[chosen])
-    return task.tokenize(rows, weights=(1 / pairs_of_prompt[group]).astype(np.float32), num_proc=num_proc)
+    return task.tokenize(rows, groups=group, num_proc=num_proc)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -46,7 +46,7 @@ SFT_COLUMNS = {
 PAIR_COLUMNS = {
     "chosen_ids": Tokens(Value("int32")),
     "rejected_ids": Tokens(Value("int32")),
-    "weight": Value("float32"),
+    "group": Value("int32"),
     "margin": Value("float32"),
 }
 PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
@@ -61,9 +61,9 @@ class Tokenized:
 
     rows: Dataset
     num_fewer_turns: int
-    """Rows kept, but without their first turns."""
+    """Rows kept whole but for their first turns."""
     num_cut: int
-    """Rows kept, but cut inside their text."""
+    """Rows kept, but cut inside their text, also those that had lost their first turns before."""
     dropped: dict[str, int]
     """Rows left out, by reason."""
     shortest_prompt: int
@@ -94,17 +94,17 @@ def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
-    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
     num_proc: int = 1,
 ) -> Tokenized:
-    """Columns chosen_ids, rejected_ids (the same prompt and an answer each), weight, margin and length, of
-    the longer one: a row for every pair of answers.
+    """Columns chosen_ids, rejected_ids (the same prompt and an answer each), margin, length, of the longer
+    one, and weight: a row for every pair of answers.
 
-    `weights` [N] are the pairs' of each row, 1 by default. Shortened as in `tokenize_sft`; pairs whose
-    answers are then equal are dropped.
+    Shortened as in `tokenize_sft`; pairs whose answers are then equal are dropped. What is left of the pairs
+    of one group weighs 1 together; `groups` [N] numbers each row's from 0, by default a row is a group.
     """
-    weights = np.ones(len(rows), dtype=np.float32) if weights is None else weights
-    encode = partial(_pair_batch, encoder=Encoder(tokenizer), max_seq_len=max_seq_len, weights=weights)
+    groups = np.arange(len(rows)) if groups is None else groups
+    encode = partial(_pair_batch, encoder=Encoder(tokenizer), max_seq_len=max_seq_len, groups=groups)
     return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc, with_indices=True)
 
 
@@ -189,6 +189,8 @@ def _tokenize(
             desc="tokenising",
         )
     fates = column(marked, "fate")
+    if "group" in columns:
+        marked = _weighed(marked, fates <= CUT)
     counts = Counter(fates.tolist())
     return Tokenized(
         rows=marked.select(np.flatnonzero(fates <= CUT)).remove_columns(["fate", "prompt_size"]),
@@ -199,8 +201,17 @@ def _tokenize(
     )
 
 
+def _weighed(pairs: Dataset, kept: np.ndarray) -> Dataset:
+    """The pairs with a weight in place of their group: those that are kept of one group weigh 1 together."""
+    group = column(pairs, "group")
+    sizes = np.bincount(group[kept], minlength=group.max(initial=0) + 1)
+    weights = np.where(kept, 1 / np.maximum(sizes[group], 1), 0).astype(np.float32)
+    return pairs.remove_columns(["group"]).add_column("weight", weights)
+
+
 def _empty(columns: dict[str, Any]) -> Dataset:
-    features = Features(**columns, length=Value("int32"))
+    renamed = {"weight" if name == "group" else name: kind for name, kind in columns.items()}
+    features = Features(**renamed, length=Value("int32"))
     return Dataset.from_dict({name: [] for name in features}, features=features)
 
 
@@ -251,11 +262,6 @@ class Encoder:
         """Prompts with the tokenizer's start tokens, once, and no end token."""
         return [self._started(ids) for ids in self._encode([self._template.prompt(p) for p in prompts])]
 
-    def answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
-        """An answer to each prompt with one end token, also where the text spells it out."""
-        pairs = zip(prompts, answers, strict=True)
-        return [self._ended(ids) for ids in self._encode([self._template.answer(*pair) for pair in pairs])]
-
     def answers_alone(self, answers: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
         """Answers to whatever prompts, with the end token where they `ended`; at least one token each."""
         pairs = list(zip(answers, ended, strict=True))
@@ -266,14 +272,12 @@ class Encoder:
 
     def rows(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[_Row]:
         """Each prompt with its answers; none of the prompt is learned."""
-        flat = self.answers(
-            list(chain.from_iterable([p] * len(a) for p, a in zip(prompts, answers, strict=True))),
-            list(chain.from_iterable(answers)),
-        )
-        rest = iter(flat)
+        texts = [self._template.texts(*row) for row in zip(prompts, answers, strict=True)]
+        rest = iter(self._encode([answer for _, shown in texts for answer in shown]))
+        started = [self._started(ids) for ids in self._encode([asked for asked, _ in texts])]
         return [
-            _Row(ids, [False] * len(ids), [next(rest) for _ in texts])
-            for ids, texts in zip(self.prompts(prompts), answers, strict=True)
+            _Row(ids, [False] * len(ids), [self._ended(next(rest)) for _ in shown])
+            for ids, (_, shown) in zip(started, texts, strict=True)
         ]
 
     def conversations(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[_Row]:
@@ -305,7 +309,9 @@ class Encoder:
             return replace(row, fate=LONG_PROMPT)
         if row.size > max_tokens:
             marks = self._started(self._encode([self._template.before_question(prompt)])[0])
-            return _cut(row, max_tokens, len(self._start), len(marks))
+            # A space at the end of the marks may be one token with the question's first word.
+            shared = takewhile(lambda pair: pair[0] == pair[1], zip(marks, row.prompt, strict=False))
+            return _cut(row, max_tokens, len(self._start), len(list(shared)))
         return replace(row, fate=fate)
 
     def _started(self, ids: list[int]) -> list[int]:
@@ -339,7 +345,7 @@ def _cut(row: _Row, max_tokens: int, num_start: int, num_marks: int) -> _Row:
     """
     room = max_tokens - max(map(len, row.answers))
     num_head = num_marks if num_start < num_marks < min(room, len(row.prompt)) else num_start
-    first = len(row.prompt) - max(room - num_head, 1)
+    first = max(len(row.prompt) - max(room - num_head, 1), num_head)
     prompt = row.prompt[:num_head] + row.prompt[first:]
     learned = row.learned[:num_head] + row.learned[first:]
     room = max_tokens - len(prompt)
@@ -376,7 +382,7 @@ def _sft_row(row: _Row, train_on_prompt: bool) -> tuple[list[int], list[bool], i
 
 
 def _pair_batch(
-    batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, weights: np.ndarray
+    batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, groups: np.ndarray
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     rows = encoder.rows(prompts, batch["answers"])
@@ -391,7 +397,7 @@ def _pair_batch(
             fate = EQUAL_ANSWERS if chosen == rejected and fitted.fate != LONG_PROMPT else fitted.fate
             length = len(fitted.prompt) + max(len(chosen), len(rejected))
             pair = (fitted.prompt + chosen, fitted.prompt + rejected)
-            values = (float(weights[indices[i]]), batch["margin"][i], length, len(row.prompt), fate)
+            values = (int(groups[indices[i]]), batch["margin"][i], length, len(row.prompt), fate)
             table.append((*pair, *values))
     return _columns(table, PAIR_COLUMNS)
 

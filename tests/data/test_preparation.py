@@ -1,6 +1,10 @@
 import gzip
 import json
 import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from dschat.arguments import DataArguments
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_train_loader
 from dschat.data.preparation import prompt_data, reward_data, sft_data
-from dschat.data.templates import NONE
+from dschat.data.templates import NONE, PLAIN
 from dschat.errors import UserError
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
@@ -213,3 +217,358 @@ def test_real_dialogues_pass_and_pad_less_than_15_percent_at_batch_8(tmp_path, h
     assert padding_share(reward.train, collate_pairs, hh_tokenizer) < 0.15
     assert hh_tokenizer.decode(ppo.train[0]["input_ids"]).endswith("\n\nAssistant:")
     assert sft.train[0]["input_ids"][-1] == hh_tokenizer.eos_token_id
+
+
+def write_json(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def union(steps):
+    return sorted(prompt for train, _ in steps for prompt in train)
+
+
+def test_a_weight_thins_a_source_in_every_step_and_leaves_evaluation_alone(tmp_path, tokenizer):
+    one, two = write_rows(tmp_path / "a.jsonl", range(100)), write_rows(tmp_path / "b.jsonl", range(100, 200))
+    steps = all_steps(arguments(tmp_path, f"{one}:0.4", two), tokenizer)
+    plain = all_steps(arguments(tmp_path, one, two), tokenizer)
+    # 95 each are for training. 38 of the first (0.4 x 95) are used; 2,4,4 cuts them into 7.6, 15.2, 15.2.
+    assert [sum(p < 100 for p in train) for train, _ in steps] == [8, 15, 15]
+    assert [sum(p >= 100 for p in train) for train, _ in steps] == [19, 38, 38]
+    assert len(set(union(steps))) == len(union(steps)) == 38 + 95
+    assert [held_out for _, held_out in steps] == [held_out for _, held_out in plain]
+    assert union(plain) == sorted(set(range(200)) - set(plain[0][1]))
+
+
+def test_one_weight_alone_changes_nothing(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", range(50))
+    assert all_steps(arguments(tmp_path, f"{path}:0.3"), tokenizer) == all_steps(
+        arguments(tmp_path, path), tokenizer
+    )
+
+
+def test_what_is_over_its_weight_is_counted(tmp_path, tokenizer, capsys):
+    one, two = write_rows(tmp_path / "a.jsonl", range(20)), write_rows(tmp_path / "b.jsonl", range(20, 40))
+    data = arguments(tmp_path, f"{one}:0.5", two, eval_fraction=0)
+    sft_data(data, tokenizer, max_seq_len=64, seed=1)
+    assert "a.jsonl: 20 rows; 2 + 4 + 4 prompts" in (told := capsys.readouterr().out)
+    assert "dropped 10 (over its weight in the blend)" in told
+
+
+def test_prompts_of_eval_data_path_leave_training_and_replace_other_evaluation(tmp_path, tokenizer):
+    (tmp_path / "both").mkdir()
+    write_rows(tmp_path / "both" / "train.jsonl", range(50))
+    write_rows(tmp_path / "both" / "test.jsonl", range(50, 60))
+    evaluation = write_rows(tmp_path / "eval.jsonl", [*range(45, 55), *range(70, 75)])
+    data = arguments(tmp_path, str(tmp_path / "both"), eval_data_path=[evaluation])
+    steps = all_steps(data, tokenizer)
+    assert [held_out for _, held_out in steps] == [[*range(45, 55), *range(70, 75)]] * 3
+    assert union(steps) == list(range(45))
+
+
+def test_the_evaluation_split_of_an_eval_data_path_is_the_one_used(tmp_path, tokenizer):
+    (tmp_path / "both").mkdir()
+    write_rows(tmp_path / "both" / "train.jsonl", range(5))
+    write_rows(tmp_path / "both" / "test.jsonl", range(50, 53))
+    path = write_rows(tmp_path / "a.jsonl", range(20))
+    data = arguments(tmp_path, path, eval_data_path=[str(tmp_path / "both")])
+    steps = all_steps(data, tokenizer)
+    assert [held_out for _, held_out in steps] == [[50, 51, 52]] * 3
+    assert union(steps) == list(range(20))
+
+
+def test_an_empty_eval_data_path_is_named(tmp_path, tokenizer):
+    path, empty = write_rows(tmp_path / "a.jsonl", range(9)), write_rows(tmp_path / "b.jsonl", [])
+    data = arguments(tmp_path, path, eval_data_path=[empty])
+    with pytest.raises(UserError, match=r"--eval_data_path .*b\.jsonl holds no rows to evaluate on"):
+        sft_data(data, tokenizer, max_seq_len=64, seed=1)
+
+
+def test_max_train_samples_are_nested_and_of_each_steps_own_share(tmp_path, tokenizer, capsys):
+    path = write_rows(tmp_path / "a.jsonl", range(100))
+    whole = all_steps(arguments(tmp_path, path), tokenizer)
+    before = [([], None)] * 3
+    for number in (5, 12, 30):
+        steps = all_steps(arguments(tmp_path, path, max_train_samples=number), tokenizer)
+        assert [len(train) for train, _ in steps] == [min(number, 19), number, number]
+        for (train, held_out), (fewer, _), (every, all_held_out) in zip(steps, before, whole, strict=True):
+            assert set(fewer) <= set(train) <= set(every)
+            assert held_out == all_held_out
+        before = steps
+    assert "33 (over --max_train_samples)" in capsys.readouterr().out  # 38 - 5
+
+
+def mixed_rows(tmp_path):
+    """Three prompts of a pair, two of an answer, one of neither."""
+    rows = [{"prompt": f"Q {p}:", "answers": [f" a{p}", f" b{p}"][: 2 if p < 3 else 1]} for p in range(5)]
+    other = write_json(tmp_path / "bare.jsonl", [{"prompt": "Q 5:"}])
+    return write_json(tmp_path / "mixed.jsonl", rows), other
+
+
+def test_a_step_leaves_out_and_counts_rows_that_lack_what_it_learns_from(tmp_path, tokenizer, capsys):
+    paths = mixed_rows(tmp_path)
+    expected = [
+        (sft_data, "1,0,0", 5, "1 (no answer to learn)"),
+        (reward_data, "0,1,0", 3, "3 (no two answers to compare)"),
+        (prompt_data, "0,0,1", 6, None),
+    ]
+    for prepare, split, number, reason in expected:
+        data = arguments(tmp_path, *paths, data_split=split, eval_fraction=0)
+        length = "max_prompt_seq_len" if prepare is prompt_data else "max_seq_len"
+        assert len(prepare(data, tokenizer, seed=1, **{length: 64}).train) == number
+        told = capsys.readouterr().out
+        assert f"dropped {reason}" in told if reason else "dropped" not in told
+
+
+@pytest.mark.parametrize(
+    ("prepare", "step", "rows", "lack"),
+    [
+        (sft_data, 1, [{"prompt": "Q 1:"}, {"prompt": "Q 2:"}], "2 (no answer to learn)"),
+        (reward_data, 2, [{"prompt": "Q 1:", "completion": "a"}], "1 (no two answers to compare)"),
+        (
+            reward_data,
+            2,
+            [{"prompt": "Q 1:", "answers": ["a", "b"], "scores": [1, 1]}],
+            "1 (no two answers to compare)",
+        ),
+    ],
+)
+def test_data_of_no_use_to_a_step_say_what_is_missing(tmp_path, tokenizer, prepare, step, rows, lack):
+    shares = ["0", "0", "0"]
+    shares[step - 1] = "1"
+    data = arguments(
+        tmp_path, write_json(tmp_path / "a.jsonl", rows), data_split=",".join(shares), eval_fraction=0
+    )
+    with pytest.raises(UserError) as error:
+        prepare(data, tokenizer, max_seq_len=64, seed=1)
+    assert f"step {step} has no rows left to train on: dropped {lack}. Give data that has what" in str(
+        error.value
+    )
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def repeated_pairs(tmp_path):
+    """Prompt 1 with three different pairs over two rows and one row again; prompt 2 with one pair."""
+    return write_json(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "Q 1:", "answers": [" a", " b"]},
+            {"prompt": "Q 2:", "answers": [" a", " b"]},
+            {"prompt": "Q 1:", "answers": [" a", " b"]},
+            {"prompt": "Q 1:", "answers": [" c", " d", " e"], "ranks": [1, 2, 2]},
+        ],
+    )
+
+
+def test_all_pairs_of_a_prompt_weigh_1_and_exact_repeats_are_dropped(tmp_path, tokenizer, capsys):
+    data = arguments(tmp_path, repeated_pairs(tmp_path), data_split="0,1,0", eval_fraction=0)
+    train = reward_data(data, tokenizer, max_seq_len=64, seed=1).train
+    texts = [tokenizer.decode(ids).removesuffix("<|endoftext|>") for ids in train["chosen_ids"]]
+    assert Counter(texts) == {"Q 1: a": 1, "Q 1: c": 2, "Q 2: a": 1}
+    by_prompt = Counter()
+    for text, weight in zip(texts, train["weight"], strict=True):
+        by_prompt[text[:4]] += weight
+    assert by_prompt == pytest.approx({"Q 1:": 1.0, "Q 2:": 1.0})
+    assert "4 rows; 0 + 2 + 0 prompts for steps 1 + 2 + 3 and 0 for evaluation; dropped 1 (repeated row)" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("prepare", "split"), [(sft_data, "1,0,0"), (prompt_data, "0,0,1")])
+def test_a_prompt_of_several_rows_appears_once_in_steps_1_and_3(tmp_path, tokenizer, prepare, split, capsys):
+    data = arguments(tmp_path, repeated_pairs(tmp_path), data_split=split, eval_fraction=0)
+    length = "max_prompt_seq_len" if prepare is prompt_data else "max_seq_len"
+    assert prompts_of(tokenizer, prepare(data, tokenizer, seed=1, **{length: 64}).train) == [1, 2]
+    assert "dropped 2 (repeated prompt)" in capsys.readouterr().out
+
+
+def test_a_later_row_gives_the_answer_that_the_first_of_a_prompt_lacks(tmp_path, tokenizer):
+    one = write_json(tmp_path / "a.jsonl", [{"prompt": "Q 1:"}])
+    two = write_json(tmp_path / "b.jsonl", [{"prompt": "Q 1:", "completion": " a"}])
+    data = arguments(tmp_path, one, two, data_split="1,0,0", eval_fraction=0)
+    # The second source has no prompt of its own, but rows.
+    train = sft_data(data, tokenizer, max_seq_len=64, seed=1).train
+    assert [tokenizer.decode(ids) for ids in train["input_ids"]] == ["Q 1: a<|endoftext|>"]
+
+
+def test_one_conversation_as_text_and_as_messages_is_one_prompt(tmp_path):
+    text = write_json(
+        tmp_path / "a.jsonl", [{"prompt": "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:"}]
+    )
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, "123", strict=True)]
+    other = write_json(tmp_path / "b.jsonl", [{"prompt": messages}])
+    data = arguments(tmp_path, text, other, data_split="0,0,1", eval_fraction=0)
+    assert len(prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1).train) == 1
+
+
+QA = [{"q": f"Q {p}:", "good": " yes", "bad": " no", "other": "x"} for p in range(3)]
+KEYS = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"}
+
+
+def test_columns_are_named_by_flags(tmp_path, tokenizer):
+    data = arguments(
+        tmp_path, write_json(tmp_path / "a.jsonl", QA), data_split="0,1,0", eval_fraction=0, **KEYS
+    )
+    train = reward_data(data, tokenizer, max_seq_len=64, seed=1).train
+    texts = sorted(tokenizer.decode(ids) for ids in train["chosen_ids"])
+    assert texts == [f"Q {p}: yes<|endoftext|>" for p in range(3)]
+
+
+def test_messages_are_named_by_a_flag(tmp_path):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    path = write_json(tmp_path / "a.jsonl", [{"chat": turns}])
+    data = arguments(tmp_path, path, data_split="1,0,0", eval_fraction=0, messages_key="chat")
+    tokenizer = tiny_tokenizer()
+    (row,) = sft_data(data, tokenizer, max_seq_len=64, seed=1).train
+    assert tokenizer.decode(row["input_ids"]) == "\n\nHuman: 1\n\nAssistant: 2<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**KEYS, "prompt_key": "question"}, r'a\.jsonl:1: the row has no "question" \(--prompt_key\)'),
+        ({**KEYS, "rejected_key": "worse"}, r'a\.jsonl:1: the row has no "worse" \(--rejected_key\)'),
+        ({"data_format": "prefs"}, "--data_format 'prefs' is unknown; choose a layout .*ranked"),
+        ({"data_format": "ranked", "prompt_key": "q"}, r'a\.jsonl:1: the row has no "answers"'),
+    ],
+)
+def test_wrong_names_are_named(tmp_path, tokenizer, settings, message):
+    data = arguments(tmp_path, write_json(tmp_path / "a.jsonl", QA), **settings)
+    with pytest.raises(UserError, match=message):
+        sft_data(data, tokenizer, max_seq_len=64, seed=1)
+
+
+def test_a_format_goes_before_what_the_columns_tell(tmp_path, tokenizer):
+    rows = [{"prompt": "Q 1:", "chosen": " a", "rejected": " b", "question": "Q 2:", "answer": " c"}]
+    path = write_json(tmp_path / "a.jsonl", rows)
+    found = []
+    for name in (None, "question_answer", "openai/gsm8k"):
+        data = arguments(tmp_path, path, data_split="1,0,0", eval_fraction=0, data_format=name)
+        train = sft_data(data, tokenizer, max_seq_len=64, seed=1).train
+        found += prompts_of(tokenizer, train)
+    assert found == [1, 2, 2]
+
+
+def entries(tmp_path):
+    return [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_template_reader_format_weight_and_evaluation_make_other_results(tmp_path):
+    rows = [
+        {"prompt": f"{p}", "chosen": "a", "rejected": "b", "question": f"{p}", "answer": "c"}
+        for p in range(9)
+    ]
+    path, evaluation = (write_json(tmp_path / name, rows) for name in ("a.jsonl", "b.jsonl"))
+    write_json(tmp_path / "b.jsonl", rows[:2])
+
+    def prepared(number, template=PLAIN, reader=None, entry=path, **settings):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        prompt_data(
+            arguments(tmp_path, entry, **settings), tokenizer, max_prompt_seq_len=64, seed=1, reader=reader
+        )
+        assert len(entries(tmp_path)) == number
+
+    other = tiny_tokenizer(bos=True)
+    prepared(1)
+    prepared(1)
+    prepared(2, template=PLAIN + " ")
+    prepared(3, data_format="question_answer")
+    prepared(4, prompt_key="question")
+    prepared(5, entry=f"{path}:0.5")
+    prepared(6, eval_data_path=[evaluation])
+    prepared(7, max_train_samples=2)
+    prepared(8, reader=other)
+    other.chat_template = NONE
+    prepared(9, reader=other)
+    prepared(9, preprocessing_num_workers=1)
+
+
+def test_a_readers_tokens_stand_beside_the_actors(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", [{"prompt": str(p)} for p in range(12, 16)])
+    data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0.25)
+    reader = tiny_tokenizer(bos=True)
+    reader.chat_template = NONE
+    split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reader=reader)
+    for rows in (split.train, split.evaluation):
+        for row in rows:
+            text = tiny_tokenizer().decode(row["input_ids"])
+            number = text.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+            assert reader.decode(row["reader_ids"]) == f"<s>{number}"
+    assert (len(split.train), len(split.evaluation)) == (3, 1)
+
+
+PREPARE = """
+import sys
+from tiny import tiny_tokenizer
+from dschat.arguments import DataArguments
+from dschat.data.preparation import sft_data
+data = DataArguments(data_path=[sys.argv[1]], data_output_path=sys.argv[2], preprocessing_num_workers=1)
+split = sft_data(data, tiny_tokenizer(), max_seq_len=64, seed=1)
+print("rows", len(split.train), len(split.evaluation), sum(map(sum, split.train["input_ids"])))
+"""
+
+
+def test_two_runs_that_start_together_share_one_entry(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", range(100))
+    command = [sys.executable, "-c", PREPARE, path, str(tmp_path / "cache")]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
+    assert told[0] == told[1]
+    assert told[0].startswith("rows 19 5 ")
+    (entry,) = entries(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [entry.name, f"{entry.name}.lock"]
+
+
+def test_the_folder_of_tokens_is_its_owners_alone_and_holds_no_pickle(tmp_path, tokenizer):
+    sft_data(
+        arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(9))), tokenizer, max_seq_len=64, seed=1
+    )
+    for folder in [tmp_path / "cache", *entries(tmp_path)]:
+        assert folder.stat().st_mode & 0o777 == 0o700
+    kinds = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert kinds == {".arrow", ".json", ".lock"}
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def cut_short(path):
+    (file,) = path.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "no report": lambda entry: remove(entry / "report.json"),
+    "an empty report": lambda entry: (entry / "report.json").write_text(""),
+    "no evaluation": lambda entry: remove(entry / "evaluation"),
+    "a cut file of tokens": lambda entry: cut_short(entry / "train"),
+    "no list of files": lambda entry: remove(entry / "files.json"),
+    "nothing": lambda entry: [remove(path) for path in entry.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_built_again(tmp_path, tokenizer, damage, capsys):
+    data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
+    first = sft_data(data, tokenizer, max_seq_len=64, seed=1).train.to_list()
+    told = capsys.readouterr().out
+    (entry,) = entries(tmp_path)
+    DAMAGE[damage](entry)
+    assert sft_data(data, tokenizer, max_seq_len=64, seed=1).train.to_list() == first
+    assert capsys.readouterr().out == told
+    assert entries(tmp_path) == [entry]
+
+
+@pytest.mark.parametrize("file", ["report.json", "train/state.json", "evaluation/dataset_info.json"])
+def test_an_entry_of_the_right_size_that_cannot_be_read_names_its_folder(tmp_path, tokenizer, file):
+    data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
+    sft_data(data, tokenizer, max_seq_len=64, seed=1)
+    (entry,) = entries(tmp_path)
+    (entry / file).write_bytes(b"?" * (entry / file).stat().st_size)
+    with pytest.raises(UserError, match=rf"the tokens kept in {entry} cannot be read .*; remove that folder"):
+        sft_data(data, tokenizer, max_seq_len=64, seed=1)

@@ -6,10 +6,14 @@ from hypothesis import strategies as st
 from dschat.data.splits import (
     ALSO_EVALUATION,
     EVALUATION,
+    OUTWEIGHED,
     REPEATED,
     assign,
+    blend_sizes,
     held_out_size,
+    parts_of_prompts,
     share_sizes,
+    some_rows,
     split_prompts,
 )
 
@@ -126,3 +130,107 @@ def test_the_split_of_a_known_input_never_changes():
     # Other results here would mix prompts between the steps of runs made before and after: raise FORMAT then.
     part = split_prompts(keys_of(*range(12)), num_held_out=2, num_used=10, shares=(2, 4, 4), seed=1234)
     assert part.tolist() == [2, 2, 2, 1, 1, 1, 0, 1, 2, 3, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "used"),
+    [
+        ({0: 100, 1: 50}, {}, {0: 100, 1: 50}),
+        ({0: 100}, {0: 0.3}, {0: 100}),  # one source is in proportion to itself whatever its weight
+        ({0: 100, 1: 100}, {0: 0.3}, {0: 30, 1: 100}),  # 0.3 to 1
+        ({0: 15, 1: 100}, {0: 0.3}, {0: 15, 1: 50}),  # the first runs out at 15, that is 50 of the other
+        ({0: 100, 1: 100, 2: 100}, {0: 2, 1: 4, 2: 1}, {0: 50, 1: 100, 2: 25}),
+        ({0: 7, 1: 7, 2: 7}, {0: 3, 1: 2, 2: 2}, {0: 7, 1: 5, 2: 5}),  # 7, 4.67, 4.67
+        ({0: 1, 1: 1000}, {0: 1.0, 1: 0.001}, {0: 1, 1: 1}),  # never none
+        ({0: 3, 1: 8}, {5: 0.2}, {0: 3, 1: 3}),  # equal parts, as neither has a weight of its own
+        ({}, {0: 1.0}, {}),
+    ],
+)
+def test_a_blend_uses_as_many_prompts_as_the_scarce_source_allows(sizes, weights, used):
+    assert blend_sizes(sizes, weights) == used
+
+
+BLEND = {"eval_fraction": 0.1, "shares": (2, 4, 4), "seed": 3}
+
+
+def blended(weights, fraction=0.1):
+    keys, sources = keys_of(*range(300)), np.repeat([0, 1], [100, 200])
+    settings = {**BLEND, "eval_fraction": fraction}
+    return sources, assign(keys, sources, np.zeros(300, bool), weights=weights, **settings)
+
+
+def test_every_step_holds_the_sources_in_proportion_to_their_weights():
+    # 90 and 180 prompts are for training; 1 to 0.5 uses 90 of the one and 45 of the other.
+    sources, part = blended({1: 0.5})
+    assert [int(np.sum(part[sources == 0] == step)) for step in range(3)] == [18, 36, 36]
+    assert [int(np.sum(part[sources == 1] == step)) for step in range(3)] == [9, 18, 18]
+    assert np.sum(part == OUTWEIGHED) == 180 - 45
+
+
+def test_weights_leave_evaluation_alone_and_move_no_prompt_to_another_step_than_its_order_asks():
+    _, without = blended(None)
+    _, light = blended({1: 0.5})
+    _, lighter = blended({1: 0.25})
+    for part in (light, lighter):
+        assert np.array_equal(part == EVALUATION, without == EVALUATION)
+    used, fewer = light != OUTWEIGHED, lighter != OUTWEIGHED
+    assert np.all(used[fewer])  # what a lighter weight uses, a heavier one does, too
+
+
+def test_a_blend_counts_only_the_prompts_that_are_a_sources_own():
+    # Source 1 repeats all but ten of source 0's prompts, so with equal weights each gives ten.
+    keys, sources = keys_of(*range(40), *range(30), *range(40, 50)), np.repeat([0, 1], 40)
+    part = assign(
+        keys, sources, np.zeros(80, bool), eval_fraction=0, shares=(1, 0, 0), seed=1, weights={1: 1.0}
+    )
+    assert [int(np.sum(part[sources == n] == 0)) for n in (0, 1)] == [10, 10]
+    assert np.all(parts_of_prompts(keys, np.zeros(80, bool), part)[40:70] == part[:30])
+
+
+@given(
+    sizes=st.dictionaries(st.integers(0, 4), st.integers(1, 500), min_size=1),
+    weights=st.dictionaries(st.integers(0, 4), st.floats(0.01, 10), min_size=1),
+)
+def test_a_blend_is_in_proportion_and_uses_a_source_up(sizes, weights):
+    used = blend_sizes(sizes, weights)
+    assert all(1 <= used[n] <= sizes[n] for n in sizes)
+    assert any(used[n] == sizes[n] for n in sizes)
+    scarce = min(sizes, key=lambda n: sizes[n] / weights.get(n, 1.0))
+    for n in sizes:
+        wanted = sizes[scarce] / weights.get(scarce, 1.0) * weights.get(n, 1.0)
+        assert abs(used[n] - wanted) <= 0.5 + 1e-6 or used[n] == 1
+
+
+@given(count=st.integers(0, 40), more=st.integers(0, 40), seed=st.integers(0, 5))
+def test_fewer_samples_are_among_more_and_the_same_again(count, more, seed):
+    keys = keys_of(*range(30))
+    some, others = some_rows(keys, count, seed), some_rows(keys, count + more, seed)
+    assert len(some) == min(count, 30)
+    assert set(some) <= set(others)
+    assert list(some) == sorted(set(some))
+    backwards = 29 - some_rows(keys[::-1], count, seed)
+    assert sorted(backwards) == list(some)
+
+
+@settings(deadline=None)
+@given(rows=rows, weights=st.dictionaries(st.integers(0, 2), st.floats(0.1, 3)), seed=st.integers(0, 9))
+def test_rows_of_one_prompt_are_of_one_part(rows, weights, seed):
+    prompts = np.array([row[0] for row in rows], dtype=np.int64)
+    sources = np.array([row[1] for row in rows], dtype=np.int32)
+    in_evaluation = np.array([row[2] for row in rows], dtype=bool)
+    part = assign(
+        keys_of(*prompts),
+        sources,
+        in_evaluation,
+        eval_fraction=0.2,
+        shares=(2, 4, 4),
+        seed=seed,
+        weights=weights,
+    )
+    whole = parts_of_prompts(keys_of(*prompts), in_evaluation, part)
+    for prompt in set(prompts.tolist()):
+        mine = prompts == prompt
+        assert len(set(whole[mine & ~in_evaluation].tolist())) <= 1
+        assert set(whole[mine & in_evaluation].tolist()) <= {EVALUATION}
+        if np.any(mine & in_evaluation):
+            assert set(whole[mine & ~in_evaluation].tolist()) <= {ALSO_EVALUATION}

@@ -1,9 +1,15 @@
+from functools import cache
+from itertools import groupby, product
+
+import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import comparison_rows, tiny_tokenizer
 from tokenizers import processors
 
-from dschat.data.comparisons import Comparison
+from dschat.data.comparisons import Comparison, Turn
 from dschat.data.templates import NONE
 from dschat.data.tokenization import (
     column,
@@ -189,3 +195,242 @@ def test_the_fingerprint_survives_saving_and_calls_with_padding(plain, tmp_path)
 def test_column_follows_a_selection():
     selected = Dataset.from_dict({"length": [5, 6, 7]}).select([2, 0])
     assert column(selected, "length").tolist() == [7, 5]
+
+
+# Marks of one token each, so that lengths can be counted: S, U and A begin a turn, $ ends an answer.
+CHAT = (
+    "{% for m in messages %}{{ {'system': '<S>', 'user': '<U>', 'assistant': '<A>'}[m['role']] "
+    "+ m['content'] + (eos_token if m['role'] == 'assistant' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<A>' }}{% endif %}"
+)
+
+
+@cache
+def chat(bos=False):
+    tokenizer = tiny_tokenizer(bos=bos)
+    tokenizer.add_tokens(["<S>", "<U>", "<A>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def shown(tokenizer, ids):
+    return decoded(tokenizer, ids).replace("<S>", "S").replace("<U>", "U").replace("<A>", "A")
+
+
+def conversation(text):
+    """The turns of such as "S9 U12 A34 U56"."""
+    roles = {"S": "system", "U": "user", "A": "assistant"}
+    return tuple(Turn(roles[word[0]], word[1:]) for word in text.split())
+
+
+LONG = conversation("S9 U12 A34 U56")  # shown as S9U12A34$U56A: 13 tokens
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "answer", "text", "fewer_turns", "cut"),
+    [
+        (16, "78", "S9U12A34$U56A78$", 0, 0),
+        (15, "78", "S9U56A78$", 1, 0),  # one too many: a whole exchange goes, the system message stays
+        (9, "78", "S9U56A78$", 1, 0),
+        (8, "78", "S9U6A78$", 0, 1),  # then text of the question, after its marks
+        (7, "78", "S9UA78$", 0, 1),
+        (6, "78", "56A78$", 0, 1),  # marks without room for text after them are of no use
+        (9, "77777", "56A77777$", 0, 1),
+        (7, "77777", "A77777$", 0, 1),
+        (6, "77777", "A7777$", 0, 1),  # then the answer's end, but not its end token
+    ],
+)
+def test_whole_turns_go_first_then_the_question_then_the_answers_end(
+    max_seq_len, answer, text, fewer_turns, cut
+):
+    rows = comparison_rows(Comparison(LONG, (answer,)))
+    tokenized = tokenize_sft(rows, chat(), max_seq_len=max_seq_len)
+    assert shown(chat(), only(tokenized)["input_ids"]) == text
+    assert only(tokenized)["num_targets"] == len(text.rpartition("A")[2])
+    assert (tokenized.num_fewer_turns, tokenized.num_cut) == (fewer_turns, cut)
+
+
+def test_a_cut_conversation_learns_what_is_left_of_the_assistants_words():
+    prompt = conversation("U1 A2 U3 A4 U5")  # U1A2$U3A4$U5A: 13 tokens
+    rows = comparison_rows(Comparison(prompt, ("67",), learn_all_turns=True))
+    for max_seq_len, text, mask in (
+        (16, "U1A2$U3A4$U5A67$", "...xx...xx...xxx".replace(".", " ")),
+        (15, "U3A4$U5A67$", "   xx   xxx"),
+        (10, "U5A67$", "   xxx"),
+        (5, "UA67$", "  xxx"),
+    ):
+        row = only(tokenize_sft(rows, chat(), max_seq_len=max_seq_len))
+        assert shown(chat(), row["input_ids"]) == text
+        assert [flag == "x" for flag in mask] == row["loss_mask"]
+
+
+def test_a_word_that_shares_a_token_with_the_marks_is_cut_with_the_question():
+    tokenizer = tiny_tokenizer()
+    question, answer = "Put it in boiling water for eight minutes.", "Paris is blue."
+    rows = comparison_rows(Comparison(question, (answer,)))
+    whole = only(tokenize_sft(rows, tokenizer, max_seq_len=512))
+    row = only(tokenize_sft(rows, tokenizer, max_seq_len=whole["length"] - 2))
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith("\n\nHuman: it in boiling") or text.startswith("\n\nHuman: in boiling")
+    assert "Put" not in text
+
+
+def test_both_answers_see_the_same_shortened_prompt():
+    rows = comparison_rows(Comparison(LONG, ("7", "888888")))
+    tokenized = tokenize_pairs(rows, chat(), max_seq_len=10)
+    row = only(tokenized)
+    # 10 less the longer answer's 7 leave 3 tokens of the prompt for both.
+    assert [shown(chat(), row[name]) for name in ("chosen_ids", "rejected_ids")] == ["56A7$", "56A888888$"]
+    assert (row["length"], tokenized.num_cut) == (10, 1)
+
+
+def test_prompts_of_step_3_lose_whole_turns_and_are_never_cut():
+    rows = comparison_rows(Comparison(LONG), Comparison(conversation("U123456")))
+    tokenized = tokenize_prompts(rows, chat(), max_prompt_seq_len=6)
+    assert [shown(chat(), ids) for ids in tokenized.rows["input_ids"]] == ["S9U56A"]
+    assert (tokenized.num_fewer_turns, tokenized.num_cut) == (1, 0)
+    assert tokenized.dropped == {"prompt over --max_prompt_seq_len": 1}
+
+
+def ranked(answers, ranks=None, **settings):
+    return Comparison("1", answers, ranks, **settings)
+
+
+def pairs_of(tokenized, tokenizer):
+    """Of each row the answers, and the number of pairs among which it shares a weight of 1."""
+    texts = [
+        [shown(tokenizer, row[name]).rpartition("A")[2][:-1] for name in ("chosen_ids", "rejected_ids")]
+        for row in tokenized.rows.to_list()
+    ]
+    return [(*pair, round(1 / weight)) for pair, weight in zip(texts, tokenized.rows["weight"], strict=True)]
+
+
+def test_k_answers_make_all_their_pairs_which_weigh_1_together():
+    rows = comparison_rows(ranked(("2", "3", "4", "5")), ranked(("6", "7"), margin=0.5))
+    tokenized = tokenize_pairs(rows, chat(), max_seq_len=16)
+    four = [("2", "3"), ("2", "4"), ("2", "5"), ("3", "4"), ("3", "5"), ("4", "5")]
+    assert pairs_of(tokenized, chat()) == [(*pair, 6) for pair in four] + [("6", "7", 1)]
+    assert tokenized.rows["margin"][:] == [0.0] * 6 + [0.5]
+
+
+def test_answers_of_equal_rank_make_no_pair():
+    tokenized = tokenize_pairs(
+        comparison_rows(ranked(("2", "3", "4", "5"), (0.0, 1.0, 1.0, 2.5))), chat(), max_seq_len=16
+    )
+    pairs = [("2", "3"), ("2", "4"), ("2", "5"), ("3", "5"), ("4", "5")]
+    assert pairs_of(tokenized, chat()) == [(*pair, 5) for pair in pairs]
+
+
+def test_pairs_that_cutting_made_equal_leave_their_weight_to_the_others():
+    # A and four tokens: 2222 and 2223 are both 222 with the end token, so two pairs of three are left.
+    tokenized = tokenize_pairs(comparison_rows(ranked(("2222", "2223", "4"))), chat(), max_seq_len=5)
+    assert pairs_of(tokenized, chat()) == [("222", "4", 2)] * 2
+    assert tokenized.dropped == {"answers equal as tokens": 1}
+    assert tokenized.num_cut == 2
+
+
+def test_the_pairs_of_a_group_weigh_1_together_across_rows_and_drops():
+    rows = comparison_rows(
+        ranked(("2", "3")),
+        ranked(("2", "3", "4")),
+        ranked(("5", "5")),
+        ranked(("6", "6")),
+        ranked(("7", "8")),
+    )
+    tokenized = tokenize_pairs(rows, chat(), max_seq_len=16, groups=np.array([0, 1, 0, 2, 0]))
+    assert [weight for *_, weight in pairs_of(tokenized, chat())] == [2, 3, 3, 3, 2]
+    assert tokenized.dropped == {"answers equal as tokens": 2}
+
+
+def test_no_pairs_are_no_rows_of_the_same_columns():
+    rows = comparison_rows(ranked(("2", "3")), ranked(("5", "5")))
+    columns = {"chosen_ids", "rejected_ids", "weight", "margin", "length"}
+    for some in ([0], [1], []):
+        tokenized = tokenize_pairs(rows.select(some), chat(), max_seq_len=16)
+        assert len(tokenized.rows) == (some == [0])
+        assert set(tokenized.rows.column_names) == columns
+
+
+def test_a_reader_gets_the_prompt_in_its_own_tokens_and_template():
+    reader = tiny_tokenizer(bos=True)
+    rows = comparison_rows(Comparison(LONG))
+    row = only(tokenize_prompts(rows, chat(), max_prompt_seq_len=16, reader=reader))
+    assert shown(chat(), row["input_ids"]) == "S9U12A34$U56A"
+    assert decoded(reader, row["reader_ids"]) == (
+        "^9\n\nHuman: 12\n\nAssistant: 34\n\nHuman: 56\n\nAssistant:"
+    )
+
+
+DIGITS = st.text("123456789", min_size=1, max_size=6)
+DIALOGUES = st.tuples(
+    st.booleans(),
+    st.lists(st.tuples(DIGITS, DIGITS), max_size=3),
+    DIGITS,
+    st.lists(DIGITS, min_size=1, max_size=3),
+    st.booleans(),
+)
+
+
+def dialogue(system, exchanges, question):
+    words = [f"U{q} A{a}" for q, a in exchanges]
+    return conversation(" ".join(["S99" * system, *words, f"U{question}"]))
+
+
+# Many at once, for a call of `Dataset.map` takes far longer than a row.
+@given(many=st.lists(DIALOGUES, min_size=1, max_size=30), max_tokens=st.integers(4, 32), bos=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_too_long_keeps_the_end_of_the_conversation_and_the_end_token(many, max_tokens, bos):
+    rows = comparison_rows(
+        *(Comparison(dialogue(*drawn[:3]), tuple(drawn[3]), learn_all_turns=drawn[4]) for drawn in many)
+    )
+    tokenized = tokenize_sft(rows, chat(bos), max_seq_len=max_tokens)
+    kept = [drawn for drawn in many if len(last_asked(*drawn[:3:2], bos)) <= max_tokens]
+    assert tokenized.dropped == {"prompt over --max_seq_len": len(many) - len(kept)} or kept == many
+    for drawn, row in zip(kept, tokenized.rows.to_list(), strict=True):
+        check_sft_row(drawn, row, max_tokens, bos)
+    for row in tokenize_pairs(rows, chat(bos), max_seq_len=max_tokens).rows.to_list():
+        texts = [shown(chat(bos), row[name]) for name in ("chosen_ids", "rejected_ids")]
+        assert len({text[: text.rindex("A")] for text in texts}) == 1
+        assert max(map(len, texts)) == row["length"] <= max_tokens
+        assert all(text.endswith("$") and not text.endswith("$$") for text in texts)
+
+
+def last_asked(system, question, bos):
+    return f"{'^' * bos}{'S99' * system}U{question}A"
+
+
+def check_sft_row(drawn, row, max_tokens, bos):
+    system, exchanges, question, (answer, *_), all_turns = drawn
+    head = "^" * bos + "S99" * system
+    shorter = [
+        head + "".join(f"U{q}A{a}$" for q, a in exchanges[first:]) + f"U{question}A"
+        for first in range(len(exchanges) + 1)
+    ]
+    text = shown(chat(bos), row["input_ids"])
+    asked, said = text[: text.rindex("A") + 1], text[text.rindex("A") + 1 :]
+    fitting = [prompt for prompt in shorter if len(prompt) + len(answer) < max_tokens]
+    if fitting:
+        assert text == f"{fitting[0]}{answer}$"
+    assert len(text) == row["length"] <= max_tokens
+    assert said[-1] == "$"
+    assert answer.startswith(said[:-1])
+    assert (
+        any(
+            asked.startswith(marks) and shorter[-1].endswith(asked[len(marks) :])
+            for marks in ("^" * bos, head, f"{head}U")
+        )
+        or asked in shorter
+    )
+    assert sum(row["loss_mask"]) == row["num_targets"]
+    assert not row["loss_mask"][0]
+    runs = groupby(zip(text, row["loss_mask"], strict=True), key=lambda pair: pair[1])
+    learned = ["".join(character for character, _ in run) for marked, run in runs if marked]
+    earlier = exchanges[len(exchanges) - asked.count("$") * all_turns :]
+    assert learned == [f"{a}$" for _, a in earlier] + [said]
+
+
+def test_every_limit_from_4_up_is_kept_to():
+    rows = comparison_rows(Comparison(conversation("U1"), ("234567", "8")))
+    for max_tokens, bos in product(range(4, 12), (False, True)):
+        row = only(tokenize_pairs(rows, chat(bos), max_seq_len=max_tokens))
+        assert len(row["chosen_ids"]) == min(max_tokens, 10 + bos)
