@@ -1,6 +1,8 @@
 import numpy as np
 import pyarrow as pa
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dschat.data.collate import collate_pairs, collate_prompts, collate_sft
 
@@ -76,3 +78,58 @@ def test_to_moves_every_tensor_and_keeps_numbers():
         "meta"
     }
     assert moved.denominator == 5.0
+
+
+# The padding token stands among the tokens, too: no mask may be guessed from it.
+ROWS = st.lists(st.lists(st.integers(0, PAD), min_size=1, max_size=9), max_size=5)
+
+
+def unpadded(ids, mask):
+    return [row[marked.bool()].tolist() for row, marked in zip(ids, mask, strict=True)]
+
+
+@given(rows=ROWS, num_fillers=st.integers(0, 3), data=st.data())
+def test_collated_sft_rows_are_all_there_and_fillers_count_for_nothing(rows, num_fillers, data):
+    num_rows = max(len(rows) + num_fillers, 1)
+    flags = [data.draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in rows]
+    table = pa.table({"input_ids": tokens(*rows), "loss_mask": pa.array(flags, pa.list_(pa.bool_()))})
+    batch = collate_sft(table, num_rows, 1.0, pad_id=PAD)
+    assert unpadded(batch.input_ids, batch.attention_mask) == rows + [[PAD]] * (num_rows - len(rows))
+    assert batch.input_ids.shape == (num_rows, max(map(len, rows), default=1))
+    assert unpadded(batch.loss_mask, batch.attention_mask)[: len(rows)] == flags
+    assert int(batch.loss_mask.sum()) == sum(map(sum, flags))
+    assert not (batch.loss_mask & ~batch.attention_mask.bool()).any()
+    steps = batch.attention_mask.diff(dim=1)
+    assert (steps <= 0).all()  # padding only on the right
+
+
+@given(rows=st.lists(st.tuples(*[st.lists(st.integers(0, PAD), min_size=1, max_size=9)] * 2), max_size=5))
+def test_collated_pairs_stand_in_two_halves_of_one_width(rows):
+    num_rows = len(rows) + 1
+    chosen, rejected = [one for one, _ in rows], [other for _, other in rows]
+    numbers = pa.array([number + 0.5 for number in range(len(rows))], pa.float32())
+    table = pa.table(
+        {
+            "chosen_ids": tokens(*chosen),
+            "rejected_ids": tokens(*rejected),
+            "weight": numbers,
+            "margin": numbers,
+        }
+    )
+    batch = collate_pairs(table, num_rows, 1.0, pad_id=PAD)
+    assert unpadded(batch.input_ids, batch.attention_mask) == [*chosen, [PAD], *rejected, [PAD]]
+    expected = [number + 0.5 for number in range(len(rows))] + [0.0]
+    assert batch.weights.tolist() == batch.margins.tolist() == expected
+    assert batch.pair_mask.tolist() == [1.0] * len(rows) + [0.0]
+
+
+@given(rows=ROWS, num_fillers=st.integers(0, 3))
+def test_collated_prompts_end_in_the_last_column(rows, num_fillers):
+    num_rows = max(len(rows) + num_fillers, 1)
+    table = pa.table({"input_ids": tokens(*rows), "key": pa.array(range(len(rows)), pa.int64())})
+    batch = collate_prompts(table, num_rows, pad_id=PAD, numbers=np.arange(len(rows)))
+    assert unpadded(batch.input_ids, batch.attention_mask) == rows + [[PAD]] * (num_rows - len(rows))
+    assert batch.attention_mask[:, -1].all()
+    assert batch.input_ids[: len(rows), -1].tolist() == [row[-1] for row in rows]
+    assert (batch.attention_mask.diff(dim=1) >= 0).all()
+    assert batch.rows.tolist() == [*range(len(rows)), *[-1] * (num_rows - len(rows))]

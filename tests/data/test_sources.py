@@ -7,7 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dschat.data.comparisons import Comparison
+from dschat.arguments import DataArguments
+from dschat.data.comparisons import Comparison, Turn
+from dschat.data.known_sets import KNOWN_SETS
+from dschat.data.layouts import BadRow
 from dschat.data.sources import Format, open_source, read_comparisons
 from dschat.errors import UserError
 
@@ -244,3 +247,154 @@ def test_a_hub_data_set_is_read_by_its_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda path: datasets.load_from_disk(folder))
     assert read("some/set") == COMPARISONS
     assert read("some/set", "evaluation") == COMPARISONS[:1]
+
+
+def hub(monkeypatch, tmp_path, **splits):
+    """Let `load_dataset` give these splits, from files as the real one does; return what it is asked for."""
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "hub"))
+    asked = []
+
+    def load(**options):
+        asked.append(options)
+        return datasets.load_from_disk(str(tmp_path / "hub"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+HH_ROWS = [
+    {"prompt": f"\n\nHuman: {p}?\n\nAssistant:", "response": " a", "chosen": " a", "rejected": " b"}
+    for p in range(4)
+]
+HH_COMPARISONS = [Comparison(row["prompt"], (" a", " b")) for row in HH_ROWS]
+
+
+def test_a_known_set_is_read_by_its_own_splits_and_columns(tmp_path, monkeypatch):
+    asked = hub(monkeypatch, tmp_path, train=HH_ROWS[:3], test=HH_ROWS[3:], extra=HH_ROWS)
+    source = open_source("Dahoas/rm-static:0.5")
+    assert asked == [{"path": "Dahoas/rm-static"}]
+    assert (source.name, source.weight, source.unused) == ("Dahoas/rm-static", 0.5, ("extra",))
+    assert list(read_comparisons(source, source.training, Format(), Counter())) == HH_COMPARISONS[:3]
+    assert list(read_comparisons(source, source.evaluation, Format(), Counter())) == HH_COMPARISONS[3:]
+
+
+def test_a_known_set_may_have_splits_of_other_names_and_none_for_evaluation(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    rows = [{"prompt": "Tea?", "chosen": turns, "rejected": [turns[0], {**turns[1], "content": "No."}]}]
+    hub(monkeypatch, tmp_path, train_prefs=rows, train_sft=rows, test_gen=rows)
+    name = "HuggingFaceH4/ultrafeedback_binarized"
+    source = open_source(name)
+    assert source.evaluation is None
+    assert source.unused == ("test_gen", "train_sft")
+    assert read(name) == [Comparison((Turn("user", "Tea?"),), ("Yes.", "No."))]
+
+
+def test_a_known_set_uses_all_its_evaluation_splits(tmp_path, monkeypatch):
+    row = {"question": "Q", "sentence": "S"}
+    splits = {name: [{**row, "question": name}] for name in ("train", "validation", "test")}
+    asked = hub(monkeypatch, tmp_path, **splits)
+    found = read("lmqg/qg_jaquad", "evaluation")
+    assert [comparison.prompt[0].content for comparison in found] == ["test", "validation"]
+    assert asked == [{"path": "lmqg/qg_jaquad", "revision": "refs/convert/parquet", "data_dir": "qg_jaquad"}]
+
+
+def test_a_known_set_that_lost_its_split_says_what_is_there(tmp_path, monkeypatch):
+    hub(monkeypatch, tmp_path, default=HH_ROWS, test=HH_ROWS)
+    with pytest.raises(
+        UserError, match=r"Dahoas/rm-static: .* no split train any more \(found: default, test"
+    ):
+        open_source("Dahoas/rm-static")
+
+
+def test_empty_rows_of_a_known_set_are_dropped_and_other_columns_are_named_by_row(tmp_path, monkeypatch):
+    hub(monkeypatch, tmp_path, train=[*HH_ROWS, {**HH_ROWS[0], "chosen": " "}])
+    dropped = Counter()
+    assert read("Dahoas/full-hh-rlhf", dropped=dropped) == HH_COMPARISONS
+    assert dropped == {'rows with an empty "chosen"': 1}
+    hub(monkeypatch, tmp_path / "more", train=[*HH_ROWS, {**HH_ROWS[0], "prompt": None}])
+    assert len(read("Dahoas/rm-static")) == 4
+    hub(monkeypatch, tmp_path / "other", train=[{"prompt": "p", "chosen": "c"}])
+    with pytest.raises(UserError, match='Dahoas/rm-static train, row 1: the row has no "rejected"'):
+        read("Dahoas/rm-static")
+
+
+def test_the_fingerprint_of_a_hub_set_follows_its_files(tmp_path, monkeypatch):
+    prints = []
+    for number, rows in enumerate((HH_ROWS, HH_ROWS, HH_ROWS[:2])):
+        hub(monkeypatch, tmp_path / str(number), train=rows)
+        prints.append(open_source("Dahoas/rm-static").fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_local_jsonfile_reads_two_files_below_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"reads data/train\.json and, if it is there, data/eval\.json, seen"):
+        open_source("local/jsonfile")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.json").write_text(lines(ROWS))
+    assert read("local/jsonfile") == COMPARISONS
+    assert open_source("local/jsonfile").evaluation is None
+    without = open_source("local/jsonfile").fingerprint
+    (tmp_path / "data" / "eval.json").write_text(json.dumps([{**ROWS[0], "rejected": None}]))
+    assert read("local/jsonfile", "evaluation") == [Comparison("Grüße 😀", ("a\u2028b",))]
+    assert open_source("local/jsonfile").fingerprint != without
+
+
+def test_a_file_of_the_same_name_goes_before_a_known_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tatsu-lab").mkdir()
+    (tmp_path / "tatsu-lab" / "alpaca").mkdir()
+    (tmp_path / "tatsu-lab" / "alpaca" / "train.jsonl").write_text(lines(ROWS))
+    assert read("tatsu-lab/alpaca") == COMPARISONS
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "weight"),
+    [
+        ("rows.jsonl:0.3", "rows.jsonl", 0.3),
+        ("rows.jsonl:2", "rows.jsonl", 2.0),
+        ("rows.jsonl:.5", "rows.jsonl", 0.5),
+        ("rows.jsonl:1e-3", "rows.jsonl", 0.001),
+        ("rows.jsonl", "rows.jsonl", None),
+        ("odd:7", "odd:7", None),  # the name of a folder that is there
+    ],
+)
+def test_an_entry_may_end_with_a_weight(tmp_path, monkeypatch, entry, name, weight):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(lines(ROWS))
+    (tmp_path / "odd:7").mkdir()
+    (tmp_path / "odd:7" / "train.jsonl").write_text(lines(ROWS))
+    source = open_source(entry)
+    assert (source.name, source.weight) == (name, weight)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1e999"])
+def test_a_weight_that_is_no_share_is_named(weight):
+    with pytest.raises(UserError, match=f"rows.jsonl:{weight}: the weight must be positive, got {weight}"):
+        open_source(f"rows.jsonl:{weight}")
+
+
+def form(**settings):
+    return Format.of(DataArguments(**settings))
+
+
+def test_a_format_is_a_layout_or_a_known_set_and_renames_columns():
+    assert form() == Format()
+    assert form().reader() is None
+    for name in ("ranked", "openai/gsm8k"):
+        assert form(data_format=name).name == name
+        assert callable(form(data_format=name).reader())
+    assert form(data_format="openai/gsm8k").reader() is KNOWN_SETS["openai/gsm8k"].read
+    renamed = form(prompt_key="q", chosen_key="prompt").renamed({"q": "1", "prompt": "2", "x": "3"})
+    assert renamed == {"q": "1", "prompt": "1", "chosen": "2", "x": "3"}
+    with pytest.raises(BadRow, match=r'no "m" \(--messages_key\)'):
+        form(messages_key="m").renamed({"messages": []})
+    with pytest.raises(UserError, match=r"--data_format 'hh2' is unknown; choose a layout .*known data set"):
+        form(data_format="hh2")
+
+
+def test_a_format_reads_every_source(tmp_path, monkeypatch):
+    hub(monkeypatch, tmp_path, train=[{"question": "1+1?", "answer": "2"}])
+    found = read("Dahoas/rm-static", form=form(data_format="question_answer"))
+    assert found == [Comparison((Turn("user", "1+1?"),), ("2",))]
