@@ -174,6 +174,19 @@ def test_processes_give_what_one_process_gives(plain, tmp_path, monkeypatch):
     assert one.dropped
 
 
+def test_pairs_of_several_processes_weigh_what_those_of_one_do(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("dschat.data.tokenization.ROWS_A_PROCESS", 10)
+    many = rows(*((str(i), "1" * (i % 5 + 1), "11", "12") for i in range(40)))
+    many.save_to_disk(str(tmp_path))
+    many = Dataset.load_from_disk(str(tmp_path))
+    groups = np.arange(40) % 7
+    one, two = (
+        tokenize_pairs(many, plain, max_seq_len=8, groups=groups, num_proc=number) for number in (1, 2)
+    )
+    assert one.rows.to_list() == two.rows.to_list()
+    assert sum(two.rows["weight"]) == pytest.approx(7)
+
+
 def test_the_fingerprint_follows_what_decides_the_tokens(plain, with_bos):
     prints = [
         tokenizer_fingerprint(tokenizer) for tokenizer in (plain, with_bos, tiny_tokenizer(vocab_size=300))
