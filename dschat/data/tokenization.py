@@ -249,6 +249,9 @@ class _Row:
         return len(self.prompt) + max(map(len, self.answers), default=0)
 
 
+Reread = Callable[[list[int], list[Prompt]], list[_Row]]
+
+
 class Encoder:
     """Prompts and answers to token ids, with a tokenizer and its template."""
 
@@ -294,25 +297,34 @@ class Encoder:
         learned = [False] * (len(started) - len(ids)) + learned
         return _Row(started, learned, [self._ended(answer)])
 
-    def fitted(self, row: _Row, prompt: Prompt, max_tokens: int, reread: Callable[[Prompt], _Row]) -> _Row:
-        """The row within `max_tokens`, without its first turns or cut; or marked as one to be dropped.
+    def fitted(
+        self, rows: Sequence[_Row], prompts: Sequence[Prompt], max_tokens: int, reread: Reread
+    ) -> list[_Row]:
+        """The rows within `max_tokens`, without their first turns or cut; or marked as to be dropped.
 
-        `reread` makes the row of a shorter prompt.
+        `reread` makes the rows of those numbers of shorter prompts.
         """
-        fate = KEPT
-        while row.size > max_tokens:
-            shorter = self._template.without_first_exchange(prompt)
-            if shorter is None:
-                break
-            prompt, row, fate = shorter, reread(shorter), FEWER_TURNS
+        rows, prompts = list(rows), list(prompts)
+        too_long = [number for number, row in enumerate(rows) if row.size > max_tokens]
+        while too_long:
+            shorter = [self._template.without_first_exchange(prompts[number]) for number in too_long]
+            left = [(number, prompt) for number, prompt in zip(too_long, shorter, strict=True) if prompt]
+            too_long = [number for number, _ in left]
+            again = reread(too_long, [prompt for _, prompt in left])
+            for (number, prompt), row in zip(left, again, strict=True):
+                prompts[number], rows[number] = prompt, replace(row, fate=FEWER_TURNS)
+            too_long = [number for number in too_long if rows[number].size > max_tokens]
+        return [self._cut_to(max_tokens, *pair) for pair in zip(rows, prompts, strict=True)]
+
+    def _cut_to(self, max_tokens: int, row: _Row, prompt: Prompt) -> _Row:
         if len(row.prompt) > max_tokens:
             return replace(row, fate=LONG_PROMPT)
-        if row.size > max_tokens:
-            marks = self._started(self._encode([self._template.before_question(prompt)])[0])
-            # A space at the end of the marks may be one token with the question's first word.
-            shared = takewhile(lambda pair: pair[0] == pair[1], zip(marks, row.prompt, strict=False))
-            return _cut(row, max_tokens, len(self._start), len(list(shared)))
-        return replace(row, fate=fate)
+        if row.size <= max_tokens:
+            return row
+        marks = self._started(self._encode([self._template.before_question(prompt)])[0])
+        # A space at the end of the marks may be one token with the question's first word.
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(marks, row.prompt, strict=False))
+        return _cut(row, max_tokens, len(self._start), len(list(shared)))
 
     def _started(self, ids: list[int]) -> list[int]:
         start = self._start
@@ -357,20 +369,25 @@ def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prom
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     answers = [texts[0] for texts in batch["answers"]]
 
-    def read(prompts: Sequence[Prompt], answers: Sequence[str], all_turns: bool) -> list[_Row]:
+    def read(numbers: list[int], prompts: list[Prompt], all_turns: bool) -> list[_Row]:
+        texts = [answers[number] for number in numbers]
         if all_turns:
-            return encoder.conversations(prompts, answers)
-        return encoder.rows(prompts, [[answer] for answer in answers])
+            return encoder.conversations(prompts, texts)
+        return encoder.rows(prompts, [[text] for text in texts])
 
     table: list[tuple | None] = [None] * len(prompts)
     for all_turns in (False, True):
         chosen = [i for i, flag in enumerate(batch["learn_all_turns"]) if flag == all_turns]
-        rows = read([prompts[i] for i in chosen], [answers[i] for i in chosen], all_turns)
-        for i, row in zip(chosen, rows, strict=True):
-            fitted = encoder.fitted(
-                row, prompts[i], max_seq_len, lambda p, i=i, a=all_turns: read([p], [answers[i]], a)[0]
-            )
-            table[i] = (*_sft_row(fitted, train_on_prompt), len(row.prompt), fitted.fate)
+        asked = [prompts[i] for i in chosen]
+        rows = read(chosen, asked, all_turns)
+        fitted = encoder.fitted(
+            rows,
+            asked,
+            max_seq_len,
+            lambda numbers, shorter, c=chosen, a=all_turns: read([c[n] for n in numbers], shorter, a),
+        )
+        for i, row, fit in zip(chosen, rows, fitted, strict=True):
+            table[i] = (*_sft_row(fit, train_on_prompt), len(row.prompt), fit.fate)
     return _columns(table, SFT_COLUMNS)
 
 
@@ -385,13 +402,17 @@ def _pair_batch(
     batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, groups: np.ndarray
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
-    rows = encoder.rows(prompts, batch["answers"])
+    texts = batch["answers"]
+    rows = encoder.rows(prompts, texts)
+    fitted_rows = encoder.fitted(
+        rows,
+        prompts,
+        max_seq_len,
+        lambda numbers, shorter: encoder.rows(shorter, [texts[n] for n in numbers]),
+    )
     table = []
-    for i, row in enumerate(rows):
-        answers, ranks = batch["answers"][i], batch["ranks"][i]
-        fitted = encoder.fitted(
-            row, prompts[i], max_seq_len, lambda p, texts=answers: encoder.rows([p], [texts])[0]
-        )
+    for i, (row, fitted) in enumerate(zip(rows, fitted_rows, strict=True)):
+        answers, ranks = texts[i], batch["ranks"][i]
         for better, worse in answer_pairs(list(range(len(answers))), ranks):
             chosen, rejected = fitted.answers[better], fitted.answers[worse]
             fate = EQUAL_ANSWERS if chosen == rejected and fitted.fate != LONG_PROMPT else fitted.fate
@@ -406,14 +427,13 @@ def _prompt_batch(
     batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reader: Encoder | None
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
+    rows = encoder.rows(prompts, [()] * len(prompts))
+    fitted_rows = encoder.fitted(
+        rows, prompts, max_prompt_seq_len, lambda numbers, shorter: encoder.rows(shorter, [()] * len(numbers))
+    )
+    read_rows = reader.prompts(prompts) if reader else [None] * len(prompts)
     table = []
-    for row, prompt, read in zip(
-        encoder.rows(prompts, [[] for _ in prompts]),
-        prompts,
-        reader.prompts(prompts) if reader else [None] * len(prompts),
-        strict=True,
-    ):
-        fitted = encoder.fitted(row, prompt, max_prompt_seq_len, lambda p: encoder.rows([p], [[]])[0])
+    for row, fitted, read in zip(rows, fitted_rows, read_rows, strict=True):
         ids = fitted.prompt
         fate = fitted.fate if ids else NO_TOKEN
         extra = () if read is None else (read,)
