@@ -190,4 +190,6 @@ def readable(path: Path) -> Iterator[None]:
     except pa.ArrowException as error:
         raise UserError(f"{path}: the Parquet file cannot be read ({error}); write it again.") from error
     except OSError as error:
-        raise UserError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
+        raise UserError(
+            f"{path}: it cannot be read ({error.strerror or error}); correct the path or its permissions."
+        ) from error

@@ -358,17 +358,19 @@ def _source_report(
     number: int, index: ComparisonIndex, parts: np.ndarray, dropped: Counter[str], task: _Task
 ) -> dict[str, Any]:
     mine = index.sources == number
-    reasons = dict(dropped)
+    reasons, num_further = dict(dropped), 0
     for part, reason in REASONS.items():
         rows = np.flatnonzero(mine & (parts == part))
         if part == splits.REPEATED and task.step == 2:  # further pairs of a prompt are used
             first = splits.first_of_each(index.row_keys, np.arange(len(parts)))
-            rows, reason = np.setdiff1d(rows, first), "repeated row"
+            num_repeated, rows, reason = len(rows), np.setdiff1d(rows, first), "repeated row"
+            num_further = num_repeated - len(rows)
         if len(rows):
             reasons[reason] = len(rows)
     parts = parts[mine]
     return {
         "rows": len(parts) + sum(dropped.values()),
+        "further": num_further,
         "dropped": reasons,
         "shares": [int(np.sum(parts == step)) for step in range(splits.NUM_STEPS)],
         "evaluation": int(np.sum(parts == splits.EVALUATION)),
@@ -394,6 +396,7 @@ def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder
         lines.append(
             f"  {source.name}: {counts['rows']} rows; {shares} prompts for steps 1 + 2 + 3"
             f" and {counts['evaluation']} for evaluation"
+            + (f"; {counts['further']} rows are more answers to them" if counts["further"] else "")
             + _listed("; dropped", counts["dropped"])
             + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
         )
