@@ -9,10 +9,12 @@ on the first tenth of the rows, is what people write by hand: `datasets.load_dat
 """
 
 import argparse
+import contextlib
 import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,16 +96,17 @@ def measure(program: str, *args: object) -> tuple[float, float]:
     """Seconds, and the largest resident set of any process of it in GiB."""
     start, largest = time.perf_counter(), 0
     command = [sys.executable, "-c", program, *map(str, args)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while child.poll() is None:
-        try:
-            processes = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-            largest = max(largest, *(process.memory_info().rss for process in processes))
-        except psutil.NoSuchProcess:
-            pass
-        time.sleep(0.5 if time.perf_counter() - start > 10 else 0.05)
-    if child.returncode:
-        raise SystemExit(child.stderr.read().decode())
+    with tempfile.TemporaryFile() as log:  # not a pipe, which progress bars would fill
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while child.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                main = psutil.Process(child.pid)
+                processes = [main, *main.children(recursive=True)]
+                largest = max(largest, *(process.memory_info().rss for process in processes))
+            time.sleep(0.5 if time.perf_counter() - start > 10 else 0.05)
+        if child.returncode:
+            log.seek(0)
+            raise SystemExit(log.read().decode()[-4000:])
     return time.perf_counter() - start, largest / 2**30
 
 

@@ -369,8 +369,9 @@ def test_all_pairs_of_a_prompt_weigh_1_and_exact_repeats_are_dropped(tmp_path, t
     for text, weight in zip(texts, train["weight"], strict=True):
         by_prompt[text[:4]] += weight
     assert by_prompt == pytest.approx({"Q 1:": 1.0, "Q 2:": 1.0})
-    assert "4 rows; 0 + 2 + 0 prompts for steps 1 + 2 + 3 and 0 for evaluation; 1 rows are more answers to them" in (
-        capsys.readouterr().out
+    assert (
+        "4 rows; 0 + 2 + 0 prompts for steps 1 + 2 + 3 and 0 for evaluation; 1 rows are more answers to them"
+        in (capsys.readouterr().out)
     )
 
 
