@@ -22,6 +22,7 @@ from datasets import (
     enable_progress_bars,
     load_from_disk,
 )
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import DataArguments
@@ -218,7 +219,9 @@ def _build(
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
     text = folder / "comparisons.arrow"
     dropped = [Counter() for _ in sources.all]
-    index = write_comparisons(_all_comparisons(sources, form, dropped), text)
+    comparisons = _all_comparisons(sources, form, dropped)
+    bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
+    index = write_comparisons(bar, text)
     parts = _assign(index, sources, data, seed)
     _check_sources(sources, index)
     _check_share(parts, task, data)
