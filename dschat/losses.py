@@ -94,6 +94,69 @@ def pairwise_ranking_loss(
     return -F.logsigmoid(lead) if kind == "log_sig" else F.softplus(-lead)
 
 
+def implicit_reward(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float) -> Tensor:
+    """beta (log pi - log pi_ref) of answers, DPO's reward up to a number a prompt. [B], [B] -> [B].
+
+    https://arxiv.org/abs/2305.18290, section 4; exactly 0 where the two log-probabilities are equal.
+    """
+    return beta * (logprobs - ref_logprobs)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+) -> Tensor:
+    """DPO's loss of each pair from four log-probabilities of answers, in nats. [B] each -> [B].
+
+    With h = log pi/pi_ref of the chosen answer less that of the rejected one:
+    "sigmoid" is -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), https://arxiv.org/abs/2305.18290 Eq. 7
+    with the label smoothing e of conservative DPO (Eric Mitchell, "A note on DPO with noisy preferences",
+    2023), where a share e of the labels is taken to be wrong. It wants sums over the answer's tokens.
+    "ipo" is (h - 1 / (2 beta))^2, https://arxiv.org/abs/2310.12036 Eq. 17; `label_smoothing` is no part of
+    it. It wants means a token, or the distance it aims at would ask more of every token of a short answer.
+    """
+    h = (policy_chosen.float() - ref_chosen.float()) - (policy_rejected.float() - ref_rejected.float())
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+def dpo_figures(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+) -> dict[str, Tensor]:
+    """`dpo_loss` of each pair and what to watch beside it, the chosen answers' half first. [2B] -> [B] each.
+
+    Only "loss" has a gradient. A pair whose rewards are equal, as all are at the start, is half accurate.
+    """
+    (chosen, rejected), (ref_chosen, ref_rejected) = logprobs.chunk(2), ref_logprobs.chunk(2)
+    loss = dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=label_smoothing, kind=kind
+    )
+    rewards = implicit_reward(logprobs.detach(), ref_logprobs, beta=beta)
+    chosen_reward, rejected_reward = rewards.chunk(2)
+    margin = chosen_reward - rejected_reward
+    return {
+        "loss": loss,
+        "accuracy": (margin.sign() + 1) / 2,
+        "reward_margin": margin,
+        "chosen_reward": chosen_reward,
+        "rejected_reward": rejected_reward,
+        "chosen_logprob": chosen.detach(),
+        "rejected_logprob": rejected.detach(),
+    }
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-token estimates of KL(policy || reference) from samples of the policy. [B, T] -> [B, T].
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,9 @@ from dschat.losses import (
     advantages_and_returns,
     clipped_policy_loss,
     clipped_value_loss,
+    dpo_figures,
+    dpo_loss,
+    implicit_reward,
     kl_estimate,
     kl_shaped_rewards,
     masked_mean,
@@ -97,6 +101,91 @@ def test_ranking_loss_takes_the_margin_off_the_lead():
 
 
 # log-ratio ln 2: k1 = 0.6931472, k2 = 0.5 * 0.4804530, k3 = 1/2 - 1 + 0.6931472
+# log pi: chosen -1, rejected -3; log pi_ref: -2 and -2. h = (-1 + 2) - (-3 + 2) = 2; at beta 0.5 beta h = 1.
+# -log sigmoid(1) = 0.3132617, -log sigmoid(-1) = 1.3132617; sigmoid(1) = 0.7310586, sigmoid(-1) = 0.2689414.
+@pytest.mark.parametrize(
+    ("kind", "beta", "smoothing", "loss", "slope"),
+    [
+        ("sigmoid", 0.5, 0.0, 0.3132617, -0.5 * 0.2689414),
+        ("sigmoid", 0.5, 0.1, 0.9 * 0.3132617 + 0.1 * 1.3132617, -0.45 * 0.2689414 + 0.05 * 0.7310586),
+        ("ipo", 0.5, 0.0, 1.0, 2.0),  # (2 - 1)^2, 2 (2 - 1)
+        ("ipo", 0.1, 0.0, 9.0, -6.0),  # (2 - 5)^2, 2 (2 - 5)
+    ],
+)
+def test_dpo_loss_and_gradient_at_known_logprobs(kind, beta, smoothing, loss, slope):
+    policy = [torch.tensor([x], requires_grad=True) for x in (-1.0, -3.0)]
+    reference = [torch.tensor([-2.0], requires_grad=True) for _ in range(2)]
+    actual = dpo_loss(*policy, *reference, beta=beta, label_smoothing=smoothing, kind=kind)
+    assert actual.item() == pytest.approx(loss, abs=1e-6)
+    actual.sum().backward()
+    slopes = [x.grad.item() for x in (*policy, *reference)]
+    assert slopes == pytest.approx([slope, -slope, -slope, slope], abs=1e-6)
+
+
+def dpo_by_the_papers(policy, reference, beta, smoothing, kind):
+    """One pair's loss, in probabilities, as the papers write it; (chosen, rejected) log-probabilities."""
+    ratio = np.exp(np.subtract(policy, reference))  # pi / pi_ref
+    if kind == "ipo":  # 2310.12036, Eq. 17: (h - 1 / (2 tau))^2
+        return (np.log(ratio[0] / ratio[1]) - 1 / (2 * beta)) ** 2
+    # 2305.18290: Bradley-Terry's probability that the chosen answer wins, the rewards being beta log ratio.
+    strengths = ratio**beta
+    preferred = strengths[0] / strengths.sum()
+    return -(1 - smoothing) * np.log(preferred) - smoothing * np.log(1 - preferred)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "smoothing"),
+    [
+        ("sigmoid", 0.1, 0.0),
+        ("sigmoid", 0.7, 0.2),
+        ("sigmoid", 2.0, 0.4),
+        ("ipo", 0.1, 0.0),
+        ("ipo", 1.0, 0.0),
+    ],
+)
+def test_dpo_loss_and_gradient_are_those_of_another_implementation(kind, beta, smoothing):
+    policy, reference = np.random.default_rng(0).normal(-5, 2, (2, 6, 2))
+    settings = {"beta": beta, "label_smoothing": smoothing, "kind": kind}
+    tensor = torch.tensor(policy, dtype=torch.float32, requires_grad=True)
+    losses = dpo_loss(*tensor.unbind(1), *torch.tensor(reference).float().unbind(1), **settings)
+    losses.sum().backward()
+    for pair in range(6):
+        expected = dpo_by_the_papers(policy[pair], reference[pair], beta, smoothing, kind)
+        assert losses[pair].item() == pytest.approx(expected, rel=1e-4)
+        for answer in range(2):
+            step = np.eye(2)[answer] * 1e-5
+            above, below = (
+                dpo_by_the_papers(policy[pair] + sign * step, reference[pair], beta, smoothing, kind)
+                for sign in (1, -1)
+            )
+            assert tensor.grad[pair, answer].item() == pytest.approx((above - below) / 2e-5, rel=1e-3)
+
+
+def test_dpo_loss_of_a_hopeless_pair_is_finite():
+    # beta h = -0.5 * 4000: the loss is its size, where exp() would be infinite.
+    far = torch.tensor([-1000.0]), torch.tensor([1000.0]), torch.tensor([1000.0]), torch.tensor([-1000.0])
+    assert dpo_loss(*far, beta=0.5).item() == 2000
+
+
+def test_dpo_figures_count_a_tie_half_and_have_one_gradient():
+    # Rewards at beta 0.5: chosen 1, 0, 0; rejected 0.5, 0, 1.
+    logprobs = torch.tensor([-1.0, -2, -3, -4, -5, -6], requires_grad=True)
+    reference = torch.tensor([-3.0, -2, -3, -5, -5, -8])
+    figures = dpo_figures(logprobs, reference, beta=0.5)
+    assert figures["chosen_reward"].tolist() == [1, 0, 0]
+    assert figures["rejected_reward"].tolist() == [0.5, 0, 1]
+    assert figures["reward_margin"].tolist() == [0.5, 0, -1]
+    assert figures["accuracy"].tolist() == [1, 0.5, 0]
+    assert figures["chosen_logprob"].tolist() == [-1, -2, -3]
+    assert figures["rejected_logprob"].tolist() == [-4, -5, -6]
+    assert [name for name, values in figures.items() if values.requires_grad] == ["loss"]
+
+
+def test_the_implicit_reward_of_the_reference_model_is_zero():
+    logprobs = torch.tensor([-0.1, -123.456])
+    assert implicit_reward(logprobs, logprobs.clone(), beta=0.3).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(("kind", "value"), [("k1", 0.6931472), ("k2", 0.2402265), ("k3", 0.1931472)])
 def test_kl_estimates_at_a_ratio_of_two(kind, value):
     assert kl_estimate(row(math.log(2)), row(0), kind).item() == pytest.approx(value)
