@@ -15,8 +15,9 @@ import torch
 import xxhash
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from dschat.data.cache import files_fingerprint
+from dschat.data.cache import files_fingerprint, fingerprint
 from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.distributed import current_device, is_main_process, max_across_ranks, print_once
 from dschat.errors import UserError
@@ -60,7 +61,7 @@ class Manifest:
     """The promises. Fingerprints and checksums are xxh3_128, 32 hex digits."""
 
     step: str
-    """What made the model: sft, reward, rlhf, or deepspeed-chat for a converted one."""
+    """What made the model: sft, reward, dpo, rlhf, or deepspeed-chat for a converted one."""
     head: Head
     tokenizer: str
     tokenizers_version: str
@@ -192,6 +193,15 @@ class Handover:
                 "its chat template",
                 "this run uses another one than the model was trained with; give every step the same",
             )
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the weights and the configuration, of a folder or of what the hub's cache holds.
+
+        Weights with a manifest have been verified, so that its checksums are not computed again.
+        """
+        config = cached_file(self.path, "config.json")
+        files = self.manifest.files if self.manifest else weight_checksums(Path(config).parent)
+        return fingerprint({"files": files, "config": files_fingerprint([Path(config)])})
 
     def score_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of the reward model's scores of its evaluation data.

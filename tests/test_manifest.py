@@ -294,7 +294,7 @@ def test_golden_rows_are_the_ends_of_the_first_rows():
 def test_the_card_says_what_made_the_model_in_front_matter_that_is_yaml(base, tmp_path):
     args = parse_arguments("sft", ["--model_name_or_path=org/base", "--data_path", "a|b.jsonl", "--seed=7"])
     rows = Dataset.from_dict({"input_ids": ROWS})
-    data = SplitData(train=rows, evaluation=rows.select([0]), num_rows={"a|b.jsonl": 12})
+    data = SplitData(train=rows, evaluation=rows.select([0]), num_rows={"a|b.jsonl": 12}, key="0")
     tokenizer = AutoTokenizer.from_pretrained(base)
     actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
     made = step_provenance(args, args.model, data, {"eval_loss": 1.23456789})

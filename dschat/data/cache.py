@@ -78,6 +78,11 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
+def kept(root: Path, key: str) -> Path | None:
+    """The folder root/key where it is there and whole."""
+    return root / key if _is_whole(root / key) else None
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether every file that was built is there in its size; others may have come since."""
     try:

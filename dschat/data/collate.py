@@ -14,6 +14,9 @@ from torch import Tensor
 
 Batch = TypeVar("Batch", "SftBatch", "PairBatch", "PromptBatch")
 
+REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
+"""What `dschat.reference` adds to pairs: their answers' log-probabilities, in nats."""
+
 
 @dataclass(frozen=True)
 class SftBatch:
@@ -41,6 +44,8 @@ class PairBatch:
     """[2B, L] int64."""
     attention_mask: Tensor
     """[2B, L] int64: 1 on tokens, 0 on padding."""
+    answer_mask: Tensor
+    """[2B, L] bool: True on the tokens of the answer, its end token included; never on the first of a row."""
     pair_mask: Tensor
     """[B] float32: 1 for a pair, 0 for a filler."""
     weights: Tensor
@@ -49,6 +54,8 @@ class PairBatch:
     """[B] float32: by how much the chosen answer is to be better."""
     denominator: float
     """The sum of the weights in the whole optimiser step, over all ranks and micro-batches."""
+    ref_logprobs: Tensor | None = None
+    """[2B] float32: the reference model's log-probability of each answer, where the rows have it (DPO)."""
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The batch on that device."""
@@ -86,16 +93,30 @@ def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: in
 
 
 def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> PairBatch:
-    """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together."""
+    """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together.
+
+    REFERENCE_COLUMNS, where the rows have them, become the batch's `ref_logprobs`.
+    """
     halves = [_filled(rows[name], num_rows, pad_id) for name in ("chosen_ids", "rejected_ids")]
     flat, lengths = (np.concatenate(parts) for parts in zip(*halves, strict=True))
     input_ids, attention_mask = _padded(flat, lengths, pad_id)
-    pair_mask = (torch.arange(num_rows) < rows.num_rows).float()
-    weights, margins = (
-        torch.from_numpy(_extended(rows[name], num_rows, 0.0)).float() for name in ("weight", "margin")
-    )
+    # Nothing precedes the first token, so nothing can predict it; a filler has no other.
+    starts = np.tile(np.maximum(_extended(rows["prompt_length"], num_rows, 1), 1), 2)
+    answer_mask = attention_mask & (np.arange(attention_mask.shape[1]) >= starts[:, None])
+
+    def numbers(name: str) -> Tensor:
+        return torch.from_numpy(_extended(rows[name], num_rows, 0.0)).float()
+
+    has_reference = set(REFERENCE_COLUMNS) <= set(rows.column_names)
     return PairBatch(
-        _integers(input_ids), _integers(attention_mask), pair_mask, weights, margins, denominator
+        input_ids=_integers(input_ids),
+        attention_mask=_integers(attention_mask),
+        answer_mask=torch.from_numpy(answer_mask),
+        pair_mask=(torch.arange(num_rows) < rows.num_rows).float(),
+        weights=numbers("weight"),
+        margins=numbers("margin"),
+        denominator=denominator,
+        ref_logprobs=torch.cat([numbers(name) for name in REFERENCE_COLUMNS]) if has_reference else None,
     )
 
 

@@ -55,11 +55,20 @@ class TrainLoader:
         """Choose the order of the epoch that is iterated next."""
         self.epoch = epoch
 
+    def rows(self) -> Iterator[np.ndarray]:
+        """The row numbers of each micro-batch of this rank, without fillers."""
+        return (rows for rows, _ in self._micro_batches())
+
     def __iter__(self) -> Iterator[Any]:
+        for rows, denominator in self._micro_batches():
+            yield self.collate(self.dataset[rows], self.batch_size, denominator)
+
+    def _micro_batches(self) -> Iterator[tuple[np.ndarray, float]]:
+        """The rows of each micro-batch of this rank, and what its optimiser step counts."""
         for step in step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch)):
             denominator = float(self.weights[step].sum(dtype=np.float64))
             for rows in _dealt(step, self.batch_size, self.accumulation_steps, self.rank, self.world_size):
-                yield self.collate(self.dataset[rows], self.batch_size, denominator)
+                yield rows, denominator
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,12 @@ class EvalLoader:
     def __len__(self) -> int:
         return -(-len(self.order) // (self.batch_size * self.world_size))
 
+    def rows(self) -> Iterator[np.ndarray]:
+        """The row numbers of each batch of this rank, without fillers."""
+        return _dealt(self.order, self.batch_size, len(self), self.rank, self.world_size)
+
     def __iter__(self) -> Iterator[Any]:
-        for rows in _dealt(self.order, self.batch_size, len(self), self.rank, self.world_size):
+        for rows in self.rows():
             yield self.collate(self.dataset[rows], self.batch_size, 1.0)
 
 

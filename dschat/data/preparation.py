@@ -41,7 +41,7 @@ from dschat.data.tokenization import (
 )
 from dschat.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
 REASONS = {
@@ -60,6 +60,8 @@ class SplitData:
     evaluation: Dataset
     num_rows: dict[str, int]
     """Rows of each source, those included that were dropped or went to other steps."""
+    key: str
+    """The fingerprint of all that shaped the rows and their order."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,8 @@ def _prepare(
     if int(os.environ.get("RANK", 0)) == 0:
         print(_describe(report, task, sources.all, folder), flush=True)
     counts = zip(sources.all, report["sources"], strict=True)
-    return SplitData(train, evaluation, {source.name: count["rows"] for source, count in counts})
+    num_rows = {source.name: count["rows"] for source, count in counts}
+    return SplitData(train, evaluation, num_rows, key)
 
 
 def _build(

@@ -46,6 +46,7 @@ SFT_COLUMNS = {
 PAIR_COLUMNS = {
     "chosen_ids": Tokens(Value("int32")),
     "rejected_ids": Tokens(Value("int32")),
+    "prompt_length": Value("int32"),
     "group": Value("int32"),
     "margin": Value("float32"),
 }
@@ -97,8 +98,8 @@ def tokenize_pairs(
     groups: np.ndarray | None = None,
     num_proc: int = 1,
 ) -> Tokenized:
-    """Columns chosen_ids, rejected_ids (the same prompt and an answer each), margin, length, of the longer
-    one, and weight: a row for every pair of answers.
+    """Columns chosen_ids, rejected_ids (the same prompt and an answer each), prompt_length (the tokens before
+    both answers), margin, length, of the longer one, and weight: a row for every pair of answers.
 
     Shortened as in `tokenize_sft`; pairs whose answers are then equal are dropped. What is left of the pairs
     of one group weighs 1 together; `groups` [N] numbers each row's from 0, by default a row is a group.
@@ -419,7 +420,7 @@ def _pair_batch(
             length = len(fitted.prompt) + max(len(chosen), len(rejected))
             pair = (fitted.prompt + chosen, fitted.prompt + rejected)
             values = (int(groups[indices[i]]), batch["margin"][i], length, len(row.prompt), fate)
-            table.append((*pair, *values))
+            table.append((*pair, len(fitted.prompt), *values))
     return _columns(table, PAIR_COLUMNS)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint
+from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint, kept
 from dschat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,14 @@ def test_a_result_is_built_once_and_found_afterwards(tmp_path):
         folder = cached(tmp_path, "key", lambda place: builds.append((place / "x").write_text("1")))
         assert (folder / "x").read_text() == "1"
     assert len(builds) == 1
+
+
+def test_what_is_kept_is_told_without_building_it(tmp_path):
+    assert kept(tmp_path, "key") is None
+    folder = cached(tmp_path, "key", lambda place: (place / "x").write_text("12"))
+    assert kept(tmp_path, "key") == folder
+    (folder / "x").write_text("1")
+    assert kept(tmp_path, "key") is None, "it was cut short"
 
 
 def test_processes_that_start_together_build_once(tmp_path):

@@ -125,7 +125,7 @@ def test_both_answers_of_a_pair_follow_the_same_cut_prompt(plain):
     row = only(tokenize_pairs(rows((PROMPT, CHOSEN, REJECTED)), plain, max_seq_len=6))
     assert decoded(plain, row["chosen_ids"]) == "34567$"
     assert decoded(plain, row["rejected_ids"]) == "3489$"
-    assert row["length"] == 6
+    assert (row["length"], row["prompt_length"]) == (6, 2)
 
 
 def test_pairs_that_are_equal_or_become_so_are_dropped_and_counted(plain):
@@ -357,7 +357,7 @@ def test_the_pairs_of_a_group_weigh_1_together_across_rows_and_drops():
 
 def test_no_pairs_are_no_rows_of_the_same_columns():
     rows = comparison_rows(ranked(("2", "3")), ranked(("5", "5")))
-    columns = {"chosen_ids", "rejected_ids", "weight", "margin", "length"}
+    columns = {"chosen_ids", "rejected_ids", "prompt_length", "weight", "margin", "length"}
     for some in ([0], [1], []):
         tokenized = tokenize_pairs(rows.select(some), chat(), max_seq_len=16)
         assert len(tokenized.rows) == (some == [0])
@@ -404,6 +404,7 @@ def test_whatever_is_too_long_keeps_the_end_of_the_conversation_and_the_end_toke
     for row in tokenize_pairs(rows, chat(bos), max_seq_len=max_tokens).rows.to_list():
         texts = [shown(chat(bos), row[name]) for name in ("chosen_ids", "rejected_ids")]
         assert len({text[: text.rindex("A")] for text in texts}) == 1
+        assert {text.rindex("A") + 1 for text in texts} == {row["prompt_length"]}
         assert max(map(len, texts)) == row["length"] <= max_tokens
         assert all(text.endswith("$") and not text.endswith("$$") for text in texts)
 
