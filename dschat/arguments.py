@@ -200,8 +200,8 @@ class OptimizerArguments:
     only_optimize_lora: bool = flag(
         False,
         "Train the adapters (and a reward model's head) alone; without it also what they do not cover: "
-        "embeddings, norms, biases. A model without adapters is trained whole. In step 3 an actor with "
-        "nothing but adapters to train is its own reference.",
+        "embeddings, norms, biases. A model without adapters is trained whole. In step 3 and in DPO a model "
+        "with nothing but adapters to train is its own reference.",
     )
 
     def __post_init__(self) -> None:
@@ -277,6 +277,42 @@ class RewardOptions:
     num_padding_at_beginning: int | None = flag(
         None, "Accepted for old scripts and not needed: padding is told by masks."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoOptions:
+    """DPO's own settings, https://arxiv.org/abs/2305.18290."""
+
+    beta: float = flag(
+        0.1, "How strongly the policy is held to the reference model; ipo aims at a lead of 1 / (2 beta)."
+    )
+    label_smoothing: float = flag(
+        0.0, "Share of the pairs taken to be labelled the wrong way round (cDPO); for sigmoid alone."
+    )
+    loss_type: Literal["sigmoid", "ipo"] = flag(
+        "sigmoid",
+        "DPO's logistic loss, of log-probabilities summed over an answer, or IPO's squared one, of means a "
+        "token.",
+    )
+    offload_reference_model: bool = flag(
+        False,
+        "Keep the reference model's weights in CPU memory (ZeRO stage 3) while its log-probabilities are "
+        "computed; it is not in memory after that.",
+    )
+    print_loss: bool = flag(False, "Print the loss of every optimiser step.")
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, f"--beta must be positive, got {self.beta}; 0.1 is usual.")
+        require(
+            0 <= self.label_smoothing < 0.5,
+            f"--label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: where half the labels are "
+            "wrong there is nothing to learn.",
+        )
+        require(
+            self.label_smoothing == 0 or self.loss_type == "sigmoid",
+            f"--label_smoothing {self.label_smoothing} is no part of --loss_type {self.loss_type}; leave one "
+            "of them out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +488,28 @@ class RewardArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DpoArguments:
+    """DPO on the pairs of step 2, in place of steps 2 and 3."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments, learning_rate=5e-7, lora_learning_rate=5e-6)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    dpo: DpoOptions = group(DpoOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        require(
+            not self.dpo.offload_reference_model or self.model.zero_stage == 3,
+            "--offload_reference_model needs --zero_stage 3: a smaller stage shards no weights.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlhfArguments:
     """Step 3."""
 
@@ -551,10 +609,12 @@ class InspectArguments:
 STEPS: dict[str, type] = {
     "sft": SftArguments,
     "reward": RewardArguments,
+    "dpo": DpoArguments,
     "rlhf": RlhfArguments,
     "inspect": InspectArguments,
 }
-StepArguments = SftArguments | RewardArguments | RlhfArguments
+StepArguments = SftArguments | RewardArguments | DpoArguments | RlhfArguments
+SupervisedArguments = SftArguments | RewardArguments | DpoArguments
 
 
 class FlagParser(HfArgumentParser):
@@ -589,7 +649,7 @@ def _flat_class(part: dataclasses.Field) -> type:
 
 
 def parse_arguments(
-    step: Literal["sft", "reward", "rlhf", "inspect"], argv: Sequence[str] | None = None
+    step: Literal["sft", "reward", "dpo", "rlhf", "inspect"], argv: Sequence[str] | None = None
 ) -> StepArguments | InspectArguments:
     """The arguments of a step from the command line (`sys.argv` by default).
 

@@ -12,7 +12,14 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 
-from dschat.arguments import ModelArguments, RewardArguments, SftArguments, StepArguments, changed_flags
+from dschat.arguments import (
+    DpoArguments,
+    ModelArguments,
+    RewardArguments,
+    SftArguments,
+    StepArguments,
+    changed_flags,
+)
 from dschat.data.preparation import SplitData
 from dschat.manifest import Head
 
@@ -25,6 +32,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "pe
 TITLES = {
     "sft": "supervised fine-tuning (step 1)",
     "reward": "reward modelling (step 2)",
+    "dpo": "direct preference optimisation (DPO)",
     "rlhf": "PPO (step 3)",
     "deepspeed-chat": "conversion from DeepSpeed-Chat",
 }
@@ -48,7 +56,7 @@ class Provenance:
     """Where a model comes from: what its files cannot tell."""
 
     step: str
-    """sft, reward, rlhf, or deepspeed-chat for a converted model."""
+    """sft, reward, dpo, rlhf, or deepspeed-chat for a converted model."""
     base_model: str
     golden_inputs: list[list[int]]
     """Rows of token ids on which the model's outputs are promised."""
@@ -72,7 +80,7 @@ def step_provenance(
     head: Head | None = None,
 ) -> Provenance:
     """The provenance of the model that a step started as `trained` says, and ended with `figures`."""
-    steps = {SftArguments: "sft", RewardArguments: "reward"}
+    steps = {SftArguments: "sft", RewardArguments: "reward", DpoArguments: "dpo"}
     return Provenance(
         step=steps.get(type(arguments), "rlhf"),
         base_model=trained.model_name_or_path,

@@ -30,7 +30,11 @@ def test_actor_and_critic_flags_are_the_model_flags_with_a_prefix():
 
 @pytest.mark.parametrize(
     ("step", "required", "learning_rate"),
-    [("sft", "--model_name_or_path", 1e-5), ("reward", "--model_name_or_path", 9e-6)],
+    [
+        ("sft", "--model_name_or_path", 1e-5),
+        ("reward", "--model_name_or_path", 9e-6),
+        ("dpo", "--model_name_or_path", 5e-7),
+    ],
 )
 def test_steps_have_defaults_of_their_own(step, required, learning_rate):
     args = parse_arguments(step, [required, "m"])
@@ -130,6 +134,25 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
 def test_a_setting_that_cannot_work_names_flag_value_and_remedy(argv, parts):
     with pytest.raises(UserError) as error:
         rlhf(*argv)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--beta", "0"], ["--beta", "positive", "0.1"]),
+        (["--label_smoothing", "0.5"], ["--label_smoothing", "[0, 0.5)"]),
+        (["--label_smoothing", "0.1", "--loss_type", "ipo"], ["--label_smoothing 0.1", "--loss_type ipo"]),
+        (["--loss_type", "hinge"], ["--loss_type", "hinge", "ipo"]),
+        (["--offload_reference_model", "--zero_stage", "2"], ["--offload_reference_model", "--zero_stage 3"]),
+        (["--offload"], ["--offload", "--zero_stage 2"]),
+        (["--only_optimize_lora"], ["--only_optimize_lora", "--lora_dim"]),
+    ],
+)
+def test_a_setting_of_dpo_that_cannot_work_is_named(argv, parts):
+    with pytest.raises(UserError) as error:
+        parse_arguments("dpo", ["--model_name_or_path", "m", *argv])
     for part in parts:
         assert part in str(error.value)
 
