@@ -107,6 +107,20 @@ def build_frozen_engine(model: nn.Module, *, config: dict) -> DeepSpeedEngine:
     return engine
 
 
+def free_frozen_engine(engine: DeepSpeedEngine) -> None:
+    """Give back the memory of a frozen engine's weights; it is of no use after that.
+
+    DeepSpeed 0.19 keeps the module of a ZeRO-3 engine in a global list for good, so that dropping the engine
+    would free nothing: its weights are emptied in place.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for weight in (parameter, getattr(parameter, "ds_tensor", None)):
+            if weight is not None:
+                weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    get_accelerator().empty_cache()
+
+
 def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """Backward and, at the accumulation boundary, the optimiser step.
 

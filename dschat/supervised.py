@@ -1,4 +1,4 @@
-"""What steps 1 and 2 share: epochs over rows, with an evaluation before, during and after.
+"""What steps 1 and 2 and DPO share: epochs over rows, with an evaluation before, during and after.
 
 A step brings two functions: `shares_of(batch)`, one micro-batch's shares of the optimiser step's figures, the
 loss among them; and `evaluate(loader)`, the figures of an evaluation.
@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dschat.arguments import RewardArguments, SftArguments
+from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
 from dschat.data.loaders import (
     Collate,
     EvalLoader,
@@ -21,15 +23,27 @@ from dschat.data.loaders import (
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
 from dschat.distributed import is_main_process, rank, sum_across_ranks, world_size
-from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
+from dschat.engines import (
+    DeepSpeedEngine,
+    build_trained_engine,
+    gradient_norm,
+    learning_rate,
+    train_config,
+    train_on,
+)
+from dschat.losses import token_logprobs
 from dschat.metrics import MetricsLogger
+from dschat.models.factory import create_hf_model
 
 Figures = dict[str, float]
+
+NUM_SHOWN = 3
+"""Figures that fit beside the progress bar."""
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """The batches of steps 1 and 2 on this rank."""
+    """The batches of a step on this rank."""
 
     train: TrainLoader
     evaluation: EvalLoader
@@ -44,7 +58,7 @@ class Loaders:
         )
 
 
-def build_loaders(data: SplitData, collate: Collate, args: SftArguments | RewardArguments) -> Loaders:
+def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) -> Loaders:
     """Loaders over the data of a step; `collate` has its padding token filled in."""
     place = {"rank": rank(), "world_size": world_size()}
     eval_size = args.batch.per_device_eval_batch_size
@@ -64,10 +78,42 @@ def build_loaders(data: SplitData, collate: Collate, args: SftArguments | Reward
     )
 
 
+def build_language_model(
+    args: SftArguments | DpoArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
+) -> DeepSpeedEngine:
+    """The language model to be trained, in its engine."""
+    config = train_config(
+        args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
+    )
+    model = create_hf_model(
+        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
+    )
+    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    return build_trained_engine(
+        model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
+    )
+
+
+def logprobs_at(engine: DeepSpeedEngine, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the tokens that `mask` marks, 0 elsewhere; never of a row's first. All [B, L].
+
+    Logits are computed from the first marked column on: what stands before it needs none.
+    """
+    first = max(1, int(mask.any(dim=0).int().argmax()))
+    logits = engine(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        logits_to_keep=torch.arange(first - 1, input_ids.shape[1] - 1, device=input_ids.device),
+        use_cache=False,
+    ).logits
+    logprobs = F.pad(token_logprobs(logits, input_ids[:, first:]), (first, 0))
+    return torch.where(mask, logprobs, 0)
+
+
 def train_epochs(
     engine: DeepSpeedEngine,
     loaders: Loaders,
-    args: SftArguments | RewardArguments,
+    args: SupervisedArguments,
     *,
     description: str,
     shares_of: Callable[..., dict[str, Tensor]],
@@ -97,7 +143,7 @@ def train_epochs(
         for shares in _optimizer_steps(engine, loaders.train, shares_of):
             step += 1
             values = {"learning_rate": learning_rate(engine), "grad_norm": gradient_norm(engine)}
-            metrics.log(step, show=tuple(shares), **shares, **values)
+            metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
             metrics.advance()
             if print_loss:
                 metrics.say(f"step {step}: loss {shares['loss']:.4f}")

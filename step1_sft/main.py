@@ -22,7 +22,7 @@ import time
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dschat.checkpoint import export_model
 from dschat.data.collate import SftBatch, collate_sft
@@ -36,15 +36,15 @@ from dschat.distributed import (
     setup,
     sum_across_ranks,
 )
-from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
-from dschat.losses import masked_mean, token_logprobs
+from dschat.engines import DeepSpeedEngine
+from dschat.losses import masked_mean
 from dschat.manifest import receive_model
 from dschat.model_card import step_provenance
-from dschat.models.factory import check_positions, create_hf_model
+from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
-from dschat.supervised import Loaders, build_loaders, train_epochs
+from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
 
 
 def main(args: SftArguments) -> None:
@@ -62,7 +62,7 @@ def main(args: SftArguments) -> None:
     if is_main_process():
         start_run(args)
     seed_everything(args.run.seed)
-    engine = build_engine(args, tokenizer, loaders)
+    engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)
     start = time.perf_counter()
     figures = train_epochs(
@@ -95,34 +95,10 @@ def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitDa
     )
 
 
-def build_engine(args: SftArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders) -> DeepSpeedEngine:
-    """The model in its engine."""
-    config = train_config(
-        args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
-    )
-    model = create_hf_model(
-        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
-    )
-    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
-    return build_trained_engine(
-        model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
-    )
-
-
 def answer_loss(engine: DeepSpeedEngine, batch: SftBatch, *, denominator: float) -> Tensor:
-    """Negative log-likelihood of the tokens to be learned, summed and divided by `denominator`. -> scalar.
-
-    Logits are computed from the first of these tokens on: the prompts before it need none.
-    """
-    first = max(1, int(batch.loss_mask.any(dim=0).int().argmax()))
-    logits = engine(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=torch.arange(first - 1, batch.input_ids.shape[1] - 1, device=engine.device),
-        use_cache=False,
-    ).logits
-    logprobs = token_logprobs(logits, batch.input_ids[:, first:])
-    return masked_mean(-logprobs, batch.loss_mask[:, first:], denominator=denominator)
+    """Negative log-likelihood of the tokens to be learned, summed and divided by `denominator`. -> scalar."""
+    logprobs = logprobs_at(engine, batch.input_ids, batch.attention_mask, batch.loss_mask)
+    return masked_mean(-logprobs, batch.loss_mask, denominator=denominator)
 
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:

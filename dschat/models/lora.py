@@ -104,6 +104,11 @@ def trains_adapters_only(model: nn.Module) -> bool:
     return lora_config(model) is not None and all(map(is_adapter, trained))
 
 
+def will_train_adapters_only(args: ModelArguments, *, only_optimize_lora: bool) -> bool:
+    """What `trains_adapters_only` will say of a language model once it has these adapters."""
+    return args.uses_lora and only_optimize_lora and _wanted(args).bias == "none"
+
+
 def trains_more_than_adapters(model: nn.Module) -> bool:
     """Whether weights are trained that `save_adapter` does not write: embeddings, norms, other biases."""
     config = lora_config(model)

@@ -20,6 +20,7 @@ from dschat.models.lora import (
     is_adapter,
     merge_lora,
     trains_adapters_only,
+    will_train_adapters_only,
 )
 from dschat.models.reward_model import RewardModel, enable_gradient_checkpointing
 
@@ -294,12 +295,15 @@ def test_rank_and_scale_of_a_file_reach_the_layers(opt_projected, tmp_path):
 )
 def test_biases_are_trained_as_the_file_says(bias, names, opt_projected, tmp_path):
     model = causal(opt_projected)
-    add_lora(model, from_file(tmp_path, target_modules=["fc1"], bias=bias), only_optimize_lora=True)
+    args = from_file(tmp_path, target_modules=["fc1"], bias=bias)
+    add_lora(model, args, only_optimize_lora=True)
     biases = {name for name in trained(model) if not is_adapter(name)}
     expected = {n for n, _ in model.named_parameters() if n.endswith(".bias") and n.endswith(tuple(names))}
     assert biases == expected
     assert bool(expected) is bool(names)
     assert trains_adapters_only(model) is (bias == "none")
+    assert will_train_adapters_only(args, only_optimize_lora=True) is (bias == "none")
+    assert not will_train_adapters_only(args, only_optimize_lora=False)
 
 
 @pytest.fixture
