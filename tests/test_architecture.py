@@ -11,7 +11,7 @@ PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
     0: ("errors", "arguments", "losses", "distributed", "throughput"),
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "memory"),
-    2: ("engines", "checkpoint", "manifest", "model_card", "supervised"),
+    2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference"),
     3: ("rlhf",),
     4: ("utils",),
 }
@@ -86,7 +86,7 @@ def test_flags_are_declared_without_torch():
 
 
 @pytest.mark.parametrize(
-    "path", sources("step1_sft", "step2_reward", "step3_ppo"), ids=lambda p: p.parent.name
+    "path", sources("step1_sft", "step2_reward", "step3_ppo"), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_a_program_is_a_short_table_of_contents(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 150

@@ -15,6 +15,7 @@ from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 SFT, REWARD, PPO = (ROOT / name / "main.py" for name in ("step1_sft", "step2_reward", "step3_ppo"))
+DPO = ROOT / "step2_reward" / "dpo.py"
 PROMISED_METRICS = {
     "step",
     "score",
@@ -306,6 +307,11 @@ BAD_INPUT = {
         ["--critic_model_name_or_path={folder}/base"],
         ["--critic_model_name_or_path", "score.weight", "step 2"],
     ),
+    "a reward model for DPO": (
+        DPO,
+        ["--model_name_or_path={bad}/reward"],
+        ["--model_name_or_path", "is a reward model"],
+    ),
     "a mistyped folder": (
         PPO,
         ["--critic_model_name_or_path=base/nothere"],
@@ -384,7 +390,9 @@ def test_debug_shows_the_traceback(folder):
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("program", [SFT, REWARD, PPO], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "program", [SFT, REWARD, DPO, PPO], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_help_answers_without_torch(program):
     code = (
         "import runpy, sys\n"

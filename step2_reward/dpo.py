@@ -1,0 +1,148 @@
+"""DPO: train a language model on pairs of a chosen and a rejected answer, in place of steps 2 and 3.
+
+python step2_reward/dpo.py --model_name_or_path SFT_MODEL --data_path pairs.jsonl --output_dir output/dpo
+On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dschat.arguments import DpoArguments, parse_arguments
+from dschat.errors import readable_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+    with readable_errors():
+        ARGS = parse_arguments("dpo")
+
+import functools
+import math
+import time
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dschat import distributed
+from dschat.checkpoint import export_model
+from dschat.data.collate import PairBatch, collate_pairs
+from dschat.data.loaders import EvalLoader
+from dschat.data.preparation import SplitData, reward_data
+from dschat.data.tokenization import column
+from dschat.engines import DeepSpeedEngine
+from dschat.losses import dpo_figures
+from dschat.manifest import Handover, receive_model
+from dschat.model_card import step_provenance
+from dschat.models.factory import check_positions
+from dschat.models.lora import check_adapters, will_train_adapters_only
+from dschat.models.tokenizer import load_tokenizer
+from dschat.reference import (
+    ReferenceStore,
+    answer_logprobs,
+    reference_of_copy,
+    reference_of_policy,
+    with_reference,
+)
+from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
+
+
+def main(args: DpoArguments) -> None:
+    """The step from flags to the saved model."""
+    distributed.check_precision(args.run.dtype, args.run.offload)
+    base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
+    check_adapters(language=args.model)
+    check_run_folder(args.run)
+    tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
+    base.check_template(tokenizer)
+    data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
+    collate = functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id)
+    loaders = build_loaders(data, collate, args)
+    check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
+    store = ReferenceStore.open(args, base, data)
+
+    distributed.setup(args.run.local_rank)
+    if distributed.is_main_process():
+        start_run(args)
+    if column(data.train, "margin").any():
+        distributed.print_once("note: the data has margins, which DPO does not use.")
+    distributed.seed_everything(args.run.seed)
+    engine, data = build_policy(args, tokenizer, base, store, data, loaders)
+    base.check_outputs(engine)
+    start = time.perf_counter()
+    figures = train_epochs(
+        engine,
+        build_loaders(data, collate, args),
+        args,
+        description="DPO",
+        shares_of=lambda batch: training_shares(engine, batch, args),
+        evaluate=lambda loader: evaluate(engine, loader, args),
+        print_loss=args.dpo.print_loss,
+    )
+    seconds = time.perf_counter() - start
+    if args.run.output_dir:
+        provenance = step_provenance(args, args.model, data, figures)
+        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
+    if distributed.is_main_process():
+        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
+        write_summary(args.run.output_dir, {"step": "dpo", **figures, **counts, "seconds": seconds})
+
+
+def build_policy(
+    args: DpoArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Handover,
+    store: ReferenceStore,
+    data: SplitData,
+    loaders: Loaders,
+) -> tuple[DeepSpeedEngine, SplitData]:
+    """The model in its engine, and the pairs with what the reference model says of them."""
+    if will_train_adapters_only(args.model, only_optimize_lora=args.optimizer.only_optimize_lora):
+        engine = build_language_model(args, tokenizer, loaders)
+        return engine, with_reference(data, store, lambda: reference_of_policy(args, engine, loaders))
+    # The copy is gone before the policy and its optimiser come.
+    data = with_reference(data, store, lambda: reference_of_copy(args, tokenizer, base, loaders))
+    return build_language_model(args, tokenizer, loaders), data
+
+
+def judge(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict[str, Tensor]:
+    """Loss, implicit rewards and log-probabilities of each pair, [B]; with ipo the latter are a token's."""
+    is_mean = args.dpo.loss_type == "ipo"
+    num_tokens = batch.answer_mask.sum(dim=1).clamp(min=1) if is_mean else 1
+    return dpo_figures(
+        answer_logprobs(engine, batch) / num_tokens,
+        batch.ref_logprobs / num_tokens,
+        beta=args.dpo.beta,
+        label_smoothing=args.dpo.label_smoothing,
+        kind=args.dpo.loss_type,
+    )
+
+
+def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict[str, Tensor]:
+    """A micro-batch's shares of the optimiser step's figures; the pairs of a prompt weigh 1 together."""
+    judged = judge(engine, batch, args)
+    return {name: (values * batch.weights).sum() / batch.denominator for name, values in judged.items()}
+
+
+def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) -> dict[str, float]:
+    """The loss, weighted as in training, and the other figures over all pairs of all ranks."""
+    sums = torch.zeros(10, device=engine.device, dtype=torch.float64)
+    for batch in loader:
+        batch = batch.to(engine.device)
+        judged = judge(engine, batch, args)
+        sums[:2] += torch.stack([(judged.pop("loss") * batch.weights).sum(), batch.weights.sum()])
+        columns = [batch.pair_mask, judged["accuracy"] ** 2, *judged.values()]
+        sums[2:] += (torch.stack(columns).double() * batch.pair_mask).sum(dim=1)
+    loss, weight, num_pairs, squares, *totals = distributed.sum_across_ranks(sums).tolist()
+    if num_pairs == 0:
+        return {}
+    means = {f"eval_{name}": total / num_pairs for name, total in zip(judged, totals, strict=True)}
+    variance = max(squares / num_pairs - means["eval_accuracy"] ** 2, 0.0)
+    return {"eval_loss": loss / weight, **means, "eval_accuracy_stderr": math.sqrt(variance / num_pairs)}
+
+
+if __name__ == "__main__":
+    with readable_errors(ARGS.run.debug):
+        main(ARGS)
+        distributed.leave()
