@@ -18,6 +18,15 @@ demo_reward=(
     --learning_rate 5e-4
     --num_warmup_steps 10
 )
+demo_dpo=(
+    --max_seq_len 64
+    --per_device_train_batch_size 32
+    --per_device_eval_batch_size 100
+    --num_train_epochs 1
+    --learning_rate 3e-5
+    --beta 0.5
+    --num_warmup_steps 10
+)
 demo_ppo=(
     --max_prompt_seq_len 40
     --max_answer_seq_len 20

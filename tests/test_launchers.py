@@ -17,6 +17,10 @@ printf '%s\\0' "$@" >"$STUB_LOG"
 """
 
 
+def is_dpo(path: Path) -> bool:
+    return path.name.startswith("run_dpo_")
+
+
 def name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
@@ -56,10 +60,13 @@ def test_a_launcher_starts_its_step_with_flags_that_exist(path, finished):
     result = run(path, finished, "--seed", "77")
     assert result.returncode == 0, result.stderr
     argv = started(finished)
-    main = argv.index(str(path.parent / "main.py"))
-    arguments = parse_arguments(STEPS[path.parent.name], argv[main + 1 :])
+    program, step, folder = "main.py", STEPS[path.parent.name], path.parent.name
+    if is_dpo(path):
+        program, step, folder = "dpo.py", "dpo", "step2_dpo"
+    main = argv.index(str(path.parent / program))
+    arguments = parse_arguments(step, argv[main + 1 :])
     assert arguments.run.seed == 77, "flags given to the launcher come last and win"
-    assert arguments.run.output_dir == str(finished / "out put" / path.parent.name)
+    assert arguments.run.output_dir == str(finished / "out put" / folder)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name)
@@ -71,11 +78,25 @@ def test_a_launcher_is_strict_and_says_how_to_run_it(path):
     assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", [p for p in LAUNCHERS if p.name == "run_demo.sh"][1:], ids=name)
+@pytest.mark.parametrize("path", [p for p in LAUNCHERS if p.name.endswith("demo.sh")][1:], ids=name)
 def test_a_demo_step_without_its_predecessor_says_what_to_run_first(path, tmp_path):
     result = run(path, tmp_path)
     assert result.returncode == 2
     assert "run bash step1_sft/run_demo.sh first" in result.stderr
+
+
+def test_dpo_starts_from_what_step_1_writes_on_the_pairs_of_step_2(tmp_path):
+    recipe = "llama_8b_single_node_lora.sh"
+    shared = []
+    for program, file in (("main.py", f"run_{recipe}"), ("dpo.py", f"run_dpo_{recipe}")):
+        assert run(ROOT / "step2_reward" / file, tmp_path).returncode == 0
+        argv = started(tmp_path)
+        step = {"main.py": "reward", "dpo.py": "dpo"}[program]
+        flags = argv[argv.index(str(ROOT / "step2_reward" / program)) + 1 :]
+        arguments = parse_arguments(step, flags)
+        shared.append([arguments.data, arguments.run.seed, arguments.batch.max_seq_len])
+    assert shared[0] == shared[1]
+    assert arguments.model.model_name_or_path == str(tmp_path / "out put" / "step1_sft")
 
 
 def test_the_steps_of_a_recipe_fit_together(tmp_path):
