@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STEPS = {
     "step1_sft/main.py": "sft",
     "step2_reward/main.py": "reward",
+    "step2_reward/dpo.py": "dpo",
     "step3_ppo/main.py": "rlhf",
     "scripts/inspect_data.py": "inspect",
 }
