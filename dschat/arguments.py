@@ -349,6 +349,18 @@ class PpoArguments:
     per_device_training_batch_size: int = flag(16, "Answers a rank trains on at once.")
     ppo_epochs: int = flag(1, "Passes over each batch of experience.")
     kl_coef: float = flag(0.1, "Weight of the KL penalty per token against the reference model.")
+    kl_target: float | None = flag(
+        None, "KL in nats an answer towards which --kl_coef is steered after each PPO step; default: held."
+    )
+    kl_horizon: int = flag(10_000, "Answers over which that steering works: more steer more slowly.")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = flag(
+        None,
+        "Estimate of the KL that is penalised: log-ratio, half its square, or exp(-k1) - 1 + k1; default: k1 "
+        "in the rewards, k3 in the loss.",
+    )
+    kl_in: Literal["reward", "loss"] | None = flag(
+        None, "Where the KL penalty stands: in the rewards of tokens (default) or in the actor's loss."
+    )
     ratio_clip: float = flag(0.2, "Clip range of the policy ratio.")
     value_clip: float = flag(0.2, "Clip range of the value around its old prediction.")
     gamma: float = flag(1.0, "Discount of later rewards.")
@@ -363,7 +375,34 @@ class PpoArguments:
     enable_ema: bool = flag(False, "Keep a moving average of the actor and save it as actor_ema.")
     ema_decay: float = flag(0.992, "Decay of the moving average per optimiser step.")
 
+    @property
+    def has_kl_loss(self) -> bool:
+        """Whether the KL penalty is a term of the actor's loss and not of the rewards."""
+        return self.kl_in == "loss"
+
+    @property
+    def penalised_kl(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator of the KL penalty."""
+        return self.kl_estimator or ("k3" if self.has_kl_loss else "k1")
+
+    def _check_kl(self) -> None:
+        require_at_least(1, self, "kl_horizon")
+        require(
+            self.kl_target is None or self.kl_target > 0,
+            f"--kl_target must be positive, got {self.kl_target}; 1 to 6 nats an answer are usual.",
+        )
+        require(
+            self.kl_target is None or self.kl_coef > 0,
+            "--kl_target multiplies --kl_coef, which must be positive to begin with, got 0; 0.1 is usual.",
+        )
+        if self.has_kl_loss and self.penalised_kl == "k1" and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                "note: --kl_estimator k1 with --kl_in loss has a gradient that is zero on average and holds "
+                "nothing back; k2 and k3 do."
+            )
+
     def __post_init__(self) -> None:
+        self._check_kl()
         require_at_least(1, self, "per_device_training_batch_size", "ppo_epochs")
         require_at_least(0, self, "kl_coef", "reward_clip", "missing_eos_penalty")
         require(

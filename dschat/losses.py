@@ -157,7 +157,10 @@ def dpo_figures(
     }
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlEstimator) -> Tensor:
     """Per-token estimates of KL(policy || reference) from samples of the policy. [B, T] -> [B, T].
 
     k1 is unbiased, k3 unbiased and never negative, k2 has a small bias (John Schulman, "Approximating KL
@@ -171,17 +174,44 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
     return torch.exp(-log_ratio) - 1 + log_ratio
 
 
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kind: KlEstimator,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """The mean over tokens of an estimate of KL(policy || reference), with its gradient. [B, T] -> scalar.
+
+    k3 is the last term of GRPO's objective, https://arxiv.org/abs/2402.03300 Eq. 4. k1's gradient is that of
+    the log-probability: noise whose mean is 0, which holds nothing back. The log-ratio is clamped to +-20.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - ref_logprobs, 0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return masked_mean(
+        kl_estimate(log_ratio, torch.zeros_like(log_ratio), kind), mask, denominator=denominator
+    )
+
+
 def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float, score_clip: float
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    score_clip: float,
+    kl_estimator: KlEstimator = "k1",
 ) -> Tensor:
     """A KL penalty on every token and the clipped score on the last valid one. [B] and [B, T] -> [B, T].
 
     `score_clip` 0 does not clip. A row without a valid token gets no reward. The rewards of a row add up to
-    score - kl_coef * sum of k1, Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.
+    score - kl_coef * sum of k1, Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2; or of
+    another estimate in its place.
     """
     if score_clip > 0:
         scores = scores.clamp(-score_clip, score_clip)
-    rewards = torch.where(mask.bool(), -kl_coef * kl_estimate(logprobs, ref_logprobs, "k1"), 0)
+    rewards = torch.where(mask.bool(), -kl_coef * kl_estimate(logprobs, ref_logprobs, kl_estimator), 0)
     positions = torch.arange(mask.shape[1], device=mask.device)
     is_last = positions == (mask.sum(dim=1, keepdim=True) - 1)
     return rewards + is_last * scores.unsqueeze(1)

@@ -51,6 +51,19 @@ def test_lists_and_booleans():
     assert not rlhf("--whiten_advantages", "false").ppo.whiten_advantages
 
 
+@pytest.mark.parametrize(
+    ("argv", "estimator"),
+    [("", "k1"), ("--kl_in reward", "k1"), ("--kl_in loss", "k3"), ("--kl_in loss --kl_estimator k2", "k2")],
+)
+def test_the_kl_estimator_fits_the_place_of_the_penalty(argv, estimator):
+    assert rlhf(*argv.split()).ppo.penalised_kl == estimator
+
+
+def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
+    rlhf("--kl_in", "loss", "--kl_estimator", "k1")
+    assert "k2 and k3 do" in capsys.readouterr().out
+
+
 def test_hyphens_are_accepted_for_underscores():
     assert rlhf("--kl-coef", "0.3").ppo.kl_coef == 0.3
 
@@ -89,6 +102,10 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--kl_coeff", "1"], ["unknown flag --kl_coeff", "did you mean --kl_coef"]),
         (["--actor_zero_stage", "4"], ["--actor_zero_stage", "got 4", "0, 1, 2 or 3"]),
         (["--ratio_clip", "1.5"], ["--ratio_clip", "1.5", "0.2"]),
+        (["--kl_target", "0"], ["--kl_target", "positive", "got 0"]),
+        (["--kl_target", "6", "--kl_coef", "0"], ["--kl_target", "--kl_coef", "0.1 is usual"]),
+        (["--kl_horizon", "0"], ["--kl_horizon", "at least 1", "got 0"]),
+        (["--kl_in", "loss", "--kl_estimator", "k4"], ["--kl_estimator", "k4", "k3"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
         (["--kl_coef", "much"], ["--kl_coef", "much"]),
         (["--data_split", "2,4"], ["--data_split", "2,4,4", "'2,4'"]),

@@ -15,6 +15,7 @@ from dschat.losses import (
     dpo_loss,
     implicit_reward,
     kl_estimate,
+    kl_loss,
     kl_shaped_rewards,
     masked_mean,
     masked_whiten,
@@ -189,6 +190,28 @@ def test_the_implicit_reward_of_the_reference_model_is_zero():
 @pytest.mark.parametrize(("kind", "value"), [("k1", 0.6931472), ("k2", 0.2402265), ("k3", 0.1931472)])
 def test_kl_estimates_at_a_ratio_of_two(kind, value):
     assert kl_estimate(row(math.log(2)), row(0), kind).item() == pytest.approx(value)
+
+
+# d k1 = 1, d k2 = the log-ratio, d k3 = 1 - exp(-k1) = 1/2 by the log-probability; over four tokens
+@pytest.mark.parametrize(
+    ("kind", "value", "gradient"),
+    [("k1", 0.6931472, 1), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)],
+)
+@pytest.mark.parametrize("padding", [0.0, 1e9, math.nan])
+def test_kl_in_the_loss_has_the_value_and_the_gradient_of_its_estimate(kind, value, gradient, padding):
+    logprobs = row(math.log(2), padding).requires_grad_()
+    loss = kl_loss(logprobs, row(0, 0), row(1, 0), kind=kind, denominator=4)
+    loss.backward()
+    assert loss.item() == pytest.approx(value / 4)
+    assert logprobs.grad.tolist() == [[pytest.approx(gradient / 4), 0]]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("k2", 0.2402265), ("k3", 0.1931472)])
+def test_rewards_take_the_kl_estimate_they_are_told(kind, value):
+    rewards = kl_shaped_rewards(
+        torch.tensor([3.0]), row(math.log(2)), row(0), row(1), kl_coef=0.1, score_clip=0, kl_estimator=kind
+    )
+    assert rewards.item() == pytest.approx(3 - 0.1 * value)
 
 
 def test_rewards_are_the_kl_penalty_and_the_score_on_the_last_token():

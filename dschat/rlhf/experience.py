@@ -114,6 +114,7 @@ class MicroBatch:
 
     rollout: RolloutBatch
     logprobs: Tensor
+    ref_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -128,6 +129,8 @@ class Minibatch:
     """Answer tokens of the whole optimiser step, over all micro-batches and ranks."""
     is_first: bool
     """Whether no weight has changed since the experience was made, so that every ratio is 1."""
+    kl_coef: float
+    """beta of this PPO step."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,23 @@ class Experience:
         shaping: ScoreShaping,
         *,
         ppo_step: int,
+        kl_coef: float | None = None,
     ) -> "Experience":
-        """Rewards, advantages and returns by items 3 to 7 of docs/ppo.md."""
+        """Rewards, advantages and returns by items 3 to 7 of docs/ppo.md.
+
+        `kl_coef` is the present one where it is steered, by default --kl_coef.
+        """
+        kl_coef = args.kl_coef if kl_coef is None else kl_coef
         mask = rollout.answer_mask
         scores = shaping(judgement.scores, rollout.ended)
         rewards = kl_shaped_rewards(
-            scores, judgement.logprobs, judgement.ref_logprobs, mask, kl_coef=args.kl_coef, score_clip=0
+            scores,
+            judgement.logprobs,
+            judgement.ref_logprobs,
+            mask,
+            kl_coef=0 if args.has_kl_loss else kl_coef,
+            score_clip=0,
+            kl_estimator=args.penalised_kl,
         )
         advantages, returns = advantages_and_returns(
             judgement.values, rewards, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
@@ -172,7 +186,7 @@ class Experience:
             returns=returns,
             schedule=schedule,
             shaping=shaping,
-            kl_coef=args.kl_coef,
+            kl_coef=kl_coef,
             ppo_step=ppo_step,
         )
 
@@ -191,13 +205,15 @@ class Experience:
                 micro_batches=[self._micro_batch(part) for part in self.schedule.micro_batches(rows)],
                 num_tokens=int(answer_lengths[rows].sum()),
                 is_first=epoch == 0 and number == 0,
+                kl_coef=self.kl_coef,
             )
 
     def _micro_batch(self, rows: Tensor) -> MicroBatch:
         rows = rows.to(self.returns.device)
         rollout = self.rollout.rows(rows)
         width = rollout.answer_mask.shape[1]
-        columns = (self.judgement.logprobs, self.judgement.values, self.advantages, self.returns)
+        judged = self.judgement
+        columns = (judged.logprobs, judged.ref_logprobs, judged.values, self.advantages, self.returns)
         return MicroBatch(rollout, *(column[rows, :width] for column in columns))
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
@@ -211,11 +227,20 @@ class Experience:
             lines.append(f"--- answer (score {score:.3f}): {tokenizer.decode(answer)}")
         return "\n".join(lines)
 
+    def _log_ratio(self) -> Tensor:
+        """Of policy to reference, 0 outside the answers. [B, T]"""
+        judged = self.judgement
+        return torch.where(self.rollout.answer_mask, judged.logprobs - judged.ref_logprobs, 0)
+
+    @property
+    def kl(self) -> Tensor:
+        """k1 to the reference in nats an answer, the mean over answers. Scalar."""
+        return self._log_ratio().sum(dim=1).mean()
+
     def metrics(self) -> dict[str, float]:
         """What the rollout batch was like before anything was learned from it. Names as in docs/ppo.md."""
         mask, judged = self.rollout.answer_mask, self.judgement
-        log_ratio = torch.where(mask, judged.logprobs - judged.ref_logprobs, 0)
-        kl = log_ratio.sum(dim=1).mean()
+        log_ratio, kl = self._log_ratio(), self.kl
         k3 = kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean()
         unexplained = masked_variance(self.returns - judged.values, mask)
         values = {

@@ -20,13 +20,7 @@ from dschat.distributed import (
     world_size,
 )
 from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
-from dschat.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    policy_ratio,
-    token_entropy,
-    token_logprobs,
-)
+from dschat.losses import clipped_value_loss, policy_ratio, token_entropy, token_logprobs
 from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import (
@@ -38,6 +32,8 @@ from dschat.rlhf.experience import (
     ScoreShaping,
     at_answers,
 )
+from dschat.rlhf.kl_controller import KlController
+from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.reading import Reading
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
@@ -135,6 +131,7 @@ class DeepSpeedPPOTrainer:
             mean=score_scale[0],
             std=score_scale[1],
         )
+        self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
         self._ppo_step = 0
         self._experience: Experience | None = None
         self._statistics = UpdateStatistics()
@@ -160,8 +157,15 @@ class DeepSpeedPPOTrainer:
         with self._timed("experience"):
             judgement = self._judge(rollout)
             self._experience = Experience.build(
-                rollout, judgement, self._args.ppo, self._schedule, self._shaping, ppo_step=self._ppo_step
+                rollout,
+                judgement,
+                self._args.ppo,
+                self._schedule,
+                self._shaping,
+                ppo_step=self._ppo_step,
+                kl_coef=self._kl.coef,
             )
+        self._kl.update(self._experience.kl.item(), len(judgement.scores))
         self._ppo_step += 1
         return self._experience
 
@@ -206,20 +210,17 @@ class DeepSpeedPPOTrainer:
                 self.engine.ema.update()
 
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch) -> None:
-        mask = batch.rollout.answer_mask
-        logits = answer_logits(self.engine.actor, batch.rollout, self._num_tokens)
-        logprobs = token_logprobs(logits, batch.rollout.answers, temperature=self._args.rollout.temperature)
-        loss = clipped_policy_loss(
-            logprobs,
-            batch.logprobs,
-            batch.advantages,
-            mask,
-            ratio_clip=self._args.ppo.ratio_clip,
-            denominator=minibatch.num_tokens,
+        loss = actor_loss(
+            answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
+            batch,
+            self._args.ppo,
+            temperature=self._args.rollout.temperature,
+            kl_coef=minibatch.kl_coef,
+            num_tokens=minibatch.num_tokens,
         )
-        train_on(self.engine.actor, loss)
-        self._record_ratio(logprobs.detach(), batch, is_first=minibatch.is_first)
-        self._statistics.add(policy_loss=loss)
+        train_on(self.engine.actor, loss.total)
+        self._record_ratio(loss.logprobs, batch, is_first=minibatch.is_first)
+        self._statistics.add(**loss.terms)
 
     @torch.no_grad()
     def _record_ratio(self, logprobs: Tensor, batch: MicroBatch, *, is_first: bool) -> None:
@@ -252,7 +253,7 @@ class DeepSpeedPPOTrainer:
         sums, maxima = self._statistics.reduce()
         num_tokens = sums.pop("num_tokens")
         num_updates = self._args.updates_per_ppo_step
-        losses = {name: sums.pop(name) / num_updates for name in ("policy_loss", "value_loss")}
+        losses = {name: sums.pop(name) / num_updates for name in list(sums) if name.endswith("_loss")}
         return {
             **self._experience.metrics(),
             **losses,

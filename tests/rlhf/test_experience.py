@@ -138,6 +138,22 @@ def test_the_score_reaches_the_last_token_of_every_row():
     torch.testing.assert_close(last, judgement.scores)
 
 
+def test_with_kl_in_the_loss_the_rewards_are_the_scores_alone():
+    experience = make_experience(kl_in="loss", gamma=1.0, gae_lambda=1.0, reward_clip=0.0)
+    mask, scores = experience.rollout.answer_mask, experience.judgement.scores
+    torch.testing.assert_close(experience.returns, scores[:, None] * mask)
+    assert experience.metrics()["kl_coef"] == 0.2  # it multiplies the loss's term
+
+
+def test_a_steered_kl_coefficient_takes_the_place_of_the_flag():
+    args, shaping = PpoArguments(kl_coef=0.2), ScoreShaping(clip=0, missing_eos_penalty=0)
+    build = (make_rollout(), make_judgement(), args, schedule(), shaping)
+    steered = Experience.build(*build, ppo_step=0, kl_coef=0.3)
+    assert steered.metrics()["kl_coef"] == 0.3
+    assert [m.kl_coef for m in steered.minibatches(0)] == [0.3] * 4
+    assert not torch.equal(steered.returns, Experience.build(*build, ppo_step=0).returns)
+
+
 def test_judgements_return_to_the_rows_they_were_made_of():
     judgement = make_judgement()
     rows = [torch.tensor([5, 1]), torch.tensor([0, 4]), torch.tensor([3, 2])]
