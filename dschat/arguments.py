@@ -362,6 +362,20 @@ class PpoArguments:
         None, "Where the KL penalty stands: in the rewards of tokens (default) or in the actor's loss."
     )
     ratio_clip: float = flag(0.2, "Clip range of the policy ratio.")
+    ratio_clip_high: float | None = flag(
+        None, "Clip range of the policy ratio above 1, where it is to differ from --ratio_clip."
+    )
+    dual_clip: float | None = flag(
+        None, "The loss of a token of negative advantage A is at most -c A; c > 1, 3 is usual; default: off."
+    )
+    entropy_coef: float = flag(0.0, "Weight of the policy's entropy per token, which the loss rewards.")
+    critic_warmup_steps: int = flag(
+        0, "PPO steps at the beginning in which the critic learns alone; the actor's schedule starts after."
+    )
+    target_approx_kl: float | None = flag(
+        None,
+        "End the update of a PPO step after an optimiser step whose approx_kl is above this; default: never.",
+    )
     value_clip: float = flag(0.2, "Clip range of the value around its old prediction.")
     gamma: float = flag(1.0, "Discount of later rewards.")
     gae_lambda: float = flag(0.95, "GAE's lambda: 1 trusts the returns, 0 the critic.")
@@ -401,14 +415,35 @@ class PpoArguments:
                 "nothing back; k2 and k3 do."
             )
 
-    def __post_init__(self) -> None:
-        self._check_kl()
-        require_at_least(1, self, "per_device_training_batch_size", "ppo_epochs")
-        require_at_least(0, self, "kl_coef", "reward_clip", "missing_eos_penalty")
+    @property
+    def ratio_clips(self) -> tuple[float, float]:
+        """How far the ratio may go below 1 and above it."""
+        return self.ratio_clip, self.ratio_clip if self.ratio_clip_high is None else self.ratio_clip_high
+
+    def _check_losses(self) -> None:
+        require_at_least(0, self, "entropy_coef", "critic_warmup_steps")
         require(
             0 < self.ratio_clip < 1, f"--ratio_clip must lie in (0, 1), got {self.ratio_clip}; 0.2 is usual."
         )
+        require(
+            self.ratio_clip_high is None or self.ratio_clip_high > 0,
+            f"--ratio_clip_high must be positive, got {self.ratio_clip_high}; 0.28 is usual.",
+        )
+        require(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"--dual_clip must be above 1, got {self.dual_clip}; 3 is usual, and without the flag it is off.",
+        )
+        require(
+            self.target_approx_kl is None or self.target_approx_kl > 0,
+            f"--target_approx_kl must be positive, got {self.target_approx_kl}; 0.02 is usual.",
+        )
         require(self.value_clip > 0, f"--value_clip must be positive, got {self.value_clip}; 0.2 is usual.")
+
+    def __post_init__(self) -> None:
+        self._check_kl()
+        self._check_losses()
+        require_at_least(1, self, "per_device_training_batch_size", "ppo_epochs")
+        require_at_least(0, self, "kl_coef", "reward_clip", "missing_eos_penalty")
         for name in ("gamma", "gae_lambda", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")

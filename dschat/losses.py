@@ -48,11 +48,16 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
     return torch.cat(chunks).view(tokens.shape)
 
 
-@torch.no_grad()
 def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), for watching: [B, T, V] -> [B, T], no gradient."""
+    """Entropy in nats of softmax(logits / temperature), in fp32: [B, T, V] -> [B, T].
+
+    As in `token_logprobs` the fp32 copies exist for a few rows at a time.
+    """
     flat_logits = logits.flatten(0, -2)
-    chunks = [_chunk_entropy(part, temperature) for part in flat_logits.split(_rows_at_once(flat_logits))]
+    chunks = [
+        checkpoint(_chunk_entropy, part, temperature, use_reentrant=False)
+        for part in flat_logits.split(_rows_at_once(flat_logits))
+    ]
     return torch.cat(chunks).view(logits.shape[:-1])
 
 
@@ -253,12 +258,22 @@ def clipped_policy_loss(
     mask: Tensor,
     *,
     ratio_clip: float,
+    ratio_clip_high: float | None = None,
+    dual_clip: float | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """PPO's pessimistic policy loss, https://arxiv.org/abs/1707.06347 Eq. 7. All [B, T] -> scalar."""
+    """PPO's pessimistic policy loss, https://arxiv.org/abs/1707.06347 Eq. 7. All [B, T] -> scalar.
+
+    The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip_high], by default the same on both sides; another
+    upper clip is DAPO's Clip-Higher, https://arxiv.org/abs/2503.14476. `dual_clip` c > 1 bounds the loss of a
+    token of negative advantage by -c A, which has no bound otherwise: https://arxiv.org/abs/1912.09729.
+    """
     ratio = policy_ratio(logprobs, old_logprobs, mask)
-    clipped_ratio = ratio.clamp(1 - ratio_clip, 1 + ratio_clip)
+    high = ratio_clip if ratio_clip_high is None else ratio_clip_high
+    clipped_ratio = ratio.clamp(1 - ratio_clip, 1 + high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return masked_mean(loss, mask, denominator=denominator)
 
 

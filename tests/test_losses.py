@@ -48,6 +48,16 @@ def test_entropy_of_a_quarter_and_three_quarters():
     assert token_entropy(LOGITS).item() == pytest.approx(0.5623351)
 
 
+def test_entropy_in_chunks_has_the_gradient_of_the_formula(monkeypatch):
+    monkeypatch.setattr(losses, "FP32_ELEMENTS", 16)  # two rows of seven at once
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    token_entropy(logits, temperature=2.0).sum().backward()
+    # dH/dz_j = -p_j (ln p_j + H) / temperature
+    probabilities = (logits.detach() / 2).softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.grad, -probabilities * (probabilities.log() + entropy) / 2)
+
+
 def test_token_logprobs_in_chunks_have_the_value_and_gradient_of_cross_entropy(monkeypatch):
     monkeypatch.setattr(losses, "FP32_ELEMENTS", 16)  # two rows of seven at once
     generator = torch.Generator().manual_seed(0)
@@ -276,6 +286,27 @@ def test_gae_gives_an_empty_and_a_one_token_answer_their_due():
 def test_policy_loss_clips_only_what_would_flatter(ratio, advantage, loss):
     actual = clipped_policy_loss(row(math.log(ratio)), row(0), row(advantage), row(1), ratio_clip=0.2)
     assert actual.item() == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(("ratio", "loss"), [(1.25, -1.25), (1.5, -1.3), (0.5, -0.5)])
+def test_an_upper_clip_of_its_own_leaves_more_room_above(ratio, loss):
+    actual = clipped_policy_loss(
+        row(math.log(ratio)), row(0), row(1), row(1), ratio_clip=0.2, ratio_clip_high=0.3
+    )
+    assert actual.item() == pytest.approx(loss)
+
+
+# A = -2: the plain loss is 2 max(ratio, 0.8); from ratio 3 on it is held at 3 x 2. A = 2 is not touched.
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [(2.9, -2, 5.8, 5.8), (10, -2, 6, 0), (0.5, -2, 1.6, 0), (10, 2, -2.4, 0), (1.1, 2, -2.2, -2.2)],
+)
+def test_the_dual_clip_bounds_the_loss_of_a_negative_advantage(ratio, advantage, loss, gradient):
+    logprobs = row(math.log(ratio)).requires_grad_()
+    actual = clipped_policy_loss(logprobs, row(0), row(advantage), row(1), ratio_clip=0.2, dual_clip=3)
+    actual.backward()
+    assert actual.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
 
 
 def test_policy_loss_is_divided_by_the_count_it_is_given():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dschat.arguments import PpoArguments
-from dschat.losses import clipped_policy_loss, kl_loss, token_logprobs
+from dschat.losses import clipped_policy_loss, kl_loss, masked_mean, token_entropy, token_logprobs
 from dschat.rlhf.experience import MicroBatch
 
 
@@ -44,6 +44,8 @@ def actor_loss(
             batch.advantages,
             mask,
             ratio_clip=args.ratio_clip,
+            ratio_clip_high=args.ratio_clip_high,
+            dual_clip=args.dual_clip,
             denominator=num_tokens,
         )
     }
@@ -53,4 +55,7 @@ def actor_loss(
             logprobs, batch.ref_logprobs, mask, kind=args.penalised_kl, denominator=num_tokens
         )
         total = total + kl_coef * terms["kl_loss"]
+    if args.entropy_coef > 0:
+        entropy = token_entropy(logits, temperature=temperature)
+        total = total - args.entropy_coef * masked_mean(entropy, mask, denominator=num_tokens)
     return ActorLoss(total, logprobs.detach(), terms)

@@ -87,7 +87,9 @@ class UpdateStatistics:
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and maxima over all ranks. Every rank must call it."""
         sums = sum_across_ranks(torch.stack(list(self._sums.values()))).tolist()
-        maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
+        maxima = []
+        if self._maxima:  # none while the actor waits for the critic, on any rank
+            maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
         return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
 
 
@@ -131,10 +133,12 @@ class DeepSpeedPPOTrainer:
             mean=score_scale[0],
             std=score_scale[1],
         )
+        self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
         self._ppo_step = 0
         self._experience: Experience | None = None
         self._statistics = UpdateStatistics()
+        self._updates_done, self._has_moved_enough = 0, False
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -151,6 +155,7 @@ class DeepSpeedPPOTrainer:
         """
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
+        self._updates_done, self._has_moved_enough = 0, False
         with self._timed("generation"), self._rollout.phase():
             answered = [self._rollout.generate(batch, ppo_step=self._ppo_step) for batch in batches]
             rollout = gather_rollouts(answered, self._pad_token_id)
@@ -199,15 +204,36 @@ class DeepSpeedPPOTrainer:
         )
 
     def train_rlhf(self, minibatch: Minibatch) -> None:
-        """One optimiser step of actor and critic. Every rank must call it, with its part of the same step."""
+        """One optimiser step of actor and critic. Every rank must call it, with its part of the same step.
+
+        Nothing is done after a step of this update has moved the actor beyond --target_approx_kl. During
+        --critic_warmup_steps the actor waits: its weights, schedule and moving average stay as they are.
+        """
+        if self._has_moved_enough:
+            return
+        actor_learns = self._experience.ppo_step >= self._args.ppo.critic_warmup_steps
         with self._timed("training"):
             self.engine.actor.train()
             self.engine.critic.train()
             for micro_batch in minibatch.micro_batches:
-                self._train_actor(micro_batch, minibatch)
+                self._statistics.add(num_tokens=micro_batch.rollout.answer_mask.sum())
+                if actor_learns:
+                    self._train_actor(micro_batch, minibatch)
                 self._train_critic(micro_batch, minibatch)
-            if self.engine.ema:
-                self.engine.ema.update()
+            self._updates_done += 1
+            if actor_learns:
+                if self.engine.ema:
+                    self.engine.ema.update()
+                self._has_moved_enough = self._moves_too_far(minibatch)
+
+    def _moves_too_far(self, minibatch: Minibatch) -> bool:
+        """Whether the approx_kl of the optimiser step just taken, over all ranks, is above the target.
+
+        Every rank gets the same answer, as it is made of the same sum.
+        """
+        target, shares = self._args.ppo.target_approx_kl, self._moved
+        self._moved = []
+        return target is not None and sum_across_ranks(sum(shares)).item() / minibatch.num_tokens > target
 
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         loss = actor_loss(
@@ -224,13 +250,14 @@ class DeepSpeedPPOTrainer:
 
     @torch.no_grad()
     def _record_ratio(self, logprobs: Tensor, batch: MicroBatch, *, is_first: bool) -> None:
-        mask, clip = batch.rollout.answer_mask, self._args.ppo.ratio_clip
+        mask, (low, high) = batch.rollout.answer_mask, self._args.ppo.ratio_clips
         ratio = policy_ratio(logprobs, batch.logprobs, mask)
+        moved = torch.where(mask, 0.5 * (logprobs - batch.logprobs) ** 2, 0).sum()
+        self._moved.append(moved)
         self._statistics.add(
-            num_tokens=mask.sum(),
-            approx_kl=torch.where(mask, 0.5 * (logprobs - batch.logprobs) ** 2, 0).sum(),
+            approx_kl=moved,
             approx_k3=torch.where(mask, ratio - 1 - ratio.log(), 0).sum(),
-            clip_fraction=(((ratio - 1).abs() > clip) & mask).sum(),
+            clip_fraction=(((ratio - 1 > high) | (1 - ratio > low)) & mask).sum(),
             ratio_mean=torch.where(mask, ratio, 0).sum(),
         )
         self._statistics.maximise(ratio_max=ratio.max())
@@ -252,13 +279,13 @@ class DeepSpeedPPOTrainer:
         assert self._experience is not None, "generate_experience comes first"
         sums, maxima = self._statistics.reduce()
         num_tokens = sums.pop("num_tokens")
-        num_updates = self._args.updates_per_ppo_step
-        losses = {name: sums.pop(name) / num_updates for name in list(sums) if name.endswith("_loss")}
+        losses = {name: sums.pop(name) / self._updates_done for name in list(sums) if name.endswith("_loss")}
         return {
             **self._experience.metrics(),
             **losses,
             **{name: total / num_tokens for name, total in sums.items()},
             **maxima,
+            "updates_done": self._updates_done,
             "actor_grad_norm": gradient_norm(self.engine.actor),
             "critic_grad_norm": gradient_norm(self.engine.critic),
             "actor_lr": learning_rate(self.engine.actor),

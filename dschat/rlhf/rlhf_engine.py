@@ -14,10 +14,27 @@ from dschat.engines import (
     frozen_config,
     train_config,
 )
+from dschat.errors import UserError
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.ema import MovingAverage
+
+
+def training_steps_of_actor(args: RlhfArguments, num_training_steps: int) -> int:
+    """Optimiser steps without those in which the critic learns alone, so that the actor's schedule ends too.
+
+    Raises `UserError` where none is left.
+    """
+    warmup = args.ppo.critic_warmup_steps
+    steps = num_training_steps - warmup * args.updates_per_ppo_step
+    if warmup and steps <= 0:
+        raise UserError(
+            f"--critic_warmup_steps {warmup} leaves the actor nothing to learn in: the run has "
+            f"{num_training_steps // args.updates_per_ppo_step} PPO steps. Lower it, or give more prompts or "
+            "--num_train_epochs."
+        )
+    return steps
 
 
 class DeepSpeedRLHFEngine:
@@ -30,11 +47,12 @@ class DeepSpeedRLHFEngine:
     """
 
     def __init__(self, args: RlhfArguments, tokenizers: RlhfTokenizers, *, num_training_steps: int) -> None:
+        actor_training_steps = training_steps_of_actor(args, num_training_steps)
         self._args = args
         self._tokenizers = tokenizers
         self._tokenizer = tokenizers.actor
         self.fresh_critic = tokenizers.fresh_critic
-        self.actor = self._build_actor(num_training_steps)
+        self.actor = self._build_actor(actor_training_steps)
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
         self.critic = self._build_critic(num_training_steps)

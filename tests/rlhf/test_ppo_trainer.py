@@ -8,10 +8,12 @@ from tiny import FAMILIES, save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dschat.arguments import PpoArguments
 from dschat.losses import clipped_policy_loss, clipped_value_loss, token_logprobs
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
-from dschat.rlhf.experience import at_answers
+from dschat.rlhf.experience import MicroBatch, at_answers
+from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.ppo_trainer import UpdateStatistics, answer_logits, scores_of_answers, values_at_tokens
 from dschat.rlhf.rollout import RolloutBatch
 
@@ -82,6 +84,22 @@ def gradients(model, loss_of: Callable[[], Tensor]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+EVERY_TERM = PpoArguments(
+    ratio_clip=0.05, ratio_clip_high=0.2, dual_clip=1.05, entropy_coef=0.3, kl_in="loss", kl_estimator="k2"
+)
+
+
+def whole_actor_loss(model, batch: RolloutBatch, advantages: Tensor, num_tokens: int) -> Tensor:
+    """Every term of the actor's loss; the old and the reference policy differ from token to token."""
+    logits = answer_logits(model, batch, NUM_TOKENS)
+    logprobs = token_logprobs(logits, batch.answers).detach()
+    old, reference = logprobs - 0.1 * advantages, logprobs + 0.2 * advantages.abs()
+    micro_batch = MicroBatch(batch, old, reference, 0 * old, advantages, 0 * old)
+    return actor_loss(
+        logits, micro_batch, EVERY_TERM, temperature=1.0, kl_coef=0.5, num_tokens=num_tokens
+    ).total
+
+
 def targets(width: int) -> Tensor:
     """A target a token, the same for a token wherever padding puts it."""
     return torch.arange(1, 13).view(3, 4).float()[:, :width].sub(6.5) / 3
@@ -117,7 +135,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_losses_and_gradients_do_not_change_with(change, actor, critic):
     batch, changed_targets = CHANGES[change]()
-    for model, loss in ((actor, policy_loss), (critic, value_loss)):
+    for model, loss in ((actor, policy_loss), (actor, whole_actor_loss), (critic, value_loss)):
         expected = gradients(model, lambda: loss(model, BATCH, targets(4), 10))  # noqa: B023
         actual = gradients(model, lambda: loss(model, batch, changed_targets, 10))  # noqa: B023
         assert expected.keys() == actual.keys()
@@ -126,7 +144,7 @@ def test_losses_and_gradients_do_not_change_with(change, actor, critic):
 
 
 def test_micro_batches_add_up_to_the_gradient_of_the_whole(actor, critic):
-    for model, loss in ((actor, policy_loss), (critic, value_loss)):
+    for model, loss in ((actor, policy_loss), (actor, whole_actor_loss), (critic, value_loss)):
         whole = gradients(model, lambda: loss(model, BATCH, targets(4), sum(LENGTHS)))  # noqa: B023
         parts = []
         for rows in ([0], [1, 2]):  # one row with four tokens, two rows with six: means of means would differ

@@ -1,0 +1,99 @@
+"""PPO's options in whole PPO steps: what they do, and the same numbers on one rank and two."""
+
+from pathlib import Path
+
+import pytest
+from test_ppo_on_ranks import ONE_RANK, TWO_RANKS, assert_same, run
+from tiny import save_reward_model, save_tiny_model
+
+from dschat.arguments import parse_arguments
+from dschat.errors import UserError
+from dschat.rlhf.rlhf_engine import training_steps_of_actor
+
+LOSS_TERMS = {
+    "kl_in": "loss",
+    "kl_target": 0.05,
+    "kl_horizon": 100,
+    "entropy_coef": 0.01,
+    "ratio_clip_high": 0.3,
+    "dual_clip": 3,
+}
+# Each with the ZeRO stages of actor and critic on two ranks.
+OPTIONS = {
+    "every term of the loss": (LOSS_TERMS, (3, 1)),
+    "critic warm-up": ({"critic_warmup_steps": 1}, (2, 2)),
+    "early stop": ({"target_approx_kl": 1e-3}, (1, 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "actor", "llama")
+    save_tiny_model(folder / "base", "llama", seed=1)
+    save_reward_model(folder / "base", folder / "reward")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(models) -> dict:
+    settings = [{**ONE_RANK, "dtype": "fp32"} | options for options, _ in OPTIONS.values()]
+    return dict(zip(OPTIONS, run(models, settings, ranks=1), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models) -> dict:
+    settings = [
+        {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": actor, "critic_zero_stage": critic} | options
+        for options, (actor, critic) in OPTIONS.values()
+    ]
+    return dict(zip(OPTIONS, run(models, settings, ranks=2), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_ranks_give_the_numbers_of_one(name, one_rank, two_ranks):
+    assert_same(two_ranks[name], one_rank[name], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_first_ratio_stays_exactly_one(name, one_rank):
+    errors = [step.get("first_minibatch_ratio_error", 0) for step in one_rank[name]["steps"]]
+    assert errors == [0, 0]
+
+
+def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
+    first, second = one_rank["every term of the loss"]["steps"]
+    assert first["kl"] == 0
+    assert first["kl_loss"] > 0  # the later optimiser steps
+    # 8 answers over a horizon of 100, KL 0: the error is clipped to -0.2
+    assert first["kl_coef"] == 0.1
+    assert second["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
+
+
+def test_the_actor_waits_while_the_critic_learns(one_rank):
+    first, second = one_rank["critic warm-up"]["steps"]
+    assert "policy_loss" not in first
+    assert "approx_kl" not in first
+    assert first["value_loss"] > 0
+    assert first["updates_done"] == second["updates_done"] == 4
+    assert first["actor_lr"] == 1e-3  # the peak, as nothing is warmed up: the schedule has not begun
+    assert second["actor_lr"] < first["actor_lr"]
+    assert first["critic_lr"] < 1e-3
+    assert second["kl"] == 0  # the policy that sampled the second time is still the reference
+    assert second["approx_kl"] > 0
+
+
+def test_a_warm_up_of_the_whole_run_is_an_error():
+    flags = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=c", "--critic_warmup_steps=3"]
+    args = parse_arguments("rlhf", flags)
+    assert training_steps_of_actor(args, 4) == 1
+    with pytest.raises(UserError, match=r"--critic_warmup_steps 3 leaves .* 3 PPO steps"):
+        training_steps_of_actor(args, 3)
+
+
+def test_an_update_ends_after_the_step_that_moved_too_far(one_rank):
+    for step in one_rank["early stop"]["steps"]:
+        # The first optimiser step has approx_kl 0; the second is the first that can be above the target.
+        assert step["updates_done"] == 2
+        assert step["approx_kl"] > 1e-3 / 2  # the mean of the two
