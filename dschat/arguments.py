@@ -382,7 +382,13 @@ class PpoArguments:
     reward_clip: float = flag(5.0, "Scores are clipped to this magnitude; 0 leaves them alone.")
     normalize_scores: bool = flag(
         False,
-        "Shift and scale scores by the mean and standard deviation that step 2 wrote for its evaluation.",
+        "Shift and scale scores by the mean and standard deviation that step 2 wrote for its evaluation: "
+        "--score_normalization step2 by its older name.",
+    )
+    score_normalization: Literal["none", "step2", "running"] | None = flag(
+        None,
+        "What brings scores to mean 0 and variance 1 before they are clipped: nothing (default), step 2's "
+        "statistics, or those of all answers so far.",
     )
     missing_eos_penalty: float = flag(0.0, "Subtracted from the score of an answer cut at the length limit.")
     whiten_advantages: bool = flag(True, "Bring the advantages of a rollout batch to mean 0 and variance 1.")
@@ -420,6 +426,11 @@ class PpoArguments:
         """How far the ratio may go below 1 and above it."""
         return self.ratio_clip, self.ratio_clip if self.ratio_clip_high is None else self.ratio_clip_high
 
+    @property
+    def score_scale(self) -> Literal["none", "step2", "running"]:
+        """What scores are normalised by."""
+        return self.score_normalization or ("step2" if self.normalize_scores else "none")
+
     def _check_losses(self) -> None:
         require_at_least(0, self, "entropy_coef", "critic_warmup_steps")
         require(
@@ -442,6 +453,11 @@ class PpoArguments:
     def __post_init__(self) -> None:
         self._check_kl()
         self._check_losses()
+        require(
+            not self.normalize_scores or self.score_scale == "step2",
+            f"--normalize_scores and --score_normalization {self.score_normalization} contradict each other; "
+            "leave the first out.",
+        )
         require_at_least(1, self, "per_device_training_batch_size", "ppo_epochs")
         require_at_least(0, self, "kl_coef", "reward_clip", "missing_eos_penalty")
         for name in ("gamma", "gae_lambda", "ema_decay"):

@@ -48,7 +48,7 @@ def main(args: RlhfArguments) -> None:
     check_run_folder(args.run)
     tokenizers = load_rlhf_tokenizers(args)
     handovers.check_templates(tokenizers)
-    score_scale = handovers.reward.score_statistics() if args.ppo.normalize_scores else (0.0, 1.0)
+    score_scale = handovers.reward.score_statistics() if args.ppo.score_scale == "step2" else (0.0, 1.0)
     data = prompt_data(
         args.data,
         tokenizers.actor,

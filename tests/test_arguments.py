@@ -59,6 +59,15 @@ def test_the_kl_estimator_fits_the_place_of_the_penalty(argv, estimator):
     assert rlhf(*argv.split()).ppo.penalised_kl == estimator
 
 
+@pytest.mark.parametrize(
+    ("argv", "scale"),
+    [("", "none"), ("--normalize_scores", "step2"), ("--score_normalization running", "running"),
+     ("--normalize_scores --score_normalization step2", "step2"), ("--score_normalization none", "none")],
+)  # fmt: skip
+def test_scores_are_normalised_by_what_either_flag_says(argv, scale):
+    assert rlhf(*argv.split()).ppo.score_scale == scale
+
+
 def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
     rlhf("--kl_in", "loss", "--kl_estimator", "k1")
     assert "k2 and k3 do" in capsys.readouterr().out
@@ -111,6 +120,10 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--entropy_coef", "-1"], ["--entropy_coef", "at least 0"]),
         (["--critic_warmup_steps", "-1"], ["--critic_warmup_steps", "at least 0"]),
         (["--target_approx_kl", "0"], ["--target_approx_kl", "positive", "0.02"]),
+        (
+            ["--normalize_scores", "--score_normalization", "running"],
+            ["--normalize_scores", "running contradict"],
+        ),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
         (["--kl_coef", "much"], ["--kl_coef", "much"]),
         (["--data_split", "2,4"], ["--data_split", "2,4,4", "'2,4'"]),

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -37,6 +38,7 @@ from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.reading import Reading
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
+from dschat.rlhf.running_statistics import RunningStatistics
 
 
 def answer_logits(model: DeepSpeedEngine, batch: RolloutBatch, num_tokens: int) -> Tensor:
@@ -127,6 +129,7 @@ class DeepSpeedPPOTrainer:
             rank=rank(),
             seed=args.run.seed,
         )
+        self._scores = RunningStatistics() if args.ppo.score_scale == "running" else None
         self._shaping = ScoreShaping(
             clip=args.ppo.reward_clip,
             missing_eos_penalty=args.ppo.missing_eos_penalty,
@@ -166,13 +169,20 @@ class DeepSpeedPPOTrainer:
                 judgement,
                 self._args.ppo,
                 self._schedule,
-                self._shaping,
+                self._shaping_of(judgement.scores),
                 ppo_step=self._ppo_step,
                 kl_coef=self._kl.coef,
             )
         self._kl.update(self._experience.kl.item(), len(judgement.scores))
         self._ppo_step += 1
         return self._experience
+
+    def _shaping_of(self, scores: Tensor) -> ScoreShaping:
+        """How the raw scores of a rollout batch are shaped; running statistics count them in first."""
+        if self._scores is None:
+            return self._shaping
+        self._scores.update(scores)
+        return replace(self._shaping, mean=self._scores.mean, std=self._scores.std)
 
     @torch.no_grad()
     def _judge(self, rollout: RolloutBatch) -> Judgement:

@@ -21,6 +21,7 @@ LOSS_TERMS = {
 # Each with the ZeRO stages of actor and critic on two ranks.
 OPTIONS = {
     "every term of the loss": (LOSS_TERMS, (3, 1)),
+    "running score statistics": ({"score_normalization": "running", "reward_clip": 1}, (0, 0)),
     "critic warm-up": ({"critic_warmup_steps": 1}, (2, 2)),
     "early stop": ({"target_approx_kl": 1e-3}, (1, 3)),
 }
@@ -69,6 +70,13 @@ def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
     # 8 answers over a horizon of 100, KL 0: the error is clipped to -0.2
     assert first["kl_coef"] == 0.1
     assert second["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
+
+
+def test_running_statistics_bring_the_first_scores_to_variance_one(one_rank):
+    first, _ = one_rank["running score statistics"]["steps"]
+    # of 8 scores of variance 1 some are beyond 1 and some are not; raw, those of a fresh head are small
+    assert first["score_std"] < 0.9
+    assert 0 < first["score_clipped_share"] < 1
 
 
 def test_the_actor_waits_while_the_critic_learns(one_rank):
