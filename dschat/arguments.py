@@ -319,8 +319,11 @@ class DpoOptions:
 class RolloutArguments:
     """How answers are sampled."""
 
-    per_device_generation_batch_size: int = flag(16, "Prompts a rank answers at once.")
-    generation_batches: int = flag(1, "Batches of prompts a rank answers before each training phase.")
+    per_device_generation_batch_size: int = flag(16, "Answers a rank samples at once.")
+    generation_batches: int = flag(1, "Batches of answers a rank samples before each training phase.")
+    num_samples_per_prompt: int = flag(
+        1, "Answers to each prompt in a PPO step; they count as answers in the sizes of batches."
+    )
     max_prompt_seq_len: int = flag(256, "Longest prompt in tokens; longer ones are left out and counted.")
     max_answer_seq_len: int = flag(256, "Longest answer in tokens, its end token included.")
     temperature: float = flag(1.0, "Sampling temperature; the log-probabilities of PPO use it too.")
@@ -335,7 +338,7 @@ class RolloutArguments:
 
     def __post_init__(self) -> None:
         positive = ("per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len",
-                    "max_answer_seq_len", "print_answers_interval")  # fmt: skip
+                    "max_answer_seq_len", "print_answers_interval", "num_samples_per_prompt")  # fmt: skip
         require_at_least(1, self, *positive)
         require_at_least(0, self, "top_k")
         require(self.temperature > 0, f"--temperature must be positive, got {self.temperature}; 1 is usual.")
@@ -348,6 +351,11 @@ class PpoArguments:
 
     per_device_training_batch_size: int = flag(16, "Answers a rank trains on at once.")
     ppo_epochs: int = flag(1, "Passes over each batch of experience.")
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = flag(
+        "gae",
+        "GAE with a critic; or without one: the score against the prompt's other answers (rloo, grpo), or "
+        "the rewards to come (reinforce++).",
+    )
     kl_coef: float = flag(0.1, "Weight of the KL penalty per token against the reference model.")
     kl_target: float | None = flag(
         None, "KL in nats an answer towards which --kl_coef is steered after each PPO step; default: held."
@@ -359,7 +367,9 @@ class PpoArguments:
         "in the rewards, k3 in the loss.",
     )
     kl_in: Literal["reward", "loss"] | None = flag(
-        None, "Where the KL penalty stands: in the rewards of tokens (default) or in the actor's loss."
+        None,
+        "Where the KL penalty stands: in the rewards of tokens (default) or in the actor's loss (default of "
+        "grpo).",
     )
     ratio_clip: float = flag(0.2, "Clip range of the policy ratio.")
     ratio_clip_high: float | None = flag(
@@ -391,14 +401,28 @@ class PpoArguments:
         "statistics, or those of all answers so far.",
     )
     missing_eos_penalty: float = flag(0.0, "Subtracted from the score of an answer cut at the length limit.")
-    whiten_advantages: bool = flag(True, "Bring the advantages of a rollout batch to mean 0 and variance 1.")
+    whiten_advantages: bool = flag(
+        True,
+        "Bring the advantages of a rollout batch to mean 0 and variance 1 (gae and reinforce++; rloo and "
+        "grpo compare within a prompt's answers instead).",
+    )
     enable_ema: bool = flag(False, "Keep a moving average of the actor and save it as actor_ema.")
     ema_decay: float = flag(0.992, "Decay of the moving average per optimiser step.")
 
     @property
     def has_kl_loss(self) -> bool:
         """Whether the KL penalty is a term of the actor's loss and not of the rewards."""
-        return self.kl_in == "loss"
+        return (self.kl_in or ("loss" if self.advantage_estimator == "grpo" else "reward")) == "loss"
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages are made with a critic."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether advantages compare the answers to one prompt."""
+        return self.advantage_estimator in ("rloo", "grpo")
 
     @property
     def penalised_kl(self) -> Literal["k1", "k2", "k3"]:
@@ -443,6 +467,11 @@ class PpoArguments:
         require(
             self.dual_clip is None or self.dual_clip > 1,
             f"--dual_clip must be above 1, got {self.dual_clip}; 3 is usual, and without the flag it is off.",
+        )
+        require(
+            self.has_critic or self.critic_warmup_steps == 0,
+            f"--critic_warmup_steps {self.critic_warmup_steps} needs a critic, and --advantage_estimator "
+            f"{self.advantage_estimator} has none; leave it out.",
         )
         require(
             self.target_approx_kl is None or self.target_approx_kl > 0,
@@ -639,9 +668,15 @@ class RlhfArguments:
         return self.ppo.ppo_epochs * (self.rollout_size // self.minibatch_size)
 
     def __post_init__(self) -> None:
-        check_offload(self.run.offload, self.actor, self.critic)
-        check_lora(self.optimizer.only_optimize_lora, self.actor, self.critic)
-        check_4bit(self.run, self.optimizer.only_optimize_lora, self.actor, self.critic)
+        trained = (self.actor, self.critic) if self.ppo.has_critic else (self.actor,)
+        check_offload(self.run.offload, *trained)
+        check_lora(self.optimizer.only_optimize_lora, *trained)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, *trained)
+        require(
+            not self.ppo.compares_answers or self.rollout.num_samples_per_prompt > 1,
+            f"--advantage_estimator {self.ppo.advantage_estimator} compares the answers to one prompt and "
+            f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
+        )
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         for model in (self.actor, self.critic):
             require(

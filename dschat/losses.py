@@ -245,6 +245,37 @@ def advantages_and_returns(
     return stacked, stacked + values * mask
 
 
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """What a token and those after it earn, 0 where the mask is. [B, T], [B, T] -> [B, T].
+
+    With `kl_shaped_rewards` and gamma 1 this is the advantage of REINFORCE++ before it is whitened over the
+    whole batch, https://arxiv.org/abs/2501.03262: the score less beta times the KL from the token on.
+    """
+    return advantages_and_returns(torch.zeros_like(rewards), rewards, mask, gamma=gamma, gae_lambda=1)[1]
+
+
+def group_advantages(scores: Tensor, groups: Tensor, kind: Literal["rloo", "grpo"]) -> Tensor:
+    """An answer's score against those of the other answers to its prompt. [B], int64 [B] -> [B].
+
+    Rows with the same number in `groups` are answers to one prompt: at least two, in any order.
+    "rloo" subtracts the mean of the others, the leave-one-out baseline of https://arxiv.org/abs/2402.14740
+    (section 2, REINFORCE Leave-One-Out). "grpo" is (score - mean) / std over the group,
+    https://arxiv.org/abs/2402.03300 section 4.1.2, with the population's std; equal scores give 0.
+    """
+    is_same = groups.unsqueeze(1) == groups.unsqueeze(0)
+    counts = is_same.sum(dim=1)
+    assert (counts > 1).all(), "an answer has nothing to be compared with"
+
+    def mean_of_group(x: Tensor) -> Tensor:  # no scatter: its order of additions may change from run to run
+        return torch.where(is_same, x.unsqueeze(0), 0).sum(dim=1) / counts
+
+    exact = scores.double()  # or rounding would tell equal scores apart, and grpo enlarge it
+    distances = exact - mean_of_group(exact)
+    if kind == "rloo":
+        return (distances * counts / (counts - 1)).to(scores.dtype)
+    return (distances * torch.rsqrt(mean_of_group(distances**2) + 1e-8)).to(scores.dtype)
+
+
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """pi / pi_old per token, 1 where the mask is 0; the log-ratio is clamped to +-20. [B, T] -> [B, T]."""
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)

@@ -45,7 +45,9 @@ class MetricsLogger:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         if show:
-            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in show}, refresh=False)
+            self._bar.set_postfix(
+                {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False
+            )
 
     def advance(self) -> None:
         """One optimiser step (step 3: one PPO step) is done."""

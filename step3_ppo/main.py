@@ -95,7 +95,7 @@ def main(args: RlhfArguments) -> None:
 def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizers) -> PromptLoader:
     """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
     longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
-    critics = [] if tokenizers.fresh_critic else [args.critic.model_name_or_path]
+    critics = [args.critic.model_name_or_path] if args.ppo.has_critic and not tokenizers.fresh_critic else []
     for path in (args.actor.model_name_or_path, *critics):
         check_positions(
             path,
@@ -112,6 +112,7 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
         world_size=distributed.world_size(),
         seed=args.run.seed,
         num_epochs=args.optimizer.num_train_epochs,
+        samples_per_prompt=args.rollout.num_samples_per_prompt,
     )
 
 
@@ -122,14 +123,15 @@ def save(
     data: SplitData,
     figures: dict[str, float],
 ) -> None:
-    """Write actor, critic and moving average. Every rank must call it."""
+    """Write the actor and what else there is of critic and moving average. Every rank must call it."""
     if not args.run.output_dir:
         return
     folder = Path(args.run.output_dir)
     of_actor = step_provenance(args, args.actor, data, figures)
     of_critic = step_provenance(args, args.critic, data, figures, head="value")
     export_model(engine.actor, tokenizer, folder / "actor", provenance=of_actor)
-    export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
+    if engine.critic:
+        export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
     if engine.ema:
         average = engine.ema.weights()
         export_model(engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_actor)

@@ -53,8 +53,10 @@ def test_lists_and_booleans():
 
 @pytest.mark.parametrize(
     ("argv", "estimator"),
-    [("", "k1"), ("--kl_in reward", "k1"), ("--kl_in loss", "k3"), ("--kl_in loss --kl_estimator k2", "k2")],
-)
+    [("", "k1"), ("--kl_in reward", "k1"), ("--kl_in loss", "k3"), ("--kl_in loss --kl_estimator k2", "k2"),
+     ("--advantage_estimator grpo --num_samples_per_prompt 2", "k3"),
+     ("--advantage_estimator grpo --num_samples_per_prompt 2 --kl_in reward", "k1")],
+)  # fmt: skip
 def test_the_kl_estimator_fits_the_place_of_the_penalty(argv, estimator):
     assert rlhf(*argv.split()).ppo.penalised_kl == estimator
 
@@ -123,6 +125,13 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (
             ["--normalize_scores", "--score_normalization", "running"],
             ["--normalize_scores", "running contradict"],
+        ),
+        (["--advantage_estimator", "rloo"], ["rloo", "--num_samples_per_prompt", "got 1", "4 is usual"]),
+        (["--advantage_estimator", "grpo"], ["grpo", "--num_samples_per_prompt", "got 1", "4 is usual"]),
+        (["--num_samples_per_prompt", "0"], ["--num_samples_per_prompt", "at least 1"]),
+        (
+            ["--advantage_estimator", "reinforce++", "--critic_warmup_steps", "2"],
+            ["--critic_warmup_steps 2", "reinforce++ has none"],
         ),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
         (["--kl_coef", "much"], ["--kl_coef", "much"]),

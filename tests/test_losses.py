@@ -11,8 +11,10 @@ from dschat.losses import (
     advantages_and_returns,
     clipped_policy_loss,
     clipped_value_loss,
+    discounted_returns,
     dpo_figures,
     dpo_loss,
+    group_advantages,
     implicit_reward,
     kl_estimate,
     kl_loss,
@@ -278,6 +280,46 @@ def test_gae_gives_an_empty_and_a_one_token_answer_their_due():
     advantages, returns = advantages_and_returns(values, rewards, mask, gamma=1, gae_lambda=0.95)
     assert advantages.tolist() == [[0, 0], [2, 0]]
     assert returns.tolist() == [[0, 0], [3, 0]]
+
+
+# Two prompts, their answers in turn: scores 1 2 6 to prompt 7 and 4 4 4 to prompt 3.
+SCORES, GROUPS = torch.tensor([1.0, 4, 2, 4, 6, 4]), torch.tensor([7, 3, 7, 3, 7, 3])
+
+
+def test_rloo_subtracts_the_mean_of_the_other_answers():
+    # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
+    actual = group_advantages(SCORES, GROUPS, "rloo")
+    torch.testing.assert_close(actual, torch.tensor([-3.0, 0, -1.5, 0, 4.5, 0]))
+
+
+def test_grpo_brings_each_group_to_mean_zero_and_variance_one():
+    # mean 3, variance (4 + 1 + 9) / 3; where all scores are equal nothing is learned
+    std = (14 / 3) ** 0.5
+    actual = group_advantages(SCORES, GROUPS, "grpo")
+    torch.testing.assert_close(actual, torch.tensor([-2 / std, 0, -1 / std, 0, 3 / std, 0]))
+
+
+@pytest.mark.parametrize("score", [0.1, 1e6 + 0.1])
+def test_grpo_does_not_enlarge_rounding_in_a_group_of_equal_scores(score):
+    actual = group_advantages(torch.full((3,), score), torch.zeros(3, dtype=torch.long), "grpo")
+    assert actual.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_an_answer_alone_in_its_group_is_a_bug(kind):
+    with pytest.raises(AssertionError, match="nothing to be compared with"):
+        group_advantages(torch.ones(3), torch.tensor([0, 0, 1]), kind)
+
+
+def test_reinforce_pp_gives_a_token_the_score_less_the_kl_penalty_from_it_on():
+    # beta 0.1, k1 = 1 -2 0.5, score 3: 3 - 0.1 (1 - 2 + 0.5), 3 - 0.1 (-2 + 0.5), 3 - 0.1 x 0.5
+    mask = row(1, 1, 1, 0)
+    rewards = kl_shaped_rewards(
+        torch.tensor([3.0]), row(1, -2, 0.5, 9), row(0, 0, 0, 0), mask, kl_coef=0.1, score_clip=0
+    )
+    torch.testing.assert_close(discounted_returns(rewards, mask, gamma=1), row(3.05, 3.15, 2.95, 0))
+    # gamma 0.5: 2.95; 0.2 + 1.475; -0.1 + 0.8375
+    torch.testing.assert_close(discounted_returns(rewards, mask, gamma=0.5), row(0.7375, 1.675, 2.95, 0))
 
 
 @pytest.mark.parametrize(

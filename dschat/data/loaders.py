@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from dschat.data.collate import PromptBatch, collate_prompts
 from dschat.data.tokenization import column
+from dschat.errors import UserError
 
 WINDOW = 50
 """Steps whose rows are sorted by length together: enough to find company, few enough to stay random."""
@@ -96,7 +97,10 @@ class EvalLoader:
 
 @dataclass(frozen=True)
 class PromptLoader:
-    """One rank's prompts for each PPO step: one endless stream of shuffled epochs, cut into steps."""
+    """One rank's prompts for each PPO step: one endless stream of shuffled epochs, cut into steps.
+
+    Each prompt stands in its step as often as it is to be answered. Batches are counted in answers.
+    """
 
     dataset: Dataset
     pad_id: int
@@ -107,19 +111,23 @@ class PromptLoader:
     seed: int
     num_epochs: float
     lengths: np.ndarray
+    samples_per_prompt: int = 1
 
     @property
     def step_size(self) -> int:
-        """Prompts of a PPO step, over all ranks."""
+        """Answers of a PPO step, over all ranks."""
         return self.batch_size * self.batches_per_step * self.world_size
 
     def __len__(self) -> int:
         """PPO steps; the last takes prompts of one more epoch where it needs them to be full."""
-        return int(np.ceil(self.num_epochs * len(self.dataset) / self.step_size))
+        return int(np.ceil(self.num_epochs * len(self.dataset) * self.samples_per_prompt / self.step_size))
 
     def __iter__(self) -> Iterator[list[PromptBatch]]:
-        stream = _shuffled_epochs(len(self.dataset), self.step_size, self.seed)
-        for rows, samples in islice(stream, len(self)):
+        times = self.samples_per_prompt
+        stream = _shuffled_epochs(len(self.dataset), self.step_size // times, self.seed)
+        for prompts, epochs in islice(stream, len(self)):
+            rows = prompts.repeat(times)
+            samples = epochs.repeat(times) * times + np.tile(np.arange(times), len(prompts))
             order = _longest_first(np.arange(len(rows)), self.lengths[rows])
             yield [
                 collate_prompts(
@@ -187,8 +195,19 @@ def build_prompt_loader(
     world_size: int,
     seed: int,
     num_epochs: float = 1,
+    samples_per_prompt: int = 1,
 ) -> PromptLoader:
-    """For each PPO step the `batches_per_step` batches of this rank, always full."""
+    """For each PPO step the `batches_per_step` batches of this rank, always full.
+
+    Raises `UserError` where a step of all ranks cannot hold whole groups of `samples_per_prompt` answers.
+    """
+    num_answers = batch_size * batches_per_step * world_size
+    if num_answers % samples_per_prompt:
+        raise UserError(
+            f"a PPO step samples {num_answers} answers (--per_device_generation_batch_size times "
+            f"--generation_batches times ranks), which --num_samples_per_prompt {samples_per_prompt} does "
+            "not divide; change one of them."
+        )
     return PromptLoader(
         dataset=dataset.with_format("arrow"),
         pad_id=pad_id,
@@ -199,6 +218,7 @@ def build_prompt_loader(
         seed=seed,
         num_epochs=num_epochs,
         lengths=column(dataset, "length"),
+        samples_per_prompt=samples_per_prompt,
     )
 
 

@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import PpoArguments
 from dschat.distributed import gather_rows
-from dschat.losses import advantages_and_returns, kl_estimate, kl_shaped_rewards, masked_mean, masked_whiten
+from dschat.losses import (
+    advantages_and_returns,
+    discounted_returns,
+    group_advantages,
+    kl_estimate,
+    kl_shaped_rewards,
+    masked_mean,
+    masked_whiten,
+)
 from dschat.rlhf.rollout import RolloutBatch
 
 
@@ -90,7 +98,7 @@ class Judgement:
     logprobs: Tensor  # of the actor
     entropy: Tensor  # of the actor, nats
     ref_logprobs: Tensor  # of the reference model
-    values: Tensor  # of the critic
+    values: Tensor | None  # of the critic, where there is one
     scores: Tensor  # of the reward model, raw
 
     @staticmethod
@@ -99,8 +107,10 @@ class Judgement:
         row_numbers = gather_rows(torch.cat(rows).to(parts[0].scores.device))
         order = row_numbers.argsort()
 
-        def column(name: str) -> Tensor:
+        def column(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None
             if values[0].dim() == 2:
                 values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
             return gather_rows(torch.cat(values))[order]
@@ -115,7 +125,7 @@ class MicroBatch:
     rollout: RolloutBatch
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
     returns: Tensor
 
@@ -141,7 +151,7 @@ class Experience:
     judgement: Judgement
     raw_advantages: Tensor
     advantages: Tensor
-    """Whitened over the rollout batch, unless told otherwise."""
+    """Whitened over the rollout batch, unless told otherwise or made by comparison of answers."""
     returns: Tensor
     schedule: Schedule
     shaping: ScoreShaping
@@ -175,14 +185,13 @@ class Experience:
             score_clip=0,
             kl_estimator=args.penalised_kl,
         )
-        advantages, returns = advantages_and_returns(
-            judgement.values, rewards, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-        )
+        advantages, returns = estimate_advantages(rewards, judgement.values, rollout, args)
+        is_whitened = args.whiten_advantages and not args.compares_answers
         return Experience(
             rollout=rollout,
             judgement=judgement,
             raw_advantages=advantages,
-            advantages=masked_whiten(advantages, mask) if args.whiten_advantages else advantages,
+            advantages=masked_whiten(advantages, mask) if is_whitened else advantages,
             returns=returns,
             schedule=schedule,
             shaping=shaping,
@@ -214,7 +223,7 @@ class Experience:
         width = rollout.answer_mask.shape[1]
         judged = self.judgement
         columns = (judged.logprobs, judged.ref_logprobs, judged.values, self.advantages, self.returns)
-        return MicroBatch(rollout, *(column[rows, :width] for column in columns))
+        return MicroBatch(rollout, *(c if c is None else c[rows, :width] for c in columns))
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
         """The first prompts with their answers and raw scores, for people."""
@@ -242,7 +251,6 @@ class Experience:
         mask, judged = self.rollout.answer_mask, self.judgement
         log_ratio, kl = self._log_ratio(), self.kl
         k3 = kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean()
-        unexplained = masked_variance(self.returns - judged.values, mask)
         values = {
             "score": judged.scores.mean(),
             "score_std": judged.scores.std(unbiased=False),
@@ -251,7 +259,6 @@ class Experience:
             "k3": k3,
             "score_minus_kl": judged.scores.mean() - self.kl_coef * kl,
             "entropy": masked_mean(judged.entropy, mask),
-            "explained_variance": 1 - unexplained / masked_variance(self.returns, mask).clamp(min=1e-8),
             "advantage_mean": masked_mean(self.raw_advantages, mask),
             "advantage_std": masked_variance(self.raw_advantages, mask).sqrt(),
             "return_mean": masked_mean(self.returns, mask),
@@ -259,7 +266,29 @@ class Experience:
             "answer_length": self.rollout.answer_lengths.float().mean(),
             "eos_share": self.rollout.ended.float().mean(),
         }
+        if judged.values is not None:
+            unexplained = masked_variance(self.returns - judged.values, mask)
+            total = masked_variance(self.returns, mask).clamp(min=1e-8)
+            values["explained_variance"] = 1 - unexplained / total
         return {name: value.item() for name, value in values.items()} | {"kl_coef": self.kl_coef}
+
+
+def estimate_advantages(
+    rewards: Tensor, values: Tensor | None, rollout: RolloutBatch, args: PpoArguments
+) -> tuple[Tensor, Tensor]:
+    """Advantages before whitening, and returns, by --advantage_estimator. [B, T] each -> two [B, T].
+
+    All tokens of an answer share its advantage where answers to one prompt are compared, each by the sum of
+    its rewards: the score, less the KL penalty unless that stands in the loss.
+    """
+    mask = rollout.answer_mask
+    if args.has_critic:
+        return advantages_and_returns(values, rewards, mask, gamma=args.gamma, gae_lambda=args.gae_lambda)
+    returns = discounted_returns(rewards, mask, gamma=args.gamma)
+    if not args.compares_answers:
+        return returns, returns
+    of_answers = group_advantages(rewards.sum(dim=1), rollout.prompt_rows, args.advantage_estimator)
+    return of_answers.unsqueeze(1) * mask, returns
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:

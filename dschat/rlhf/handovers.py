@@ -13,20 +13,20 @@ class RlhfHandovers:
     """Where actor (and reference), critic and reward model come from; the last two are often one."""
 
     actor: Handover
-    critic: Handover
+    critic: Handover | None  # None where advantages are estimated without one
     reward: Handover
 
     def check_templates(self, tokenizers: RlhfTokenizers) -> None:
         """Raise `UserError` where a model would read another template than it was trained with."""
         self.actor.check_template(tokenizers.actor)
-        if not tokenizers.fresh_critic:
+        if self.critic and not tokenizers.fresh_critic:
             self.critic.check_template(tokenizers.actor)
         self.reward.check_template(tokenizers.reader or tokenizers.actor)
 
     def check_outputs(self, engine: DeepSpeedRLHFEngine) -> None:
         """Raise `UserError` where a model does not compute what was promised. Every rank must call it."""
         self.actor.check_outputs(engine.actor, *([engine.ref] if engine.ref else []))
-        if not engine.fresh_critic:
+        if self.critic and not engine.fresh_critic:
             self.critic.check_outputs(engine.critic)
         self.reward.check_outputs(engine.reward)
 
@@ -35,8 +35,8 @@ def receive_models(args: RlhfArguments) -> RlhfHandovers:
     """Actor, critic and reward model, verified as far as files tell. Raises `UserError`."""
     actor = receive_model(args.actor.model_name_or_path, "--actor_model_name_or_path", "language_model")
     reward = receive_model(args.reward_path, args.reward_flag, "score")
-    critic = reward
-    if args.critic.model_name_or_path != args.reward_path:
+    critic = reward if args.ppo.has_critic else None
+    if critic and args.critic.model_name_or_path != args.reward_path:
         # Beside a reward model of its own, a critic that PPO has trained before can go on.
         path = args.critic.model_name_or_path
         critic = receive_model(path, "--critic_model_name_or_path", "score", "value")

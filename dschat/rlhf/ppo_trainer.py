@@ -187,7 +187,7 @@ class DeepSpeedPPOTrainer:
     @torch.no_grad()
     def _judge(self, rollout: RolloutBatch) -> Judgement:
         """All four models on this rank's rows, in the micro-batches in which pass 0 will meet them."""
-        for engine in (self.engine.actor, self.engine.critic):
+        for engine in self.engine.trained:
             engine.eval()
         lengths = rollout.attention_mask.sum(dim=1).cpu()
         steps = self._schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
@@ -207,11 +207,15 @@ class DeepSpeedPPOTrainer:
             logprobs=logprobs,
             entropy=entropy,
             ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=temperature),
-            values=at_answers(values_at_tokens(self.engine.critic, batch), batch.prompt_length),
+            values=self._values(batch) if self.engine.critic else None,
             scores=scores_of_answers(
                 self.engine.reward, self._reading.read(batch) if self._reading else batch
             ),
         )
+
+    def _values(self, batch: RolloutBatch) -> Tensor:
+        """Of the critic at the decisions. [B, T]"""
+        return at_answers(values_at_tokens(self.engine.critic, batch), batch.prompt_length)
 
     def train_rlhf(self, minibatch: Minibatch) -> None:
         """One optimiser step of actor and critic. Every rank must call it, with its part of the same step.
@@ -223,13 +227,14 @@ class DeepSpeedPPOTrainer:
             return
         actor_learns = self._experience.ppo_step >= self._args.ppo.critic_warmup_steps
         with self._timed("training"):
-            self.engine.actor.train()
-            self.engine.critic.train()
+            for engine in self.engine.trained:
+                engine.train()
             for micro_batch in minibatch.micro_batches:
                 self._statistics.add(num_tokens=micro_batch.rollout.answer_mask.sum())
                 if actor_learns:
                     self._train_actor(micro_batch, minibatch)
-                self._train_critic(micro_batch, minibatch)
+                if self.engine.critic:
+                    self._train_critic(micro_batch, minibatch)
             self._updates_done += 1
             if actor_learns:
                 if self.engine.ema:
@@ -276,7 +281,7 @@ class DeepSpeedPPOTrainer:
 
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
-        values = at_answers(values_at_tokens(self.engine.critic, batch.rollout), batch.rollout.prompt_length)
+        values = self._values(batch.rollout)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )
@@ -296,12 +301,18 @@ class DeepSpeedPPOTrainer:
             **{name: total / num_tokens for name, total in sums.items()},
             **maxima,
             "updates_done": self._updates_done,
-            "actor_grad_norm": gradient_norm(self.engine.actor),
-            "critic_grad_norm": gradient_norm(self.engine.critic),
-            "actor_lr": learning_rate(self.engine.actor),
-            "critic_lr": learning_rate(self.engine.critic),
+            **self._optimisers(),
             **self._speed(),
         }
+
+    def _optimisers(self) -> dict[str, float]:
+        engines = {"actor": self.engine.actor, "critic": self.engine.critic}
+        values = {}
+        for name, engine in engines.items():
+            if engine is not None:
+                values[f"{name}_grad_norm"] = gradient_norm(engine)
+                values[f"{name}_lr"] = learning_rate(engine)
+        return values
 
     def _speed(self) -> dict[str, float]:
         seconds = {f"seconds_{phase}": spent for phase, spent in self._seconds.items()}

@@ -20,6 +20,10 @@ from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.ema import MovingAverage
 
+TRAINED_BYTES = 16
+"""A trained weight's memory without activations: fp32 weight, gradient and two moments; or in bf16 and fp16 a
+weight and a gradient of 2 bytes, and in fp32 a copy of the weight and two moments."""
+
 
 def training_steps_of_actor(args: RlhfArguments, num_training_steps: int) -> int:
     """Optimiser steps without those in which the critic learns alone, so that the actor's schedule ends too.
@@ -42,7 +46,8 @@ class DeepSpeedRLHFEngine:
 
     Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
     the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
-    adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for.
+    adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for, and
+    `critic` where advantages are estimated without one.
     `fresh_critic` says whether the critic started from the actor instead of the reward model.
     """
 
@@ -55,8 +60,24 @@ class DeepSpeedRLHFEngine:
         self.actor = self._build_actor(actor_training_steps)
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
-        self.critic = self._build_critic(num_training_steps)
+        self.critic = self._build_critic(num_training_steps) if args.ppo.has_critic else None
         self.reward = self._build_reward()
+        if self.critic is None:
+            self._say_what_no_critic_saves()
+
+    @property
+    def trained(self) -> list[DeepSpeedEngine]:
+        """The actor and, where there is one, the critic."""
+        return [self.actor] if self.critic is None else [self.actor, self.critic]
+
+    def _say_what_no_critic_saves(self) -> None:
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.reward.module.parameters())
+        size = num_weights * TRAINED_BYTES / 2**30
+        print_once(
+            f"no critic: --advantage_estimator {self._args.ppo.advantage_estimator} needs none. One as large "
+            f"as the reward model, trained whole, would take {size:.3g} GiB for weights, gradients and "
+            "Adam's states. The critic's own flags, such as its learning rate, have no use."
+        )
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[DeepSpeedEngine]:

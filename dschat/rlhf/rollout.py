@@ -167,7 +167,7 @@ class Rollout:
             self._actor.train(was_training)
 
     def generate(self, prompts: PromptBatch, *, ppo_step: int) -> RolloutBatch:
-        """One answer a prompt, sampled with noise keyed by (seed, PPO step, prompt, sample)."""
+        """One answer a row of prompts, sampled with noise keyed by (seed, PPO step, prompt, sample)."""
         prompt_length = prompts.input_ids.shape[1]
         keys = row_keys(prompts.keys, prompts.samples, seed=self._seed, ppo_step=ppo_step)
         sequences = self._actor.module.generate(

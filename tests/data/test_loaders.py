@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_eval_loader, build_prompt_loader, build_train_loader
+from dschat.errors import UserError
 
 PAD = 0
 SFT = partial(collate_sft, pad_id=PAD)
@@ -176,9 +177,10 @@ def prompts(num_rows):
     return Dataset.from_dict({"input_ids": ids, "key": keys, "length": [len(row) for row in ids]})
 
 
-def prompt_steps(num_rows, batch_size, batches_per_step, world_size, num_epochs=1):
+def prompt_steps(num_rows, batch_size, batches_per_step, world_size, num_epochs=1, samples_per_prompt=1):
     """For each PPO step the (row, sample) pairs of all ranks, sorted."""
     settings = {"batch_size": batch_size, "batches_per_step": batches_per_step, "world_size": world_size}
+    settings["samples_per_prompt"] = samples_per_prompt
     loaders = [
         build_prompt_loader(
             prompts(num_rows), pad_id=PAD, rank=rank, seed=5, num_epochs=num_epochs, **settings
@@ -193,6 +195,25 @@ def prompt_steps(num_rows, batch_size, batches_per_step, world_size, num_epochs=
                 assert rows_in(batch) == (batch.keys - 100).tolist()
                 step.extend(zip(rows_in(batch), batch.samples.tolist(), strict=True))
     return [sorted(step) for step in steps]
+
+
+@pytest.mark.parametrize(("batch_size", "batches_per_step", "world_size"), [(12, 1, 1), (3, 2, 2), (2, 3, 2)])
+def test_a_ppo_step_holds_every_answer_to_its_prompts(batch_size, batches_per_step, world_size):
+    steps = prompt_steps(10, batch_size, batches_per_step, world_size, num_epochs=2, samples_per_prompt=3)
+    assert len(steps) == 5  # 2 x 10 prompts, 3 answers each, 12 answers a step
+    for step in steps:
+        by_prompt = {}
+        for row, sample in step:
+            by_prompt.setdefault((row, sample // 3), []).append(sample % 3)  # the epoch and the answer in it
+        assert list(by_prompt.values()) == [[0, 1, 2]] * 4
+    answers = list(chain.from_iterable(steps))
+    assert sorted(answers) == [(row, sample) for row in range(10) for sample in range(6)]
+    assert steps == prompt_steps(10, 12, 1, 1, num_epochs=2, samples_per_prompt=3)
+
+
+def test_a_ppo_step_that_cannot_hold_whole_groups_of_answers_is_an_error():
+    with pytest.raises(UserError, match=r"samples 8 answers .*--num_samples_per_prompt 3 does not divide"):
+        prompt_steps(10, 4, 1, 2, samples_per_prompt=3)
 
 
 def test_ppo_takes_each_prompt_once_an_epoch_and_fills_the_last_step_from_the_next():

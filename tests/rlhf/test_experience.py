@@ -154,6 +154,54 @@ def test_a_steered_kl_coefficient_takes_the_place_of_the_flag():
     assert not torch.equal(steered.returns, Experience.build(*build, ppo_step=0).returns)
 
 
+GROUPS = torch.tensor([0, 1, 2, 3] * 3)
+
+
+def without_critic(**settings) -> Experience:
+    args = PpoArguments(kl_coef=0.2, reward_clip=0.0, **settings)
+    rollout, judgement = replace(make_rollout(), prompt_rows=GROUPS), replace(make_judgement(), values=None)
+    shaping = ScoreShaping(clip=0, missing_eos_penalty=0)
+    return Experience.build(rollout, judgement, args, schedule(), shaping, ppo_step=0)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_rloo_compares_the_scores_less_the_kl_penalty_that_stands_in_the_rewards(kl_in):
+    experience = without_critic(advantage_estimator="rloo", kl_in=kl_in)
+    judged, mask = experience.judgement, experience.rollout.answer_mask
+    earned = judged.scores.clone()
+    if kl_in == "reward":
+        earned -= 0.2 * ((judged.logprobs - judged.ref_logprobs) * mask).sum(dim=1)
+    for row in range(NUM_ROWS):
+        others = [other for other in range(NUM_ROWS) if other != row and GROUPS[other] == GROUPS[row]]
+        expected = (earned[row] - earned[others].mean()) * mask[row]
+        torch.testing.assert_close(experience.advantages[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_grpo_compares_the_scores_and_has_its_kl_in_the_loss():
+    experience = without_critic(advantage_estimator="grpo")
+    scores, mask = experience.judgement.scores, experience.rollout.answer_mask
+    for group in range(4):
+        rows = group == GROUPS
+        expected = (scores[rows] - scores[rows].mean()) / scores[rows].std(unbiased=False)
+        torch.testing.assert_close(experience.advantages[rows], expected[:, None] * mask[rows])
+
+
+def test_reinforce_pp_whitens_the_returns_of_all_tokens():
+    experience = without_critic(advantage_estimator="reinforce++")
+    mask = experience.rollout.answer_mask
+    assert torch.equal(experience.raw_advantages, experience.returns)
+    returns = experience.returns[mask]
+    expected = (returns - returns.mean()) / returns.std(unbiased=False)
+    torch.testing.assert_close(experience.advantages[mask], expected)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_without_a_critic_nothing_is_said_of_one(estimator):
+    experience = without_critic(advantage_estimator=estimator)
+    assert "explained_variance" not in experience.metrics()
+    assert all(m.micro_batches[0].values is None for m in experience.minibatches(0))
+
+
 def test_judgements_return_to_the_rows_they_were_made_of():
     judgement = make_judgement()
     rows = [torch.tensor([5, 1]), torch.tensor([0, 4]), torch.tensor([3, 2])]
@@ -164,6 +212,9 @@ def test_judgements_return_to_the_rows_they_were_made_of():
         parts.append(Judgement(*(c[numbers, :width] for c in columns), judgement.scores[numbers]))
     gathered = Judgement.gather(parts, rows, ANSWER)
     assert torch.equal(gathered.scores, judgement.scores[:6])
+    without = Judgement.gather([replace(part, values=None) for part in parts], rows, ANSWER)
+    assert without.values is None
+    assert torch.equal(without.logprobs, gathered.logprobs)
     mask = make_rollout().answer_mask[:6]
     assert torch.equal(gathered.values[mask], judgement.values[:6][mask])
 

@@ -21,6 +21,9 @@ LOSS_TERMS = {
 # Each with the ZeRO stages of actor and critic on two ranks.
 OPTIONS = {
     "every term of the loss": (LOSS_TERMS, (3, 1)),
+    "rloo": ({"advantage_estimator": "rloo", "num_samples_per_prompt": 2}, (2, 0)),
+    "grpo": ({"advantage_estimator": "grpo", "num_samples_per_prompt": 4}, (3, 3)),
+    "reinforce++": ({"advantage_estimator": "reinforce++"}, (0, 3)),
     "running score statistics": ({"score_normalization": "running", "reward_clip": 1}, (0, 0)),
     "critic warm-up": ({"critic_warmup_steps": 1}, (2, 2)),
     "early stop": ({"target_approx_kl": 1e-3}, (1, 3)),
@@ -70,6 +73,24 @@ def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
     # 8 answers over a horizon of 100, KL 0: the error is clipped to -0.2
     assert first["kl_coef"] == 0.1
     assert second["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce++"])
+def test_without_a_critic_none_is_built_and_the_actor_learns(name, one_rank):
+    result = one_rank[name]
+    assert result["weights"].keys() == {"actor", "ema"}
+    first, second = result["steps"]
+    assert not [metric for metric in first if metric.startswith(("critic", "value"))]
+    assert first["kl"] == 0
+    assert second["kl"] != 0
+    assert ("kl_loss" in first) == (name == "grpo")
+
+
+def test_the_answers_to_one_prompt_differ(one_rank):
+    for step in one_rank["grpo"]["steps"]:
+        first, second = step["answers"][:4], step["answers"][4:]
+        assert len({tuple(answer) for answer in first}) > 1
+        assert len({tuple(answer) for answer in second}) > 1
 
 
 def test_running_statistics_bring_the_first_scores_to_variance_one(one_rank):

@@ -26,18 +26,19 @@ from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 GLOBAL_ROWS = 8
 
 
-def prompts(tokenizer, ppo_step: int, num_batches: int) -> list[PromptBatch]:
-    """This rank's share of eight prompts of different lengths, dealt as the loader deals."""
-    texts = [f"\n\nHuman: Count to {n}{' please' * (n % 3)}.\n\nAssistant:" for n in range(GLOBAL_ROWS)]
+def prompts(tokenizer, ppo_step: int, num_batches: int, times: int) -> list[PromptBatch]:
+    """This rank's share of eight answers' prompts of different lengths, each `times` times, as dealt."""
+    numbers = torch.arange(GLOBAL_ROWS) // times
+    texts = [f"\n\nHuman: Count to {n}{' please' * (n % 3)}.\n\nAssistant:" for n in numbers.tolist()]
     tokens = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     parts = torch.arange(GLOBAL_ROWS).chunk(num_batches)
     return [
         PromptBatch(
             input_ids=tokens["input_ids"][mine],
             attention_mask=tokens["attention_mask"][mine],
-            keys=mine * 7919 + ppo_step,
-            rows=mine,
-            samples=torch.zeros_like(mine),
+            keys=numbers[mine] * 7919 + ppo_step,
+            rows=numbers[mine],
+            samples=mine % times,
         )
         for mine in (part[rank() :: world_size()] for part in parts)
     ]
@@ -66,7 +67,7 @@ def run(models: Path, flags: dict) -> dict:
     steps = []
     for ppo_step in range(2):
         experience = trainer.generate_experience(
-            prompts(tokenizer, ppo_step, args.rollout.generation_batches)
+            prompts(tokenizer, ppo_step, args.rollout.generation_batches, args.rollout.num_samples_per_prompt)
         )
         for epoch in range(args.ppo.ppo_epochs):
             for minibatch in experience.minibatches(epoch):
@@ -88,8 +89,10 @@ def exported(engine: DeepSpeedRLHFEngine, tokenizer, models: Path) -> dict:
     """The absolute sum of every exported weight file, and of the adapters beside the weights."""
     folder = models / "exported"
     export_model(engine.actor, tokenizer, folder / "actor")
-    export_model(engine.critic, tokenizer, folder / "critic")
-    names = ["actor", "critic"]
+    names = ["actor"]
+    if engine.critic:
+        export_model(engine.critic, tokenizer, folder / "critic")
+        names.append("critic")
     if engine.ema:
         export_model(engine.actor, tokenizer, folder / "ema", parameters=engine.ema.weights())
         names.append("ema")
