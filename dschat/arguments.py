@@ -495,6 +495,29 @@ class PpoArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextArguments:
+    """Text that the actor learns beside PPO, InstructGPT (https://arxiv.org/abs/2203.02155) Eq. 2."""
+
+    unsupervised_dataset_name: list[str] = flag(
+        [],
+        "Hub id, or local .txt, .json, .jsonl or .parquet files, of plain text; without it there is none. It "
+        "is cut to blocks of --max_prompt_seq_len + --max_answer_seq_len tokens.",
+    )
+    unsupervised_dataset_config_name: str | None = flag(
+        None, "The configuration of that hub id, such as wikitext-2-raw-v1."
+    )
+    unsup_coef: float = flag(27.8, "Weight of the text's mean loss per token beside the policy loss.")
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "unsup_coef")
+        require(
+            self.unsupervised_dataset_config_name is None or bool(self.unsupervised_dataset_name),
+            f"--unsupervised_dataset_config_name {self.unsupervised_dataset_config_name} needs "
+            "--unsupervised_dataset_name, the hub id that it belongs to.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlhfOptions:
     """Step 3's other settings."""
 
@@ -639,6 +662,7 @@ class RlhfArguments:
     optimizer: OptimizerArguments = group(OptimizerArguments, num_warmup_steps=100, adam_epsilon=1e-5)
     rollout: RolloutArguments = group(RolloutArguments)
     ppo: PpoArguments = group(PpoArguments)
+    text: TextArguments = group(TextArguments)
     rlhf: RlhfOptions = group(RlhfOptions)
     run: RunArguments = group(RunArguments)
 

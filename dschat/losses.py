@@ -308,6 +308,15 @@ def clipped_policy_loss(
     return masked_mean(loss, mask, denominator=denominator)
 
 
+def text_loss(logits: Tensor, tokens: Tensor, *, denominator: float | Tensor) -> Tensor:
+    """The negative log-likelihood of text, summed over `denominator`: [B, L, V], [B, L + 1] -> scalar.
+
+    The last term of InstructGPT's objective, https://arxiv.org/abs/2203.02155 Eq. 2. Logits are those of the
+    first L tokens, each of which predicts the next.
+    """
+    return -token_logprobs(logits, tokens[:, 1:]).sum() / denominator
+
+
 def clipped_value_loss(
     values: Tensor,
     old_values: Tensor,

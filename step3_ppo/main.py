@@ -34,6 +34,7 @@ from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
 from dschat.rlhf.handovers import receive_models
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.unsupervised import build_text_loader
 from dschat.run_folder import check_run_folder, start_run, write_summary
 
 SHOWN = ("score", "kl", "answer_length", "value_loss")
@@ -57,6 +58,7 @@ def main(args: RlhfArguments) -> None:
         reader=tokenizers.reader,
     )
     prompt_loader = build_loader(args, data, tokenizers)
+    texts = build_text_loader(args, tokenizers.actor)
 
     device = distributed.setup(args.run.local_rank)
     if distributed.is_main_process():
@@ -67,7 +69,9 @@ def main(args: RlhfArguments) -> None:
     num_updates = num_ppo_steps * args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=num_updates)
     handovers.check_outputs(engine)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, prompts=data.train, score_scale=score_scale)
+    trainer = DeepSpeedPPOTrainer(
+        engine, tokenizers, args, prompts=data.train, score_scale=score_scale, texts=texts
+    )
     metrics = MetricsLogger(
         args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )

@@ -94,6 +94,8 @@ def test_hyphens_are_accepted_for_underscores():
         ("rlhf", "--print_answers_interval 5 --enable_test_mode --test_stop_step 2"),
         ("rlhf", "--actor_zero_stage 3 --offload_reference_model --actor_gradient_checkpointing"),
         ("rlhf", "--critic_zero_stage 3 --offload_reward_model --critic_gradient_checkpointing"),
+        ("rlhf", "--unsupervised_dataset_name wikitext --unsup_coef 27.8"),
+        ("rlhf", "--unsupervised_dataset_name wikitext --unsupervised_dataset_config_name wikitext-2-raw-v1"),
         ("rlhf", "--actor_weight_decay 0 --critic_weight_decay 0"),
         ("sft", "--lora_dim 128 --lora_module_name decoder.layers. --lora_learning_rate 5e-4"),
         ("reward", "--lora_dim 128 --lora_module_name decoder.layers. --only_optimize_lora"),
@@ -132,6 +134,11 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (
             ["--advantage_estimator", "reinforce++", "--critic_warmup_steps", "2"],
             ["--critic_warmup_steps 2", "reinforce++ has none"],
+        ),
+        (["--unsup_coef", "-1"], ["--unsup_coef", "at least 0"]),
+        (
+            ["--unsupervised_dataset_config_name", "raw"],
+            ["--unsupervised_dataset_config_name raw", "--unsupervised_dataset_name"],
         ),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
         (["--kl_coef", "much"], ["--kl_coef", "much"]),

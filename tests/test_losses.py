@@ -23,6 +23,7 @@ from dschat.losses import (
     masked_whiten,
     pairwise_ranking_loss,
     policy_ratio,
+    text_loss,
     token_entropy,
     token_logprobs,
 )
@@ -381,6 +382,13 @@ def test_ratio_of_a_hopeless_token_stays_finite():
 def test_value_loss_takes_the_worse_of_plain_and_clipped(value, loss):
     actual = clipped_value_loss(row(value), row(1), row(2), row(1), value_clip=0.2)
     assert actual.item() == pytest.approx(loss)
+
+
+def test_the_loss_of_text_is_of_every_token_but_the_first_of_a_block():
+    # the second token has probability 3/4, the third 1/4, over eight tokens of the whole step
+    logits = LOGITS.expand(1, 2, 2)
+    loss = text_loss(logits, torch.tensor([[0, 1, 0]]), denominator=8)
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 8)
 
 
 @pytest.mark.parametrize("padding", [0.0, 1e9, math.nan])

@@ -406,3 +406,23 @@ def test_help_answers_without_torch(program):
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert result.stdout.rstrip().endswith("torch loaded: False")
     assert "--output_dir" in result.stdout
+
+
+@pytest.mark.slow
+def test_ppo_without_a_critic_and_with_text_beside_it(one_rank):
+    text = one_rank / "text.txt"
+    text.write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(200)))
+    result = python(
+        PPO,
+        *ppo(one_rank, "grpo", "sft", "reward", *ppo_batch(8), "--max_prompt_seq_len=64"),
+        *("--advantage_estimator=grpo", "--num_samples_per_prompt=4", "--score_normalization=running"),
+        *("--kl_target=1", f"--unsupervised_dataset_name={text}", "--unsup_coef=1"),
+        cwd=one_rank,
+    )
+    assert "no critic: --advantage_estimator grpo needs none" in result.stdout
+    assert not (one_rank / "grpo" / "critic").exists()
+    AutoModelForCausalLM.from_pretrained(one_rank / "grpo" / "actor")
+    first, *_, last = lines(one_rank / "grpo")
+    assert first["first_minibatch_ratio_error"] == last["first_minibatch_ratio_error"] == 0
+    assert last["unsup_loss"] < first["unsup_loss"]
+    assert last["kl_coef"] != first["kl_coef"]

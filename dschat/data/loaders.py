@@ -10,7 +10,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 from dschat.data.collate import PromptBatch, collate_prompts
 from dschat.data.tokenization import column
@@ -138,6 +140,36 @@ class PromptLoader:
                     samples=samples[mine],
                 )
                 for mine in _dealt(order, self.batch_size, self.batches_per_step, self.rank, self.world_size)
+            ]
+
+
+@dataclass(frozen=True)
+class TextLoader:
+    """One rank's blocks of text for each optimiser step, without end: an int64 [B, L] a micro-batch."""
+
+    blocks: np.ndarray
+    """[N, L]"""
+    batch_size: int
+    accumulation_steps: int
+    rank: int
+    world_size: int
+    seed: int
+
+    @property
+    def step_size(self) -> int:
+        """Blocks of an optimiser step, over all ranks and micro-batches."""
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of an optimiser step that are predicted: all but each block's first."""
+        return self.step_size * (self.blocks.shape[1] - 1)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for rows, _ in _shuffled_epochs(len(self.blocks), self.step_size, self.seed):
+            yield [
+                torch.from_numpy(self.blocks[mine].astype(np.int64))
+                for mine in _dealt(rows, self.batch_size, self.accumulation_steps, self.rank, self.world_size)
             ]
 
 

@@ -89,8 +89,14 @@ class Format:
         return {**row, **{ours: row[theirs] for ours, theirs in self.keys}} if self.keys else row
 
 
-def open_source(entry: str, flag: str = "--data_path") -> Source:
-    """Find out what `entry` of `flag` is and open it; rows are read later. Raises `UserError`."""
+def open_source(entry: str, flag: str = "--data_path", *, config_name: str | None = None) -> Source:
+    """Find out what `entry` of `flag` is and open it; rows are read later. Raises `UserError`.
+
+    With `config_name` it is a hub id, of whose configurations that one is meant.
+    """
+    if config_name is not None:
+        loaded = _load_from_hub(entry, flag, {"path": entry, "name": config_name})
+        return _dataset_source(entry, loaded, flag)
     name, weight = _weighted(entry, flag)
     return replace(_open_unweighted(name, flag), weight=weight)
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from datasets import Dataset
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dschat.arguments import RlhfArguments
 from dschat.data.collate import PromptBatch
+from dschat.data.loaders import TextLoader
 from dschat.distributed import (
     max_across_ranks,
     peak_memory_gib,
@@ -21,7 +23,7 @@ from dschat.distributed import (
     world_size,
 )
 from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
-from dschat.losses import clipped_value_loss, policy_ratio, token_entropy, token_logprobs
+from dschat.losses import clipped_value_loss, policy_ratio, text_loss, token_entropy, token_logprobs
 from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import (
@@ -99,7 +101,8 @@ class DeepSpeedPPOTrainer:
     """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`.
 
     `score_scale` is the mean and standard deviation that scores are brought to 0 and 1 by. The data set of
-    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`).
+    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`). `texts` are
+    learned beside the answers.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class DeepSpeedPPOTrainer:
         *,
         prompts: Dataset | None = None,
         score_scale: tuple[float, float] = (0.0, 1.0),
+        texts: TextLoader | None = None,
     ) -> None:
         tokenizer, reader = tokenizers.actor, tokenizers.reader
         self.engine = engine
@@ -136,6 +140,7 @@ class DeepSpeedPPOTrainer:
             mean=score_scale[0],
             std=score_scale[1],
         )
+        self._texts, self._text_steps = texts, iter(texts or ())
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
         self._ppo_step = 0
@@ -229,10 +234,11 @@ class DeepSpeedPPOTrainer:
         with self._timed("training"):
             for engine in self.engine.trained:
                 engine.train()
-            for micro_batch in minibatch.micro_batches:
+            blocks = next(self._text_steps) if self._texts and actor_learns else repeat(None)
+            for micro_batch, text in zip(minibatch.micro_batches, blocks, strict=False):
                 self._statistics.add(num_tokens=micro_batch.rollout.answer_mask.sum())
                 if actor_learns:
-                    self._train_actor(micro_batch, minibatch)
+                    self._train_actor(micro_batch, minibatch, text)
                 if self.engine.critic:
                     self._train_critic(micro_batch, minibatch)
             self._updates_done += 1
@@ -250,7 +256,7 @@ class DeepSpeedPPOTrainer:
         self._moved = []
         return target is not None and sum_across_ranks(sum(shares)).item() / minibatch.num_tokens > target
 
-    def _train_actor(self, batch: MicroBatch, minibatch: Minibatch) -> None:
+    def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: Tensor | None) -> None:
         loss = actor_loss(
             answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
             batch,
@@ -259,9 +265,21 @@ class DeepSpeedPPOTrainer:
             kl_coef=minibatch.kl_coef,
             num_tokens=minibatch.num_tokens,
         )
-        train_on(self.engine.actor, loss.total)
+        total = loss.total
+        if text is not None:
+            # One backward pass for both: DeepSpeed reduces the gradients of each.
+            unsup_loss = self._text_loss(text.to(total.device))
+            total = total + self._args.text.unsup_coef * unsup_loss
+            self._statistics.add(unsup_loss=unsup_loss)
+        train_on(self.engine.actor, total)
         self._record_ratio(loss.logprobs, batch, is_first=minibatch.is_first)
         self._statistics.add(**loss.terms)
+
+    def _text_loss(self, tokens: Tensor) -> Tensor:
+        """This micro-batch's share of the text's mean loss per token. [B, L] -> scalar."""
+        output = self.engine.actor(input_ids=tokens[:, :-1], use_cache=False)
+        logits = output.logits[..., : self._num_tokens]
+        return text_loss(logits, tokens, denominator=self._texts.num_targets)
 
     @torch.no_grad()
     def _record_ratio(self, logprobs: Tensor, batch: MicroBatch, *, is_first: bool) -> None:

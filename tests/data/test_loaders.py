@@ -1,12 +1,12 @@
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from dschat.data.collate import collate_pairs, collate_sft
-from dschat.data.loaders import build_eval_loader, build_prompt_loader, build_train_loader
+from dschat.data.loaders import TextLoader, build_eval_loader, build_prompt_loader, build_train_loader
 from dschat.errors import UserError
 
 PAD = 0
@@ -169,6 +169,29 @@ def test_a_short_evaluation_takes_the_same_sample_on_any_number_of_ranks():
 def test_a_short_evaluation_of_little_data_takes_all_of_it():
     loader = build_eval_loader(sft_rows([3, 4, 5]), SFT, batch_size=2, rank=0, world_size=1, num_batches=9)
     assert [rows_in(batch) for batch in loader] == [[2, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation_steps", "world_size"), [(6, 1, 1), (1, 3, 2), (3, 1, 2)]
+)
+def test_an_optimiser_step_holds_the_same_blocks_of_text_however_it_is_divided(
+    batch_size, accumulation_steps, world_size
+):
+    blocks = np.arange(10, dtype=np.int32).repeat(5).reshape(10, 5)
+    parts = [
+        TextLoader(blocks, batch_size, accumulation_steps, rank, world_size, seed=3)
+        for rank in range(world_size)
+    ]
+    whole = TextLoader(blocks, 6, 1, 0, 1, seed=3)
+    assert {part.num_targets for part in parts} == {6 * 4}
+    seen = []
+    for (expected,), *steps in islice(zip(whole, *parts, strict=True), 5):  # three epochs of ten blocks
+        held = [block for step in steps for micro_batch in step for block in micro_batch.tolist()]
+        assert sorted(held) == sorted(expected.tolist())
+        assert [len(micro_batch) for micro_batch in steps[0]] == [batch_size] * accumulation_steps
+        seen += [block[0] for block in expected.tolist()]
+    assert sorted(seen) == sorted(list(range(10)) * 3)
+    assert seen[:10] != seen[10:20]
 
 
 def prompts(num_rows):

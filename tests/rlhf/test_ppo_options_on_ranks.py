@@ -21,6 +21,9 @@ LOSS_TERMS = {
 # Each with the ZeRO stages of actor and critic on two ranks.
 OPTIONS = {
     "every term of the loss": (LOSS_TERMS, (3, 1)),
+    "text": ({"unsupervised_dataset_name": "text.txt", "max_prompt_seq_len": 20}, (3, 3)),
+    "text without its weight": ({"unsupervised_dataset_name": "text.txt", "unsup_coef": 0}, (2, 2)),
+    "plain": ({}, (0, 0)),
     "rloo": ({"advantage_estimator": "rloo", "num_samples_per_prompt": 2}, (2, 0)),
     "grpo": ({"advantage_estimator": "grpo", "num_samples_per_prompt": 4}, (3, 3)),
     "reinforce++": ({"advantage_estimator": "reinforce++"}, (0, 3)),
@@ -39,16 +42,26 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
+def flags(models: Path, options: dict) -> dict:
+    """The options, their text in a file of that folder."""
+    if "unsupervised_dataset_name" not in options:
+        return options
+    text = models / "text.txt"
+    text.write_text("".join(f"{n} bottles of water on the wall, {n} bottles.\n" for n in range(400)))
+    return options | {"unsupervised_dataset_name": str(text), "data_output_path": str(models / "cache")}
+
+
 @pytest.fixture(scope="module")
 def one_rank(models) -> dict:
-    settings = [{**ONE_RANK, "dtype": "fp32"} | options for options, _ in OPTIONS.values()]
+    settings = [{**ONE_RANK, "dtype": "fp32"} | flags(models, options) for options, _ in OPTIONS.values()]
     return dict(zip(OPTIONS, run(models, settings, ranks=1), strict=True))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models) -> dict:
     settings = [
-        {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": actor, "critic_zero_stage": critic} | options
+        {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": actor, "critic_zero_stage": critic}
+        | flags(models, options)
         for options, (actor, critic) in OPTIONS.values()
     ]
     return dict(zip(OPTIONS, run(models, settings, ranks=2), strict=True))
@@ -75,6 +88,18 @@ def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
     assert second["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
 
 
+def test_text_is_learned_beside_the_answers(one_rank):
+    first, second = one_rank["text"]["steps"]
+    assert second["unsup_loss"] < first["unsup_loss"] < 7  # ln 384 is 5.95: it begins near an even guess
+    assert one_rank["text"]["weights"]["actor"] != one_rank["plain"]["weights"]["actor"]
+
+
+def test_text_of_weight_zero_changes_nothing(one_rank):
+    with_text, plain = one_rank["text without its weight"], one_rank["plain"]
+    assert with_text["weights"] == pytest.approx(plain["weights"], rel=1e-12)
+    assert "unsup_loss" in with_text["steps"][0]
+
+
 @pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce++"])
 def test_without_a_critic_none_is_built_and_the_actor_learns(name, one_rank):
     result = one_rank[name]
@@ -91,13 +116,6 @@ def test_the_answers_to_one_prompt_differ(one_rank):
         first, second = step["answers"][:4], step["answers"][4:]
         assert len({tuple(answer) for answer in first}) > 1
         assert len({tuple(answer) for answer in second}) > 1
-
-
-def test_running_statistics_bring_the_first_scores_to_variance_one(one_rank):
-    first, _ = one_rank["running score statistics"]["steps"]
-    # of 8 scores of variance 1 some are beyond 1 and some are not; raw, those of a fresh head are small
-    assert first["score_std"] < 0.9
-    assert 0 < first["score_clipped_share"] < 1
 
 
 def test_the_actor_waits_while_the_critic_learns(one_rank):

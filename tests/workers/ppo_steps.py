@@ -22,6 +22,7 @@ from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf import rlhf_engine
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.unsupervised import build_text_loader
 
 GLOBAL_ROWS = 8
 
@@ -63,7 +64,7 @@ def run(models: Path, flags: dict) -> dict:
     with unittest.mock.patch.object(rlhf_engine, "trains_adapters_only") as decides:
         decides.side_effect = (lambda model: False) if is_copied else trains_adapters_only
         engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args)
+    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=build_text_loader(args, tokenizer))
     steps = []
     for ppo_step in range(2):
         experience = trainer.generate_experience(
