@@ -178,7 +178,8 @@ class DeepSpeedPPOTrainer:
                 ppo_step=self._ppo_step,
                 kl_coef=self._kl.coef,
             )
-        self._kl.update(self._experience.kl.item(), len(judgement.scores))
+        if self._actor_learns:  # while it waits, KL says nothing of the coefficient
+            self._kl.update(self._experience.kl.item(), len(judgement.scores))
         self._ppo_step += 1
         return self._experience
 
@@ -230,22 +231,26 @@ class DeepSpeedPPOTrainer:
         """
         if self._has_moved_enough:
             return
-        actor_learns = self._experience.ppo_step >= self._args.ppo.critic_warmup_steps
         with self._timed("training"):
             for engine in self.engine.trained:
                 engine.train()
-            blocks = next(self._text_steps) if self._texts and actor_learns else repeat(None)
+            blocks = next(self._text_steps) if self._texts and self._actor_learns else repeat(None)
             for micro_batch, text in zip(minibatch.micro_batches, blocks, strict=False):
                 self._statistics.add(num_tokens=micro_batch.rollout.answer_mask.sum())
-                if actor_learns:
+                if self._actor_learns:
                     self._train_actor(micro_batch, minibatch, text)
                 if self.engine.critic:
                     self._train_critic(micro_batch, minibatch)
             self._updates_done += 1
-            if actor_learns:
+            if self._actor_learns:
                 if self.engine.ema:
                     self.engine.ema.update()
                 self._has_moved_enough = self._moves_too_far(minibatch)
+
+    @property
+    def _actor_learns(self) -> bool:
+        """Whether the present PPO step is past --critic_warmup_steps."""
+        return self._experience.ppo_step >= self._args.ppo.critic_warmup_steps
 
     def _moves_too_far(self, minibatch: Minibatch) -> bool:
         """Whether the approx_kl of the optimiser step just taken, over all ranks, is above the target.

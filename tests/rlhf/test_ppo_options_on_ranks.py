@@ -18,17 +18,26 @@ LOSS_TERMS = {
     "ratio_clip_high": 0.3,
     "dual_clip": 3,
 }
+MICRO_BATCHES_OF_ONE = {"per_device_training_batch_size": 1, "gradient_accumulation_steps": 4}
 # Each with the ZeRO stages of actor and critic on two ranks.
 OPTIONS = {
     "every term of the loss": (LOSS_TERMS, (3, 1)),
     "text": ({"unsupervised_dataset_name": "text.txt", "max_prompt_seq_len": 20}, (3, 3)),
+    "text, recomputed": (
+        {
+            "unsupervised_dataset_name": "text.txt",
+            "max_prompt_seq_len": 20,
+            "actor_gradient_checkpointing": True,
+        },
+        (3, 3),
+    ),
     "text without its weight": ({"unsupervised_dataset_name": "text.txt", "unsup_coef": 0}, (2, 2)),
     "plain": ({}, (0, 0)),
     "rloo": ({"advantage_estimator": "rloo", "num_samples_per_prompt": 2}, (2, 0)),
     "grpo": ({"advantage_estimator": "grpo", "num_samples_per_prompt": 4}, (3, 3)),
     "reinforce++": ({"advantage_estimator": "reinforce++"}, (0, 3)),
     "running score statistics": ({"score_normalization": "running", "reward_clip": 1}, (0, 0)),
-    "critic warm-up": ({"critic_warmup_steps": 1}, (2, 2)),
+    "critic warm-up": ({"critic_warmup_steps": 1, "kl_target": 1}, (2, 2)),
     "early stop": ({"target_approx_kl": 1e-3}, (1, 3)),
 }
 
@@ -53,8 +62,11 @@ def flags(models: Path, options: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(models) -> dict:
-    settings = [{**ONE_RANK, "dtype": "fp32"} | flags(models, options) for options, _ in OPTIONS.values()]
-    return dict(zip(OPTIONS, run(models, settings, ranks=1), strict=True))
+    options = {name: options for name, (options, _) in OPTIONS.items()}
+    options["text in micro-batches of one"] = options["text"] | MICRO_BATCHES_OF_ONE
+    options["every term in micro-batches of one"] = options["every term of the loss"] | MICRO_BATCHES_OF_ONE
+    settings = [{**ONE_RANK, "dtype": "fp32"} | flags(models, chosen) for chosen in options.values()]
+    return dict(zip(options, run(models, settings, ranks=1), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +89,18 @@ def test_two_ranks_give_the_numbers_of_one(name, one_rank, two_ranks):
 def test_the_first_ratio_stays_exactly_one(name, one_rank):
     errors = [step.get("first_minibatch_ratio_error", 0) for step in one_rank[name]["steps"]]
     assert errors == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("every term in micro-batches of one", "every term of the loss"),
+        ("text in micro-batches of one", "text"),
+        ("text, recomputed", "text"),
+    ],
+)
+def test_micro_batches_and_recomputation_change_no_number(name, other, one_rank):
+    assert_same(one_rank[name], one_rank[other], tolerance=1e-4)
 
 
 def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
@@ -127,6 +151,7 @@ def test_the_actor_waits_while_the_critic_learns(one_rank):
     assert first["actor_lr"] == 1e-3  # the peak, as nothing is warmed up: the schedule has not begun
     assert second["actor_lr"] < first["actor_lr"]
     assert first["critic_lr"] < 1e-3
+    assert second["kl_coef"] == 0.1
     assert second["kl"] == 0  # the policy that sampled the second time is still the reference
     assert second["approx_kl"] > 0
 
