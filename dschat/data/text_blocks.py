@@ -56,13 +56,14 @@ def text_blocks(
     )
     pieces = (piece for _, read in opened for piece in read())
     folder = cached(cache_folder(data_output_path), key, partial(_write_tokens, pieces, tokenizer))
-    tokens = np.memmap(folder / FILE_NAME, dtype=np.int32, mode="r")
-    num_blocks = len(tokens) // block_size
+    num_tokens = (folder / FILE_NAME).stat().st_size // np.dtype(np.int32).itemsize
+    num_blocks = num_tokens // block_size
     if num_blocks == 0:
         raise UserError(
-            f"{FLAG} {' '.join(names)} has {len(tokens)} tokens and a block takes {block_size} "
+            f"{FLAG} {' '.join(names)} has {num_tokens} tokens and a block takes {block_size} "
             "(--max_prompt_seq_len and --max_answer_seq_len together); give more text."
         )
+    tokens = np.memmap(folder / FILE_NAME, dtype=np.int32, mode="r")
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size)
 
 
@@ -77,6 +78,8 @@ def _open(name: str, config_name: str | None) -> tuple[str, partial[Iterator[Pie
         with readable(path):
             return f"text {files_fingerprint([path])}", partial(_file_pieces, path)
     source = open_source(name, FLAG, config_name=config_name)
+    if source.weight is not None:
+        raise UserError(f"{FLAG} {name}: texts have no weights; leave it out, or give a text several times.")
     return source.fingerprint, partial(_row_pieces, source.training())
 
 

@@ -76,6 +76,7 @@ def test_other_content_under_the_same_name_is_other_blocks(blocks_of, tmp_path):
     [
         ("a.jsonl", '{"title": "a", "body": "b"}\n', r'a.jsonl:1: .* "text" \(found: title, body\); rename'),
         ("a.jsonl", '{"text": 3}\n', 'a.jsonl:1: .* needs rows with a column "text"'),
+        ("a.jsonl", '{"text": " "}\n', "has 0 tokens and a block takes 400 .*; give more text"),
         ("a.txt", "short", r"tokens and a block takes 400 .*; give more text"),
         ("nothere.txt", None, "--unsupervised_dataset_name .*nothere.txt: there is no such file"),
     ],
@@ -85,6 +86,12 @@ def test_text_that_cannot_be_used_is_an_error_with_a_remedy(name, content, messa
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         blocks_of(tmp_path / name, block_size=400)
+
+
+def test_a_weight_is_refused_rather_than_ignored(blocks_of, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:0.3: texts have no weights; leave it out"):
+        blocks_of(f"{tmp_path / 'a.jsonl'}:0.3")
 
 
 def test_a_file_of_another_encoding_is_an_error(blocks_of, tmp_path):
