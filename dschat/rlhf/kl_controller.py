@@ -10,7 +10,7 @@ class KlController:
     """beta of docs/ppo.md: a constant without a target.
 
     With one, after each PPO step beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * samples / horizon, Ziegler et
-    al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2. `horizon` is in answers.
+    al. 2019 (https://arxiv.org/abs/1909.08593), as their code has it. `horizon` is in answers.
     """
 
     coef: float
