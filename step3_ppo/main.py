@@ -99,8 +99,10 @@ def main(args: RlhfArguments) -> None:
 def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizers) -> PromptLoader:
     """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
     longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
-    critics = [args.critic.model_name_or_path] if args.ppo.has_critic and not tokenizers.fresh_critic else []
-    for path in (args.actor.model_name_or_path, *critics):
+    has_own_critic = args.ppo.has_critic and not tokenizers.fresh_critic
+    paths = {args.actor.model_name_or_path: True, args.critic.model_name_or_path: has_own_critic}
+    paths |= {args.reward_path: True} if tokenizers.reader is None else {}
+    for path in (path for path, reads_tokens in paths.items() if reads_tokens):
         check_positions(
             path,
             longest,
