@@ -61,7 +61,7 @@ def test_gradients_reach_every_weight_of_the_backbone_and_the_head(model):
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # Rounding apart, two biases have no gradient: attention is unchanged when all keys move alike, and what
     # the last norm adds to every hidden state cancels between the chosen and the rejected score.
-    cancels = ("k_proj.bias", "final_layer_norm.bias", "ln_f.bias")
+    cancels = ("k_proj.bias", "final_layer_norm.bias", "final_layernorm.bias", "ln_f.bias")
     assert {name for name in without if not name.endswith(cancels)} == set()
 
 
