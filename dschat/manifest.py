@@ -89,11 +89,15 @@ class Manifest:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest | None":
-        """The folder's manifest, None where it has none. Raises `UserError` for one it cannot use."""
+    def read(cls, folder: Path, flag: str = "") -> "Manifest | None":
+        """The folder's manifest, None where it has none. Raises `UserError` for one it cannot use.
+
+        `flag` says who named the folder, where someone did.
+        """
         path = folder / MANIFEST
         if not path.is_file():
             return None
+        by_flag = f"{flag}: " if flag else ""
         remedy = "copy the model's folder again, or delete the file to do without its promises"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -101,10 +105,10 @@ class Manifest:
             if version == FORMAT:
                 return _checked_types(cls(**values))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no manifest of this program ({error}); {remedy}.") from error
+            raise UserError(f"{by_flag}{path} is no manifest of this program ({error}); {remedy}.") from error
         raise UserError(
-            f"{path} has format {version!r} and this version of dschat reads {FORMAT}: use the version that "
-            f"wrote it, or {remedy}."
+            f"{by_flag}{path} has format {version!r} and this version of dschat reads {FORMAT}: use the "
+            f"version that wrote it, or {remedy}."
         )
 
 
@@ -247,7 +251,11 @@ class Handover:
     def check_promises(self) -> None:
         """Raise `UserError` for the first promise that the folder breaks, as far as files tell."""
         manifest, folder = self.manifest, Path(self.path)
-        tokenizer = load_tokenizer(self.path)
+        try:
+            tokenizer = load_tokenizer(self.path)
+        except UserError as error:
+            problem = f"its files have changed; put its own back. (Reading them fails: {error})"
+            raise self._broken("its tokenizer and chat template", problem) from error
         if tokenizer_fingerprint(tokenizer, versioned=False) != manifest.tokenizer:
             raise self._broken("its tokenizer", _tokenizer_problem(manifest))
         if template_fingerprint(tokenizer) != manifest.chat_template:
@@ -285,22 +293,21 @@ def receive_model(path: str, flag: str, *heads: Head) -> Handover:
         (): check_backbone,
         ("language_model",): check_language_model,
     }
+    manifest = Manifest.read(Path(path), flag)
+    if manifest and heads and manifest.head not in heads:
+        kinds = f"{HEADS[manifest.head]}, says its {MANIFEST}; give {HEADS[heads[0]]}"
+        raise UserError(f"{flag} {path!r} is {kinds}.")
     try:
         checks.get(heads, check_reward_model)(path, flag)
-        handover = Handover(path, flag, Manifest.read(Path(path)))
     except UserError as error:
-        raise _explained(error, path) from error
-    if handover.manifest is None:
+        raise _explained(error, manifest, Path(path)) from error
+    handover = Handover(path, flag, manifest)
+    if manifest is None:
         print_once(
             f"note: {path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
         )
         return handover
     if is_main_process():
-        found = handover.manifest.head
-        if heads and found not in heads:
-            raise UserError(
-                f"{flag} {path!r} is {HEADS[found]}, says its {MANIFEST}; give {HEADS[heads[0]]}."
-            )
         handover.check_promises()
     return handover
 
@@ -319,13 +326,9 @@ def changed_files(manifest: Manifest, folder: Path) -> str:
     return f"{added[0]} was added, so other weights may be loaded" if added else ""
 
 
-def _explained(error: UserError, path: str) -> UserError:
+def _explained(error: UserError, manifest: Manifest | None, folder: Path) -> UserError:
     """The error, and why a folder that was once whole is not: its files have changed."""
-    try:
-        manifest = Manifest.read(Path(path))
-    except UserError:
-        return error
-    changed = changed_files(manifest, Path(path)) if manifest else ""
+    changed = changed_files(manifest, folder) if manifest else ""
     return UserError(f"{error} By its {MANIFEST} {changed}.") if changed else error
 
 

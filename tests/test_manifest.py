@@ -195,6 +195,28 @@ def test_a_missing_and_an_added_file_are_named(copy):
     assert manifest_module.changed_files(promised, copy.parent) == "model.safetensors is missing"
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("tokenizer.json", '"P":', '"p~":', "its tokenizer and chat template"),
+        ("tokenizer.json", '"single_word"', '"shngle_word"', "its tokenizer and chat template"),
+        ("chat_template.jinja", "{% for", "{& for", "its tokenizer and chat template"),
+        ("config.json", '"hidden_size": 32', '"hidden_size": 22', "describes"),
+        ("config.json", '"silu"', '"silw"', "cannot be built (KeyError: 'silw')"),
+        ("config.json", '"num_attention_heads": 4', '"num_attention_heads": 0', "config.json"),
+        ("config.json", "{", "[", "config.json describes no model"),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_flag_and_folder(name, old, new, message, copy):
+    text = (copy / name).read_text()
+    assert old in text
+    (copy / name).write_text(text.replace(old, new, 1))
+    found = broken(copy)
+    assert message in found
+    assert str(copy) in found
+    assert "\n" not in found
+
+
 def test_another_tokenizer_is_named_before_its_ids(copy):
     tiny_tokenizer(vocab_size=300).save_pretrained(copy)
     message = broken(copy)
@@ -228,6 +250,17 @@ def test_a_critic_is_no_reward_model_and_a_language_model_is_neither(base, tmp_p
     assert Manifest.read(tmp_path / "critic").score_std is None
     assert receive_model(str(tmp_path / "critic"), FLAG).manifest.head == "value"  # step 2 takes any backbone
     assert "missing: score.weight" in broken(base)
+    assert "step 3 trains, says its manifest.json; give a language model" in broken(
+        tmp_path / "critic", "language_model"
+    )
+    export_model(
+        create_hf_model(AutoModelForCausalLM, str(base), tokenizer),
+        tokenizer,
+        tmp_path / "sft",
+        provenance=provenance("sft"),
+    )
+    assert "is a language model, says its manifest.json; give a reward model" in broken(tmp_path / "sft")
+    (tmp_path / "critic" / "manifest.json").unlink()
     assert "not a language model" in broken(tmp_path / "critic", "language_model")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -288,7 +289,14 @@ def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any
     """
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **settings)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a family's own checks raise what they like
+        error_line = " ".join(str(error).split())
+        path = Path(model_name_or_path) / "config.json"
+        if path.is_file():
+            raise UserError(
+                f"{path} describes no model that transformers {transformers.__version__} knows "
+                f"({error_line}); copy or download the file again, or update transformers."
+            ) from error
         error_line = str(error).partition("\n")[0]
         raise UserError(
             f"{model_name_or_path!r} is neither a model's folder nor a hub id that can be reached "
@@ -344,6 +352,11 @@ def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head
             _, info = load(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights of {model_name_or_path!r} cannot be read: {error}") from error
+    except Exception as error:  # whatever the family's code makes of values that it does not expect
+        raise UserError(
+            f"the model that config.json of {model_name_or_path!r} describes cannot be built "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); copy or download the file again."
+        ) from error
     missing = set(info["missing_keys"])
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CONSTANTS)}
     if fresh_head:

@@ -28,7 +28,7 @@ def load_tokenizer(
     args = TokenizerArguments() if args is None else args
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain ones
         error_line = str(error).partition("\n")[0]
         if not Path(model_name_or_path).is_dir():
             raise UserError(
