@@ -99,7 +99,8 @@ def _read_object(path: Path, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{where} holds no JSON object; it must look like {{'r': 16, 'lora_alpha': 16}}.")
+        example = json.dumps({"r": 16, "lora_alpha": 16})
+        raise UserError(f"{where} holds no JSON object; it must look like {example}.")
     return values
 
 
