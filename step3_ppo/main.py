@@ -134,7 +134,8 @@ def save(
         return
     folder = Path(args.run.output_dir)
     of_actor = step_provenance(args, args.actor, data, figures)
-    of_critic = step_provenance(args, args.critic, data, figures, head="value")
+    critic_base = args.actor if engine.fresh_critic else args.critic
+    of_critic = step_provenance(args, critic_base, data, figures, head="value")
     export_model(engine.actor, tokenizer, folder / "actor", provenance=of_actor)
     if engine.critic:
         export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)

@@ -343,6 +343,8 @@ def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
     config = AutoModelForSequenceClassification.from_pretrained(f"{outputs[0]}/critic").config
     assert config.model_type == "llama"
+    card = Path(outputs[0], "critic", "README.md").read_text(encoding="utf-8")
+    assert f"from `{folder / 'base'}` with dschat" in card  # the actor, where the critic started
 
 
 @pytest.fixture(scope="module")
