@@ -64,6 +64,7 @@ class Counts:
     equal_pairs: int = 0
     chosen_longer: int = 0
     """Pairs whose better answer has more characters."""
+    chosen_shorter: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def count_answers(row: Comparison, counts: Counts) -> None:
         counts.pairs += 1
         counts.equal_pairs += better.strip() == worse.strip()
         counts.chosen_longer += len(better.strip()) > len(worse.strip())
+        counts.chosen_shorter += len(better.strip()) < len(worse.strip())
 
 
 def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray) -> list[tuple[str, str]]:
@@ -252,11 +254,11 @@ def warnings_of(counts: Counts, facts: list[tuple[str, str]]) -> list[str]:
     if counts.bad > len(counts.bad_rows):
         found.append(f"and {counts.bad - len(counts.bad_rows)} more rows that cannot be read")
     unequal = counts.pairs - counts.equal_pairs
-    if unequal and not 0.3 <= counts.chosen_longer / unequal <= 0.7:
-        rate = counts.chosen_longer / unequal
+    rate = max(counts.chosen_longer, counts.chosen_shorter) / unequal if unequal else 0.0
+    if rate > 0.7:
         found.append(
-            f"length alone tells the better answer in {max(rate, 1 - rate):.0%} of the pairs: a reward model "
-            "will learn that first"
+            f"length alone tells the better answer in {rate:.0%} of the pairs: a reward model will learn "
+            "that first"
         )
     if counts.equal_pairs:
         found.append(f"{counts.equal_pairs} pairs of equal answers teach nothing; step 2 drops them")

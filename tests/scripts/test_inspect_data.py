@@ -8,6 +8,9 @@ import pytest
 from processes import ROOT, python
 from tiny import save_tiny_model
 
+from dschat.data.comparisons import Comparison
+from scripts.inspect_data import Counts, count_answers, warnings_of
+
 PROGRAM = ROOT / "scripts" / "inspect_data.py"
 SHARED = Path(os.environ.get("DSCHAT_SHARED", ROOT.parent / "shared")) / "data"
 
@@ -74,6 +77,23 @@ def test_what_is_odd_is_said(told):
     ):
         assert warning in text
     assert page.count('class="warning"') == 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ([(1, 1)] * 4, None),  # equal lengths tell nothing
+        ([(2, 1)] * 4 + [(1, 1)] * 4, None),
+        ([(1, 2)] * 6 + [(2, 1), (1, 1)], "75%"),
+        ([(2, 1)] * 7 + [(1, 2)], "88%"),
+    ],
+)
+def test_length_is_said_to_tell_the_better_answer_only_where_it_does(lengths, told):
+    counts = Counts()
+    for better, worse in lengths:
+        count_answers(Comparison("Tea?", ("a" * better, "b" * worse)), counts)
+    found = [warning for warning in warnings_of(counts, []) if "length alone" in warning]
+    assert [told in warning for warning in found] == ([True] if told else [])
 
 
 def test_rows_are_shown_in_the_template_with_what_is_learned_marked(told):
