@@ -104,7 +104,11 @@ def open_source(entry: str, flag: str = "--data_path", *, config_name: str | Non
 def _weighted(entry: str, flag: str) -> tuple[str, float | None]:
     """An entry as its name and its weight."""
     name, colon, number = entry.rpartition(":")
-    if not colon or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", number) or Path(entry).exists():
+    if not colon or Path(entry).expanduser().exists():
+        return entry, None
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", number, re.IGNORECASE):
+        if Path(name).expanduser().exists():
+            raise UserError(f"{flag} {entry}: the weight must be a number, got {number!r}; 0.3 is one.")
         return entry, None
     if not 0 < float(number) < float("inf"):
         raise UserError(f"{flag} {entry}: the weight must be positive, got {number}; 0.3 is one.")

@@ -356,6 +356,7 @@ def test_a_file_of_the_same_name_goes_before_a_known_set(tmp_path, monkeypatch):
         ("rows.jsonl:2", "rows.jsonl", 2.0),
         ("rows.jsonl:.5", "rows.jsonl", 0.5),
         ("rows.jsonl:1e-3", "rows.jsonl", 0.001),
+        ("rows.jsonl:1E-3", "rows.jsonl", 0.001),
         ("rows.jsonl", "rows.jsonl", None),
         ("odd:7", "odd:7", None),  # the name of a folder that is there
     ],
@@ -373,6 +374,13 @@ def test_an_entry_may_end_with_a_weight(tmp_path, monkeypatch, entry, name, weig
 def test_a_weight_that_is_no_share_is_named(weight):
     with pytest.raises(UserError, match=f"rows.jsonl:{weight}: the weight must be positive, got {weight}"):
         open_source(f"rows.jsonl:{weight}")
+
+
+@pytest.mark.parametrize("weight", ["0,3", "half", "nan", "inf", "0.3x", ""])
+def test_a_weight_that_is_no_number_is_named_where_the_rest_is_a_file(tmp_path, weight):
+    (tmp_path / "rows.jsonl").write_text(lines(ROWS))
+    with pytest.raises(UserError, match=f"rows.jsonl:{weight}: the weight must be a number, got '{weight}'"):
+        open_source(f"{tmp_path / 'rows.jsonl'}:{weight}")
 
 
 def form(**settings):
