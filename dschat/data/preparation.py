@@ -338,6 +338,12 @@ def _check_sources(sources: _Sources, index: ComparisonIndex) -> None:
 def _check_share(parts: np.ndarray, task: _Task, data: DataArguments) -> None:
     """Raise `UserError` where the split leaves the step nothing to train on."""
     sizes = np.bincount(parts[(parts >= 0) & (parts < splits.NUM_STEPS)], minlength=splits.NUM_STEPS)
+    if sizes.sum() == 0:  # every source has rows to train on, or `_check_sources` would have spoken
+        raise UserError(
+            f"step {task.step} has no prompts to train on: all those of --data_path are also in the data for "
+            "evaluation, and prompts for evaluation leave the training data. Give other data with "
+            "--eval_data_path, or leave it out."
+        )
     if sizes[task.step - 1] == 0:
         cut = ", ".join(map(str, sizes))
         raise UserError(

@@ -284,6 +284,12 @@ def test_an_empty_eval_data_path_is_named(tmp_path, tokenizer):
         sft_data(data, tokenizer, max_seq_len=64, seed=1)
 
 
+def test_evaluation_data_that_leaves_nothing_to_train_on_is_named(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", range(9))
+    with pytest.raises(UserError, match="all those of --data_path are also in the data for evaluation"):
+        sft_data(arguments(tmp_path, path, eval_data_path=[path]), tokenizer, max_seq_len=64, seed=1)
+
+
 def test_max_train_samples_are_nested_and_of_each_steps_own_share(tmp_path, tokenizer, capsys):
     path = write_rows(tmp_path / "a.jsonl", range(100))
     whole = all_steps(arguments(tmp_path, path), tokenizer)
