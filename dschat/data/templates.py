@@ -40,6 +40,10 @@ PLACE = "\ue000a place\ue000"
 """Content put in the place of a turn's own, to find where a template shows it."""
 
 
+SHOWN_ROLES = 6
+"""Of a long conversation, as many turns are named in a message."""
+
+
 def settle_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
     """Give the tokenizer its one template: a named one, a file's, or for None its own, else the plain one.
 
@@ -250,8 +254,15 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not sound Jinja (line {error.lineno}: {error.message}); correct it, "
+                "or give another with --chat_template."
+            ) from error
         except jinja2.TemplateError as error:
-            roles = ", ".join(turn.role for turn in turns)
+            roles = ", ".join(turn.role for turn in turns[:SHOWN_ROLES])
+            if len(turns) > SHOWN_ROLES:
+                roles += f", ... ({len(turns)} messages)"
             raise UserError(
                 f"the chat template does not take a conversation of {roles} ({error}); give another with "
                 "--chat_template, or leave such rows out."
@@ -260,6 +271,8 @@ class ChatTemplate:
     def _try(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         try:
             return self._render(turns, add_generation_prompt)
+        except UserError:
+            raise
         except (TypeError, ValueError) as error:  # what a template's own expressions may raise
             raise UserError(
                 f"the chat template does not work ({error}); give another with --chat_template."

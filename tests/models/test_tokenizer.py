@@ -155,7 +155,7 @@ def test_the_template_is_settled_and_saved(tmp_path):
     [
         (None, "cannot be read"),
         ("", "is empty"),
-        ("{% for %}", "the chat template does not"),
+        ("{% for %}", "the chat template is not sound Jinja"),
         ("{{ messages[0]['content'] }}", "cannot be trained with"),
     ],
 )
