@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data import splits
 from dschat.data.comparisons import Comparison, write_comparisons
 from dschat.data.layouts import BadRow, DroppedRow
+from dschat.data.preparation import listed
 from dschat.data.sources import Format, Source, open_source, read_rows
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.models.tokenizer import load_tokenizer
@@ -126,7 +127,7 @@ def inspect(
         text = Path(folder) / "rows.arrow"
         index = write_comparisons(((row, 0, False) for row in counted(source, form, counts)), text)
         if len(index.keys) == 0:
-            why = f": {counts.bad_rows[0]}" if counts.bad_rows else ""
+            why = f": {counts.bad_rows[0]}" if counts.bad_rows else listed("; dropped", counts.dropped)
             raise UserError(f"{source.flag} {source.name} has no row that can be used{why}")
         sample = splits.some_rows(index.row_keys, args.inspect.num_sampled, args.inspect.seed)
         rows = Dataset.from_file(str(text), in_memory=True)

@@ -6,7 +6,7 @@ Called on every rank before the process group exists; the first to come does the
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -226,7 +226,7 @@ def _build(
     bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
     parts = _assign(index, sources, data, seed)
-    _check_sources(sources, index)
+    _check_sources(sources, index, dropped)
     _check_share(parts, task, data)
     rows = Dataset.from_file(str(text))
     report = {
@@ -326,13 +326,14 @@ def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed
     return parts
 
 
-def _check_sources(sources: _Sources, index: ComparisonIndex) -> None:
+def _check_sources(sources: _Sources, index: ComparisonIndex, dropped: list[Counter]) -> None:
     """Raise `UserError` for a source without rows to train on, or to evaluate on."""
     for number, source in enumerate(sources.all):
         use = "evaluate" if sources.are_for_evaluation(number) else "train"
         if not np.any((index.sources == number) & (index.in_evaluation == (use == "evaluate"))):
             problem = f"{source.flag} {source.name} holds no rows to {use} on"
-            raise UserError(f"{problem}; leave it out or give another file.")
+            why = listed(": dropped", dropped[number])
+            raise UserError(f"{problem}{why}; leave it out or give another file.")
 
 
 def _check_share(parts: np.ndarray, task: _Task, data: DataArguments) -> None:
@@ -357,7 +358,7 @@ def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: _Task) 
     """Raise `UserError` where no training row is left."""
     if len(tokenized.rows) > 0:
         return
-    problem = f"step {task.step} has no rows left to train on" + _listed(": dropped", +left_out)
+    problem = f"step {task.step} has no rows left to train on" + listed(": dropped", +left_out)
     if left_out[task.lacks] and not tokenized.dropped:
         raise UserError(f"{problem}. Give data that has what step {task.step} learns from (docs/data.md).")
     raise UserError(
@@ -409,7 +410,7 @@ def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder
             f"  {source.name}: {counts['rows']} rows; {shares} prompts for steps 1 + 2 + 3"
             f" and {counts['evaluation']} for evaluation"
             + (f"; {counts['further']} rows are more answers to them" if counts["further"] else "")
-            + _listed("; dropped", counts["dropped"])
+            + listed("; dropped", counts["dropped"])
             + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
         )
     for name in ("train", "evaluation"):
@@ -418,12 +419,13 @@ def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder
             f"  {name}: {counts['rows']} rows of {counts['mean_length']:.0f} tokens on average"
             + (f", {counts['fewer_turns']} without their first turns" if counts["fewer_turns"] else "")
             + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
-            + _listed("; dropped", counts["dropped"])
+            + listed("; dropped", counts["dropped"])
         )
     return "\n".join(lines)
 
 
-def _listed(intro: str, counts: dict[str, int]) -> str:
+def listed(intro: str, counts: Mapping[str, int]) -> str:
+    """The intro and each count with its reason, or nothing where nothing was counted."""
     return (
         f"{intro} " + ", ".join(f"{number} ({reason})" for reason, number in counts.items()) if counts else ""
     )

@@ -284,6 +284,14 @@ def test_an_empty_eval_data_path_is_named(tmp_path, tokenizer):
         sft_data(data, tokenizer, max_seq_len=64, seed=1)
 
 
+def test_a_source_whose_rows_are_all_dropped_is_named_with_the_reason(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Q"}]}) + "\n")
+    told = r"holds no rows to train on: dropped 1 \(conversations that end with a question\); leave it out"
+    with pytest.raises(UserError, match=told):
+        sft_data(arguments(tmp_path, str(path)), tokenizer, max_seq_len=64, seed=1)
+
+
 def test_evaluation_data_that_leaves_nothing_to_train_on_is_named(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", range(9))
     with pytest.raises(UserError, match="all those of --data_path are also in the data for evaluation"):
