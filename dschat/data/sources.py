@@ -153,13 +153,21 @@ def read_rows(
 
     They are read as `form` says, else as is known of the source, else by the columns of the first row.
     """
-    read = form.reader() or source.read
+    read, layout = form.reader() or source.read, None
     for place, row in rows():
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
             row = form.renamed(row)
-            read = read or recognise(row).read
+            if read is None:
+                layout = recognise(row)
+                read = layout.read
+            elif layout is LAYOUTS["prompt_only"] and (other := recognise(row)) is not layout:
+                raise BadRow(
+                    f"the row has {', '.join(other.columns)}, but the first row a prompt alone, so the "
+                    "layout is prompt_only; put rows with answers into another file, or give --data_format "
+                    "prompt_only to use their prompts alone"
+                )
             yield place, read(row)
         except (BadRow, DroppedRow) as problem:
             yield place, problem

@@ -376,6 +376,16 @@ def test_a_weight_that_is_no_share_is_named(weight):
         open_source(f"rows.jsonl:{weight}")
 
 
+def test_answers_after_a_first_row_without_are_not_lost_in_silence(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(lines([{"prompt": "Q"}, {"prompt": "R", "label": 1}, *ROWS]))
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:3: the row has prompt, chosen, rejected, but the first"
+    ):
+        read(tmp_path / "rows.jsonl")
+    prompts = read(tmp_path / "rows.jsonl", form=Format("prompt_only"))
+    assert prompts == [Comparison(text) for text in ("Q", "R", "Grüße 😀", "p2")]
+
+
 @pytest.mark.parametrize("weight", ["0,3", "half", "nan", "inf", "0.3x", ""])
 def test_a_weight_that_is_no_number_is_named_where_the_rest_is_a_file(tmp_path, weight):
     (tmp_path / "rows.jsonl").write_text(lines(ROWS))
