@@ -262,9 +262,11 @@ def sharegpt_preference(row: Row) -> Comparison:
     """`conversations` up to the question, and two answers as messages or text; `system` may stand apart."""
     prompt = a_prompt(row, "conversations")
     comparison = _continued(row, prompt, "chosen", "rejected", margin=margin(row))
-    if isinstance(comparison.prompt, str):
-        return comparison
-    return replace(comparison, prompt=_with_system(row, comparison.prompt))
+    if not isinstance(comparison.prompt, str):
+        return replace(comparison, prompt=_with_system(row, comparison.prompt))
+    said = parse_dialogue(comparison.prompt)
+    told = _with_system(row, said)
+    return comparison if told == said else replace(comparison, prompt=told)
 
 
 @layout("ranked", "prompt", "answers")

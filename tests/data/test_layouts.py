@@ -83,6 +83,16 @@ def read(row):
             {"conversations": shared_gpt("Hi"), "chosen": "2", "rejected": "3", "system": "S"},
             Comparison((Turn("system", "S"), Turn("user", "Hi")), ("2", "3")),
         ),
+        (
+            "sharegpt_preference",
+            {"conversations": "Hi", "chosen": "2", "rejected": "3", "system": "S"},
+            Comparison((Turn("system", "S"), Turn("user", "Hi")), ("2", "3")),
+        ),
+        (
+            "sharegpt_preference",
+            {"conversations": "Hi", "chosen": "2", "rejected": "3", "system": ""},
+            Comparison("Hi", ("2", "3")),
+        ),
         ("hh", {"chosen": TURN + " Two.", "rejected": TURN + " 3."}, Comparison(TURN, (" Two.", " 3."))),
         (
             "hh",
