@@ -5,6 +5,7 @@ several fit a row, the one that was registered first is taken, so the more colum
 what --data_format takes.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ Row = dict[str, Any]
 ReadRow = Callable[[Row], Comparison]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+WINDOWS_MARK = re.compile(r"\r\n\r\n(Human|Assistant):")
 
 ROLES = {
     "system": "system",
@@ -181,6 +183,7 @@ def _asked(prompt: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
 
 def text_prompt(value: str) -> str:
     """A prompt that is text. Raises `DroppedRow` where it ends with no question that an answer fits."""
+    value = _unix_marks(value)
     marks = list(MARK.finditer(value))
     if marks and marks[-1][1] == "Assistant" and value[marks[-1].end() :].strip():
         raise DroppedRow("prompts that end inside an answer")
@@ -188,6 +191,11 @@ def text_prompt(value: str) -> str:
     if not said or said[-1].role != "user":
         raise DroppedRow("prompts with an empty question")
     return value
+
+
+def _unix_marks(value: str) -> str:
+    """The text with Unix line endings, if it is a dialogue whose marks stand after Windows' own."""
+    return value.replace("\r\n", "\n") if WINDOWS_MARK.search(value) else value
 
 
 def a_prompt(row: Row, column: str = "prompt") -> Prompt:
@@ -316,7 +324,7 @@ def _cut_messages(row: Row, column: str) -> tuple[Prompt, str]:
 
 
 def _cut_marked_dialogue(row: Row, column: str) -> tuple[str, str]:
-    before, marker, answer = text(row, column).rpartition(ASSISTANT)
+    before, marker, answer = _unix_marks(text(row, column)).rpartition(ASSISTANT)
     if not marker:
         raise BadRow(
             f'"{column}" holds no {ASSISTANT!r}, and the row no "prompt"; '

@@ -167,6 +167,17 @@ def test_a_new_layout_is_one_function(monkeypatch):
     assert read({"q": "Why?", "a": "So."}) == Comparison("Why?", ("So.",))
 
 
+@pytest.mark.parametrize("row", [{"chosen": TURN + " Two.", "rejected": TURN + " 3."}, {"prompt": TURN}])
+def test_dialogues_with_windows_line_endings_are_dialogues(row):
+    windows = {name: value.replace("\n", "\r\n") for name, value in row.items()}
+    assert recognise(row).read(windows) == recognise(row).read(row)
+
+
+def test_windows_line_endings_of_other_text_stay():
+    row = {"prompt": "Human: a\r\n\r\nb"}
+    assert recognise(row).read(row) == Comparison(row["prompt"])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
