@@ -677,6 +677,11 @@ class RlhfArguments:
         return self.rlhf.reward_model_name_or_path or self.critic.model_name_or_path
 
     @property
+    def model_paths(self) -> tuple[str, str, str]:
+        """Where the models are that step 3 starts from."""
+        return (self.actor.model_name_or_path, self.critic.model_name_or_path, self.reward_path)
+
+    @property
     def reward_flag(self) -> str:
         """The flag that says so."""
         return f"--{'reward' if self.rlhf.reward_model_name_or_path else 'critic'}_model_name_or_path"

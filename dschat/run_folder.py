@@ -11,6 +11,9 @@ from dschat.errors import UserError
 SUMMARY = "summary.json"
 """The final numbers of a step. It is the last file written: where it is, the step has finished."""
 
+EXPORTED = ("", "actor", "critic", "actor_ema")
+"""Where below its output folder a step writes models."""
+
 
 def tensorboard_folder(run: RunArguments) -> Path | None:
     """Where TensorBoard logs are written, if anywhere."""
@@ -21,8 +24,18 @@ def tensorboard_folder(run: RunArguments) -> Path | None:
     return Path(run.output_dir) / "tensorboard" if run.output_dir else None
 
 
-def check_run_folder(run: RunArguments) -> None:
-    """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag."""
+def check_run_folder(run: RunArguments, *models: str) -> None:
+    """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
+
+    `models` are those the run starts from, which it must not overwrite: half-way through it would have neither.
+    """
+    for path in models if run.output_dir else ():
+        written = [Path(run.output_dir, name).resolve() for name in EXPORTED]
+        if Path(path).is_dir() and Path(path).resolve() in written:
+            raise UserError(
+                f"--output_dir {run.output_dir} would overwrite the model that the run starts from, {path}; "
+                "name another folder."
+            )
     folders = {"--output_dir": run.output_dir, "--tensorboard_path": run.tensorboard_path}
     for flag, folder in folders.items():
         if not folder:

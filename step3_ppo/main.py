@@ -46,7 +46,7 @@ def main(args: RlhfArguments) -> None:
     distributed.check_precision(args.run.dtype, args.run.offload)
     handovers = receive_models(args)
     check_adapters(language=args.actor, reward=args.critic)
-    check_run_folder(args.run)
+    check_run_folder(args.run, *args.model_paths)
     tokenizers = load_rlhf_tokenizers(args)
     handovers.check_templates(tokenizers)
     score_scale = handovers.reward.score_statistics() if args.ppo.score_scale == "step2" else (0.0, 1.0)

@@ -57,3 +57,12 @@ def test_other_ranks_write_nothing(tmp_path):
     metrics.say("nothing")
     metrics.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "actor"])
+def test_the_model_that_a_run_starts_from_is_not_overwritten(tmp_path, name):
+    (tmp_path / "out" / "actor").mkdir(parents=True)
+    run = arguments(tmp_path / "out").run
+    check_run_folder(run, "some/hub-id", str(tmp_path))
+    with pytest.raises(UserError, match=r"--output_dir .* would overwrite the model"):
+        check_run_folder(run, str(tmp_path / "out" / name))
