@@ -27,7 +27,7 @@ def tensorboard_folder(run: RunArguments) -> Path | None:
 def check_run_folder(run: RunArguments, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 
-    `models` are those the run starts from, which it must not overwrite: half-way through it would have neither.
+    `models` are those the run starts from, which it must not overwrite: a run that fails would lose both.
     """
     for path in models if run.output_dir else ():
         written = [Path(run.output_dir, name).resolve() for name in EXPORTED]
