@@ -44,7 +44,7 @@ def test_a_row_without_a_prompt_is_named_by_file_and_line(tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     assert compare.read_prompts(compare.parse(["--model", "a=b", "--prompt", "x"])) == ["x"]
     args = compare.parse(["--model", "a=b", "--data-path", str(path)])
-    with pytest.raises(UserError, match=r'rows\.jsonl:2: the row has no "prompt"'):
+    with pytest.raises(UserError, match=r'rows\.jsonl:2: the row has no "answer"; its columns are: question'):
         compare.read_prompts(args)
 
 
