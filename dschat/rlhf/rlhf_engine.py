@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.distributed import print_once
@@ -99,12 +100,16 @@ class DeepSpeedRLHFEngine:
     def _frozen_config(self, original: ModelArguments, *, offload: bool) -> dict:
         return frozen_config(stage=3 if original.zero_stage == 3 else 0, run=self._args.run, offload=offload)
 
-    def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
-        print_once("loading the actor")
-        args, config = self._args.actor, self._train_config(self._args.actor)
-        model = create_hf_model(
+    def _language_model(self, config: dict) -> PreTrainedModel:
+        """The model that the actor starts from and the reference model stays."""
+        args = self._args.actor
+        return create_hf_model(
             AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, **args.loading_options
         )
+
+    def _trained_engine(
+        self, model: nn.Module, args: ModelArguments, config: dict, num_training_steps: int
+    ) -> DeepSpeedEngine:
         return build_trained_engine(
             model,
             args,
@@ -114,18 +119,22 @@ class DeepSpeedRLHFEngine:
             num_training_steps=num_training_steps,
         )
 
+    def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
+        print_once("loading the actor")
+        args, config = self._args.actor, self._train_config(self._args.actor)
+        model = self._language_model(config)
+        return self._trained_engine(model, args, config, num_training_steps)
+
     def _build_reference(self) -> DeepSpeedEngine | None:
-        args, offload = self._args.actor, self._args.rlhf.offload_reference_model
+        offload = self._args.rlhf.offload_reference_model
         if trains_adapters_only(self.actor.module):
             print_once("the reference model is the actor without its adapters: no copy is loaded")
             if offload:
                 print_once("note: --offload_reference_model has nothing to offload and is ignored.")
             return None
         print_once("loading the reference model, a copy: the actor trains more than adapters")
-        config = self._frozen_config(args, offload=offload)
-        model = create_hf_model(
-            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, **args.loading_options
-        )
+        config = self._frozen_config(self._args.actor, offload=offload)
+        model = self._language_model(config)
         return build_frozen_engine(model, config=config)
 
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
@@ -138,14 +147,7 @@ class DeepSpeedRLHFEngine:
             rlhf_training=not self.fresh_critic,
             **args.loading_options,
         )
-        return build_trained_engine(
-            model,
-            args,
-            self._args.optimizer,
-            self._args.run,
-            config=config,
-            num_training_steps=num_training_steps,
-        )
+        return self._trained_engine(model, args, config, num_training_steps)
 
     def _build_reward(self) -> DeepSpeedEngine:
         print_once("loading the reward model")
