@@ -34,11 +34,9 @@ from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
 from dschat.rlhf.handovers import receive_models
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.training import train_ppo
 from dschat.rlhf.unsupervised import build_text_loader
 from dschat.run_folder import check_run_folder, start_run, write_summary
-
-SHOWN = ("score", "kl", "answer_length", "value_loss")
-NUM_PRINTED_ANSWERS = 3
 
 
 def main(args: RlhfArguments) -> None:
@@ -60,7 +58,7 @@ def main(args: RlhfArguments) -> None:
     prompt_loader = build_loader(args, data, tokenizers)
     texts = build_text_loader(args, tokenizers.actor)
 
-    device = distributed.setup(args.run.local_rank)
+    distributed.setup(args.run.local_rank)
     if distributed.is_main_process():
         start_run(args)
     distributed.seed_everything(args.run.seed)
@@ -76,17 +74,10 @@ def main(args: RlhfArguments) -> None:
         args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )
 
-    start, values = time.perf_counter(), {}
-    for step, prompts in zip(range(1, num_ppo_steps + 1), prompt_loader, strict=False):
-        experience = trainer.generate_experience([batch.to(device) for batch in prompts])
-        for epoch in range(args.ppo.ppo_epochs):
-            for minibatch in experience.minibatches(epoch):
-                trainer.train_rlhf(minibatch)
-        values = trainer.metrics()
-        metrics.log(step, show=SHOWN, **values)
-        metrics.advance()
-        if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
-            metrics.say(experience.examples(tokenizers.actor, NUM_PRINTED_ANSWERS))
+    start = time.perf_counter()
+    values = train_ppo(
+        trainer, prompt_loader, metrics, args, num_ppo_steps=num_ppo_steps, tokenizer=tokenizers.actor
+    )
     metrics.close()
     save(args, engine, tokenizers.actor, data, values)
     if distributed.is_main_process():

@@ -22,53 +22,22 @@ from dschat.distributed import (
     synchronize,
     world_size,
 )
-from dschat.engines import DeepSpeedEngine, gradient_norm, learning_rate, train_on
-from dschat.losses import clipped_value_loss, policy_ratio, text_loss, token_entropy, token_logprobs
-from dschat.models.factory import learned_positions
+from dschat.engines import gradient_norm, learning_rate, train_on
+from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import (
     Experience,
-    Judgement,
     MicroBatch,
     Minibatch,
     Schedule,
     ScoreShaping,
-    at_answers,
 )
+from dschat.rlhf.judging import Judges, answer_logits, values_at_answers
 from dschat.rlhf.kl_controller import KlController
 from dschat.rlhf.objective import actor_loss
-from dschat.rlhf.reading import Reading
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 from dschat.rlhf.running_statistics import RunningStatistics
-
-
-def answer_logits(model: DeepSpeedEngine, batch: RolloutBatch, num_tokens: int) -> Tensor:
-    """The logits of the decisions that emitted the answers, over the tokenizer's `num_tokens`. -> [B, T, V].
-
-    The one way logits are computed for old, new and reference policy: a ratio compares like with like. Rows
-    that pad a model's vocabulary are left out, as they are in sampling.
-    """
-    first, last = batch.prompt_length - 1, batch.input_ids.shape[1] - 1
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=torch.arange(first, last, device=batch.input_ids.device),
-        use_cache=False,
-    )
-    return output.logits[..., :num_tokens]
-
-
-def values_at_tokens(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
-    """The head's output at every position. -> fp32 [B, P + T]."""
-    return model(batch.input_ids, batch.attention_mask, batch.position_ids, return_values=True)
-
-
-def scores_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
-    """The reward model's output at each answer's last valid token. -> fp32 [B]."""
-    last = batch.prompt_length + batch.answer_lengths - 1
-    return values_at_tokens(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
 
 
 class UpdateStatistics:
@@ -115,14 +84,10 @@ class DeepSpeedPPOTrainer:
         score_scale: tuple[float, float] = (0.0, 1.0),
         texts: TextLoader | None = None,
     ) -> None:
-        tokenizer, reader = tokenizers.actor, tokenizers.reader
+        tokenizer = tokenizers.actor
         self.engine = engine
         self._args = args
-        self._reading = None
-        if reader is not None:
-            assert prompts is not None, "a reward model with its own tokenizer reads prompts anew"
-            limit = learned_positions(args.reward_path)
-            self._reading = Reading(prompts, tokenizer, reader, max_tokens=limit)
+        self._judges = Judges(engine, tokenizers, args, prompts)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
@@ -168,7 +133,7 @@ class DeepSpeedPPOTrainer:
             answered = [self._rollout.generate(batch, ppo_step=self._ppo_step) for batch in batches]
             rollout = gather_rollouts(answered, self._pad_token_id)
         with self._timed("experience"):
-            judgement = self._judge(rollout)
+            judgement = self._judges.judge(rollout, self._rows_of_first_pass(rollout))
             self._experience = Experience.build(
                 rollout,
                 judgement,
@@ -190,38 +155,11 @@ class DeepSpeedPPOTrainer:
         self._scores.update(scores)
         return replace(self._shaping, mean=self._scores.mean, std=self._scores.std)
 
-    @torch.no_grad()
-    def _judge(self, rollout: RolloutBatch) -> Judgement:
-        """All four models on this rank's rows, in the micro-batches in which pass 0 will meet them."""
-        for engine in self.engine.trained:
-            engine.eval()
+    def _rows_of_first_pass(self, rollout: RolloutBatch) -> list[Tensor]:
+        """This rank's row numbers, in the micro-batches in which pass 0 will meet them."""
         lengths = rollout.attention_mask.sum(dim=1).cpu()
         steps = self._schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
-        rows = [part for step_rows in steps for part in self._schedule.micro_batches(step_rows)]
-        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device))) for part in rows]
-        return Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
-
-    def _judge_rows(self, batch: RolloutBatch) -> Judgement:
-        temperature = self._args.rollout.temperature
-        logits = answer_logits(self.engine.actor, batch, self._num_tokens)
-        logprobs = token_logprobs(logits, batch.answers, temperature=temperature)
-        entropy = token_entropy(logits, temperature=temperature)
-        del logits  # the largest tensor here: gone before the reference model makes its own
-        with self.engine.reference() as reference:
-            ref_logits = answer_logits(reference, batch, self._num_tokens)
-        return Judgement(
-            logprobs=logprobs,
-            entropy=entropy,
-            ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=temperature),
-            values=self._values(batch) if self.engine.critic else None,
-            scores=scores_of_answers(
-                self.engine.reward, self._reading.read(batch) if self._reading else batch
-            ),
-        )
-
-    def _values(self, batch: RolloutBatch) -> Tensor:
-        """Of the critic at the decisions. [B, T]"""
-        return at_answers(values_at_tokens(self.engine.critic, batch), batch.prompt_length)
+        return [part for step_rows in steps for part in self._schedule.micro_batches(step_rows)]
 
     def train_rlhf(self, minibatch: Minibatch) -> None:
         """One optimiser step of actor and critic. Every rank must call it, with its part of the same step.
@@ -304,7 +242,7 @@ class DeepSpeedPPOTrainer:
 
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
-        values = self._values(batch.rollout)
+        values = values_at_answers(self.engine.critic, batch.rollout)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )

@@ -14,14 +14,9 @@ from dschat.losses import clipped_policy_loss, clipped_value_loss, token_logprob
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.experience import MicroBatch, ScoreShaping, at_answers
+from dschat.rlhf.judging import answer_logits, scores_of_answers, values_at_tokens
 from dschat.rlhf.objective import actor_loss
-from dschat.rlhf.ppo_trainer import (
-    DeepSpeedPPOTrainer,
-    UpdateStatistics,
-    answer_logits,
-    scores_of_answers,
-    values_at_tokens,
-)
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, UpdateStatistics
 from dschat.rlhf.rollout import RolloutBatch
 from dschat.rlhf.running_statistics import RunningStatistics
 

@@ -11,7 +11,7 @@ from dschat.data.comparisons import Comparison
 from dschat.data.templates import NONE, PLAIN
 from dschat.data.tokenization import tokenize_prompts
 from dschat.models.factory import create_critic_model
-from dschat.rlhf.ppo_trainer import scores_of_answers
+from dschat.rlhf.judging import scores_of_answers
 from dschat.rlhf.reading import Reading
 from dschat.rlhf.rollout import RolloutBatch
 

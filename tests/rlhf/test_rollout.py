@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
-from dschat.rlhf.ppo_trainer import answer_logits
+from dschat.rlhf.judging import answer_logits
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts, mask_up_to_first_end
 
 END, PAD = 0, 1

@@ -1,0 +1,100 @@
+"""What the four models say of answers."""
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from dschat.arguments import RlhfArguments
+from dschat.engines import DeepSpeedEngine
+from dschat.losses import token_entropy, token_logprobs
+from dschat.models.factory import learned_positions
+from dschat.models.tokenizer import RlhfTokenizers
+from dschat.rlhf.experience import Judgement, at_answers
+from dschat.rlhf.reading import Reading
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.rollout import RolloutBatch
+
+
+def answer_logits(model: DeepSpeedEngine, batch: RolloutBatch, num_tokens: int) -> Tensor:
+    """The logits of the decisions that emitted the answers, over the tokenizer's `num_tokens`. -> [B, T, V].
+
+    The one way logits are computed for old, new and reference policy: a ratio compares like with like. Rows
+    that pad a model's vocabulary are left out, as they are in sampling.
+    """
+    first, last = batch.prompt_length - 1, batch.input_ids.shape[1] - 1
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=torch.arange(first, last, device=batch.input_ids.device),
+        use_cache=False,
+    )
+    return output.logits[..., :num_tokens]
+
+
+def values_at_tokens(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """The head's output at every position. -> fp32 [B, P + T]."""
+    return model(batch.input_ids, batch.attention_mask, batch.position_ids, return_values=True)
+
+
+def scores_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """The reward model's output at each answer's last valid token. -> fp32 [B]."""
+    last = batch.prompt_length + batch.answer_lengths - 1
+    return values_at_tokens(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def values_at_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """The critic's values of the decisions. -> fp32 [B, T]."""
+    return at_answers(values_at_tokens(model, batch), batch.prompt_length)
+
+
+class Judges:
+    """Actor, reference, critic (where there is one) and reward model, and how each reads answers.
+
+    The data set of `prompts` is needed where the reward model has a tokenizer of its own
+    (`tokenizers.reader`).
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedRLHFEngine,
+        tokenizers: RlhfTokenizers,
+        args: RlhfArguments,
+        prompts: Dataset | None = None,
+    ) -> None:
+        self._engine = engine
+        self._temperature = args.rollout.temperature
+        self._num_tokens = len(tokenizers.actor)
+        self._reading = None
+        if tokenizers.reader is not None:
+            assert prompts is not None, "a reward model with its own tokenizer reads prompts anew"
+            limit = learned_positions(args.reward_path)
+            self._reading = Reading(prompts, tokenizers.actor, tokenizers.reader, max_tokens=limit)
+
+    @torch.no_grad()
+    def judge(self, rollout: RolloutBatch, rows: list[Tensor]) -> Judgement:
+        """Judge the answers of all ranks; `rows` are this rank's, a tensor of row numbers a forward pass.
+
+        Every rank must call it, with as many passes, whose rows together are all rows once.
+        """
+        for engine in self._engine.trained:
+            engine.eval()
+        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device))) for part in rows]
+        return Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
+
+    def _judge_rows(self, batch: RolloutBatch) -> Judgement:
+        logits = answer_logits(self._engine.actor, batch, self._num_tokens)
+        logprobs = token_logprobs(logits, batch.answers, temperature=self._temperature)
+        entropy = token_entropy(logits, temperature=self._temperature)
+        del logits  # the largest tensor here: gone before the reference model makes its own
+        with self._engine.reference() as reference:
+            ref_logits = answer_logits(reference, batch, self._num_tokens)
+        return Judgement(
+            logprobs=logprobs,
+            entropy=entropy,
+            ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=self._temperature),
+            values=values_at_answers(self._engine.critic, batch) if self._engine.critic else None,
+            scores=scores_of_answers(
+                self._engine.reward, self._reading.read(batch) if self._reading else batch
+            ),
+        )
