@@ -227,6 +227,14 @@ class RunArguments:
     tensorboard_path: str | None = flag(
         None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir."
     )
+    deterministic: bool = flag(
+        False,
+        "Let torch use deterministic algorithms alone: slower on a GPU, and an error where there is none.",
+    )
+    trust_remote_code: bool = flag(
+        False,
+        "Run Python code that comes with a model or tokenizer; read it first. Without the flag none runs.",
+    )
     local_rank: int = flag(-1, "Set by the deepspeed launcher; torchrun sets the environment instead.")
     deepspeed: bool = flag(False, "Accepted for old scripts: DeepSpeed is always used.")
     compute_fp32_loss: bool = flag(False, "Accepted for old scripts: losses are always computed in fp32.")

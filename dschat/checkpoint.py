@@ -34,6 +34,7 @@ from dschat.model_card import CARD, Provenance, model_card
 from dschat.models.factory import HEAD, create_critic_model, create_hf_model
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
 from dschat.models.quantization import unpacked
+from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
 
@@ -120,7 +121,7 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
 
 def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | RewardModel:
     """The model in `folder` on the CPU, in the precision of its files."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **loading_consent())
     precision = {PRECISIONS[config.dtype]: {"enabled": True}}  # what a DeepSpeed configuration says
     if config.architectures[0].endswith("ForSequenceClassification"):
         return create_critic_model(str(folder), tokenizer, precision, rlhf_training=True)

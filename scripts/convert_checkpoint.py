@@ -124,7 +124,7 @@ def to_deepspeed_chat(folder: Path, output: Path) -> None:
 
     if not _is_ours(folder):
         raise UserError(f"INPUT {folder} holds no model of ours: config.json beside model*.safetensors.")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     is_reward = config.architectures[0].endswith("ForSequenceClassification")
     receive_model(str(folder), "INPUT", *(("score", "value") if is_reward else ("language_model",)))
     model, tokenizer = _load(folder, is_reward=is_reward, dtype=config.dtype or torch.float32)

@@ -29,7 +29,6 @@ from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed import (
-    check_precision,
     is_main_process,
     leave,
     seed_everything,
@@ -44,12 +43,13 @@ from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.startup import prepare
 from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
 
 
 def main(args: SftArguments) -> None:
     """The step from flags to the saved model."""
-    check_precision(args.run.dtype, args.run.offload)
+    prepare(args.run)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args.run, args.model.model_name_or_path)

@@ -45,12 +45,13 @@ from dschat.reference import (
     with_reference,
 )
 from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.startup import prepare
 from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
 
 
 def main(args: DpoArguments) -> None:
     """The step from flags to the saved model."""
-    distributed.check_precision(args.run.dtype, args.run.offload)
+    prepare(args.run)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args.run, args.model.model_name_or_path)

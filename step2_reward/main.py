@@ -36,12 +36,13 @@ from dschat.models.factory import check_positions, create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.startup import prepare
 from dschat.supervised import Loaders, build_loaders, train_epochs
 
 
 def main(args: RewardArguments) -> None:
     """The step from flags to the saved model."""
-    distributed.check_precision(args.run.dtype, args.run.offload)
+    prepare(args.run)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
     check_run_folder(args.run, args.model.model_name_or_path)

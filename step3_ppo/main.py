@@ -37,11 +37,12 @@ from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.training import train_ppo
 from dschat.rlhf.unsupervised import build_text_loader
 from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.startup import prepare
 
 
 def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
-    distributed.check_precision(args.run.dtype, args.run.offload)
+    prepare(args.run)
     handovers = receive_models(args)
     check_adapters(language=args.actor, reward=args.critic)
     check_run_folder(args.run, *args.model_paths)

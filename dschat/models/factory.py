@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from dschat.distributed import gathered, is_main_process, print_once
 from dschat.errors import UserError
 from dschat.models.quantization import four_bit_options, settle_4bit
+from dschat.models.remote_code import loading_consent, remedy
 from dschat.models.reward_model import RewardModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -131,7 +132,8 @@ def check_reward_model(model_name_or_path: str, flag: str) -> None:
 def _check_generates(config: PretrainedConfig, model_name_or_path: str) -> None:
     """Raise `UserError` for architectures that do not predict each token from those before it alone."""
     _check_decoder(config, model_name_or_path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_its_own:
         raise UserError(
             f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no causal "
             "language model, so it cannot generate; choose another architecture."
@@ -189,7 +191,7 @@ def skeleton(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedMod
         _check_classifiable(config, model_name_or_path)
         model_class = AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = model_class.from_config(config)
+        model = model_class.from_config(config, **loading_consent())
     return RewardModel(model.base_model, model.score, config) if is_reward_model else model
 
 
@@ -288,8 +290,10 @@ def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any
     Other noise of training is switched off with it: dropped layers, an expert router's jitter.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, **settings)
+        config = AutoConfig.from_pretrained(model_name_or_path, **settings, **loading_consent())
     except Exception as error:  # a family's own checks raise what they like
+        if needed := remedy(error):
+            raise UserError(f"{model_name_or_path!r}: {needed}.") from error
         error_line = " ".join(str(error).split())
         path = Path(model_name_or_path) / "config.json"
         if path.is_file():
@@ -323,7 +327,9 @@ def _loader(
 
     def load(**options: Any) -> Any:
         if state is None:
-            return model_class.from_pretrained(model_name_or_path, config=config, **options)
+            return model_class.from_pretrained(
+                model_name_or_path, config=config, **options, **loading_consent()
+            )
         on_meta = options.get("device_map") == "meta"
         tensors = {name: tensor.to("meta") for name, tensor in state.items()} if on_meta else state
         return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)

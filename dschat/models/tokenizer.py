@@ -9,6 +9,7 @@ from dschat.arguments import RlhfArguments, TokenizerArguments
 from dschat.data.templates import settle_template
 from dschat.distributed import print_once
 from dschat.errors import UserError
+from dschat.models.remote_code import loading_consent, remedy
 
 PAD_LIKE_TOKENS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 """Padding tokens that vocabularies carry without the tokenizer saying so."""
@@ -27,8 +28,10 @@ def load_tokenizer(
     """
     args = TokenizerArguments() if args is None else args
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **loading_consent())
     except Exception as error:  # tokenizers raises plain ones
+        if needed := remedy(error):
+            raise UserError(f"the tokenizer of {model_name_or_path!r}: {needed}.") from error
         error_line = str(error).partition("\n")[0]
         if not Path(model_name_or_path).is_dir():
             raise UserError(

@@ -1,0 +1,19 @@
+"""What a run settles about its process before it reads anything."""
+
+import os
+
+import torch
+
+from dschat.arguments import RunArguments
+from dschat.distributed import check_precision
+from dschat.models.remote_code import set_consent
+
+
+def prepare(run: RunArguments) -> None:
+    """Precision, foreign code and determinism. Raises `UserError` for what this machine cannot run."""
+    check_precision(run.dtype, run.offload)
+    set_consent(run.trust_remote_code)
+    if run.deterministic:
+        # cuBLAS reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
