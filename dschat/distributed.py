@@ -23,6 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import Tensor
 
+from dschat import peers
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
@@ -96,6 +97,9 @@ def setup(local_rank: int = -1) -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:
         # The deepspeed launcher leaves every rank all cores; ranks that compete for them wait for each other.
         torch.set_num_threads(max(1, torch.get_num_threads() // local_world_size()))
+    if world_size() > 1:
+        mine = torch.tensor([[os.getpid(), peers.machine_number()]], device=device)
+        peers.watch(*gather_rows(mine).T.tolist(), rank=rank())
     return device
 
 
@@ -106,6 +110,7 @@ def leave() -> None:
     the last collective's tensors aborts the process ("terminate called without an active exception").
     """
     barrier()
+    peers.unwatch()
     deepspeed.comm.destroy_process_group()
     gc.collect()  # what else refers to the group, in cycles, keeps its threads alive
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from dschat.peers import report_lost_peers
+
 
 class UserError(ValueError):
     """The input cannot work. The message names the flag or the file and line, the value, and the remedy."""
@@ -26,7 +28,8 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
 
     Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
     for the launcher to end them, and speak only if it does not, as they then are the ones that failed.
-    With `debug` the traceback is left alone.
+    With `debug` the traceback is left alone. Any other error is a bug and keeps its traceback, except that of
+    a collective that failed because another rank is gone: then the exit code is 1.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -45,3 +48,8 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Exception:
+        # Where a rank is gone the collectives of the others fail, and a traceback of that says nothing.
+        if debug or not report_lost_peers():
+            raise
+        sys.exit(1)

@@ -1,0 +1,110 @@
+"""Watch over the other ranks on this machine, so that none waits for ever for one that is gone."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from socket import gethostname
+from zlib import crc32
+
+import psutil
+
+INTERVAL = 1.0
+"""Seconds between looks."""
+
+NUM_LOOKS = 5
+"""Looks within one interval after an error: a connection may break before its process counts as ended."""
+
+GRACE = 20.0
+"""Seconds that this rank has to notice by itself, in a collective that fails, and to end in good order."""
+
+
+def machine_number() -> int:
+    """The same for the processes of one machine and one container, and hardly ever for those of two."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return crc32((gethostname() + (boot.read_text() if boot.is_file() else "")).encode())
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, though its parent may not have taken note yet."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+class PeerWatch:
+    """Ends this process soon after a rank of the same machine has ended; `peers` are their pids by rank.
+
+    Collectives of gloo fail at once where a rank is gone. Others wait, and the launcher's request to end is
+    not heard in them: a thread looks, says who is missing, and leaves.
+    """
+
+    def __init__(self, peers: dict[int, int], *, rank: int) -> None:
+        self._peers, self._rank = peers, rank
+        self._stopped = threading.Event()
+        threading.Thread(target=self._look, name="peer watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more: from here on ranks may end."""
+        self._stopped.set()
+
+    def message(self) -> str | None:
+        """What to say of the ranks that are gone, None where all are there."""
+        gone = [rank for rank, pid in self._peers.items() if is_gone(pid)]
+        if not gone:
+            return None
+        names = ", ".join(f"rank {rank} (process {self._peers[rank]})" for rank in gone)
+        return (
+            f"{names} ended before this rank, which cannot go on alone. What went wrong there stands above; "
+            "where nothing does, it was killed, most often because memory ran out (dmesg tells). The run "
+            "goes on from its last checkpoint with --resume_from_checkpoint latest."
+        )
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this is the lowest rank left: one message is enough."""
+        return all(rank > self._rank or is_gone(pid) for rank, pid in self._peers.items())
+
+    def say(self, message: str) -> None:
+        """Show the message, on one of the ranks that are left."""
+        if self._speaks:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+    def _look(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            if self.message() is None:
+                continue
+            if not self._stopped.wait(GRACE):
+                self.say(self.message())
+                os._exit(1)  # the main thread hangs in a collective and cannot be woken
+            return
+
+
+_watch: list[PeerWatch] = []
+
+
+def watch(pids: list[int], machines: list[int], *, rank: int) -> None:
+    """Watch the ranks whose machine is this rank's; both lists are by rank."""
+    by_rank = enumerate(zip(pids, machines, strict=True))
+    peers = {r: pid for r, (pid, machine) in by_rank if r != rank and machine == machines[rank]}
+    _watch.append(PeerWatch(peers, rank=rank))
+
+
+def unwatch() -> None:
+    """From here on ranks may end."""
+    while _watch:
+        _watch.pop().stop()
+
+
+def report_lost_peers() -> bool:
+    """Say which ranks of this machine are gone; False where none is."""
+    for watch in _watch:
+        for _ in range(NUM_LOOKS):
+            message = watch.message()
+            if message is not None:
+                watch.say(message)
+                return True
+            time.sleep(INTERVAL / NUM_LOOKS)
+    return False

@@ -1,0 +1,58 @@
+"""A rank that is gone ends the others, with a message that names it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT, environment, python
+
+from dschat import peers
+
+WORKER = ROOT / "tests" / "workers" / "lose_a_rank.py"
+
+
+@pytest.mark.parametrize("waiting", ["collective", "sleep"])
+def test_the_others_end_within_a_minute_and_name_it(waiting):
+    start = time.monotonic()
+    result = python(WORKER, waiting, ranks=2, check=False, timeout=100)
+    assert time.monotonic() - start < 60
+    assert result.returncode == 1
+    assert "error: rank 1 (process " in result.stderr
+    assert "--resume_from_checkpoint latest" in result.stderr
+    assert result.stderr.count("ended before this rank") == 1
+
+
+def test_the_deepspeed_launcher_too():
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29731"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    start = time.monotonic()
+    result = subprocess.run(
+        [*command, str(WORKER), "sleep"],
+        capture_output=True, text=True, env=environment(PATH=path), timeout=100, check=False,
+    )  # fmt: skip
+    assert time.monotonic() - start < 60
+    assert result.returncode != 0
+    assert "error: rank 1 (process " in result.stderr
+
+
+def test_a_process_is_gone_once_it_has_ended_though_nobody_waited_for_it():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not peers.is_gone(process.pid)
+    process.stdin.close()
+    time.sleep(1)
+    assert peers.is_gone(process.pid)
+    process.wait()
+    assert peers.is_gone(process.pid)
+
+
+def test_only_the_lowest_rank_left_speaks(capsys, monkeypatch):
+    monkeypatch.setattr(peers, "is_gone", lambda pid: pid == 10)
+    for rank in (1, 2):
+        others = {r: 10 + r for r in range(3) if r != rank}
+        watch = peers.PeerWatch(others, rank=rank)
+        watch.say(watch.message())
+        watch.stop()
+    assert capsys.readouterr().err.count("error: rank 0 (process 10) ended") == 1

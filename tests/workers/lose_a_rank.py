@@ -1,0 +1,32 @@
+"""Rank 1 is killed while rank 0 waits for it: in a collective, or where nothing would ever tell it.
+
+torchrun --nproc_per_node 2 lose_a_rank.py collective|sleep
+"""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from dschat import distributed, peers
+from dschat.errors import readable_errors
+
+
+def main(waiting: str) -> None:
+    """Lose rank 1."""
+    peers.GRACE = 3.0
+    distributed.setup(int(os.environ["LOCAL_RANK"]))
+    if distributed.rank() == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if waiting == "collective":
+        distributed.sum_across_ranks(torch.ones(1))
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits in a collective does not hear it
+    with readable_errors():
+        main(sys.argv[1])
