@@ -21,11 +21,23 @@ from dschat.errors import UserError
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
 
-def flag(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
-    """A setting that is a command-line flag; lists are given as tuples. Without a default it is required."""
+def flag(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_resume: Literal["same", "free", "divided"] = "same",
+    **metadata: Any,
+) -> Any:
+    """A setting that is a command-line flag; without a default it is required.
+
+    at_resume: whether a run that goes on from a checkpoint must have the same value (it decides what is
+    learned), is free to have another (it does not), or may divide the same batches in another way. `metadata`
+    are further settings of argparse.
+    """
+    metadata = {"help": help, "at_resume": at_resume, "argparse": metadata}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def group(group_class: type, prefix: str = "", **defaults: Any) -> Any:
@@ -73,6 +85,7 @@ class DataArguments:
     data_output_path: str | None = flag(
         None,
         "Folder of the tokenised data; default: dschat below the user's cache folder, private to the user.",
+        at_resume="free",
     )
     eval_fraction: float = flag(
         0.05, "Share of the prompts held out for evaluation, in every step the same, where a source has none."
@@ -80,7 +93,9 @@ class DataArguments:
     max_train_samples: int | None = flag(
         None, "Train on this many rows of the step's share, chosen at random by --seed; default: all."
     )
-    preprocessing_num_workers: int | None = flag(None, "Processes that tokenise; default: one a CPU core.")
+    preprocessing_num_workers: int | None = flag(
+        None, "Processes that tokenise; default: one a CPU core.", at_resume="free"
+    )
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -124,9 +139,13 @@ class ModelArguments:
     learning_rate: float = flag(1e-5, "Peak learning rate.")
     weight_decay: float = flag(0.0, "AdamW's weight decay, not applied to biases and norms.")
     dropout: float = flag(0.0, "Dropout probability; the model's own setting is replaced by it.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations in the backward pass to save memory.", at_resume="free"
+    )
     zero_stage: int = flag(
-        0, "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights."
+        0,
+        "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
+        at_resume="free",
     )
     lora_dim: int = flag(0, "Rank of the LoRA adapters; 0 trains the weights themselves.")
     # With Adam a scale and a learning rate do much the same, so the scale is left at 1 at any rank.
@@ -190,7 +209,9 @@ class OptimizerArguments:
     """What the trained models of a step share."""
 
     num_train_epochs: int = flag(1, "Passes over the training data.")
-    gradient_accumulation_steps: int = flag(1, "Micro-batches a rank adds up for one optimiser step.")
+    gradient_accumulation_steps: int = flag(
+        1, "Micro-batches a rank adds up for one optimiser step.", at_resume="divided"
+    )
     lr_scheduler_type: Literal[SCHEDULES] = flag("cosine", "Shape of the learning rate over the run.")
     num_warmup_steps: int = flag(0, "Optimiser steps in which the learning rate rises from 0.")
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
@@ -218,14 +239,16 @@ class RunArguments:
     """Precision, output and reproducibility."""
 
     output_dir: str | None = flag(
-        None, "Folder for the trained model, logs and metrics; without it nothing is kept."
+        None, "Folder for the trained model, logs and metrics; without it nothing is kept.", at_resume="free"
     )
     seed: int = flag(1234, "Decides the data split, the order of the data and every random draw.")
     dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "Precision of weights and activations.")
     offload: bool = flag(False, "Keep optimiser states (and at ZeRO stage 3 the weights) in CPU memory.")
-    enable_tensorboard: bool = flag(True, "Write TensorBoard logs; needs --output_dir or --tensorboard_path.")
+    enable_tensorboard: bool = flag(
+        True, "Write TensorBoard logs; needs --output_dir or --tensorboard_path.", at_resume="free"
+    )
     tensorboard_path: str | None = flag(
-        None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir."
+        None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir.", at_resume="free"
     )
     deterministic: bool = flag(
         False,
@@ -234,30 +257,64 @@ class RunArguments:
     trust_remote_code: bool = flag(
         False,
         "Run Python code that comes with a model or tokenizer; read it first. Without the flag none runs.",
+        at_resume="free",
     )
-    local_rank: int = flag(-1, "Set by the deepspeed launcher; torchrun sets the environment instead.")
-    deepspeed: bool = flag(False, "Accepted for old scripts: DeepSpeed is always used.")
-    compute_fp32_loss: bool = flag(False, "Accepted for old scripts: losses are always computed in fp32.")
-    debug: bool = flag(False, "Show the traceback of an error in the input.")
+    save_interval: int = flag(
+        0, "Optimiser steps (step 3: PPO steps) between checkpoints; 0 makes none.", at_resume="free"
+    )
+    save_minutes: float = flag(0.0, "Minutes between checkpoints; 0 makes none.", at_resume="free")
+    save_total_limit: int = flag(
+        2,
+        "Checkpoints kept, the newest; an older one goes when a newer is complete; 0 keeps all.",
+        at_resume="free",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Go on from a checkpoint: latest (also without a value) is the newest intact one in --output_dir, or "
+        "the beginning where there is none; or a checkpoint's folder.",
+        at_resume="free",
+        nargs="?",
+        const="latest",
+    )
+    local_rank: int = flag(
+        -1, "Set by the deepspeed launcher; torchrun sets the environment instead.", at_resume="free"
+    )
+    deepspeed: bool = flag(False, "Accepted for old scripts: DeepSpeed is always used.", at_resume="free")
+    compute_fp32_loss: bool = flag(
+        False, "Accepted for old scripts: losses are always computed in fp32.", at_resume="free"
+    )
+    debug: bool = flag(False, "Show the traceback of an error in the input.", at_resume="free")
 
     def __post_init__(self) -> None:
         require(
             0 <= self.seed < 2**63,
             f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",
         )
+        require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit")
+        for name in ("save_interval", "save_minutes", "resume_from_checkpoint"):
+            require(
+                not getattr(self, name) or self.output_dir is not None,
+                f"--{name} {getattr(self, name)} needs --output_dir, below which checkpoints are.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchArguments:
     """Batches of steps 1 and 2, and how often they are evaluated."""
 
-    per_device_train_batch_size: int = flag(16, "Rows (step 2: pairs) a rank trains on at once.")
-    per_device_eval_batch_size: int = flag(16, "Rows (step 2: pairs) a rank evaluates at once.")
+    per_device_train_batch_size: int = flag(
+        16, "Rows (step 2: pairs) a rank trains on at once.", at_resume="divided"
+    )
+    per_device_eval_batch_size: int = flag(
+        16, "Rows (step 2: pairs) a rank evaluates at once.", at_resume="free"
+    )
     max_seq_len: int = flag(512, "Longest prompt and answer together, in tokens.")
     eval_interval: int = flag(
-        0, "Optimiser steps between evaluations; 0 evaluates at the ends of epochs only."
+        0, "Optimiser steps between evaluations; 0 evaluates at the ends of epochs only.", at_resume="free"
     )
-    eval_iters: int = flag(100, "Batches of an evaluation between epochs; 0, and an epoch's end, take all.")
+    eval_iters: int = flag(
+        100, "Batches of an evaluation between epochs; 0, and an epoch's end, take all.", at_resume="free"
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
@@ -271,7 +328,7 @@ class SftOptions:
 
     sft_only_data_path: list[str] = flag([], "More data sets, used whole and in this step only.")
     train_on_prompt: bool = flag(False, "Take the loss over the prompt too, not over the answer alone.")
-    print_loss: bool = flag(False, "Print the loss of every optimiser step.")
+    print_loss: bool = flag(False, "Print the loss of every optimiser step.", at_resume="free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +340,7 @@ class RewardOptions:
         "-log sigmoid(chosen - rejected), or log(1 + exp(rejected - chosen)): two forms of one loss.",
     )
     num_padding_at_beginning: int | None = flag(
-        None, "Accepted for old scripts and not needed: padding is told by masks."
+        None, "Accepted for old scripts and not needed: padding is told by masks.", at_resume="free"
     )
 
 
@@ -306,8 +363,9 @@ class DpoOptions:
         False,
         "Keep the reference model's weights in CPU memory (ZeRO stage 3) while its log-probabilities are "
         "computed; it is not in memory after that.",
+        at_resume="free",
     )
-    print_loss: bool = flag(False, "Print the loss of every optimiser step.")
+    print_loss: bool = flag(False, "Print the loss of every optimiser step.", at_resume="free")
 
     def __post_init__(self) -> None:
         require(self.beta > 0, f"--beta must be positive, got {self.beta}; 0.1 is usual.")
@@ -327,8 +385,10 @@ class DpoOptions:
 class RolloutArguments:
     """How answers are sampled."""
 
-    per_device_generation_batch_size: int = flag(16, "Answers a rank samples at once.")
-    generation_batches: int = flag(1, "Batches of answers a rank samples before each training phase.")
+    per_device_generation_batch_size: int = flag(16, "Answers a rank samples at once.", at_resume="divided")
+    generation_batches: int = flag(
+        1, "Batches of answers a rank samples before each training phase.", at_resume="divided"
+    )
     num_samples_per_prompt: int = flag(
         1, "Answers to each prompt in a PPO step; they count as answers in the sizes of batches."
     )
@@ -340,9 +400,10 @@ class RolloutArguments:
     rollout_gather: Literal["auto", "always", "never"] = flag(
         "auto",
         "ZeRO-3: gather the weights once a rollout phase, or a layer at a time; auto looks at free memory.",
+        at_resume="free",
     )
-    print_answers: bool = flag(False, "Print some prompts and answers.")
-    print_answers_interval: int = flag(1, "PPO steps between printed answers.")
+    print_answers: bool = flag(False, "Print some prompts and answers.", at_resume="free")
+    print_answers_interval: int = flag(1, "PPO steps between printed answers.", at_resume="free")
 
     def __post_init__(self) -> None:
         positive = ("per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len",
@@ -357,7 +418,7 @@ class RolloutArguments:
 class PpoArguments:
     """Hyper-parameters of PPO, https://arxiv.org/abs/1707.06347, as docs/ppo.md uses them."""
 
-    per_device_training_batch_size: int = flag(16, "Answers a rank trains on at once.")
+    per_device_training_batch_size: int = flag(16, "Answers a rank trains on at once.", at_resume="divided")
     ppo_epochs: int = flag(1, "Passes over each batch of experience.")
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = flag(
         "gae",
@@ -536,10 +597,13 @@ class RlhfOptions:
         False,
         "Keep the reference model's weights in CPU memory (ZeRO stage 3); no use where the actor trains "
         "adapters alone, as it is its own reference then.",
+        at_resume="free",
     )
-    offload_reward_model: bool = flag(False, "Keep the reward model's weights in CPU memory (ZeRO stage 3).")
+    offload_reward_model: bool = flag(
+        False, "Keep the reward model's weights in CPU memory (ZeRO stage 3).", at_resume="free"
+    )
     num_padding_at_beginning: int | None = flag(
-        None, "Accepted for old scripts and not needed: padding is told by masks."
+        None, "Accepted for old scripts and not needed: padding is told by masks.", at_resume="free"
     )
     enable_test_mode: bool = flag(False, "End after --test_stop_step PPO steps.")
     test_stop_step: int = flag(0, "PPO steps of a run with --enable_test_mode.")
@@ -752,7 +816,7 @@ class InspectOptions:
     num_sampled: int = flag(10_000, "Rows of each data set whose tokens are counted; all are read.")
     html: str = flag("inspect_data.html", "The page to write; empty: none.")
     seed: int = flag(1234, "Decides which rows are shown and counted.")
-    debug: bool = flag(False, "Show the traceback of an error in the input.")
+    debug: bool = flag(False, "Show the traceback of an error in the input.", at_resume="free")
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_rows", "num_sampled")
@@ -801,9 +865,10 @@ def _flat_class(part: dataclasses.Field) -> type:
         if "help" not in f.metadata:
             continue
         default, factory = defaults.get(f.name, f.default), f.default_factory
-        spec = field(default=default, metadata=f.metadata)
+        metadata = {"help": f.metadata["help"], **f.metadata["argparse"]}
+        spec = field(default=default, metadata=metadata)
         if factory is not dataclasses.MISSING:
-            spec = field(default_factory=factory, metadata=f.metadata)
+            spec = field(default_factory=factory, metadata=metadata)
         columns.append((prefix + f.name, f.type, spec))
     flat = make_dataclass(f"{part.name}_flags", columns, kw_only=True)
     flat._argument_group_name = f"{part.name} ({' '.join(part.metadata['group'].__doc__.split())})"
@@ -838,15 +903,46 @@ def write_arguments(arguments: StepArguments, path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n")
 
 
-def changed_flags(arguments: StepArguments) -> dict[str, Any]:
-    """The flags whose values are not their defaults, by name; those without a default are among them."""
-    changed = {}
+@dataclass(frozen=True)
+class Setting:
+    """A flag of a run."""
+
+    value: Any
+    default: Any
+    at_resume: Literal["same", "free", "divided"]
+
+
+def settings(arguments: StepArguments) -> dict[str, Setting]:
+    """Every flag of a step, by name; the default of a required one is MISSING."""
+    found = {}
     for part in fields(arguments):
         for f in fields(part.metadata["group"]):
+            if "help" not in f.metadata:
+                continue
             default = part.metadata["defaults"].get(f.name, f.default)
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
             value = getattr(getattr(arguments, part.name), f.name)
-            if "help" in f.metadata and f.name != "local_rank" and value != default:
-                changed[part.metadata["prefix"] + f.name] = value
-    return changed
+            found[part.metadata["prefix"] + f.name] = Setting(value, default, f.metadata["at_resume"])
+    return found
+
+
+def changed_flags(arguments: StepArguments) -> dict[str, Any]:
+    """The flags whose values are not their defaults, by name; those without a default are among them."""
+    return {
+        name: setting.value
+        for name, setting in settings(arguments).items()
+        if setting.value != setting.default and name not in ("local_rank", "resume_from_checkpoint")
+    }
+
+
+def global_sizes(arguments: StepArguments, world_size: int) -> dict[str, int]:
+    """What stays the same however ranks and micro-batches divide it, by the flags whose product it is."""
+    if isinstance(arguments, RlhfArguments):
+        return {
+            "--per_device_generation_batch_size x --generation_batches": arguments.rollout_size * world_size,
+            "--per_device_training_batch_size x --gradient_accumulation_steps": arguments.minibatch_size
+            * world_size,
+        }
+    rows = arguments.batch.per_device_train_batch_size * arguments.optimizer.gradient_accumulation_steps
+    return {"--per_device_train_batch_size x --gradient_accumulation_steps": rows * world_size}

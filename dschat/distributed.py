@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import random
 import resource
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy
@@ -154,6 +156,16 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value, which JSON can hold, in rank order."""
+    text = json.dumps(value).encode()
+    if world_size() == 1:
+        return [json.loads(text)]
+    length = largest_across_ranks(len(text), current_device())
+    row = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8).to(current_device())
+    return [json.loads(bytes(other.tolist())) for other in gather_rows(row[None])]
+
+
 def max_across_ranks(tensor: Tensor) -> Tensor:
     """The elementwise largest over ranks of tensors of one shape."""
     largest = tensor.detach().clone()
@@ -220,3 +232,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
+
+
+def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Where this rank's random generators stand: Python's and NumPy's as JSON, torch's and the device's."""
+    name, keys, *rest = numpy.random.get_state()
+    numbers = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    return numbers, {"torch": torch.get_rng_state(), "device": get_accelerator().get_rng_state().cpu()}
+
+
+def restore_random_state(numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Go on from what `random_state` said."""
+    version, internal, gauss = numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = numbers["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    get_accelerator().set_rng_state(tensors["device"])
+    torch.set_rng_state(tensors["torch"])

@@ -15,6 +15,14 @@ class UserError(ValueError):
     """The input cannot work. The message names the flag or the file and line, the value, and the remedy."""
 
 
+EXIT_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: a run that was asked to stop and can go on from its checkpoint."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has; the message says what is kept. Every rank raises it."""
+
+
 class ReadableParser(argparse.ArgumentParser):
     """argparse whose errors are one line: a `UserError` instead of a screen of usage."""
 
@@ -29,7 +37,8 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
     Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
     for the launcher to end them, and speak only if it does not, as they then are the ones that failed.
     With `debug` the traceback is left alone. Any other error is a bug and keeps its traceback, except that of
-    a collective that failed because another rank is gone: then the exit code is 1.
+    a collective that failed because another rank is gone: then the exit code is 1. A run that was asked
+    to stop ends with exit code 75.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -40,6 +49,13 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
         if rank == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Stopped as stop:
+        from dschat.distributed import leave  # which imports torch, as has been done where a run can stop
+
+        if rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        leave()
+        sys.exit(EXIT_TRY_AGAIN)
     except UserError as error:
         if debug:
             raise

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dschat.arguments import RunArguments
-from dschat.run_folder import tensorboard_folder
+from dschat.run_folder import METRICS, tensorboard_folder
 
 
 class MetricsLogger:
@@ -19,18 +19,33 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, run: RunArguments, *, total_steps: int, description: str, is_main_process: bool
+        self,
+        run: RunArguments,
+        *,
+        total_steps: int,
+        description: str,
+        is_main_process: bool,
+        steps_done: int = 0,
     ) -> None:
+        """With `steps_done` the lines and curves of a resumed run go on after that step."""
         self._lines: TextIO | None = None
         self._writer: SummaryWriter | None = None
-        self._bar = tqdm(total=total_steps, desc=description, disable=not is_main_process, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=steps_done,
+            desc=description,
+            disable=not is_main_process,
+            dynamic_ncols=True,
+        )
         if not is_main_process:
             return
         if run.output_dir:
-            self._lines = (Path(run.output_dir) / "metrics.jsonl").open("w", encoding="utf-8")
+            mode = "a" if steps_done else "w"
+            self._lines = (Path(run.output_dir) / METRICS).open(mode, encoding="utf-8")
         folder = tensorboard_folder(run)
         if folder:
-            self._writer = SummaryWriter(str(folder))
+            purge_step = steps_done + 1 if steps_done else None
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
         """Record the values of a step; those named in `show` stand beside the progress bar.

@@ -1,6 +1,8 @@
 """The output folder of a step: made and tried before any work, its summary written last."""
 
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from dschat.errors import UserError
 
 SUMMARY = "summary.json"
 """The final numbers of a step. It is the last file written: where it is, the step has finished."""
+
+METRICS = "metrics.jsonl"
+"""The figures of every step, one JSON object a line."""
 
 EXPORTED = ("", "actor", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
@@ -24,11 +29,41 @@ def tensorboard_folder(run: RunArguments) -> Path | None:
     return Path(run.output_dir) / "tensorboard" if run.output_dir else None
 
 
+def checkpoints_folder(run: RunArguments) -> Path | None:
+    """Where a run's checkpoints are, if anywhere."""
+    return Path(run.output_dir) / "checkpoints" if run.output_dir else None
+
+
+def finished_checkpoints(run: RunArguments) -> list[str]:
+    """The names of the checkpoints that are complete, in the order of their steps."""
+    root = checkpoints_folder(run)
+    return sorted(path.parent.name for path in root.glob("step_*/complete.json")) if root else []
+
+
+def resumes(run: RunArguments) -> str | None:
+    """What a run goes on from: a folder, "latest" or nothing.
+
+    A program that torchrun starts again after a failure (--max_restarts) goes on by itself.
+    """
+    if run.resume_from_checkpoint or not run.output_dir:
+        return run.resume_from_checkpoint
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return "latest" if is_restart and read_summary(run.output_dir) is None else None
+
+
 def check_run_folder(run: RunArguments, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 
     `models` are those the run starts from, which it must not overwrite: a run that fails would lose both.
+    Neither is an unfinished run with checkpoints to be lost.
     """
+    unfinished = finished_checkpoints(run)
+    if unfinished and resumes(run) is None and read_summary(run.output_dir) is None:
+        raise UserError(
+            f"--output_dir {run.output_dir} holds a run that has not finished and can go on from its "
+            f"checkpoint {unfinished[-1]}: add --resume_from_checkpoint latest; or to start anew name "
+            f"another folder or delete {checkpoints_folder(run)}."
+        )
     for path in models if run.output_dir else ():
         written = [Path(run.output_dir, name).resolve() for name in EXPORTED]
         if Path(path).is_dir() and Path(path).resolve() in written:
@@ -50,16 +85,19 @@ def check_run_folder(run: RunArguments, *models: str) -> None:
             ) from error
 
 
-def start_run(arguments: StepArguments) -> None:
-    """Clear the figures of an older run in the same folder and keep the new arguments (rank 0).
+def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
+    """Clear an older run's figures and checkpoints in the same folder and keep the new arguments (rank 0).
 
-    To be called once the input is known to be good: until then the older run stays a finished one.
+    A resumed run goes on with them. To be called once the input is known to be good: until then the older
+    run stays a finished one.
     """
     if not arguments.run.output_dir:
         return
     folder = Path(arguments.run.output_dir)
     (folder / SUMMARY).unlink(missing_ok=True)
-    for old_curve in (folder / "tensorboard").glob("events.out.tfevents.*"):
+    if not is_resumed:
+        shutil.rmtree(checkpoints_folder(arguments.run), ignore_errors=True)
+    for old_curve in () if is_resumed else (folder / "tensorboard").glob("events.out.tfevents.*"):
         old_curve.unlink()
     write_arguments(arguments, folder / "arguments.json")
 

@@ -4,6 +4,7 @@ A step brings two functions: `shares_of(batch)`, one micro-batch's shares of the
 loss among them; and `evaluate(loader)`, the figures of an evaluation.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,8 +35,12 @@ from dschat.engines import (
 from dschat.losses import token_logprobs
 from dschat.metrics import MetricsLogger
 from dschat.models.factory import create_hf_model
+from dschat.progress import Checkpoints
 
 Figures = dict[str, float]
+
+ENGINE = "model"
+"""The engine's name in checkpoints."""
 
 NUM_SHOWN = 3
 """Figures that fit beside the progress bar."""
@@ -118,16 +123,24 @@ def train_epochs(
     description: str,
     shares_of: Callable[..., dict[str, Tensor]],
     evaluate: Callable[[EvalLoader], Figures],
+    checkpoints: Checkpoints,
     print_loss: bool = False,
-) -> Figures:
-    """Train, evaluate, log. Returns the final evaluation's figures and, named initial_*, those of the start.
+) -> tuple[Figures, float]:
+    """Train, evaluate, log, save; go on from a checkpoint where there is one.
 
+    Returns the final evaluation's figures and, named initial_*, those of the start; and the seconds it took.
     Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
     are no figures.
     """
-    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    steps_per_epoch = loaders.train.num_optimizer_steps
+    num_steps = steps_per_epoch * args.optimizer.num_train_epochs
+    begun = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
-        args.run, total_steps=num_steps, description=description, is_main_process=is_main_process()
+        args.run,
+        total_steps=num_steps,
+        description=description,
+        is_main_process=is_main_process(),
+        steps_done=begun.step,
     )
 
     def report(step: int, moment: str, figures: Figures) -> Figures:
@@ -136,22 +149,45 @@ def train_epochs(
             metrics.say(f"{moment}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         return figures
 
-    initial = report(0, "before training", _evaluated(engine, loaders.evaluation, evaluate))
-    final, step = initial, 0
-    for epoch in range(args.optimizer.num_train_epochs):
-        loaders.train.set_epoch(epoch)
-        for shares in _optimizer_steps(engine, loaders.train, shares_of):
-            step += 1
-            values = {"learning_rate": learning_rate(engine), "grad_norm": gradient_norm(engine)}
-            metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
-            metrics.advance()
-            if print_loss:
-                metrics.say(f"step {step}: loss {shares['loss']:.4f}")
-            if args.batch.eval_interval and step % args.batch.eval_interval == 0:
-                report(step, f"step {step}", _evaluated(engine, loaders.short_evaluation, evaluate))
-        final = report(step, f"epoch {epoch + 1}", _evaluated(engine, loaders.evaluation, evaluate))
+    start = time.perf_counter() - begun.state.get("seconds", 0.0)
+    initial = begun.state.get("initial")
+    if initial is None:
+        initial = report(0, "before training", _evaluated(engine, loaders.evaluation, evaluate))
+    final = begun.state.get("final", initial)
+    steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
+    for step, shares in steps:
+        values = {"learning_rate": learning_rate(engine), "grad_norm": gradient_norm(engine)}
+        metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
+        metrics.advance()
+        if print_loss:
+            metrics.say(f"step {step}: loss {shares['loss']:.4f}")
+        if args.batch.eval_interval and step % args.batch.eval_interval == 0:
+            report(step, f"step {step}", _evaluated(engine, loaders.short_evaluation, evaluate))
+        if step % steps_per_epoch == 0:
+            moment = f"epoch {step // steps_per_epoch}"
+            final = report(step, moment, _evaluated(engine, loaders.evaluation, evaluate))
+        if checkpoints.is_due(step, is_last=step == num_steps):
+            seconds = time.perf_counter() - start
+            state = {"initial": initial, "final": final, "seconds": seconds}
+            checkpoints.save(step, engines={ENGINE: engine}, state=state)
     metrics.close()
-    return {**{f"initial_{name}": value for name, value in initial.items()}, **final}
+    seconds = time.perf_counter() - start
+    return {**{f"initial_{name}": value for name, value in initial.items()}, **final}, seconds
+
+
+def _steps(
+    engine: DeepSpeedEngine,
+    loader: TrainLoader,
+    shares_of: Callable[..., dict[str, Tensor]],
+    numbers: range,
+) -> Iterator[tuple[int, Figures]]:
+    """Train the optimiser steps of these numbers, counted from 1 over all epochs."""
+    while numbers:
+        epoch, first_step = divmod(numbers[0] - 1, loader.num_optimizer_steps)
+        loader.set_epoch(epoch, first_step=first_step)
+        figures = _optimizer_steps(engine, loader, shares_of)
+        yield from zip(numbers, figures, strict=False)
+        numbers = numbers[loader.num_optimizer_steps - first_step :]
 
 
 def _optimizer_steps(

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import functools
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -42,7 +41,8 @@ from dschat.model_card import step_provenance
 from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.resume import begin_run
+from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
 from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
 
@@ -59,22 +59,20 @@ def main(args: SftArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     setup(args.run.local_rank)
-    if is_main_process():
-        start_run(args)
+    checkpoints = begin_run(args, data=data.key)
     seed_everything(args.run.seed)
     engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)
-    start = time.perf_counter()
-    figures = train_epochs(
+    figures, seconds = train_epochs(
         engine,
         loaders,
         args,
         description="SFT",
         shares_of=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
         evaluate=lambda loader: evaluate(engine, loader),
+        checkpoints=checkpoints,
         print_loss=args.sft.print_loss,
     )
-    seconds = time.perf_counter() - start
     if args.run.output_dir:
         provenance = step_provenance(args, args.model, data, figures)
         export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import functools
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -44,7 +43,8 @@ from dschat.reference import (
     reference_of_policy,
     with_reference,
 )
-from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.resume import begin_run
+from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
 from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
 
@@ -64,24 +64,22 @@ def main(args: DpoArguments) -> None:
     store = ReferenceStore.open(args, base, data)
 
     distributed.setup(args.run.local_rank)
-    if distributed.is_main_process():
-        start_run(args)
+    checkpoints = begin_run(args, data=data.key)
     if column(data.train, "margin").any():
         distributed.print_once("note: the data has margins, which DPO does not use.")
     distributed.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
-    start = time.perf_counter()
-    figures = train_epochs(
+    figures, seconds = train_epochs(
         engine,
         build_loaders(data, collate, args),
         args,
         description="DPO",
         shares_of=lambda batch: training_shares(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
+        checkpoints=checkpoints,
         print_loss=args.dpo.print_loss,
     )
-    seconds = time.perf_counter() - start
     if args.run.output_dir:
         provenance = step_provenance(args, args.model, data, figures)
         export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)

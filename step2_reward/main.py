@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import functools
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -35,7 +34,8 @@ from dschat.model_card import step_provenance
 from dschat.models.factory import check_positions, create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.resume import begin_run
+from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
 from dschat.supervised import Loaders, build_loaders, train_epochs
 
@@ -53,20 +53,18 @@ def main(args: RewardArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     distributed.setup(args.run.local_rank)
-    if distributed.is_main_process():
-        start_run(args)
+    checkpoints = begin_run(args, data=data.key)
     distributed.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
-    start = time.perf_counter()
-    figures = train_epochs(
+    figures, seconds = train_epochs(
         engine,
         loaders,
         args,
         description="reward",
         shares_of=lambda batch: training_shares(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
+        checkpoints=checkpoints,
     )
-    seconds = time.perf_counter() - start
     if args.run.output_dir:
         provenance = step_provenance(args, args.model, data, figures)
         export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)

@@ -9,14 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
-    0: ("errors", "arguments", "losses", "distributed", "peers", "throughput"),
-    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory"),
-    2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference"),
+    0: ("errors", "arguments", "losses", "distributed", "peers", "throughput", "signals"),
+    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable"),
+    2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
+    + ("engine_files", "resume"),
     3: ("rlhf",),
     4: ("utils",),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
-DEEPSPEED_USERS = ("distributed", "engines", "checkpoint", "models")
+DEEPSPEED_USERS = ("distributed", "engines", "engine_files", "checkpoint", "models")
 LONGEST_FUNCTION = 80
 
 

@@ -27,7 +27,7 @@ Collate = Callable[..., Any]
 
 @dataclass
 class TrainLoader:
-    """One rank's micro-batches of an epoch; `set_epoch` gives the next epoch another order."""
+    """One rank's micro-batches of an epoch; `set_epoch` gives the next epoch another order and start."""
 
     dataset: Dataset
     collate: Collate
@@ -39,6 +39,7 @@ class TrainLoader:
     lengths: np.ndarray
     weights: np.ndarray
     epoch: int = 0
+    first_step: int = 0
 
     @property
     def step_size(self) -> int:
@@ -54,9 +55,9 @@ class TrainLoader:
         """Micro-batches of an epoch on this rank."""
         return self.num_optimizer_steps * self.accumulation_steps
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the epoch that is iterated next."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
+        """Choose the order of the epoch that is iterated next, and the optimiser step to begin with."""
+        self.epoch, self.first_step = epoch, first_step
 
     def rows(self) -> Iterator[np.ndarray]:
         """The row numbers of each micro-batch of this rank, without fillers."""
@@ -68,7 +69,8 @@ class TrainLoader:
 
     def _micro_batches(self) -> Iterator[tuple[np.ndarray, float]]:
         """The rows of each micro-batch of this rank, and what its optimiser step counts."""
-        for step in step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch)):
+        steps = step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch))
+        for step in steps[self.first_step :]:
             denominator = float(self.weights[step].sum(dtype=np.float64))
             for rows in _dealt(step, self.batch_size, self.accumulation_steps, self.rank, self.world_size):
                 yield rows, denominator

@@ -1,0 +1,84 @@
+"""A DeepSpeed engine in files: weights, optimiser, schedule and loss scaler, each rank its own part."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+"""What DeepSpeed's files hold besides tensors and plain values: numbers in classes of its own."""
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class Writer(TorchCheckpointEngine):
+    """DeepSpeed's writer, whose failures are kept until every rank is through with its part.
+
+    An exception on one rank in the middle would leave the others waiting in DeepSpeed's collectives.
+    """
+
+    problem: str | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make the folder."""
+        with self._noting_problems():
+            super().makedirs(path, exist_ok)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file."""
+        with self._noting_problems(), Path(path).open("wb") as file:
+            torch.save(state_dict, file)
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            self.problem = self.problem or str(error)
+
+
+def save_engine(engine: DeepSpeedEngine, folder: Path) -> str | None:
+    """Write the engine's state into a new folder; every rank calls it. Returns what went wrong on this rank.
+
+    Frozen weights, of a model with adapters, are left out: they come from where the model came from.
+    """
+    writer = engine.checkpoint_engine = Writer(engine._config)
+    engine._copy_recovery_script = lambda _: None  # it writes scripts that load pickles, and may raise
+    has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=has_frozen
+    )
+    return writer.problem
+
+
+def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Bring a fresh engine of the same shape and number of ranks to where `save_engine` was called.
+
+    Every rank calls it. No file is unpickled but into tensors, plain values and SAFE_CLASSES.
+    """
+    has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
+    with tensors_only():
+        engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not has_frozen)
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Every `torch.load` inside the block, DeepSpeed's among them, has weights_only=True."""
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before

@@ -1,0 +1,142 @@
+"""How a run goes on: which checkpoint is chosen, whether it is intact, and whether it is of the same run."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dschat.arguments import Setting, StepArguments, settings
+from dschat.distributed import barrier, gather_json, is_main_process, print_once
+from dschat.durable import damage, flush
+from dschat.errors import UserError
+from dschat.progress import Checkpoints, identity, read_progress, serials
+from dschat.run_folder import METRICS, checkpoints_folder, resumes, start_run
+
+UNREMARKABLE = ("local_rank", "resume_from_checkpoint", "output_dir")
+"""Flags whose change goes without saying."""
+
+
+def begin_run(arguments: StepArguments, *, data: str) -> Checkpoints:
+    """Choose and verify the checkpoint to go on from, if any, and prepare the output folder for the run.
+
+    Every rank calls it once the process group exists, before models are loaded. `data` is a fingerprint of
+    what is learned. Raises `UserError`, on every rank the same, where a checkpoint cannot be used.
+    """
+    choice: dict[str, Any] = {}
+    if is_main_process():
+        try:
+            choice = _choose(arguments, data)
+        except UserError as error:
+            choice = {"error": str(error)}
+    choice = gather_json(choice)[0]
+    if "error" in choice:
+        raise UserError(choice["error"])
+    chosen = Path(choice["chosen"]) if choice["chosen"] else None
+    if is_main_process():
+        start_run(arguments, is_resumed=chosen is not None)
+        if chosen is not None and (chosen / METRICS).is_file():
+            _restore_metrics(chosen / METRICS, Path(arguments.run.output_dir) / METRICS)
+    barrier()
+    return Checkpoints(arguments, data, chosen, choice["damaged"])
+
+
+def _choose(arguments: StepArguments, data: str) -> dict[str, Any]:
+    """The checkpoint that a run goes on from, verified and compared, and those that were found damaged."""
+    asked, root = resumes(arguments.run), checkpoints_folder(arguments.run)
+    if asked is None or root is None:
+        return {"chosen": None, "damaged": []}
+    if asked != "latest":
+        folder = Path(asked)
+        problem = damage(folder) if folder.is_dir() else "there is no such folder"
+        if problem:
+            raise UserError(
+                f"--resume_from_checkpoint {folder} cannot be used: {problem}; name an intact checkpoint "
+                "(output_dir/checkpoints/step_...), or latest for the newest of them."
+            )
+        _compare(folder, arguments, data)
+        return {"chosen": str(folder), "damaged": []}
+    finished, damaged = serials(root), []
+    for unfinished in sorted(path.name for path in root.glob("step_*") if path.name not in finished):
+        print_once(f"note: checkpoint {root / unfinished} was never finished and is passed over.")
+    for name in sorted(finished, key=finished.get, reverse=True):
+        problem = damage(root / name)
+        if problem is None:
+            _compare(root / name, arguments, data)
+            print_once(f"going on from checkpoint {root / name}")
+            return {"chosen": str(root / name), "damaged": damaged}
+        print_once(f"WARNING: checkpoint {root / name} is passed over: {problem}.")
+        damaged.append(name)
+    if damaged:
+        raise UserError(
+            f"--resume_from_checkpoint latest: no checkpoint in {root} is intact; to start from the "
+            "beginning, delete that folder."
+        )
+    print_once(f"--resume_from_checkpoint latest: there is none in {root}; starting from the beginning.")
+    return {"chosen": None, "damaged": []}
+
+
+def _compare(folder: Path, arguments: StepArguments, data: str) -> None:
+    """Raise `UserError` where the run would not be the one that was saved; say what else is different."""
+    saved, now = read_progress(folder), identity(arguments, data)
+    for name in ("format", "program"):
+        if saved[name] != now[name]:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: its {name} is {saved[name]!r} and this one's is "
+                f"{now[name]!r}; name a checkpoint of the same program and version."
+            )
+    changed = dict(_changed_settings(arguments, saved["settings"]))
+    for name, (before, setting) in changed.items():
+        if setting.at_resume == "same":
+            raise UserError(
+                f"--{name} is {setting.value!r} and was {before!r} when {folder} was saved: the run would "
+                f"not be the same; give --{name} as it was, or start anew in another --output_dir."
+            )
+    for name, number in saved["sizes"].items():
+        if now["sizes"][name] != number:
+            raise UserError(
+                f"{name} x ranks is {now['sizes'][name]} and was {number} when {folder} was saved on "
+                f"{saved['world_size']} ranks; choose them so that the product is {number} again."
+            )
+    if saved["data"] != data:
+        raise UserError(
+            f"--data_path: what it names has changed since {folder} was saved, so the run cannot go on in "
+            "the middle of it; restore the data, or start anew in another --output_dir."
+        )
+    _say_differences(folder, saved, now, changed)
+
+
+def _changed_settings(
+    arguments: StepArguments, saved: dict[str, Any]
+) -> Iterator[tuple[str, tuple[Any, Setting]]]:
+    """The flags that have another value now, with the earlier one; one that was unknown had its default."""
+    for name, setting in settings(arguments).items():
+        before = saved.get(name, setting.default)
+        if setting.value != before:
+            yield name, (before, setting)
+
+
+def _say_differences(
+    folder: Path, saved: dict[str, Any], now: dict[str, Any], changed: dict[str, tuple[Any, Setting]]
+) -> None:
+    said = [
+        f"--{name} {setting.value} (was {before})"
+        for name, (before, setting) in changed.items()
+        if name not in UNREMARKABLE
+    ]
+    said += [
+        f"{name} {number} (was {saved['versions'].get(name)})"
+        for name, number in now["versions"].items()
+        if number != saved["versions"].get(name)
+    ]
+    if saved["world_size"] != now["world_size"]:
+        said.append(f"{now['world_size']} ranks (was {saved['world_size']})")
+    if said:
+        print_once(f"note: other than when {folder} was saved: {', '.join(said)}.")
+
+
+def _restore_metrics(saved: Path, path: Path) -> None:
+    """The figures up to the checkpoint, in one step: those after it are made again."""
+    temporary = path.with_name(f".{path.name}.restored")
+    shutil.copyfile(saved, temporary)
+    flush(temporary)
+    temporary.replace(path)

@@ -1,0 +1,38 @@
+"""Requests to stop: SIGTERM, SIGUSR1 (Slurm's pre-emption) and Ctrl-C, which a run obeys after its step."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+FORWARDED_AT_ONCE = 1.0
+"""Seconds: torchrun passes a Ctrl-C on that its processes have already got from the terminal."""
+
+
+class StopRequests:
+    """Notes the first request; a second Ctrl-C stops at once. Listens between `listen` and `release`."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """The name of the signal that asked for an end."""
+        self._time = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """Take over the signals; only a program's main thread may."""
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+
+    def release(self) -> None:
+        """Give the signals back, so that they end the program as usual."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now, name = time.monotonic(), signal.Signals(number).name
+        if name == "SIGINT" and self.received == "SIGINT" and now - self._time > FORWARDED_AT_ONCE:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self._time = name, now
