@@ -1,17 +1,24 @@
 """A DeepSpeed engine in files: weights, optimiser, schedule and loss scaler, each rank its own part."""
 
+import contextlib
+import copy
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+
+from dschat.distributed import barrier, is_main_process
 
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed's files hold besides tensors and plain values: numbers in classes of its own."""
@@ -67,6 +74,47 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
     has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
     with tensors_only():
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not has_frozen)
+
+
+def load_engine_resharded(engine: DeepSpeedEngine, folder: Path, scratch: Path) -> None:
+    """`load_engine` where the number of ranks was another: by DeepSpeed's universal checkpoint.
+
+    Rank 0 brings it to one file a parameter in the new folder `scratch`, which every rank reads. Without ZeRO
+    the files are whole anyway. Every rank calls it.
+    """
+    if engine.zero_optimization_stage() == 0:
+        load_engine(engine, folder)
+        return
+    universal = scratch / folder.name
+    if is_main_process():
+        with tensors_only(), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress
+            ds_to_universal.main(
+                SimpleNamespace(
+                    input_folder=str(folder),
+                    output_folder=str(universal),
+                    num_extract_workers=1,  # other processes would not know SAFE_CLASSES
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+    barrier()
+    optimizer = engine.optimizer.optimizer
+    before = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    engine._config.load_universal_checkpoint = True
+    load_engine(engine, universal)
+    engine._config.load_universal_checkpoint = False
+    # At stage 3 DeepSpeed 0.19 gives every group of parameters the settings of the first, and all of them one
+    # tensor for Adam's step, which each would count up.
+    rates = engine.lr_scheduler.get_last_lr()
+    for group, settings, learning_rate in zip(optimizer.param_groups, before, rates, strict=True):
+        group.update(settings, lr=learning_rate)
+    for state in optimizer.state.values():
+        state["step"] = copy.deepcopy(state["step"])
+    barrier()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from dschat.durable import (
     private_files,
     put_in_place,
 )
-from dschat.engine_files import load_engine, save_engine
+from dschat.engine_files import load_engine, load_engine_resharded, save_engine
 from dschat.engines import DeepSpeedEngine
 from dschat.errors import Stopped
 from dschat.run_folder import METRICS, checkpoints_folder
@@ -101,9 +101,12 @@ class Checkpoints:
         if self._chosen is None:
             return Progress()
         saved = read_progress(self._chosen)
-        for name, engine in engines.items():
-            load_engine(engine, self._chosen / name)
         same_ranks = saved["world_size"] == world_size()
+        for name, engine in engines.items():
+            if same_ranks:
+                load_engine(engine, self._chosen / name)
+            else:
+                self._load_resharded(engine, self._chosen / name)
         own = self._chosen / f"rank_{rank() % saved['world_size']:05d}"
         tensors = load_file(own.with_suffix(".safetensors"))
         shared = self._chosen / SHARED
@@ -117,6 +120,13 @@ class Checkpoints:
             tensors=tensors if same_ranks else None,
             shared_tensors=load_file(shared) if shared.is_file() else {},
         )
+
+    def _load_resharded(self, engine: DeepSpeedEngine, folder: Path) -> None:
+        scratch = self._root / f".resharded-{folder.parent.name}"
+        with private_files():
+            load_engine_resharded(engine, folder, scratch)
+        if is_main_process():
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
         """Whether a checkpoint is to be made after this step: its number, the time, or a request to stop.
