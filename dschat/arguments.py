@@ -145,7 +145,6 @@ class ModelArguments:
     zero_stage: int = flag(
         0,
         "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
-        at_resume="free",
     )
     lora_dim: int = flag(0, "Rank of the LoRA adapters; 0 trains the weights themselves.")
     # With Adam a scale and a learning rate do much the same, so the scale is left at 1 at any rank.

@@ -1,9 +1,12 @@
 """Runs of steps 1 and 2 and DPO in one process, some of them stopped on the way.
 
 [torchrun --nproc_per_node N] interrupted_runs.py RUNS, a JSON file of [{"program", "flags", ...}]. After the
-optimiser step "stop_after" rank 0 gets the signal SIGUSR1, or the program fails on the way to step "die_in".
+optimiser step "stop_after" the last rank gets the signal SIGUSR1; or the program fails on the way to step
+"die_in"; the disk is full for the last rank after step "full_after", and that step alone; or the last rank is
+killed on the way to step "kill_in", unless torchrun has started it again.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,14 +16,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from processes import ROOT
 
-from dschat import distributed, supervised
+from dschat import distributed, engine_files, supervised
 from dschat.arguments import parse_arguments
 from dschat.errors import Stopped
 from dschat.metrics import MetricsLogger
 
 PROGRAMS = {"sft": "step1_sft/main.py", "reward": "step2_reward/main.py", "dpo": "step2_reward/dpo.py"}
+
+
+SAVE = torch.save
+
+
+def no_room(*args: Any) -> None:
+    """What a full disk does."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Died(Exception):
@@ -35,15 +47,21 @@ def program(name: str) -> ModuleType:
     return module
 
 
-def logger(stop_after: int | None, die_in: int | None) -> type[MetricsLogger]:
-    """A logger that ends the run when it is told of a step."""
+def logger(run: dict[str, Any]) -> type[MetricsLogger]:
+    """A logger that does to the run what it is to suffer, when it is told of a step."""
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    is_last_rank = distributed.rank() == distributed.world_size() - 1
 
     class Ending(MetricsLogger):
         def log(self, step: int, **values: Any) -> None:
-            if "loss" in values and step == die_in:
+            if "loss" in values and step == run.get("die_in"):
                 raise Died
-            if "loss" in values and step == stop_after and distributed.is_main_process():
+            if "loss" in values and step == run.get("stop_after") and is_last_rank:
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if "loss" in values and step == run.get("kill_in") and is_last_rank and not is_restarted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if is_last_rank:
+                engine_files.torch.save = no_room if step == run.get("full_after") else SAVE
             super().log(step, **values)
 
     return Ending
@@ -54,7 +72,7 @@ def main(runs: Path) -> None:
     programs = {name: program(name) for name in PROGRAMS}
     for run in json.loads(runs.read_text()):
         args = parse_arguments(run["program"], run["flags"])
-        supervised.MetricsLogger = logger(run.get("stop_after"), run.get("die_in"))
+        supervised.MetricsLogger = logger(run)
         try:
             programs[run["program"]].main(args)
             how = "finished"

@@ -1,0 +1,40 @@
+import os
+import signal
+import time
+
+import pytest
+
+from dschat import signals
+from dschat.signals import StopRequests
+
+
+@pytest.fixture
+def requests():
+    listening = StopRequests()
+    listening.listen()
+    yield listening
+    listening.release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_the_first_signal_is_noted(number, requests):
+    os.kill(os.getpid(), number)
+    assert requests.received == number.name
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_one_that_the_launcher_passes_on(requests, monkeypatch):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun's, at the same moment
+    now = time.monotonic()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now + 2)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    requests = StopRequests()
+    requests.listen()
+    assert signal.getsignal(signal.SIGTERM) != before
+    requests.release()
+    assert signal.getsignal(signal.SIGTERM) == before
