@@ -182,7 +182,12 @@ FREE = {
     *("save_interval", "save_minutes", "save_total_limit", "resume_from_checkpoint", "print_loss"),
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "num_padding_at_beginning"),
     *("offload_reference_model", "offload_reward_model", "rollout_gather", "print_answers"),
-    *("print_answers_interval", "actor_gradient_checkpointing", "critic_gradient_checkpointing"),
+    *(
+        "print_answers_interval",
+        "trust_remote_code",
+        "actor_gradient_checkpointing",
+        "critic_gradient_checkpointing",
+    ),
 }
 DIVIDED = {
     *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_training_batch_size"),
