@@ -74,6 +74,20 @@ def export_model(
     barrier()
 
 
+def move_export(source: Path, target: Path, provenance: Provenance) -> None:
+    """Let the model in `source` take the place of an older one in `target`; every rank calls it.
+
+    Its weights and promises stay; its card is written anew, as it names the folder.
+    """
+    if is_main_process():
+        card = model_card(provenance, provenance.head or Manifest.read(source).head, str(target))
+        (source / CARD).write_text(card, encoding="utf-8")
+        target.mkdir(exist_ok=True)
+        _move_into_place(source, target)
+        source.rmdir()
+    barrier()
+
+
 @contextmanager
 def replacing_export(output_dir: Path) -> Iterator[Path]:
     """A folder to fill with a model, which then takes the place of an older one in `output_dir`.

@@ -1,6 +1,7 @@
 """The output folder of a step: made and tried before any work, its summary written last."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 """The figures of every step, one JSON object a line."""
 
-EXPORTED = ("", "actor", "critic", "actor_ema")
+EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
 
 
@@ -103,9 +104,13 @@ def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
 
 
 def write_summary(output_dir: str | None, summary: dict[str, Any]) -> None:
-    """Write the final numbers of a finished step (rank 0)."""
+    """Write the final numbers of a finished step (rank 0); one that is not finite becomes null."""
     if output_dir:
-        (Path(output_dir) / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in summary.items()
+        }
+        (Path(output_dir) / SUMMARY).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:

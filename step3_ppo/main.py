@@ -19,22 +19,21 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import time
 
-from transformers import PreTrainedTokenizerBase
-
 from dschat import distributed
-from dschat.checkpoint import export_model
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.metrics import MetricsLogger
-from dschat.model_card import step_provenance
 from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
+from dschat.rlhf.evaluation import build_evaluator
+from dschat.rlhf.exports import Exports
+from dschat.rlhf.guard import Guard
 from dschat.rlhf.handovers import receive_models
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.training import train_ppo
+from dschat.rlhf.training import Watch, train_ppo
 from dschat.rlhf.unsupervised import build_text_loader
 from dschat.run_folder import check_run_folder, start_run, write_summary
 from dschat.startup import prepare
@@ -75,25 +74,35 @@ def main(args: RlhfArguments) -> None:
         args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
     )
 
+    watch = Watch(
+        build_evaluator(trainer, tokenizers, args, data.evaluation, score_scale=score_scale),
+        Guard(args.guard, kl_target=args.ppo.kl_target),
+        Exports(args, engine, tokenizers.actor, data),
+        args.guard.eval_interval,
+    )
+
     start = time.perf_counter()
-    values = train_ppo(
-        trainer, prompt_loader, metrics, args, num_ppo_steps=num_ppo_steps, tokenizer=tokenizers.actor
+    num_done, values = train_ppo(
+        trainer, prompt_loader, metrics, args, watch, num_ppo_steps=num_ppo_steps, tokenizer=tokenizers.actor
     )
     metrics.close()
-    save(args, engine, tokenizers.actor, data, values)
+    values |= watch.exports.finish(num_done, values) | watch.guard.verdict()
     if distributed.is_main_process():
         seconds = time.perf_counter() - start
         write_summary(
-            args.run.output_dir, {"step": "rlhf", "ppo_steps": num_ppo_steps, **values, "seconds": seconds}
+            args.run.output_dir, {"step": "rlhf", "ppo_steps": num_done, **values, "seconds": seconds}
         )
 
 
 def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizers) -> PromptLoader:
     """The prompts of each PPO step. Raises `UserError` where answers could outgrow a model's positions."""
-    longest = column(data.train, "length").max() + args.rollout.max_answer_seq_len
+    longest = max(column(part, "length").max(initial=0) for part in (data.train, data.evaluation))
+    longest += args.rollout.max_answer_seq_len
     has_own_critic = args.ppo.has_critic and not tokenizers.fresh_critic
     paths = {args.actor.model_name_or_path: True, args.critic.model_name_or_path: has_own_critic}
     paths |= {args.reward_path: True} if tokenizers.reader is None else {}
+    if args.guard.guard_reward_model_name_or_path and tokenizers.guard_reader is None:
+        paths[args.guard.guard_reward_model_name_or_path] = True
     for path in (path for path, reads_tokens in paths.items() if reads_tokens):
         check_positions(
             path,
@@ -112,28 +121,6 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
         num_epochs=args.optimizer.num_train_epochs,
         samples_per_prompt=args.rollout.num_samples_per_prompt,
     )
-
-
-def save(
-    args: RlhfArguments,
-    engine: DeepSpeedRLHFEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    data: SplitData,
-    figures: dict[str, float],
-) -> None:
-    """Write the actor and what else there is of critic and moving average. Every rank must call it."""
-    if not args.run.output_dir:
-        return
-    folder = Path(args.run.output_dir)
-    of_actor = step_provenance(args, args.actor, data, figures)
-    critic_base = args.actor if engine.fresh_critic else args.critic
-    of_critic = step_provenance(args, critic_base, data, figures, head="value")
-    export_model(engine.actor, tokenizer, folder / "actor", provenance=of_actor)
-    if engine.critic:
-        export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
-    if engine.ema:
-        average = engine.ema.weights()
-        export_model(engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_actor)
 
 
 if __name__ == "__main__":

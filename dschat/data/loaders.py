@@ -256,6 +256,25 @@ def build_prompt_loader(
     )
 
 
+def build_eval_prompts(
+    dataset: Dataset, *, num_prompts: int, pad_id: int, batch_size: int, rank: int, world_size: int
+) -> list[PromptBatch]:
+    """This rank's batches of `num_prompts` prompts (of all, where there are fewer), the longest first.
+
+    They are a random sample, the same one each time. Every rank has as many batches of as many rows: fillers
+    complete them.
+    """
+    lengths = column(dataset, "length")
+    rows = _generator(0, 0).permutation(len(dataset))[:num_prompts]
+    size = min(batch_size, -(-len(rows) // world_size))
+    num_batches = -(-len(rows) // (size * world_size))
+    tokens = dataset.with_format("arrow")
+    return [
+        collate_prompts(tokens[mine], size, pad_id=pad_id, numbers=mine)
+        for mine in _dealt(_longest_first(rows, lengths), size, num_batches, rank, world_size)
+    ]
+
+
 def step_rows(lengths: np.ndarray, step_size: int, generator: np.random.Generator) -> list[np.ndarray]:
     """The rows of each optimiser step of an epoch, the longest first; the last step may lack some."""
     order = generator.permutation(len(lengths))

@@ -84,14 +84,33 @@ class RlhfTokenizers:
     """The reward model's own, by which it reads answers as text; None where it reads the actor's tokens."""
     fresh_critic: bool
     """Whether the critic has to start from the actor, as the reward model knows other tokens."""
+    guard_reader: PreTrainedTokenizerBase | None = None
+    """The second reward model's, where that reads as the reward model with a tokenizer of its own does."""
 
 
 def load_rlhf_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
-    """The tokenizers of --actor_model_name_or_path, --critic_... and --reward_model_name_or_path.
+    """The tokenizers of all models of step 3.
 
-    Raises `UserError` where critic and actor cannot share tokens, or actor and reward model share a tokenizer
-    but not a template.
+    Raises `UserError` where critic and actor cannot share tokens, actor and reward model share a tokenizer
+    but not a template, or the second reward model reads neither as the actor nor as the reward model does.
     """
+    tokenizers = _load_first_tokenizers(args)
+    path = args.guard.guard_reward_model_name_or_path
+    if path is None:
+        return tokenizers
+    guard = load_tokenizer(path, replace(args.tokenizer, chat_template=None))
+    if not _reads_otherwise(tokenizers.actor, guard):
+        return tokenizers
+    if tokenizers.reader is None or _reads_otherwise(tokenizers.reader, guard):
+        raise UserError(
+            f"--guard_reward_model_name_or_path {path!r} has another tokenizer or chat template than the "
+            "actor and the reward model: give one that reads as one of them does."
+        )
+    return replace(tokenizers, guard_reader=guard)
+
+
+def _load_first_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
+    """The tokenizers of --actor_model_name_or_path, --critic_... and --reward_model_name_or_path."""
     actor, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
     reward, own = args.rlhf.reward_model_name_or_path, replace(args.tokenizer, chat_template=None)
     ours, theirs = load_tokenizer(actor, args.tokenizer), load_tokenizer(critic, args.tokenizer)

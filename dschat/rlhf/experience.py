@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import PpoArguments
-from dschat.distributed import gather_rows
+from dschat.arguments import PpoArguments, RlhfArguments
+from dschat.distributed import gather_rows, rank, world_size
 from dschat.losses import (
     advantages_and_returns,
     discounted_returns,
@@ -41,6 +41,11 @@ class ScoreShaping:
     missing_eos_penalty: float
     mean: float = 0.0
     std: float = 1.0
+
+    @classmethod
+    def of(cls, args: PpoArguments, scale: tuple[float, float]) -> "ScoreShaping":
+        """As the flags say; `scale` are the mean and standard deviation that are brought to 0 and 1."""
+        return cls(args.reward_clip, args.missing_eos_penalty, *scale)
 
     def normalised(self, scores: Tensor) -> Tensor:
         """Scores in units of the evaluation data's spread, where step 2's statistics are used. [B] -> [B]."""
@@ -71,6 +76,17 @@ class Schedule:
     rank: int
     seed: int
 
+    @classmethod
+    def of(cls, args: RlhfArguments) -> "Schedule":
+        """As the flags and this rank's place say."""
+        return cls(
+            micro_batch_size=args.ppo.per_device_training_batch_size,
+            accumulation_steps=args.optimizer.gradient_accumulation_steps,
+            world_size=world_size(),
+            rank=rank(),
+            seed=args.run.seed,
+        )
+
     def optimizer_steps(self, lengths: Tensor, *, ppo_step: int, epoch: int) -> list[Tensor]:
         """Row numbers of each optimiser step over all ranks: a fresh permutation a pass, alike on each rank.
 
@@ -100,6 +116,10 @@ class Judgement:
     ref_logprobs: Tensor  # of the reference model
     values: Tensor | None  # of the critic, where there is one
     scores: Tensor  # of the reward model, raw
+
+    def log_ratio(self, mask: Tensor) -> Tensor:
+        """Of policy to reference, 0 outside the answers: the KL's k1 a token. bool [B, T] -> [B, T]."""
+        return torch.where(mask, self.logprobs - self.ref_logprobs, 0)
 
     @staticmethod
     def gather(parts: list["Judgement"], rows: list[Tensor], answer_length: int) -> "Judgement":
@@ -236,20 +256,15 @@ class Experience:
             lines.append(f"--- answer (score {score:.3f}): {tokenizer.decode(answer)}")
         return "\n".join(lines)
 
-    def _log_ratio(self) -> Tensor:
-        """Of policy to reference, 0 outside the answers. [B, T]"""
-        judged = self.judgement
-        return torch.where(self.rollout.answer_mask, judged.logprobs - judged.ref_logprobs, 0)
-
     @property
     def kl(self) -> Tensor:
         """k1 to the reference in nats an answer, the mean over answers. Scalar."""
-        return self._log_ratio().sum(dim=1).mean()
+        return self.judgement.log_ratio(self.rollout.answer_mask).sum(dim=1).mean()
 
     def metrics(self) -> dict[str, float]:
         """What the rollout batch was like before anything was learned from it. Names as in docs/ppo.md."""
         mask, judged = self.rollout.answer_mask, self.judgement
-        log_ratio, kl = self._log_ratio(), self.kl
+        log_ratio, kl = judged.log_ratio(mask), self.kl
         k3 = kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean()
         values = {
             "score": judged.scores.mean(),

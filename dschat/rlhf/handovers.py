@@ -7,6 +7,8 @@ from dschat.manifest import Handover, receive_model
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 
+GUARD_FLAG = "--guard_reward_model_name_or_path"
+
 
 @dataclass(frozen=True)
 class RlhfHandovers:
@@ -15,6 +17,7 @@ class RlhfHandovers:
     actor: Handover
     critic: Handover | None  # None where advantages are estimated without one
     reward: Handover
+    guard_reward: Handover | None  # the second reward model
 
     def check_templates(self, tokenizers: RlhfTokenizers) -> None:
         """Raise `UserError` where a model would read another template than it was trained with."""
@@ -22,6 +25,8 @@ class RlhfHandovers:
         if self.critic and not tokenizers.fresh_critic:
             self.critic.check_template(tokenizers.actor)
         self.reward.check_template(tokenizers.reader or tokenizers.actor)
+        if self.guard_reward:
+            self.guard_reward.check_template(tokenizers.guard_reader or tokenizers.actor)
 
     def check_outputs(self, engine: DeepSpeedRLHFEngine) -> None:
         """Raise `UserError` where a model does not compute what was promised. Every rank must call it."""
@@ -29,10 +34,12 @@ class RlhfHandovers:
         if self.critic and not engine.fresh_critic:
             self.critic.check_outputs(engine.critic)
         self.reward.check_outputs(engine.reward)
+        if self.guard_reward:
+            self.guard_reward.check_outputs(engine.guard_reward)
 
 
 def receive_models(args: RlhfArguments) -> RlhfHandovers:
-    """Actor, critic and reward model, verified as far as files tell. Raises `UserError`."""
+    """Actor, critic and reward models, verified as far as files tell. Raises `UserError`."""
     actor = receive_model(args.actor.model_name_or_path, "--actor_model_name_or_path", "language_model")
     reward = receive_model(args.reward_path, args.reward_flag, "score")
     critic = reward if args.ppo.has_critic else None
@@ -40,4 +47,6 @@ def receive_models(args: RlhfArguments) -> RlhfHandovers:
         # Beside a reward model of its own, a critic that PPO has trained before can go on.
         path = args.critic.model_name_or_path
         critic = receive_model(path, "--critic_model_name_or_path", "score", "value")
-    return RlhfHandovers(actor, critic, reward)
+    path = args.guard.guard_reward_model_name_or_path
+    guard_reward = receive_model(path, GUARD_FLAG, "score") if path else None
+    return RlhfHandovers(actor, critic, reward, guard_reward)

@@ -72,17 +72,19 @@ class Judges:
             self._reading = Reading(prompts, tokenizers.actor, tokenizers.reader, max_tokens=limit)
 
     @torch.no_grad()
-    def judge(self, rollout: RolloutBatch, rows: list[Tensor]) -> Judgement:
+    def judge(self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True) -> Judgement:
         """Judge the answers of all ranks; `rows` are this rank's, a tensor of row numbers a forward pass.
 
-        Every rank must call it, with as many passes, whose rows together are all rows once.
+        Every rank must call it, with as many passes, whose rows together are all rows once. Without
+        `with_values` the critic is left out.
         """
         for engine in self._engine.trained:
             engine.eval()
-        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device))) for part in rows]
+        critic = self._engine.critic if with_values else None
+        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
         return Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
 
-    def _judge_rows(self, batch: RolloutBatch) -> Judgement:
+    def _judge_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> Judgement:
         logits = answer_logits(self._engine.actor, batch, self._num_tokens)
         logprobs = token_logprobs(logits, batch.answers, temperature=self._temperature)
         entropy = token_entropy(logits, temperature=self._temperature)
@@ -93,7 +95,7 @@ class Judges:
             logprobs=logprobs,
             entropy=entropy,
             ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=self._temperature),
-            values=values_at_answers(self._engine.critic, batch) if self._engine.critic else None,
+            values=values_at_answers(critic, batch) if critic else None,
             scores=scores_of_answers(
                 self._engine.reward, self._reading.read(batch) if self._reading else batch
             ),

@@ -17,10 +17,8 @@ from dschat.data.loaders import TextLoader
 from dschat.distributed import (
     max_across_ranks,
     peak_memory_gib,
-    rank,
     sum_across_ranks,
     synchronize,
-    world_size,
 )
 from dschat.engines import gradient_norm, learning_rate, train_on
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
@@ -91,20 +89,9 @@ class DeepSpeedPPOTrainer:
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
-        self._schedule = Schedule(
-            micro_batch_size=args.ppo.per_device_training_batch_size,
-            accumulation_steps=args.optimizer.gradient_accumulation_steps,
-            world_size=world_size(),
-            rank=rank(),
-            seed=args.run.seed,
-        )
+        self._schedule = Schedule.of(args)
         self._scores = RunningStatistics() if args.ppo.score_scale == "running" else None
-        self._shaping = ScoreShaping(
-            clip=args.ppo.reward_clip,
-            missing_eos_penalty=args.ppo.missing_eos_penalty,
-            mean=score_scale[0],
-            std=score_scale[1],
-        )
+        self._shaping = ScoreShaping.of(args.ppo, score_scale)
         self._texts, self._text_steps = texts, iter(texts or ())
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
@@ -129,9 +116,8 @@ class DeepSpeedPPOTrainer:
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
         self._updates_done, self._has_moved_enough = 0, False
-        with self._timed("generation"), self._rollout.phase():
-            answered = [self._rollout.generate(batch, ppo_step=self._ppo_step) for batch in batches]
-            rollout = gather_rollouts(answered, self._pad_token_id)
+        with self._timed("generation"):
+            rollout = self.answer(batches, ppo_step=self._ppo_step)
         with self._timed("experience"):
             judgement = self._judges.judge(rollout, self._rows_of_first_pass(rollout))
             self._experience = Experience.build(
@@ -147,6 +133,15 @@ class DeepSpeedPPOTrainer:
             self._kl.update(self._experience.kl.item(), len(judgement.scores))
         self._ppo_step += 1
         return self._experience
+
+    def answer(self, prompts: list[PromptBatch], *, ppo_step: int) -> RolloutBatch:
+        """This rank's prompts answered, and those of all ranks. Every rank must call it.
+
+        `ppo_step` is part of the noise's key.
+        """
+        with self._rollout.phase():
+            answered = [self._rollout.generate(batch, ppo_step=ppo_step) for batch in prompts]
+        return gather_rollouts(answered, self._pad_token_id)
 
     def _shaping_of(self, scores: Tensor) -> ScoreShaping:
         """How the raw scores of a rollout batch are shaped; running statistics count them in first."""

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.distributed import print_once
@@ -49,6 +49,7 @@ class DeepSpeedRLHFEngine:
     the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
     adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for, and
     `critic` where advantages are estimated without one.
+    `guard_reward` is the second reward model, where one is given.
     `fresh_critic` says whether the critic started from the actor instead of the reward model.
     """
 
@@ -62,7 +63,11 @@ class DeepSpeedRLHFEngine:
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
         self.critic = self._build_critic(num_training_steps) if args.ppo.has_critic else None
-        self.reward = self._build_reward()
+        self.reward = self._build_reward("the reward model", args.reward_path, tokenizers.reader)
+        guard = args.guard.guard_reward_model_name_or_path
+        self.guard_reward = (
+            self._build_reward("the second reward model", guard, tokenizers.guard_reader) if guard else None
+        )
         if self.critic is None:
             self._say_what_no_critic_saves()
 
@@ -149,13 +154,13 @@ class DeepSpeedRLHFEngine:
         )
         return self._trained_engine(model, args, config, num_training_steps)
 
-    def _build_reward(self) -> DeepSpeedEngine:
-        print_once("loading the reward model")
+    def _build_reward(self, name: str, path: str, reader: PreTrainedTokenizerBase | None) -> DeepSpeedEngine:
+        print_once(f"loading {name}")
         args = self._args.critic
         config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
         model = create_critic_model(
-            self._args.reward_path,
-            self._tokenizers.reader or self._tokenizer,
+            path,
+            reader or self._tokenizer,
             config,
             rlhf_training=True,
             dropout=0.0,

@@ -1,0 +1,146 @@
+"""What the policy does with prompts that it never learns from."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from dschat.arguments import RlhfArguments
+from dschat.data.loaders import build_eval_prompts
+from dschat.distributed import current_device, gather_rows, print_once, rank, synchronize, world_size
+from dschat.losses import kl_estimate, masked_mean
+from dschat.models.factory import learned_positions
+from dschat.models.tokenizer import RlhfTokenizers
+from dschat.rlhf.experience import Judgement, Schedule, ScoreShaping
+from dschat.rlhf.judging import Judges, scores_of_answers
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.reading import Reading
+from dschat.rlhf.rollout import RolloutBatch
+
+EVALUATION = -1
+"""The PPO step in the key of an evaluation's noise: no real one, and the same each time. So two evaluations
+differ by what the policy has learned, not by luck."""
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Of the mean of [B] values; 0 of one value, which tells nothing of it. -> scalar."""
+    return values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
+
+
+class Evaluator:
+    """Answers a fixed sample of held-out prompts as PPO would, and judges the answers."""
+
+    def __init__(
+        self,
+        trainer: DeepSpeedPPOTrainer,
+        tokenizers: RlhfTokenizers,
+        args: RlhfArguments,
+        prompts: Dataset,
+        *,
+        score_scale: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        num_prompts = args.guard.num_eval_prompts or args.rollout_size * world_size()
+        self._batches = build_eval_prompts(
+            prompts,
+            num_prompts=num_prompts,
+            pad_id=tokenizers.actor.pad_token_id,
+            batch_size=args.rollout.per_device_generation_batch_size,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self._trainer, self._engine = trainer, trainer.engine
+        self._judges = Judges(trainer.engine, tokenizers, args, prompts)
+        self._schedule = Schedule.of(args)
+        self._kl_coef = args.ppo.kl_coef
+        self._shaping = ScoreShaping.of(args.ppo, score_scale)
+        self._needs_scale = args.ppo.score_scale == "running"
+        self._guard_reading = None
+        if tokenizers.guard_reader is not None:
+            limit = learned_positions(args.guard.guard_reward_model_name_or_path)
+            self._guard_reading = Reading(
+                prompts, tokenizers.actor, tokenizers.guard_reader, max_tokens=limit
+            )
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """The figures with eval_ of docs/ppo.md, over all ranks. Every rank must call it."""
+        start = time.perf_counter()
+        device = current_device()
+        rollout = self._trainer.answer([batch.to(device) for batch in self._batches], ppo_step=EVALUATION)
+        real = rollout.prompt_rows >= 0
+        # A filler passes through the models as the first prompt, and is left out of every figure.
+        rollout = replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
+        by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
+        rows = self._schedule.micro_batches(by_length)
+        judged = self._judges.judge(rollout, rows, with_values=False)
+        values = self._of_answers(rollout, judged, real)
+        if self._engine.guard_reward is not None:
+            guard_scores = self._guard_scores(rollout, rows)[real]
+            values["guard_score"] = guard_scores.mean()
+            values["guard_score_stderr"] = standard_error(guard_scores)
+        synchronize()
+        figures = {f"eval_{name}": value.item() for name, value in values.items()}
+        return figures | {"seconds_evaluation": time.perf_counter() - start}
+
+    def _of_answers(self, rollout: RolloutBatch, judged: Judgement, real: Tensor) -> dict[str, Tensor]:
+        mask, scores, ended = rollout.answer_mask[real], judged.scores[real], rollout.ended[real]
+        log_ratio = judged.log_ratio(rollout.answer_mask)[real]
+        kl = log_ratio.sum(dim=1)
+        if self._needs_scale:  # of the first evaluation, so that all compare
+            std = scores.std(correction=0).item()
+            self._shaping = replace(self._shaping, mean=scores.mean().item(), std=std if std > 0 else 1.0)
+            self._needs_scale = False
+        return {
+            "score": scores.mean(),
+            "score_stderr": standard_error(scores),
+            "kl": kl.mean(),
+            "k3": kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean(),
+            "score_minus_kl": (self._shaping(scores, ended) - self._kl_coef * kl).mean(),
+            "entropy": masked_mean(judged.entropy[real], mask),
+            "answer_length": mask.sum(dim=1).float().mean(),
+            "eos_share": ended.float().mean(),
+        }
+
+    def _guard_scores(self, rollout: RolloutBatch, rows: list[Tensor]) -> Tensor:
+        """The second reward model's scores of all ranks' answers. -> [B]."""
+        reading, device = self._guard_reading, rollout.input_ids.device
+        parts = []
+        for part in rows:
+            batch = rollout.rows(part.to(device))
+            parts.append(
+                scores_of_answers(self._engine.guard_reward, reading.read(batch) if reading else batch)
+            )
+        order = gather_rows(torch.cat(rows).to(device)).argsort()
+        return gather_rows(torch.cat(parts))[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later evaluations need of earlier ones, for JSON."""
+        return {"mean": self._shaping.mean, "std": self._shaping.std, "needs_scale": self._needs_scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._shaping = replace(self._shaping, mean=state["mean"], std=state["std"])
+        self._needs_scale = state["needs_scale"]
+
+
+def build_evaluator(
+    trainer: DeepSpeedPPOTrainer,
+    tokenizers: RlhfTokenizers,
+    args: RlhfArguments,
+    prompts: Dataset,
+    *,
+    score_scale: tuple[float, float],
+) -> Evaluator | None:
+    """The evaluator, None where --eval_interval is 0 or there are no prompts held out, which is said."""
+    if args.guard.eval_interval == 0:
+        return None
+    if len(prompts) == 0:
+        print_once(
+            "note: no prompts are held out (--eval_fraction, --eval_data_path), so PPO is not evaluated and "
+            "actor/ will be the actor of the last PPO step."
+        )
+        return None
+    return Evaluator(trainer, tokenizers, args, prompts, score_scale=score_scale)

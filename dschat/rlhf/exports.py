@@ -1,0 +1,102 @@
+"""The models that step 3 writes: the best actor while it runs, and what there is in the end."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import ModelArguments, RlhfArguments
+from dschat.checkpoint import export_model, move_export
+from dschat.data.preparation import SplitData
+from dschat.distributed import print_once
+from dschat.model_card import Provenance, step_provenance
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+
+OBJECTIVE = "eval_score_minus_kl"
+"""The best actor has the largest."""
+
+
+class Exports:
+    """Writes models below --output_dir, if there is one. Every rank must make the same calls.
+
+    `best_step` is the PPO step of the best evaluation so far (0: before the first), None without one.
+    """
+
+    def __init__(
+        self,
+        args: RlhfArguments,
+        engine: DeepSpeedRLHFEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        data: SplitData,
+    ) -> None:
+        self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
+        self._folder = Path(args.run.output_dir) if args.run.output_dir else None
+        self._best: dict[str, float] = {}
+        self.best_step: int | None = None
+
+    def offer(self, step: int, evaluation: dict[str, float]) -> None:
+        """Write the actor into best/ where its evaluation is better than all before."""
+        if self._best and not evaluation[OBJECTIVE] > self._best[OBJECTIVE]:
+            return
+        self._best = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        self.best_step = step
+        if self._folder:
+            provenance = self._provenance(self._args.actor, {"ppo_step": step, **self._best})
+            self._export_actor("best", provenance)
+
+    def finish(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
+        """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
+
+        `step` is the last PPO step and `figures` are its. Returns what a summary tells of them.
+        """
+        takes_best = self._args.guard.export_actor == "best" and self.best_step is not None
+        if self._folder:
+            of_actor = self._provenance(self._args.actor, {"ppo_step": step, **figures})
+            if takes_best:
+                of_best = replace(of_actor, figures={"ppo_step": self.best_step, **self._best})
+                move_export(self._folder / "best", self._folder / "actor", of_best)
+            else:
+                self._export_actor("actor", of_actor)
+            self._export_others(of_actor)
+        actor_step = self.best_step if takes_best else step
+        self._say_which(actor_step, step)
+        best = {f"best_{name}": value for name, value in self._best.items()}
+        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {})
+
+    def _say_which(self, actor_step: int, step: int) -> None:
+        if self.best_step is None:
+            return
+        start = " (that the run started from: nothing that it learned was better)"
+        print_once(
+            f"the best actor is that after PPO step {self.best_step}{start if self.best_step == 0 else ''}, "
+            f"{OBJECTIVE} {self._best[OBJECTIVE]:.4g}; the last PPO step was {step}. actor/ is that after "
+            f"PPO step {actor_step} (--export_actor {self._args.guard.export_actor})."
+        )
+
+    def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
+        return step_provenance(self._args, base, self._data, figures, **more)
+
+    def _export_actor(self, name: str, provenance: Provenance) -> None:
+        export_model(self._engine.actor, self._tokenizer, self._folder / name, provenance=provenance)
+
+    def _export_others(self, of_actor: Provenance) -> None:
+        """Critic and moving average as the last PPO step left them."""
+        engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
+        if engine.critic:
+            base = self._args.actor if engine.fresh_critic else self._args.critic
+            of_critic = self._provenance(base, of_actor.figures, head="value")
+            export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
+        if engine.ema:
+            average = engine.ema.weights()
+            export_model(
+                engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_actor
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which actor best/ holds, for JSON."""
+        return {"best_step": self.best_step, "best": dict(self._best)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best_step, self._best = state["best_step"], dict(state["best"])

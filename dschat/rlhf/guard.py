@@ -1,0 +1,211 @@
+"""The guard: sees in a run's figures that PPO over-optimises its reward, says so, and ends the run in time.
+
+Numbers in, messages out. The figures are alike on all ranks, and so are the decisions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dschat.arguments import GuardArguments
+
+Figures = dict[str, float]
+
+KL_PER_TOKEN, LEAST_MAX_KL = 0.5, 5.0
+"""Without --max_kl and --kl_target the limit is so many nats a token of the first answers, and at least so
+many an answer. It is wide: it ends a run that has run away, it does not find the best actor of one that has
+not. Which KL is too much depends on the task and on the reward model."""
+KL_TARGETS = 3
+"""KL this many times --kl_target is out of the controller's hands."""
+SMALLEST_EOS_SHARE = 0.2
+"""A model that ends fewer of its first answers is not watched for ending fewer yet."""
+STANDARD_ERRORS = 2
+"""By so many a second reward model's score must have fallen."""
+MAY_OVERFLOW = ("actor_grad_norm", "critic_grad_norm")
+"""Under fp16 a gradient may overflow: that step is skipped and the loss scale lowered."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What is wrong, with its numbers, and what usually helps."""
+
+    seen: str
+    remedy: str
+
+
+class Guard:
+    """Reads each PPO step's figures; `stopped_by` names the check that ended the run, `reason` says why.
+
+    A check compares with the first figures of the run, of training and of evaluation each with their own.
+    """
+
+    def __init__(self, args: GuardArguments, *, kl_target: float | None = None) -> None:
+        self._args = args
+        self._kl_target = kl_target
+        self._initial: Figures = {}
+        self._streaks: dict[str, int] = {}
+        self.stopped_by: str | None = None
+        self.reason: str | None = None
+        self._checks: dict[str, Callable[[Figures], Sighting | None]] = {
+            "non-finite": self._non_finite,
+            "kl": self._kl,
+            "entropy": self._entropy,
+            "length": self._length,
+            "end token": self._end_token,
+            "second reward model": self._second_reward_model,
+        }
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether anything was wrong in the last figures."""
+        return bool(self._streaks)
+
+    @property
+    def wants_evaluation(self) -> bool:
+        """Whether only an evaluation can tell if the run is to stop: each PPO step needs one then."""
+        return "second reward model" in self._streaks and self._args.patience > 0
+
+    def observe(self, step: int, figures: Figures) -> list[str]:
+        """Take in the figures after a PPO step (0: before the first), those with eval_ where there are some.
+
+        Returns what is to be said. After --patience steps in a row of one sighting the run is to stop.
+        """
+        for name, value in figures.items():
+            if math.isfinite(value):
+                self._initial.setdefault(name, value)
+        messages = []
+        for name, check in self._checks.items():
+            if name == "second reward model" and "eval_guard_score" not in figures:
+                continue
+            sighting = check(figures)
+            if sighting:
+                messages += self._count(step, name, sighting)
+            elif self._streaks.pop(name, 0):
+                messages.append(f"guard: PPO step {step}: {name} is back within its limit.")
+        return messages
+
+    def _count(self, step: int, name: str, sighting: Sighting) -> list[str]:
+        self._streaks[name] = count = self._streaks.get(name, 0) + 1
+        patience = self._args.patience
+        if count >= patience > 0 and self.stopped_by is None:
+            self.stopped_by, self.reason = name, sighting.seen
+            return [
+                f"guard: the run stops after PPO step {step}: for {count} PPO steps in a row (--patience) "
+                f"{sighting.seen}. What usually helps: {sighting.remedy}."
+            ]
+        if count > 1:
+            return []
+        consequence = f"after {patience} PPO steps in a row of it the run stops" if patience else "it goes on"
+        return [
+            f"guard: PPO step {step}: {sighting.seen}. What usually helps: {sighting.remedy}. "
+            f"(--patience {patience}: {consequence}.)"
+        ]
+
+    def _either(self, figures: Figures, name: str, is_bad: Callable[[float, float], bool]) -> list[Figures]:
+        """Value and first value of the figure, in training and in evaluation, where it is bad."""
+        names = [n for n in (name, f"eval_{name}") if n in figures and n in self._initial]
+        return [
+            {"now": figures[n], "first": self._initial[n]}
+            for n in names
+            if is_bad(figures[n], self._initial[n])
+        ]
+
+    def _non_finite(self, figures: Figures) -> Sighting | None:
+        names = [n for n, v in figures.items() if not math.isfinite(v) and n not in MAY_OVERFLOW]
+        if not names:
+            return None
+        return Sighting(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite",
+            "lower --actor_learning_rate and --critic_learning_rate, use --dtype bf16 or fp32 in place of "
+            "fp16, and look at the last finite steps in metrics.jsonl",
+        )
+
+    @property
+    def max_kl(self) -> float | None:
+        """The limit of KL in nats an answer, None before there is an answer to tell it by."""
+        length = self._initial.get("eval_answer_length", self._initial.get("answer_length"))
+        if self._args.max_kl is not None:
+            return self._args.max_kl
+        if self._kl_target is not None:
+            return KL_TARGETS * self._kl_target
+        return None if length is None else max(KL_PER_TOKEN * length, LEAST_MAX_KL)
+
+    def _kl(self, figures: Figures) -> Sighting | None:
+        limit = self.max_kl
+        bad = self._either(figures, "kl", lambda now, first: limit is not None and now > limit)
+        if not bad:
+            return None
+        return Sighting(
+            f"KL to the reference is {bad[-1]['now']:.3g} nats an answer, above --max_kl {limit:.3g}",
+            "raise --kl_coef, give a --kl_target, or lower --actor_learning_rate or --ppo_epochs",
+        )
+
+    def _entropy(self, figures: Figures) -> Sighting | None:
+        share = self._args.min_entropy_ratio
+        bad = self._either(figures, "entropy", lambda now, first: now < share * first)
+        if not bad:
+            return None
+        return Sighting(
+            f"entropy has collapsed to {bad[-1]['now']:.3g} nats a token from {bad[-1]['first']:.3g} "
+            f"(--min_entropy_ratio {share:g})",
+            "raise --kl_coef, set --entropy_coef (0.01), or lower --actor_learning_rate",
+        )
+
+    def _length(self, figures: Figures) -> Sighting | None:
+        ratio = self._args.max_length_ratio
+        bad = self._either(figures, "answer_length", lambda now, first: now > ratio * first)
+        if not bad:
+            return None
+        return Sighting(
+            f"answers have grown to {bad[-1]['now']:.3g} tokens from {bad[-1]['first']:.3g} "
+            f"(--max_length_ratio {ratio:g}), so the reward may pay for length",
+            "look at answers (--print_answers), raise --kl_coef, balance lengths in the reward model's data; "
+            "where long answers are wanted, raise --max_length_ratio",
+        )
+
+    def _end_token(self, figures: Figures) -> Sighting | None:
+        ratio = self._args.min_eos_ratio
+        bad = self._either(
+            figures, "eos_share", lambda now, first: first >= SMALLEST_EOS_SHARE and now < ratio * first
+        )
+        if not bad:
+            return None
+        return Sighting(
+            f"only {bad[-1]['now']:.1%} of the answers end before the length limit, {bad[-1]['first']:.1%} "
+            f"did at first (--min_eos_ratio {ratio:g}), so the reward may pay for length",
+            "set --missing_eos_penalty, raise --kl_coef, look at answers (--print_answers); where long "
+            "answers are wanted, raise --max_answer_seq_len",
+        )
+
+    def _second_reward_model(self, figures: Figures) -> Sighting | None:
+        first, score, guard = self._initial, figures["eval_score"], figures["eval_guard_score"]
+        if not {"eval_score", "eval_guard_score"} <= first.keys():
+            return None
+        error = math.hypot(first["eval_guard_score_stderr"], figures["eval_guard_score_stderr"])
+        if score <= first["eval_score"] or guard >= first["eval_guard_score"] - STANDARD_ERRORS * error:
+            return None
+        return Sighting(
+            f"the score has risen to {score:.4g} from {first['eval_score']:.4g}, while the second reward "
+            f"model's has fallen to {guard:.4g} from {first['eval_guard_score']:.4g} (standard error of the "
+            f"difference {error:.2g})",
+            "take the best actor, raise --kl_coef, or train the reward model on more or other comparisons",
+        )
+
+    def verdict(self) -> dict[str, str]:
+        """What a summary tells of a run that the guard ended; nothing of another."""
+        return {"stopped_by": self.stopped_by, "stop_reason": self.reason} if self.stopped_by else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the guard remembers, for JSON."""
+        return {
+            "initial": dict(self._initial),
+            "streaks": dict(self._streaks),
+            "stopped_by": self.stopped_by,
+            "reason": self.reason,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._initial, self._streaks = dict(state["initial"]), dict(state["streaks"])
+        self.stopped_by, self.reason = state["stopped_by"], state["reason"]

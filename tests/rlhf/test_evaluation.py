@@ -1,0 +1,115 @@
+"""Evaluations of PPO: the same figures on any ranks and in any batches, and what they mean."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from processes import ROOT, python
+from tiny import save_reward_model, save_tiny_model
+
+WORKER = ROOT / "tests" / "workers" / "evaluations.py"
+FIGURES = {
+    *("eval_score", "eval_score_stderr", "eval_kl", "eval_k3", "eval_score_minus_kl", "eval_entropy"),
+    *("eval_answer_length", "eval_eos_share", "eval_guard_score", "eval_guard_score_stderr"),
+}
+# Seven prompts fill no batch of 8, and on two ranks no equal parts: fillers are at work.
+COMMON = {"num_eval_prompts": 7, "kl_coef": 0.5, "reward_clip": 0}
+ONE_RANK = {**COMMON, "per_device_generation_batch_size": 8, "per_device_training_batch_size": 8}
+TWO_RANKS = {**COMMON, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 4}
+
+
+def run(models: Path, settings: list[dict], *, ranks: int) -> list[list[dict]]:
+    output = models / f"evaluations_of_{ranks}.json"
+    python(WORKER, models, output, json.dumps(settings), ranks=ranks, timeout=600)
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "actor", "llama")
+    for seed, name in enumerate(("reward", "other_reward"), 1):
+        save_tiny_model(folder / f"base_of_{name}", "llama", seed=seed)
+        save_reward_model(folder / f"base_of_{name}", folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(models) -> dict[str, list[dict]]:
+    settings = {
+        "plain": ONE_RANK,
+        "in passes of two": {
+            **ONE_RANK,
+            "per_device_training_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+        },
+        "same reward model": {**ONE_RANK, "guard_reward_model_name_or_path": str(models / "reward")},
+        "shaped": {**ONE_RANK, "score_normalization": "running", "missing_eos_penalty": 3},
+    }
+    return dict(zip(settings, run(models, list(settings.values()), ranks=1), strict=True))
+
+
+def untimed(figures: dict) -> dict:
+    return {name: value for name, value in figures.items() if not name.startswith("seconds")}
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert untimed(one) == pytest.approx(untimed(other), rel=1e-4, abs=1e-4)
+
+
+def test_the_promised_figures_are_there_and_finite(one_rank):
+    for figures in one_rank["plain"]:
+        assert untimed(figures).keys() == FIGURES
+        assert all(map(math.isfinite, figures.values()))
+
+
+def test_a_policy_that_has_learned_nothing_has_no_kl_and_one_that_has_has(one_rank):
+    before, after, _ = one_rank["plain"]
+    assert before["eval_kl"] == before["eval_k3"] == 0
+    assert after["eval_kl"] != 0
+    assert after["eval_k3"] > 0
+
+
+def test_the_noise_of_all_evaluations_is_the_same(one_rank):
+    _, after, again = one_rank["plain"]
+    assert untimed(after) == untimed(again)
+
+
+def test_score_minus_kl_takes_the_first_kl_coef(one_rank):
+    for figures in one_rank["plain"]:
+        expected = figures["eval_score"] - 0.5 * figures["eval_kl"]
+        assert figures["eval_score_minus_kl"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_score_minus_kl_is_in_the_unit_that_ppo_learns_from(one_rank):
+    before, after, _ = one_rank["shaped"]
+    # Normalised by the first evaluation: its mean is 0, and what is left are the answers cut at the limit.
+    assert before["eval_score_minus_kl"] == pytest.approx(-3 * (1 - before["eval_eos_share"]), abs=1e-5)
+    std = before["eval_score_stderr"] * math.sqrt(
+        6
+    )  # sample std / sqrt 7; population std = that x sqrt(6 / 7)
+    moved = (after["eval_score"] - before["eval_score"]) / std
+    penalty = 3 * (1 - after["eval_eos_share"])
+    expected = moved - penalty - 0.5 * after["eval_kl"]
+    assert after["eval_score_minus_kl"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_second_reward_model_scores_the_same_answers(one_rank):
+    for figures in one_rank["same reward model"]:
+        assert figures["eval_guard_score"] == pytest.approx(figures["eval_score"], abs=1e-6)
+        assert figures["eval_guard_score_stderr"] == pytest.approx(figures["eval_score_stderr"], abs=1e-6)
+    assert one_rank["plain"][0]["eval_guard_score"] != pytest.approx(one_rank["plain"][0]["eval_score"])
+
+
+def test_the_size_of_passes_changes_no_figure(one_rank):
+    assert_same(one_rank["in passes of two"], one_rank["plain"])
+
+
+def test_two_ranks_give_the_figures_of_one(models, one_rank):
+    """Also where ZeRO-3 shards actor and reward models, and generation batches are small."""
+    sharded = {"actor_zero_stage": 3, "critic_zero_stage": 3}
+    small = {"per_device_generation_batch_size": 2, "generation_batches": 2}
+    for result in run(models, [TWO_RANKS, {**TWO_RANKS, **sharded, **small}], ranks=2):
+        assert_same(result, one_rank["plain"])

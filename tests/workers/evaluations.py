@@ -1,0 +1,59 @@
+"""Evaluations around a PPO step for each of several settings, on as many ranks as it is started with.
+
+python evaluations.py MODELS_FOLDER OUTPUT_FILE '[{"num_eval_prompts": 7, ...}, ...]'
+MODELS_FOLDER holds an actor and the reward models reward/ and other_reward/. The JSON has for each setting the
+figures before the step, after it, and after it again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from ppo_steps import prompts
+from tiny import comparison_rows
+
+from dschat.arguments import parse_arguments
+from dschat.data.comparisons import Comparison
+from dschat.data.tokenization import tokenize_prompts
+from dschat.distributed import is_main_process, leave, seed_everything, setup
+from dschat.models.tokenizer import load_rlhf_tokenizers
+from dschat.rlhf.evaluation import Evaluator
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+
+QUESTIONS = [f"\n\nHuman: Name {n} colours{', please' * (n % 4)}.\n\nAssistant:" for n in range(9)]
+
+
+def run(models: Path, flags: dict) -> list[dict[str, float]]:
+    """The figures of the three evaluations."""
+    argv = [
+        f"--actor_model_name_or_path={models / 'actor'}",
+        f"--critic_model_name_or_path={models / 'reward'}",
+        f"--guard_reward_model_name_or_path={models / 'other_reward'}",
+        *("--num_warmup_steps=0", "--actor_learning_rate=1e-3", "--max_answer_seq_len=12", "--dtype=fp32"),
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
+    args = parse_arguments("rlhf", argv)
+    tokenizers = load_rlhf_tokenizers(args)
+    seed_everything(args.run.seed)
+    engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+    held_out = tokenize_prompts(
+        comparison_rows(*map(Comparison, QUESTIONS)), tokenizers.actor, max_prompt_seq_len=99
+    ).rows
+    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args)
+    evaluator = Evaluator(trainer, tokenizers, args, held_out)
+    before = evaluator.figures()
+    experience = trainer.generate_experience(prompts(tokenizers.actor, 0, 1, 1))
+    for minibatch in experience.minibatches(0):
+        trainer.train_rlhf(minibatch)
+    return [before, evaluator.figures(), evaluator.figures()]
+
+
+if __name__ == "__main__":
+    setup()
+    torch.set_num_threads(1)
+    results = [run(Path(sys.argv[1]), flags) for flags in json.loads(sys.argv[3])]
+    if is_main_process():
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
