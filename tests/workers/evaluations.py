@@ -1,8 +1,8 @@
 """Evaluations around a PPO step for each of several settings, on as many ranks as it is started with.
 
 python evaluations.py MODELS_FOLDER OUTPUT_FILE '[{"num_eval_prompts": 7, ...}, ...]'
-MODELS_FOLDER holds an actor and the reward models reward/ and other_reward/. The JSON has for each setting the
-figures before the step, after it, and after it again.
+MODELS_FOLDER holds an actor and the reward models reward/ and other_reward/. The JSON has for each setting
+the figures before the step, after it, and after it again.
 """
 
 import json

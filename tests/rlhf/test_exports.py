@@ -1,0 +1,155 @@
+"""Which actor a run keeps, and in which folder it ends."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from dschat.arguments import parse_arguments
+from dschat.data.preparation import SplitData
+from dschat.manifest import receive_model
+from dschat.models.tokenizer import load_tokenizer
+from dschat.rlhf.exports import OBJECTIVE, Exports
+from dschat.rlhf.guard import Guard
+from dschat.rlhf.training import Watch
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return save_tiny_model(tmp_path / "base")
+
+
+def exports(base: Path, *flags: str) -> tuple[Exports, torch.nn.Module, Path]:
+    """The exports of a run below the folder of `base`, its live actor, and its output folder."""
+    output = base.parent / "out"
+    argv = [f"--actor_model_name_or_path={base}", "--critic_model_name_or_path=reward", *flags]
+    args = parse_arguments("rlhf", [*argv, f"--output_dir={output}"])
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    engine = SimpleNamespace(actor=model, critic=None, ema=None)
+    data = SplitData(rows, rows, {}, "")
+    return Exports(args, engine, load_tokenizer(str(base)), data), model, output
+
+
+def move_to(model: torch.nn.Module, value: float) -> None:
+    """A mark that tells one actor from another."""
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+
+
+def mark(folder: Path) -> float:
+    return AutoModelForCausalLM.from_pretrained(folder).model.norm.weight[0].item()
+
+
+def offer_three(kept: Exports, model: torch.nn.Module) -> None:
+    for step, objective in enumerate((1.0, 3.0, 2.0)):
+        move_to(model, step + 1)
+        kept.offer(step, {OBJECTIVE: objective, "seconds_evaluation": 1.0})
+
+
+def test_the_best_so_far_is_on_disk_while_the_run_goes_on(base):
+    kept, model, output = exports(base)
+    offer_three(kept, model)
+    assert kept.best_step == 1
+    assert mark(output / "best") == 2
+    assert "| ppo_step | 1 |" in (output / "best" / "README.md").read_text()
+
+
+def test_an_equal_evaluation_replaces_nothing(base):
+    kept, model, output = exports(base)
+    offer_three(kept, model)
+    kept.offer(3, {OBJECTIVE: 3.0})
+    kept.offer(4, {OBJECTIVE: math.nan})
+    assert kept.best_step == 1
+    assert mark(output / "best") == 2
+
+
+def test_the_actor_is_the_best_by_default_moved_there_over_an_older_one(base):
+    kept, model, output = exports(base)
+    (output / "actor").mkdir(parents=True)
+    (output / "actor" / "config.json").write_text("of an older run")
+    (output / "actor" / "notes.txt").write_text("someone's own")
+    offer_three(kept, model)
+    summary = kept.finish(2, {"score": 1.0})
+    assert summary == {"actor_step": 1, "best_step": 1, f"best_{OBJECTIVE}": 3.0}
+    assert mark(output / "actor") == 2
+    assert (output / "actor" / "notes.txt").exists()
+    assert not (output / "best").exists()
+    receive_model(str(output / "actor"), "--actor_model_name_or_path", "language_model")  # promises hold
+
+
+def test_the_actor_is_the_last_where_that_is_asked_for_and_the_best_stays_beside_it(base):
+    kept, model, output = exports(base, "--export_actor=last")
+    offer_three(kept, model)
+    assert kept.finish(2, {"score": 1.0})["actor_step"] == 2
+    assert mark(output / "actor") == 3
+    assert mark(output / "best") == 2
+
+
+def test_without_an_evaluation_the_actor_is_the_last(base):
+    kept, model, output = exports(base)
+    move_to(model, 7)
+    assert kept.finish(5, {"score": 1.0}) == {"actor_step": 5}
+    assert mark(output / "actor") == 7
+
+
+def test_it_goes_on_from_its_state_as_json(base):
+    kept, model, _ = exports(base)
+    offer_three(kept, model)
+    again, other, output = exports(base)
+    again.load_state_dict(json.loads(json.dumps(kept.state_dict())))
+    move_to(other, 9)
+    again.offer(3, {OBJECTIVE: 2.5})
+    assert again.finish(3, {})["actor_step"] == 1
+    assert mark(output / "actor") == 2
+
+
+class Recorded:
+    """An evaluator of prepared figures and an exporter that remembers."""
+
+    def __init__(self) -> None:
+        self.num_evaluations, self.offered = 0, []
+
+    def figures(self) -> dict[str, float]:
+        self.num_evaluations += 1
+        return {"eval_score": 1.0}
+
+    def offer(self, step: int, evaluation: dict[str, float]) -> None:
+        self.offered.append(step)
+
+
+def watched(kls: list[float], *, interval: int, patience: int = 2) -> tuple[Recorded, Watch, list[bool]]:
+    """What a watch does over PPO steps of these KLs, and in which there was an evaluation."""
+    recorded = Recorded()
+    args = parse_arguments("rlhf", ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b",
+                                    f"--patience={patience}", "--max_kl=1"])  # fmt: skip
+    watch = Watch(recorded, Guard(args.guard), recorded, interval)
+    figures = [watch.after(0, {})[0]]
+    for step, kl in enumerate(kls, 1):
+        figures.append(watch.after(step, {"kl": kl}, is_last=step == len(kls))[0])
+        if watch.guard.stopped_by:
+            break
+    return recorded, watch, ["eval_score" in values for values in figures]
+
+
+def test_evaluations_stand_at_the_ends_and_at_the_interval():
+    _, _, evaluated = watched([0.1] * 5, interval=2)
+    assert evaluated == [True, False, True, False, True, True]
+
+
+def test_what_the_guard_warns_of_is_no_best_actor():
+    recorded, _, _ = watched([0.1, 5.0, 0.1, 0.1], interval=1)
+    assert recorded.offered == [0, 1, 3, 4]
+
+
+def test_a_stopped_run_ends_with_an_evaluation():
+    recorded, watch, evaluated = watched([0.1, 5.0, 5.0, 5.0], interval=10)
+    assert watch.guard.stopped_by == "kl"
+    assert evaluated == [True, False, False, True]
+    assert recorded.offered == [0]

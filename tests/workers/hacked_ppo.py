@@ -1,0 +1,31 @@
+"""Steps 1 and 3 where the reward pays for length: what a reward model does that has learned to like it.
+
+python hacked_ppo.py SFT_FLAGS_AS_JSON PPO_FLAGS_AS_JSON
+"""
+
+import json
+import sys
+import unittest.mock
+
+from three_steps import program
+from torch import Tensor
+
+from dschat import distributed
+from dschat.arguments import parse_arguments
+from dschat.engines import DeepSpeedEngine
+from dschat.rlhf import judging
+from dschat.rlhf.rollout import RolloutBatch
+
+
+def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+    """In place of the reward model's scores. -> [B]."""
+    return batch.answer_lengths.float()
+
+
+if __name__ == "__main__":
+    distributed.setup()
+    sft, ppo = map(json.loads, sys.argv[1:])
+    program("sft").main(parse_arguments("sft", sft))
+    with unittest.mock.patch.object(judging, "scores_of_answers", length_of_answers):
+        program("rlhf").main(parse_arguments("rlhf", ppo))
+    distributed.leave()
