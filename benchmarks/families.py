@@ -167,6 +167,7 @@ def figures(output: Path) -> dict[str, Any]:
     broken += [name for step in steps for name, value in step.items() if value is None]
     if broken:
         raise ValueError(f"{output}: {sorted(set(broken))} not finite")
+    steps = [step for step in steps if "score" in step]  # an evaluation stands before the first
     return {
         "perplexity_before": sft["initial_eval_perplexity"],
         "perplexity_after": sft["eval_perplexity"],

@@ -75,7 +75,7 @@ def main(args: RlhfArguments) -> None:
     )
 
     watch = Watch(
-        build_evaluator(trainer, tokenizers, args, data.evaluation, score_scale=score_scale),
+        build_evaluator(trainer, tokenizers, args, data.evaluation),
         Guard(args.guard, kl_target=args.ppo.kl_target),
         Exports(args, engine, tokenizers.actor, data),
         args.guard.eval_interval,

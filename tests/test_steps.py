@@ -142,7 +142,8 @@ def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
 
 
 def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank):
-    steps = lines(one_rank / "ppo")
+    before, *steps = lines(one_rank / "ppo")
+    assert before["step"] == before["eval_kl"] == 0
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert len(steps) == 3  # nineteen prompts, eight a step
     for line in steps:
@@ -150,6 +151,16 @@ def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank)
         assert line["first_minibatch_ratio_error"] == 0
     assert steps[0]["kl"] == 0
     assert summary(one_rank / "ppo")["ppo_steps"] == 3
+
+
+def test_ppo_ends_with_the_actor_of_its_best_evaluation(one_rank):
+    evaluations = {line["step"]: line for line in lines(one_rank / "ppo") if "eval_score" in line}
+    assert evaluations.keys() == {0, 3}
+    best = max(evaluations, key=lambda step: evaluations[step]["eval_score_minus_kl"])
+    result = summary(one_rank / "ppo")
+    assert result["actor_step"] == result["best_step"] == best
+    assert result["best_eval_score"] == evaluations[best]["eval_score"]
+    assert not (one_rank / "ppo" / "best").exists()
 
 
 @pytest.mark.parametrize("model", ["sft", "ppo/actor", "ppo/actor_ema"])
@@ -202,6 +213,7 @@ def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank
     zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
     python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)
     names = ("score", "kl", "entropy", "policy_loss", "value_loss", "answer_length", "approx_kl")
+    names += ("eval_score", "eval_kl", "eval_score_minus_kl", "eval_answer_length")
     assert_close(lines(one_rank / "ppo2"), lines(one_rank / "ppo"), names)
 
 
@@ -337,7 +349,8 @@ def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
         sizes = [f"--per_device_{name}_batch_size={8 // ranks}" for name in ("generation", "training")]
         told = python(PPO, *flags, *sizes, ranks=ranks, cwd=folder).stdout
     assert "the critic starts from the actor with a fresh head" in told
-    one, two = (lines(Path(output)) for output in outputs)
+    (before, *one), (before_on_two, *two) = (lines(Path(output)) for output in outputs)
+    assert before_on_two["eval_score"] == pytest.approx(before["eval_score"], abs=1e-4)
     assert one[0]["first_minibatch_ratio_error"] == 0
     for name in ("score", "kl", "value_loss", "policy_loss", "score_std"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
@@ -424,7 +437,7 @@ def test_ppo_without_a_critic_and_with_text_beside_it(one_rank):
     assert "no critic: --advantage_estimator grpo needs none" in result.stdout
     assert not (one_rank / "grpo" / "critic").exists()
     AutoModelForCausalLM.from_pretrained(one_rank / "grpo" / "actor")
-    first, *_, last = lines(one_rank / "grpo")
+    _, first, *_, last = lines(one_rank / "grpo")
     assert first["first_minibatch_ratio_error"] == last["first_minibatch_ratio_error"] == 0
     assert last["unsup_loss"] < first["unsup_loss"]
     assert last["kl_coef"] != first["kl_coef"]

@@ -14,7 +14,7 @@ from dschat.distributed import current_device, gather_rows, print_once, rank, sy
 from dschat.losses import kl_estimate, masked_mean
 from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
-from dschat.rlhf.experience import Judgement, Schedule, ScoreShaping
+from dschat.rlhf.experience import Judgement
 from dschat.rlhf.judging import Judges, scores_of_answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.reading import Reading
@@ -39,8 +39,6 @@ class Evaluator:
         tokenizers: RlhfTokenizers,
         args: RlhfArguments,
         prompts: Dataset,
-        *,
-        score_scale: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         num_prompts = args.guard.num_eval_prompts or args.rollout_size * world_size()
         self._batches = build_eval_prompts(
@@ -53,9 +51,8 @@ class Evaluator:
         )
         self._trainer, self._engine = trainer, trainer.engine
         self._judges = Judges(trainer.engine, tokenizers, args, prompts)
-        self._schedule = Schedule.of(args)
         self._kl_coef = args.ppo.kl_coef
-        self._shaping = ScoreShaping.of(args.ppo, score_scale)
+        self._shaping = trainer.shaping
         self._needs_scale = args.ppo.score_scale == "running"
         self._guard_reading = None
         if tokenizers.guard_reader is not None:
@@ -74,7 +71,7 @@ class Evaluator:
         # A filler passes through the models as the first prompt, and is left out of every figure.
         rollout = replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
         by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
-        rows = self._schedule.micro_batches(by_length)
+        rows = self._trainer.schedule.micro_batches(by_length)
         judged = self._judges.judge(rollout, rows, with_values=False)
         values = self._of_answers(rollout, judged, real)
         if self._engine.guard_reward is not None:
@@ -131,8 +128,6 @@ def build_evaluator(
     tokenizers: RlhfTokenizers,
     args: RlhfArguments,
     prompts: Dataset,
-    *,
-    score_scale: tuple[float, float],
 ) -> Evaluator | None:
     """The evaluator, None where --eval_interval is 0 or there are no prompts held out, which is said."""
     if args.guard.eval_interval == 0:
@@ -143,4 +138,4 @@ def build_evaluator(
             "actor/ will be the actor of the last PPO step."
         )
         return None
-    return Evaluator(trainer, tokenizers, args, prompts, score_scale=score_scale)
+    return Evaluator(trainer, tokenizers, args, prompts)

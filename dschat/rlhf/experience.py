@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import PpoArguments, RlhfArguments
-from dschat.distributed import gather_rows, rank, world_size
+from dschat.arguments import PpoArguments
+from dschat.distributed import gather_rows
 from dschat.losses import (
     advantages_and_returns,
     discounted_returns,
@@ -41,11 +41,6 @@ class ScoreShaping:
     missing_eos_penalty: float
     mean: float = 0.0
     std: float = 1.0
-
-    @classmethod
-    def of(cls, args: PpoArguments, scale: tuple[float, float]) -> "ScoreShaping":
-        """As the flags say; `scale` are the mean and standard deviation that are brought to 0 and 1."""
-        return cls(args.reward_clip, args.missing_eos_penalty, *scale)
 
     def normalised(self, scores: Tensor) -> Tensor:
         """Scores in units of the evaluation data's spread, where step 2's statistics are used. [B] -> [B]."""
@@ -75,17 +70,6 @@ class Schedule:
     world_size: int
     rank: int
     seed: int
-
-    @classmethod
-    def of(cls, args: RlhfArguments) -> "Schedule":
-        """As the flags and this rank's place say."""
-        return cls(
-            micro_batch_size=args.ppo.per_device_training_batch_size,
-            accumulation_steps=args.optimizer.gradient_accumulation_steps,
-            world_size=world_size(),
-            rank=rank(),
-            seed=args.run.seed,
-        )
 
     def optimizer_steps(self, lengths: Tensor, *, ppo_step: int, epoch: int) -> list[Tensor]:
         """Row numbers of each optimiser step over all ranks: a fresh permutation a pass, alike on each rank.

@@ -17,8 +17,10 @@ from dschat.data.loaders import TextLoader
 from dschat.distributed import (
     max_across_ranks,
     peak_memory_gib,
+    rank,
     sum_across_ranks,
     synchronize,
+    world_size,
 )
 from dschat.engines import gradient_norm, learning_rate, train_on
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
@@ -89,9 +91,20 @@ class DeepSpeedPPOTrainer:
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
-        self._schedule = Schedule.of(args)
+        self.schedule = Schedule(
+            micro_batch_size=args.ppo.per_device_training_batch_size,
+            accumulation_steps=args.optimizer.gradient_accumulation_steps,
+            world_size=world_size(),
+            rank=rank(),
+            seed=args.run.seed,
+        )
         self._scores = RunningStatistics() if args.ppo.score_scale == "running" else None
-        self._shaping = ScoreShaping.of(args.ppo, score_scale)
+        self.shaping = ScoreShaping(
+            clip=args.ppo.reward_clip,
+            missing_eos_penalty=args.ppo.missing_eos_penalty,
+            mean=score_scale[0],
+            std=score_scale[1],
+        )
         self._texts, self._text_steps = texts, iter(texts or ())
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
@@ -124,7 +137,7 @@ class DeepSpeedPPOTrainer:
                 rollout,
                 judgement,
                 self._args.ppo,
-                self._schedule,
+                self.schedule,
                 self._shaping_of(judgement.scores),
                 ppo_step=self._ppo_step,
                 kl_coef=self._kl.coef,
@@ -146,15 +159,15 @@ class DeepSpeedPPOTrainer:
     def _shaping_of(self, scores: Tensor) -> ScoreShaping:
         """How the raw scores of a rollout batch are shaped; running statistics count them in first."""
         if self._scores is None:
-            return self._shaping
+            return self.shaping
         self._scores.update(scores)
-        return replace(self._shaping, mean=self._scores.mean, std=self._scores.std)
+        return replace(self.shaping, mean=self._scores.mean, std=self._scores.std)
 
     def _rows_of_first_pass(self, rollout: RolloutBatch) -> list[Tensor]:
         """This rank's row numbers, in the micro-batches in which pass 0 will meet them."""
         lengths = rollout.attention_mask.sum(dim=1).cpu()
-        steps = self._schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
-        return [part for step_rows in steps for part in self._schedule.micro_batches(step_rows)]
+        steps = self.schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
+        return [part for step_rows in steps for part in self.schedule.micro_batches(step_rows)]
 
     def train_rlhf(self, minibatch: Minibatch) -> None:
         """One optimiser step of actor and critic. Every rank must call it, with its part of the same step.

@@ -183,7 +183,7 @@ def test_only_answer_logits_are_computed(actor):
 
 
 def test_running_statistics_count_a_batch_in_before_it_is_shaped():
-    trainer = SimpleNamespace(_scores=RunningStatistics(), _shaping=ScoreShaping(0, missing_eos_penalty=0))
+    trainer = SimpleNamespace(_scores=RunningStatistics(), shaping=ScoreShaping(0, missing_eos_penalty=0))
     batches, ended = torch.tensor([[1.0, 3.0], [8.0, 8.0]]), torch.tensor([True, True])
     first, second = (DeepSpeedPPOTrainer._shaping_of(trainer, scores)(scores, ended) for scores in batches)
     assert first.tolist() == [-1, 1]  # mean 2, std 1

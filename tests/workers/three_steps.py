@@ -73,6 +73,7 @@ def flags(folder: Path, family: str, stage: int) -> dict[str, list[str]]:
         *(f"--{name}_zero_stage={stage}" for name in models),
         *(f"--per_device_generation_batch_size={rows}", f"--per_device_training_batch_size={rows // 2}"),
         *("--max_answer_seq_len=6", "--enable_test_mode", "--test_stop_step=1", "--num_warmup_steps=0"),
+        "--eval_interval=0",
     ]
     outputs = {"sft": "sft", "reward": "reward", "rlhf": "ppo"}
     own = {"sft": supervised, "reward": supervised, "rlhf": ppo}
