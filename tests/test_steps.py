@@ -329,6 +329,16 @@ BAD_INPUT = {
         ["--critic_model_name_or_path=base/nothere"],
         ["--critic_model_name_or_path 'base/nothere'", "no such folder"],
     ),
+    "a second reward model of another tokenizer": (
+        PPO,
+        ["--guard_reward_model_name_or_path={bad}/other_tokenizer"],
+        ["--guard_reward_model_name_or_path", "another tokenizer or chat template"],
+    ),
+    "a base model as second reward model": (
+        PPO,
+        ["--guard_reward_model_name_or_path={folder}/base"],
+        ["--guard_reward_model_name_or_path", "score.weight", "step 2"],
+    ),
     "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "manifest.json"]),
 }
 
@@ -346,11 +356,13 @@ def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
     told = ""
     for ranks, output in zip((1, 2), outputs, strict=True):
         flags = [*ppo(folder, output, "base", "gpt2_reward"), "--dtype=fp32"]
+        flags += [f"--guard_reward_model_name_or_path={folder / 'gpt2_reward'}"]
         sizes = [f"--per_device_{name}_batch_size={8 // ranks}" for name in ("generation", "training")]
         told = python(PPO, *flags, *sizes, ranks=ranks, cwd=folder).stdout
     assert "the critic starts from the actor with a fresh head" in told
     (before, *one), (before_on_two, *two) = (lines(Path(output)) for output in outputs)
     assert before_on_two["eval_score"] == pytest.approx(before["eval_score"], abs=1e-4)
+    assert before["eval_guard_score"] == pytest.approx(before["eval_score"], abs=1e-6)  # it reads likewise
     assert one[0]["first_minibatch_ratio_error"] == 0
     for name in ("score", "kl", "value_loss", "policy_loss", "score_std"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)

@@ -6,7 +6,13 @@ import pytest
 from datasets import Dataset
 
 from dschat.data.collate import collate_pairs, collate_sft
-from dschat.data.loaders import TextLoader, build_eval_loader, build_prompt_loader, build_train_loader
+from dschat.data.loaders import (
+    TextLoader,
+    build_eval_loader,
+    build_eval_prompts,
+    build_prompt_loader,
+    build_train_loader,
+)
 from dschat.errors import UserError
 
 PAD = 0
@@ -262,3 +268,36 @@ def test_a_ppo_step_has_the_same_prompts_on_any_number_of_ranks():
 def test_each_epoch_of_prompts_has_another_order():
     steps = prompt_steps(40, 8, 1, 1, num_epochs=2)
     assert [row for row, _ in steps[0]] != [row for row, _ in steps[5]]
+
+
+def eval_prompts(num_rows, num_prompts, batch_size, world_size):
+    """Each rank's batches of a sample of held-out prompts."""
+    settings = {"num_prompts": num_prompts, "batch_size": batch_size, "world_size": world_size}
+    return [
+        build_eval_prompts(prompts(num_rows), pad_id=PAD, rank=rank, **settings) for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_prompts", "batch_size", "world_size"),
+    [(40, 7, 4, 2), (40, 7, 2, 3), (5, 9, 4, 2), (1, 4, 8, 2)],
+)
+def test_an_evaluation_of_ppo_holds_each_prompt_of_a_fixed_sample_once(
+    num_rows, num_prompts, batch_size, world_size
+):
+    by_rank = eval_prompts(num_rows, num_prompts, batch_size, world_size)
+    shapes = [[len(batch.rows) for batch in batches] for batches in by_rank]
+    assert all(shape == shapes[0] for shape in shapes)  # as many passes of as many rows on every rank
+    assert max(shapes[0]) <= batch_size
+    rows = [row for batches in by_rank for batch in batches for row in batch.rows.tolist() if row >= 0]
+    assert len(rows) == min(num_rows, num_prompts)
+    (one_rank,) = eval_prompts(num_rows, num_prompts, 64, 1)
+    assert sorted(rows) == sorted(one_rank[0].rows.tolist())
+    for batches in by_rank:
+        for batch in batches:
+            for ids, mask, row, key in zip(
+                batch.input_ids, batch.attention_mask, batch.rows, batch.keys, strict=True
+            ):
+                if row >= 0:
+                    assert ids[mask.bool()].tolist() == [row + 1] * (row % 9 + 1)
+                    assert key == 100 + row

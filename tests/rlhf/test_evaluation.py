@@ -5,8 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
+
+from dschat.arguments import parse_arguments
+from dschat.rlhf.evaluation import build_evaluator
 
 WORKER = ROOT / "tests" / "workers" / "evaluations.py"
 FIGURES = {
@@ -113,3 +117,12 @@ def test_two_ranks_give_the_figures_of_one(models, one_rank):
     small = {"per_device_generation_batch_size": 2, "generation_batches": 2}
     for result in run(models, [TWO_RANKS, {**TWO_RANKS, **sharded, **small}], ranks=2):
         assert_same(result, one_rank["plain"])
+
+
+@pytest.mark.parametrize(("interval", "note"), [(10, "no prompts are held out (--eval_fraction"), (0, "")])
+def test_without_held_out_prompts_or_interval_there_is_no_evaluator(interval, note, capsys):
+    models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
+    args = parse_arguments("rlhf", [*models, f"--eval_interval={interval}"])
+    rows = Dataset.from_dict({"input_ids": [], "key": [], "length": []})
+    assert build_evaluator(None, None, args, rows) is None
+    assert note in capsys.readouterr().out
