@@ -22,6 +22,8 @@ SMALLEST_EOS_SHARE = 0.2
 """A model that ends fewer of its first answers is not watched for ending fewer yet."""
 STANDARD_ERRORS = 2
 """By so many a second reward model's score must have fallen."""
+NUM_NAMED = 3
+"""So many figures that are not finite are named: soon after the first all are."""
 MAY_OVERFLOW = ("actor_grad_norm", "critic_grad_norm")
 """Under fp16 a gradient may overflow: that step is skipped and the loss scale lowered."""
 
@@ -115,8 +117,9 @@ class Guard:
         names = [n for n, v in figures.items() if not math.isfinite(v) and n not in MAY_OVERFLOW]
         if not names:
             return None
+        more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
         return Sighting(
-            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite",
+            f"{', '.join(names[:NUM_NAMED])}{more} {'is' if len(names) == 1 else 'are'} not finite",
             "lower --actor_learning_rate and --critic_learning_rate, use --dtype bf16 or fp32 in place of "
             "fp16, and look at the last finite steps in metrics.jsonl",
         )

@@ -47,6 +47,13 @@ def test_the_numbers_seen_are_said():
     assert "answers have grown to 25 tokens from 10" in said[1][1]
 
 
+def test_a_few_figures_that_are_not_finite_are_named():
+    names = ("score", "kl", "entropy", "k3", "policy_loss")
+    guard, said = guard_after(dict.fromkeys(names, math.nan))
+    assert "guard: PPO step 2: score, kl, entropy and 2 more are not finite." in said[1][0]
+    assert guard.is_warning
+
+
 def test_a_recovery_is_said_and_resets_the_count():
     bad = {"kl": 9.0}
     guard, said = guard_after(bad, bad, {}, bad, bad)
