@@ -77,14 +77,17 @@ def export_model(
 def move_export(source: Path, target: Path, provenance: Provenance) -> None:
     """Let the model in `source` take the place of an older one in `target`; every rank calls it.
 
-    Its weights and promises stay; its card is written anew, as it names the folder.
+    Its weights and promises stay; its card is written anew, as it names the folder. What a run that was
+    killed has moved already stays moved.
     """
     if is_main_process():
-        card = model_card(provenance, provenance.head or Manifest.read(source).head, str(target))
-        (source / CARD).write_text(card, encoding="utf-8")
-        target.mkdir(exist_ok=True)
-        _move_into_place(source, target)
-        source.rmdir()
+        if source.is_dir():
+            target.mkdir(exist_ok=True)
+            if any(source.iterdir()):
+                _move_into_place(source, target)
+            source.rmdir()
+        card = model_card(provenance, provenance.head or Manifest.read(target).head, str(target))
+        (target / CARD).write_text(card, encoding="utf-8")
     barrier()
 
 
@@ -95,6 +98,8 @@ def replacing_export(output_dir: Path) -> Iterator[Path]:
     Where the block fails, the older one stays.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
+    for left_behind in output_dir.glob(".export-*"):  # by a run that was killed
+        shutil.rmtree(left_behind)
     temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir))
     try:
         yield temporary
@@ -205,11 +210,17 @@ def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: P
 
 
 def _move_into_place(temporary: Path, output_dir: Path) -> None:
-    (output_dir / "config.json").unlink(missing_ok=True)
-    (output_dir / MANIFEST).unlink(missing_ok=True)
-    for pattern in WEIGHT_PATTERNS:
-        for old in output_dir.glob(pattern):
-            old.unlink()
-    shutil.rmtree(output_dir / ADAPTER_FOLDER, ignore_errors=True)
-    for new in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-        new.replace(output_dir / new.name)
+    """Replace the export in `output_dir`; goes on where a run that was killed has begun to."""
+    begun = temporary / ".moving"
+    if not begun.exists():
+        (output_dir / "config.json").unlink(missing_ok=True)
+        (output_dir / MANIFEST).unlink(missing_ok=True)
+        for pattern in WEIGHT_PATTERNS:
+            for old in output_dir.glob(pattern):
+                old.unlink()
+        shutil.rmtree(output_dir / ADAPTER_FOLDER, ignore_errors=True)
+        begun.touch()
+    new = [path for path in temporary.iterdir() if path != begun]
+    for path in sorted(new, key=lambda path: path.name == "config.json"):
+        path.replace(output_dir / path.name)
+    begun.unlink()

@@ -144,3 +144,8 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
     """The gradient's norm before clipping in the last optimiser step, 0 where there is none."""
     norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None else 0.0
+
+
+def set_gradient_norm(engine: DeepSpeedEngine, norm: float) -> None:
+    """Go on with the norm that `gradient_norm` gave before a checkpoint, until the next optimiser step."""
+    engine._global_grad_norm = norm

@@ -25,14 +25,14 @@ class MetricsLogger:
         total_steps: int,
         description: str,
         is_main_process: bool,
-        steps_done: int = 0,
+        steps_done: int | None = None,
     ) -> None:
-        """With `steps_done` the lines and curves of a resumed run go on after that step."""
+        """With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step."""
         self._lines: TextIO | None = None
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(
             total=total_steps,
-            initial=steps_done,
+            initial=steps_done or 0,
             desc=description,
             disable=not is_main_process,
             dynamic_ncols=True,
@@ -40,11 +40,11 @@ class MetricsLogger:
         if not is_main_process:
             return
         if run.output_dir:
-            mode = "a" if steps_done else "w"
+            mode = "w" if steps_done is None else "a"
             self._lines = (Path(run.output_dir) / METRICS).open(mode, encoding="utf-8")
         folder = tensorboard_folder(run)
         if folder:
-            purge_step = steps_done + 1 if steps_done else None
+            purge_step = None if steps_done is None else steps_done + 1
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:

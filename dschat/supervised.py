@@ -140,7 +140,7 @@ def train_epochs(
         total_steps=num_steps,
         description=description,
         is_main_process=is_main_process(),
-        steps_done=begun.step,
+        steps_done=begun.step or None,
     )
 
     def report(step: int, moment: str, figures: Figures) -> Figures:

@@ -17,16 +17,15 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     with readable_errors():
         ARGS = parse_arguments("rlhf")
 
-import time
 
 from dschat import distributed
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
-from dschat.metrics import MetricsLogger
 from dschat.models.factory import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
+from dschat.resume import begin_run
 from dschat.rlhf.evaluation import build_evaluator
 from dschat.rlhf.exports import Exports
 from dschat.rlhf.guard import Guard
@@ -35,7 +34,7 @@ from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.training import Watch, train_ppo
 from dschat.rlhf.unsupervised import build_text_loader
-from dschat.run_folder import check_run_folder, start_run, write_summary
+from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
 
 
@@ -59,8 +58,7 @@ def main(args: RlhfArguments) -> None:
     texts = build_text_loader(args, tokenizers.actor)
 
     distributed.setup(args.run.local_rank)
-    if distributed.is_main_process():
-        start_run(args)
+    checkpoints = begin_run(args, data=data.key)
     distributed.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
@@ -70,28 +68,25 @@ def main(args: RlhfArguments) -> None:
     trainer = DeepSpeedPPOTrainer(
         engine, tokenizers, args, prompts=data.train, score_scale=score_scale, texts=texts
     )
-    metrics = MetricsLogger(
-        args.run, total_steps=num_ppo_steps, description="PPO", is_main_process=distributed.is_main_process()
-    )
-
     watch = Watch(
         build_evaluator(trainer, tokenizers, args, data.evaluation),
         Guard(args.guard, kl_target=args.ppo.kl_target),
         Exports(args, engine, tokenizers.actor, data),
         args.guard.eval_interval,
     )
-
-    start = time.perf_counter()
-    num_done, values = train_ppo(
-        trainer, prompt_loader, metrics, args, watch, num_ppo_steps=num_ppo_steps, tokenizer=tokenizers.actor
+    num_done, figures, seconds = train_ppo(
+        trainer,
+        prompt_loader,
+        args,
+        watch,
+        num_ppo_steps=num_ppo_steps,
+        tokenizer=tokenizers.actor,
+        checkpoints=checkpoints,
     )
-    metrics.close()
-    values |= watch.exports.finish(num_done, values) | watch.guard.verdict()
+    figures |= watch.exports.finish(num_done, figures) | watch.guard.verdict()
     if distributed.is_main_process():
-        seconds = time.perf_counter() - start
-        write_summary(
-            args.run.output_dir, {"step": "rlhf", "ppo_steps": num_done, **values, "seconds": seconds}
-        )
+        summary = {"step": "rlhf", "ppo_steps": num_done, **figures, "seconds": seconds}
+        write_summary(args.run.output_dir, summary)
 
 
 def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizers) -> PromptLoader:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from dschat import checkpoint
 from dschat.arguments import ModelArguments
 from dschat.checkpoint import export_model
 from dschat.models.factory import create_critic_model, create_hf_model
@@ -303,3 +304,33 @@ def test_a_critic_trains_in_bf16_with_zero_2(without_padding_token, tmp_path):
     assert seen["losses"][1] < seen["losses"][0]
     assert seen["losses"][3] < seen["losses"][2]
     assert seen["reload_error"] == 0
+
+
+def test_a_move_that_was_interrupted_is_finished_by_the_next(tmp_path, monkeypatch):
+    source, target = tmp_path / "best", tmp_path / "actor"
+    for folder, text in ((source, "new"), (target, "old")):
+        folder.mkdir()
+        for name in ("model.safetensors", "config.json", "manifest.json"):
+            (folder / name).write_text(text)
+    (target / "notes.txt").write_text("mine")
+    replace, moved = Path.replace, []
+
+    def dying(path, to):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._move_into_place(source, target)
+    assert not (target / "config.json").exists()  # a folder without it is not complete
+    monkeypatch.setattr(Path, "replace", replace)
+    checkpoint._move_into_place(source, target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {
+        "model.safetensors": "new",
+        "config.json": "new",
+        "manifest.json": "new",
+        "notes.txt": "mine",
+    }
+    assert not list(source.iterdir())

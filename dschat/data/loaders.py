@@ -127,9 +127,13 @@ class PromptLoader:
         return int(np.ceil(self.num_epochs * len(self.dataset) * self.samples_per_prompt / self.step_size))
 
     def __iter__(self) -> Iterator[list[PromptBatch]]:
+        return self.steps_after(0)
+
+    def steps_after(self, num_done: int) -> Iterator[list[PromptBatch]]:
+        """The prompts of the PPO steps that are left; those of the first `num_done` are not read."""
         times = self.samples_per_prompt
         stream = _shuffled_epochs(len(self.dataset), self.step_size // times, self.seed)
-        for prompts, epochs in islice(stream, len(self)):
+        for prompts, epochs in islice(stream, num_done, len(self)):
             rows = prompts.repeat(times)
             samples = epochs.repeat(times) * times + np.tile(np.arange(times), len(prompts))
             order = _longest_first(np.arange(len(rows)), self.lengths[rows])
@@ -168,7 +172,12 @@ class TextLoader:
         return self.step_size * (self.blocks.shape[1] - 1)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for rows, _ in _shuffled_epochs(len(self.blocks), self.step_size, self.seed):
+        return self.steps_after(0)
+
+    def steps_after(self, num_done: int) -> Iterator[list[Tensor]]:
+        """The blocks of the optimiser steps after so many."""
+        stream = _shuffled_epochs(len(self.blocks), self.step_size, self.seed)
+        for rows, _ in islice(stream, num_done, None):
             yield [
                 torch.from_numpy(self.blocks[mine].astype(np.int64))
                 for mine in _dealt(rows, self.batch_size, self.accumulation_steps, self.rank, self.world_size)

@@ -1,5 +1,7 @@
 """A moving average of the actor's weights."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,21 @@ class MovingAverage:
     def weights(self) -> dict[str, Tensor]:
         """The whole averages of trained weights by name, on the CPU, in fp32. Every rank must call it."""
         return {name: self._whole(name) for name in self._averages}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the averages, as ZeRO-3 has it, and not all of them."""
+        return any(map(is_zero3_parameter, self._parameters.values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank holds of the averages, by name."""
+        return self._averages
+
+    @torch.no_grad()
+    def load_state_dict(self, averages: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave on this rank."""
+        for name, average in self._averages.items():
+            average.copy_(averages[name])
 
     def _whole(self, name: str) -> Tensor:
         parameter, average = self._parameters[name], self._averages[name]

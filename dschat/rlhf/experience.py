@@ -203,6 +203,12 @@ class Experience:
             ppo_step=ppo_step,
         )
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """The numbers that, with rollout and judgement, it was built with in the PPO step's state."""
+        shaping = {"mean": self.shaping.mean, "std": self.shaping.std}
+        return {**shaping, "kl_coef": self.kl_coef, "ppo_step": self.ppo_step}
+
     def minibatches(self, epoch: int) -> Iterator[Minibatch]:
         """This rank's optimiser steps of one pass.
 

@@ -2,10 +2,11 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import repeat
+from dataclasses import asdict, replace
+from itertools import islice, repeat
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from dschat.arguments import RlhfArguments
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
 from dschat.distributed import (
+    current_device,
     max_across_ranks,
     peak_memory_gib,
     rank,
@@ -22,11 +24,13 @@ from dschat.distributed import (
     synchronize,
     world_size,
 )
-from dschat.engines import gradient_norm, learning_rate, train_on
+from dschat.engines import gradient_norm, learning_rate, set_gradient_norm, train_on
+from dschat.errors import UserError
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import (
     Experience,
+    Judgement,
     MicroBatch,
     Minibatch,
     Schedule,
@@ -35,6 +39,7 @@ from dschat.rlhf.experience import (
 from dschat.rlhf.judging import Judges, answer_logits, values_at_answers
 from dschat.rlhf.kl_controller import KlController
 from dschat.rlhf.objective import actor_loss
+from dschat.rlhf.ppo_state import flat_names, flat_tensors, from_flat_tensors, of_name
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 from dschat.rlhf.running_statistics import RunningStatistics
@@ -64,6 +69,17 @@ class UpdateStatistics:
         if self._maxima:  # none while the actor waits for the critic, on any rank
             maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
         return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's share so far."""
+        sums = {f"sum.{name}": total for name, total in self._sums.items()}
+        return sums | {f"maximum.{name}": value for name, value in self._maxima.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, value in state.items():
+            kind, _, figure = name.partition(".")
+            (self._sums if kind == "sum" else self._maxima)[figure] = value.to(current_device())
 
 
 class DeepSpeedPPOTrainer:
@@ -105,13 +121,13 @@ class DeepSpeedPPOTrainer:
             mean=score_scale[0],
             std=score_scale[1],
         )
-        self._texts, self._text_steps = texts, iter(texts or ())
+        self._texts, self._text_steps, self._num_text_steps = texts, iter(texts or ()), 0
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
         self._ppo_step = 0
         self._experience: Experience | None = None
         self._statistics = UpdateStatistics()
-        self._updates_done, self._has_moved_enough = 0, False
+        self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -128,7 +144,7 @@ class DeepSpeedPPOTrainer:
         """
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
-        self._updates_done, self._has_moved_enough = 0, False
+        self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
         with self._timed("generation"):
             rollout = self.answer(batches, ppo_step=self._ppo_step)
         with self._timed("experience"):
@@ -156,6 +172,32 @@ class DeepSpeedPPOTrainer:
             answered = [self._rollout.generate(batch, ppo_step=ppo_step) for batch in prompts]
         return gather_rollouts(answered, self._pad_token_id)
 
+    @property
+    def unfinished(self) -> Experience | None:
+        """The experience that is still to be learned from, None between PPO steps."""
+        return self._experience if self._minibatches_done < self._args.updates_per_ppo_step else None
+
+    @property
+    def num_ppo_steps_done(self) -> int:
+        """PPO steps that have been learned from to their end."""
+        return self._ppo_step - (self.unfinished is not None)
+
+    @property
+    def num_updates_passed(self) -> int:
+        """Optimiser steps of the run so far, skipped ones included."""
+        return self.num_ppo_steps_done * self._args.updates_per_ppo_step + (
+            self._minibatches_done if self.unfinished is not None else 0
+        )
+
+    def minibatches(self) -> Iterator[Minibatch]:
+        """This rank's optimiser steps that are left of the present PPO step, over all its passes."""
+        steps = (
+            minibatch
+            for epoch in range(self._args.ppo.ppo_epochs)
+            for minibatch in self._experience.minibatches(epoch)
+        )
+        return islice(steps, self._minibatches_done, None)
+
     def _shaping_of(self, scores: Tensor) -> ScoreShaping:
         """How the raw scores of a rollout batch are shaped; running statistics count them in first."""
         if self._scores is None:
@@ -175,12 +217,13 @@ class DeepSpeedPPOTrainer:
         Nothing is done after a step of this update has moved the actor beyond --target_approx_kl. During
         --critic_warmup_steps the actor waits: its weights, schedule and moving average stay as they are.
         """
+        self._minibatches_done += 1
         if self._has_moved_enough:
             return
         with self._timed("training"):
             for engine in self.engine.trained:
                 engine.train()
-            blocks = next(self._text_steps) if self._texts and self._actor_learns else repeat(None)
+            blocks = self._next_texts() if self._texts and self._actor_learns else repeat(None)
             for micro_batch, text in zip(minibatch.micro_batches, blocks, strict=False):
                 self._statistics.add(num_tokens=micro_batch.rollout.answer_mask.sum())
                 if self._actor_learns:
@@ -192,6 +235,10 @@ class DeepSpeedPPOTrainer:
                 if self.engine.ema:
                     self.engine.ema.update()
                 self._has_moved_enough = self._moves_too_far(minibatch)
+
+    def _next_texts(self) -> list[Tensor]:
+        self._num_text_steps += 1
+        return next(self._text_steps)
 
     @property
     def _actor_learns(self) -> bool:
@@ -257,6 +304,80 @@ class DeepSpeedPPOTrainer:
         train_on(self.engine.critic, loss)
         moved = ((values.detach() - batch.values).abs() > clip) & mask
         self._statistics.add(value_loss=loss, value_clip_fraction=moved.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, as JSON; beside it stand the tensors of `tensors`."""
+        engines = self.engine.by_name
+        return {
+            "ppo_step": self._ppo_step,
+            "minibatches_done": self._minibatches_done,
+            "updates_done": self._updates_done,
+            "has_moved_enough": self._has_moved_enough,
+            "kl_coef": self._kl.coef,
+            "scores": asdict(self._scores) if self._scores else None,
+            "num_text_steps": self._num_text_steps,
+            "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
+            "seconds": self._seconds,
+            "experience": self._experience.settings if self.unfinished else None,
+        }
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What goes with `state_dict`: this rank's own tensors, and those that all ranks have alike."""
+        average = flat_names("average", self.engine.ema.state_dict()) if self.engine.ema else {}
+        is_sharded = bool(average) and self.engine.ema.is_sharded
+        own = average if is_sharded else {}
+        shared = {} if is_sharded else average
+        if self.unfinished:
+            own |= flat_names("statistics", self._statistics.state_dict())
+            shared |= flat_tensors(self._experience.rollout, "rollout")
+            shared |= flat_tensors(self._experience.judgement, "judgement")
+        return own, shared
+
+    def load_state(
+        self, state: dict[str, Any], own: dict[str, Tensor] | None, shared: dict[str, Tensor]
+    ) -> None:
+        """Go on from a checkpoint; `own` is None where the number of ranks was another.
+
+        Raises `UserError` where what is missing then cannot be made of the rest.
+        """
+        self._ppo_step, self._minibatches_done = state["ppo_step"], state["minibatches_done"]
+        self._updates_done, self._has_moved_enough = state["updates_done"], state["has_moved_enough"]
+        self._kl.coef = state["kl_coef"]
+        if self._scores:
+            self._scores = RunningStatistics(**state["scores"])
+        if self._texts:
+            self._num_text_steps = state["num_text_steps"]
+            self._text_steps = self._texts.steps_after(self._num_text_steps)
+        for name, engine in self.engine.by_name.items():
+            set_gradient_norm(engine, state["gradient_norms"][name])
+        self._seconds = defaultdict(float, state["seconds"])
+        if self.engine.ema:
+            self._load_average(own, shared)
+        if state["experience"]:
+            self._experience = self._rebuilt(state["experience"], shared)
+            self._statistics.load_state_dict(of_name("statistics", own or {}))
+
+    def _load_average(self, own: dict[str, Tensor] | None, shared: dict[str, Tensor]) -> None:
+        held = own if self.engine.ema.is_sharded else shared
+        average = of_name("average", held or {})
+        if not average:
+            raise UserError(
+                "--enable_ema: under ZeRO-3 each rank has saved its part of the moving average, so the run "
+                "can only go on with as many ranks, and the ZeRO stage, that it was saved with."
+            )
+        self.engine.ema.load_state_dict(average)
+
+    def _rebuilt(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Experience:
+        device = current_device()
+        return Experience.build(
+            from_flat_tensors(RolloutBatch, "rollout", tensors, device),
+            from_flat_tensors(Judgement, "judgement", tensors, device),
+            self._args.ppo,
+            self.schedule,
+            replace(self.shaping, mean=settings["mean"], std=settings["std"]),
+            ppo_step=settings["ppo_step"],
+            kl_coef=settings["kl_coef"],
+        )
 
     def metrics(self) -> dict[str, float]:
         """The numbers of the last PPO step over all ranks, weighted by tokens. Every rank must call it."""

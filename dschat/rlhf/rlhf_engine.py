@@ -76,6 +76,11 @@ class DeepSpeedRLHFEngine:
         """The actor and, where there is one, the critic."""
         return [self.actor] if self.critic is None else [self.actor, self.critic]
 
+    @property
+    def by_name(self) -> dict[str, DeepSpeedEngine]:
+        """The trained engines by the names that they have in checkpoints."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
     def _say_what_no_critic_saves(self) -> None:
         num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.reward.module.parameters())
         size = num_weights * TRAINED_BYTES / 2**30

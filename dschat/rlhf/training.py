@@ -1,13 +1,16 @@
-"""The loop of step 3: PPO steps, what is logged of each, and what watches over them."""
+"""The loop of step 3: PPO steps, what is logged of each, what watches over them, and what is kept."""
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments
 from dschat.data.loaders import PromptLoader
-from dschat.distributed import current_device
+from dschat.distributed import current_device, is_main_process
 from dschat.metrics import MetricsLogger
+from dschat.progress import Checkpoints
 from dschat.rlhf.evaluation import Evaluator
 from dschat.rlhf.exports import Exports
 from dschat.rlhf.guard import Figures, Guard
@@ -41,35 +44,83 @@ class Watch:
             evaluation = self.evaluator.figures()  # the run ends here, and its last figures are complete
         return figures | evaluation, messages
 
+    def state_dict(self) -> dict[str, Any]:
+        """What all three remember, for JSON."""
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, part in self._parts.items():
+            if name in state:  # an evaluation may have been switched on since
+                part.load_state_dict(state[name])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {"evaluator": self.evaluator, "guard": self.guard, "exports": self.exports}
+        return {name: part for name, part in parts.items() if part is not None}
+
 
 def train_ppo(
     trainer: DeepSpeedPPOTrainer,
     prompt_loader: PromptLoader,
-    metrics: MetricsLogger,
     args: RlhfArguments,
     watch: Watch,
     *,
     num_ppo_steps: int,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[int, Figures]:
-    """Train for so many PPO steps, or until the guard ends the run. Every rank must call it.
+    checkpoints: Checkpoints,
+) -> tuple[int, Figures, float]:
+    """Train for so many PPO steps, or until the guard ends the run; go on from a checkpoint if there is one.
 
-    Returns how many were done and the figures of the last.
+    Returns how many PPO steps are done, the figures of the last, and the seconds of all. Every rank must
+    call it.
     """
-    device, step = current_device(), 0
-    values = _watched(0, {}, watch, metrics)
-    for step, prompts in zip(range(1, num_ppo_steps + 1), prompt_loader, strict=False):
-        experience = trainer.generate_experience([batch.to(device) for batch in prompts])
-        for epoch in range(args.ppo.ppo_epochs):
-            for minibatch in experience.minibatches(epoch):
-                trainer.train_rlhf(minibatch)
-        values = _watched(step, trainer.metrics(), watch, metrics, is_last=step == num_ppo_steps)
+    begun = checkpoints.load(trainer.engine.by_name)
+    if begun.step:
+        trainer.load_state(begun.state["trainer"], begun.tensors, begun.shared_tensors)
+        watch.load_state_dict(begun.state["watch"])
+    done = trainer.num_ppo_steps_done
+    metrics = MetricsLogger(
+        args.run,
+        total_steps=num_ppo_steps,
+        description="PPO",
+        is_main_process=is_main_process(),
+        steps_done=done if begun.step else None,
+    )
+    start = time.perf_counter() - begun.state.get("seconds", 0.0)
+    figures = begun.state["figures"] if begun.step else _watched(0, {}, watch, metrics)
+
+    def save_if_due(*, is_last: bool = False) -> None:
+        number = trainer.num_updates_passed
+        if checkpoints.is_due(number, is_last=is_last):
+            state = {"trainer": trainer.state_dict(), "watch": watch.state_dict(), "figures": figures}
+            own, shared = trainer.tensors()
+            checkpoints.save(
+                number,
+                engines=trainer.engine.by_name,
+                state=state | {"seconds": time.perf_counter() - start},
+                tensors=own,
+                shared_tensors=shared,
+            )
+
+    steps = range(done + 1, num_ppo_steps + 1) if not watch.guard.stopped_by else ()
+    for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):
+        experience = trainer.unfinished
+        if experience is None:
+            experience = trainer.generate_experience([batch.to(current_device()) for batch in prompts])
+        for minibatch in trainer.minibatches():
+            trainer.train_rlhf(minibatch)
+            if trainer.unfinished:
+                save_if_due()
+        figures = _watched(step, trainer.metrics(), watch, metrics, is_last=step == num_ppo_steps)
         metrics.advance()
         if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
             metrics.say(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+        save_if_due(is_last=step == num_ppo_steps or watch.guard.stopped_by is not None)
         if watch.guard.stopped_by:
             break
-    return step, values
+    metrics.close()
+    return trainer.num_ppo_steps_done, figures, time.perf_counter() - start
 
 
 def _watched(

@@ -39,9 +39,9 @@ class Died(Exception):
     """What a test makes a run die of."""
 
 
-def program(name: str) -> ModuleType:
+def program(name: str, path: Path) -> ModuleType:
     """The program as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / PROGRAMS[name])
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -69,7 +69,7 @@ def logger(run: dict[str, Any]) -> type[MetricsLogger]:
 
 def main(runs: Path) -> None:
     """Run them all."""
-    programs = {name: program(name) for name in PROGRAMS}
+    programs = {name: program(name, ROOT / path) for name, path in PROGRAMS.items()}
     for run in json.loads(runs.read_text()):
         args = parse_arguments(run["program"], run["flags"])
         supervised.MetricsLogger = logger(run)

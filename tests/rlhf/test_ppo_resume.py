@@ -1,0 +1,165 @@
+"""PPO that is stopped anywhere and resumed ends with the weights and figures of a run that was not."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+from processes import ROOT, python
+from tiny import save_reward_model, save_tiny_model
+
+WORKER = ROOT / "tests" / "workers" / "interrupted_ppo.py"
+CHANGING = ("seconds", "tokens_per_second", "peak_memory_gib")
+
+FLAGS = {
+    "max_prompt_seq_len": 24,
+    "max_answer_seq_len": 8,
+    "per_device_generation_batch_size": 4,
+    "generation_batches": 2,
+    "per_device_training_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "ppo_epochs": 2,
+    "num_warmup_steps": 2,
+    "actor_learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "data_split": "0,0,1",
+    "eval_fraction": 0.1,
+    "dtype": "fp32",
+}
+HALF_A_RANK = {"generation_batches": 1, "gradient_accumulation_steps": 1}
+STEERED = {"kl_target": 0.05, "kl_horizon": 50, "score_normalization": "running", "enable_ema": True}
+UPDATES = 12
+"""Optimiser steps of a run: 3 PPO steps of 2 passes over 2 minibatches."""
+
+# What is trained and where it is stopped, on one rank.
+ONE_RANK = {
+    "plain": ({}, (1, 4, 6, UPDATES)),
+    "bf16": ({"dtype": "bf16"}, (7,)),
+    "steered, with EMA": (STEERED, (2, 8, 11)),
+    "adapters alone": ({"actor_lora_dim": 4, "critic_lora_dim": 4, "only_optimize_lora": True}, (5,)),
+    "zero 2 bf16": ({"actor_zero_stage": 2, "critic_zero_stage": 1, "dtype": "bf16"}, (5,)),
+    "text": ({"unsupervised_dataset_name": "text.txt"}, (6,)),
+    "rloo": ({"advantage_estimator": "rloo", "num_samples_per_prompt": 2}, (3,)),
+    "early stop": ({"target_approx_kl": 1e-3}, (2, 7)),
+    "critic warm-up": ({"critic_warmup_steps": 1}, (2, 5)),
+}
+TWO_RANKS = {
+    "zero 2 and 3": ({"actor_zero_stage": 2, "critic_zero_stage": 3, **STEERED}, (6,)),
+    "zero 3, EMA, bf16": (
+        {"actor_zero_stage": 3, "critic_zero_stage": 0, "dtype": "bf16", **STEERED},
+        (3, 4),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    save_tiny_model(folder / "actor", "llama")
+    save_tiny_model(folder / "base", "llama", seed=1)
+    save_reward_model(folder / "base", folder / "reward")
+    rows = [
+        {"prompt": f"\n\nHuman: Count to {n}.\n\nAssistant:", "chosen": " one", "rejected": " two"}
+        for n in range(27)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.txt").write_text("".join(f"{n} bottles of water on the wall.\n" for n in range(300)))
+    return folder
+
+
+def flags_of(folder: Path, output: str, options: dict) -> list[str]:
+    models = {"actor_model_name_or_path": folder / "actor", "critic_model_name_or_path": folder / "reward"}
+    paths = {"data_path": folder / "pairs.jsonl", "data_output_path": folder / "cache"}
+    if "unsupervised_dataset_name" in options:
+        options = options | {"unsupervised_dataset_name": folder / options["unsupervised_dataset_name"]}
+    settings = {**models, **paths, "output_dir": folder / output, **FLAGS, **options}
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def run_all(folder: Path, cases: dict, ranks: int, shared: dict) -> str:
+    """Every case straight, and stopped at each of its moments and resumed."""
+    runs = []
+    for name, (options, moments) in cases.items():
+        options = shared | options
+        runs.append({"flags": flags_of(folder, f"{name} {ranks} straight", options)})
+        for moment in moments:
+            flags = flags_of(folder, f"{name} {ranks} {moment}", options)
+            runs.append({"flags": flags, "stop_after": moment})
+            runs.append({"flags": [*flags, "--resume_from_checkpoint=latest"]})
+    (folder / f"runs{ranks}.json").write_text(json.dumps(runs))
+    return python(WORKER, folder / f"runs{ranks}.json", ranks=ranks).stdout
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder) -> str:
+    return run_all(folder, ONE_RANK, 1, {})
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder) -> str:
+    return run_all(folder, TWO_RANKS, 2, HALF_A_RANK)
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict], dict]:
+    """Checksums of all weights, and the figures that equal runs share."""
+
+    def lasting(figures: dict) -> dict:
+        return {name: value for name, value in figures.items() if not name.startswith(CHANGING)}
+
+    models = sorted(path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.parts)
+    weights = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in models}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return (
+        weights,
+        [lasting(line) for line in lines],
+        lasting(json.loads((folder / "summary.json").read_text())),
+    )
+
+
+def cases(table: dict) -> list[tuple[str, int]]:
+    return [(name, moment) for name, (_, moments) in table.items() for moment in moments]
+
+
+def check(folder: Path, name: str, ranks: int, moment: int, said: str) -> None:
+    stopped = folder / f"{name} {ranks} {moment}"
+    assert f"== {stopped} stopped: stopped after step {moment} as SIGUSR1 asked; saved in" in said
+    assert f"going on from checkpoint {stopped}/checkpoints/step_{moment:08d}" in said
+    expected, found = outcome(folder / f"{name} {ranks} straight"), outcome(stopped)
+    assert len(found[0]) >= 1
+    assert sum("score" in line for line in found[1]) >= 3
+    assert found == expected
+
+
+@pytest.mark.parametrize(("name", "moment"), cases(ONE_RANK))
+def test_a_stopped_run_ends_as_one_that_was_not(folder, one_rank, name, moment):
+    check(folder, name, 1, moment, one_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "moment"), cases(TWO_RANKS))
+def test_on_two_ranks_too(folder, two_ranks, name, moment):
+    check(folder, name, 2, moment, two_ranks)
+
+
+def test_on_another_number_of_ranks_the_figures_go_on(folder, one_rank):
+    """Stopped on one rank, resumed on two, in the middle of a PPO step and between two."""
+    runs = []
+    for moment in (4, 6):
+        options = STEERED | {"actor_zero_stage": 2}
+        flags = flags_of(folder, f"moved {moment}", options)
+        runs += [{"flags": flags, "stop_after": moment}]
+    (folder / "moved1.json").write_text(json.dumps(runs))
+    python(WORKER, folder / "moved1.json")
+    for run in runs:
+        del run["stop_after"]
+        run["flags"] += [f"--{name}={value}" for name, value in HALF_A_RANK.items()]
+        run["flags"].append("--resume_from_checkpoint=latest")
+    (folder / "moved2.json").write_text(json.dumps(runs))
+    python(WORKER, folder / "moved2.json", ranks=2)
+    _, expected, _ = outcome(folder / "steered, with EMA 1 straight")
+    for moment in (4, 6):
+        _, found, _ = outcome(folder / f"moved {moment}")
+        for line, other in zip(found, expected, strict=True):
+            for name in line.keys() & {"score", "kl", "answer_length", "kl_coef", "eval_score"}:
+                assert math.isclose(line[name], other[name], rel_tol=1e-3, abs_tol=1e-3), (moment, name)

@@ -1,0 +1,51 @@
+"""Runs of step 3 in one process, some of them stopped on the way.
+
+[torchrun --nproc_per_node N] interrupted_ppo.py RUNS, a JSON file of [{"flags", "stop_after"}, ...]. After
+the optimiser step "stop_after", counted over the run, rank 0 gets the signal SIGUSR1.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from interrupted_runs import program
+from processes import ROOT
+
+from dschat import distributed
+from dschat.arguments import parse_arguments
+from dschat.errors import Stopped
+from dschat.rlhf import ppo_trainer
+
+
+def stopping(train_rlhf: Any, stop_after: int | None) -> Any:
+    """`train_rlhf` that asks its own process to stop."""
+
+    def train(self: ppo_trainer.DeepSpeedPPOTrainer, minibatch: Any) -> None:
+        train_rlhf(self, minibatch)
+        if self.num_updates_passed == stop_after and distributed.is_main_process():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    return train
+
+
+def main(runs: Path) -> None:
+    """Run them all."""
+    step3 = program("rlhf", ROOT / "step3_ppo" / "main.py")
+    train_rlhf = ppo_trainer.DeepSpeedPPOTrainer.train_rlhf
+    for run in json.loads(runs.read_text()):
+        args = parse_arguments("rlhf", run["flags"])
+        ppo_trainer.DeepSpeedPPOTrainer.train_rlhf = stopping(train_rlhf, run.get("stop_after"))
+        try:
+            step3.main(args)
+            how = "finished"
+        except Stopped as stop:
+            how = f"stopped: {stop}"
+        distributed.print_once(f"== {args.run.output_dir} {how}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    distributed.leave()
