@@ -31,6 +31,7 @@ from dschat.rlhf.exports import Exports
 from dschat.rlhf.guard import Guard
 from dschat.rlhf.handovers import receive_models
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rewards import build_rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.training import Watch, train_ppo
 from dschat.rlhf.unsupervised import build_text_loader
@@ -42,7 +43,7 @@ def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
     prepare(args.run)
     handovers = receive_models(args)
-    check_adapters(language=args.actor, reward=args.critic)
+    check_adapters(language=args.actor, reward=args.starting_critic)
     check_run_folder(args.run, *args.model_paths)
     tokenizers = load_rlhf_tokenizers(args)
     handovers.check_templates(tokenizers)
@@ -53,9 +54,11 @@ def main(args: RlhfArguments) -> None:
         max_prompt_seq_len=args.rollout.max_prompt_seq_len,
         seed=args.run.seed,
         reader=tokenizers.reader,
+        keep_rows=args.rewards.has_sources,
     )
     prompt_loader = build_loader(args, data, tokenizers)
     texts = build_text_loader(args, tokenizers.actor)
+    rewards = build_rewards(args, tokenizers, data, score_scale)
 
     distributed.setup(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key)
@@ -66,7 +69,7 @@ def main(args: RlhfArguments) -> None:
     engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=num_updates)
     handovers.check_outputs(engine)
     trainer = DeepSpeedPPOTrainer(
-        engine, tokenizers, args, prompts=data.train, score_scale=score_scale, texts=texts
+        engine, tokenizers, args, prompts=data.train, score_scale=score_scale, rewards=rewards, texts=texts
     )
     watch = Watch(
         build_evaluator(trainer, tokenizers, args, data.evaluation),
@@ -95,7 +98,7 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
     longest += args.rollout.max_answer_seq_len
     has_own_critic = args.ppo.has_critic and not tokenizers.fresh_critic
     paths = {args.actor.model_name_or_path: True, args.critic.model_name_or_path: has_own_critic}
-    paths |= {args.reward_path: True} if tokenizers.reader is None else {}
+    paths |= {args.reward_path: True} if args.reward_path and tokenizers.reader is None else {}
     if args.guard.guard_reward_model_name_or_path and tokenizers.guard_reader is None:
         paths[args.guard.guard_reward_model_name_or_path] = True
     for path in (path for path, reads_tokens in paths.items() if reads_tokens):

@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         ("ranks", pa.list_(pa.float64())),
         ("margin", pa.float64()),
         ("learn_all_turns", pa.bool_()),
+        ("row", pa.string()),
     ]
 )
 ROWS_AT_ONCE = 1000
@@ -79,6 +80,8 @@ class Comparison:
     """By how much the better answer of a pair is better, on the scale of scores."""
     learn_all_turns: bool = False
     """Whether step 1 learns what the assistant said in the prompt, too."""
+    row: str | None = None
+    """The whole data row as JSON, where it is kept."""
 
     def __post_init__(self) -> None:
         assert self.ranks is None or len(self.ranks) == len(self.answers)
@@ -157,6 +160,7 @@ def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
         [c.ranks for c in comparisons],
         [c.margin for c in comparisons],
         [c.learn_all_turns for c in comparisons],
+        [c.row for c in comparisons],
     ]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=SCHEMA)

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class SplitData:
     """Rows of each source, those included that were dropped or went to other steps."""
     key: str
     """The fingerprint of all that shaped the rows and their order."""
+    columns: tuple[str, ...] = ()
+    """The columns of the data rows, where those are kept."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class _Task:
     """and its value."""
     settings: dict[str, Any]
     """What shapes the tokens beside the text and the tokenizer."""
+    keep_rows: bool = False
+    """Whether the data rows stand beside the tokens."""
     lacks: str = ""
     """What a row that the step cannot use lacks."""
 
@@ -154,13 +158,16 @@ def prompt_data(
     max_prompt_seq_len: int,
     seed: int,
     reader: PreTrainedTokenizerBase | None = None,
+    keep_rows: bool = False,
 ) -> SplitData:
     """Step 3's prompts, as `tokenize_prompts` makes them. Raises `UserError` as `sft_data` does."""
     settings = {"max_prompt_seq_len": max_prompt_seq_len}
-    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, reader=reader, **settings)
+    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, reader=reader, keep_rows=keep_rows, **settings)
     if reader is not None:
         settings["reader"] = _text_fingerprint(reader)
-    task = _Task(3, tokenize, "--max_prompt_seq_len", max_prompt_seq_len, settings)
+    if keep_rows:
+        settings["keep_rows"] = True
+    task = _Task(3, tokenize, "--max_prompt_seq_len", max_prompt_seq_len, settings, keep_rows=keep_rows)
     return _prepare(task, data, tokenizer, seed)
 
 
@@ -176,7 +183,8 @@ def _prepare(
     seed: int,
     own_data_path: Sequence[str] = (),
 ) -> SplitData:
-    sources, form = _Sources.open(data, own_data_path), Format.of(data)
+    sources = _Sources.open(data, own_data_path)
+    form = replace(Format.of(data), keep_rows=task.keep_rows)
 
     def identities(some: list[Source]) -> list[list]:
         return [[s.fingerprint, s.weight, s.read and s.read.__name__] for s in some]
@@ -213,7 +221,7 @@ def _prepare(
         print(_describe(report, task, sources.all, folder), flush=True)
     counts = zip(sources.all, report["sources"], strict=True)
     num_rows = {source.name: count["rows"] for source, count in counts}
-    return SplitData(train, evaluation, num_rows, key)
+    return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())))
 
 
 def _build(
@@ -245,6 +253,8 @@ def _build(
             # By itself `datasets` gives no rows no file, and cannot load that.
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
         report[name] = _rows_report(tokenized, +left_out)
+        if task.keep_rows:
+            report["columns"] = sorted({*report.get("columns", ()), *_columns_of(tokenized.rows)})
     text.unlink()
     for scratch in folder.glob("cache-*.arrow"):
         scratch.unlink()
@@ -388,6 +398,12 @@ def _source_report(
         "shares": [int(np.sum(parts == step)) for step in range(splits.NUM_STEPS)],
         "evaluation": int(np.sum(parts == splits.EVALUATION)),
     }
+
+
+def _columns_of(rows: Dataset) -> set[str]:
+    """The names of the columns that any of the kept data rows has."""
+    tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
+    return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}
 
 
 def _rows_report(tokenized: Tokenized, left_out: Counter[str]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Format:
     """A layout or a known data set, None for what the columns tell."""
     keys: tuple[tuple[str, str], ...] = ()
     """(the name a layout uses, the name in the data) of columns."""
+    keep_rows: bool = False
+    """Whether comparisons keep the rows that they were made of."""
 
     @staticmethod
     def of(data: DataArguments) -> "Format":
@@ -158,6 +160,7 @@ def read_rows(
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
+            kept = json.dumps(row, default=str) if form.keep_rows else None
             row = form.renamed(row)
             if read is None:
                 layout = recognise(row)
@@ -168,7 +171,8 @@ def read_rows(
                     "layout is prompt_only; put rows with answers into another file, or give --data_format "
                     "prompt_only to use their prompts alone"
                 )
-            yield place, read(row)
+            found = read(row)
+            yield place, replace(found, row=kept) if form.keep_rows else found
         except (BadRow, DroppedRow) as problem:
             yield place, problem
 

@@ -51,7 +51,8 @@ PAIR_COLUMNS = {
     "margin": Value("float32"),
 }
 PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
-READER_COLUMNS = {**PROMPT_COLUMNS, "reader_ids": Tokens(Value("int32"))}
+READER_COLUMN = {"reader_ids": Tokens(Value("int32"))}
+ROW_COLUMN = {"row": Value("string")}
 
 Columns = dict[str, list]
 
@@ -115,21 +116,23 @@ def tokenize_prompts(
     *,
     max_prompt_seq_len: int,
     reader: PreTrainedTokenizerBase | None = None,
+    keep_rows: bool = False,
     num_proc: int = 1,
 ) -> Tokenized:
     """Columns input_ids (the prompt), key (a hash of them, int64) and length. Prompts that are too long lose
     whole early turns; those that still are are dropped.
 
     With `reader`, the tokenizer of a reward model that has its own, also reader_ids: the prompt in its tokens
-    and template.
+    and template. With `keep_rows` also row: the whole data row as JSON.
     """
     encode = partial(
         _prompt_batch,
         encoder=Encoder(tokenizer),
         max_prompt_seq_len=max_prompt_seq_len,
         reader=Encoder(reader) if reader else None,
+        keep_rows=keep_rows,
     )
-    columns = READER_COLUMNS if reader else PROMPT_COLUMNS
+    columns = PROMPT_COLUMNS | (READER_COLUMN if reader else {}) | (ROW_COLUMN if keep_rows else {})
     return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc)
 
 
@@ -425,21 +428,23 @@ def _pair_batch(
 
 
 def _prompt_batch(
-    batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reader: Encoder | None
+    batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reader: Encoder | None, keep_rows: bool
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     rows = encoder.rows(prompts, [()] * len(prompts))
     fitted_rows = encoder.fitted(
         rows, prompts, max_prompt_seq_len, lambda numbers, shorter: encoder.rows(shorter, [()] * len(numbers))
     )
-    read_rows = reader.prompts(prompts) if reader else [None] * len(prompts)
+    extra = ({"reader_ids": reader.prompts(prompts)} if reader else {}) | (
+        {"row": batch["row"]} if keep_rows else {}
+    )
     table = []
-    for row, fitted, read in zip(rows, fitted_rows, read_rows, strict=True):
+    for number, (row, fitted) in enumerate(zip(rows, fitted_rows, strict=True)):
         ids = fitted.prompt
         fate = fitted.fate if ids else NO_TOKEN
-        extra = () if read is None else (read,)
-        table.append((ids, content_key(ids), *extra, len(ids), len(row.prompt), fate))
-    return _columns(table, READER_COLUMNS if reader else PROMPT_COLUMNS)
+        more = (values[number] for values in extra.values())
+        table.append((ids, content_key(ids), *more, len(ids), len(row.prompt), fate))
+    return _columns(table, {**PROMPT_COLUMNS, **extra})
 
 
 def content_key(ids: Sequence[int]) -> int:

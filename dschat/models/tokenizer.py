@@ -83,7 +83,7 @@ class RlhfTokenizers:
     reader: PreTrainedTokenizerBase | None
     """The reward model's own, by which it reads answers as text; None where it reads the actor's tokens."""
     fresh_critic: bool
-    """Whether the critic has to start from the actor, as the reward model knows other tokens."""
+    """Whether the critic has to start from the actor: the reward model knows other tokens, or is none."""
     guard_reader: PreTrainedTokenizerBase | None = None
     """The second reward model's, where that reads as the reward model with a tokenizer of its own does."""
 
@@ -113,7 +113,11 @@ def _load_first_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
     """The tokenizers of --actor_model_name_or_path, --critic_... and --reward_model_name_or_path."""
     actor, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
     reward, own = args.rlhf.reward_model_name_or_path, replace(args.tokenizer, chat_template=None)
-    ours, theirs = load_tokenizer(actor, args.tokenizer), load_tokenizer(critic, args.tokenizer)
+    ours = load_tokenizer(actor, args.tokenizer)
+    if critic is None:
+        reader = load_tokenizer(reward, own) if reward else ours
+        return RlhfTokenizers(ours, reader if _reads_otherwise(ours, reader) else None, fresh_critic=True)
+    theirs = load_tokenizer(critic, args.tokenizer)
     difference = _first_difference(ours, theirs)
     if reward is not None:
         if difference is not None:

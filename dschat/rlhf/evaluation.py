@@ -50,7 +50,7 @@ class Evaluator:
             world_size=world_size(),
         )
         self._trainer, self._engine = trainer, trainer.engine
-        self._judges = Judges(trainer.engine, tokenizers, args, prompts)
+        self._judges = Judges(trainer.engine, tokenizers, args, prompts, trainer.rewards)
         self._kl_coef = args.ppo.kl_coef
         self._shaping = trainer.shaping
         self._needs_scale = args.ppo.score_scale == "running"
@@ -99,6 +99,7 @@ class Evaluator:
             "entropy": masked_mean(judged.entropy[real], mask),
             "answer_length": mask.sum(dim=1).float().mean(),
             "eos_share": ended.float().mean(),
+            **{f"score_{name}": scores[real].mean() for name, scores in judged.by_source.items()},
         }
 
     def _guard_scores(self, rollout: RolloutBatch, rows: list[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ advantages, whitening, permutations and statistics are the same on any number of
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -93,13 +93,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the four models say of the answers. All [B, T] but `scores` [B]; anything beyond the answers."""
+    """What the models, and other sources of scores, say of the answers.
+
+    [B, T], with anything beyond the answers, but `scores` and those by source [B].
+    """
 
     logprobs: Tensor  # of the actor
     entropy: Tensor  # of the actor, nats
     ref_logprobs: Tensor  # of the reference model
     values: Tensor | None  # of the critic, where there is one
-    scores: Tensor  # of the reward model, raw
+    scores: Tensor | None  # raw: of the reward model, where there is one, or the sum over all sources
+    by_source: dict[str, Tensor] = field(default_factory=dict)  # the parts of such a sum
+    num_errors: dict[str, int] = field(default_factory=dict)  # answers that a source could not score
 
     def log_ratio(self, mask: Tensor) -> Tensor:
         """Of policy to reference, 0 outside the answers: the KL's k1 a token. bool [B, T] -> [B, T]."""
@@ -108,7 +113,7 @@ class Judgement:
     @staticmethod
     def gather(parts: list["Judgement"], rows: list[Tensor], answer_length: int) -> "Judgement":
         """Judgements of this rank's micro-batches -> those of all ranks, each at its row's number."""
-        row_numbers = gather_rows(torch.cat(rows).to(parts[0].scores.device))
+        row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device))
         order = row_numbers.argsort()
 
         def column(name: str) -> Tensor | None:
@@ -119,7 +124,8 @@ class Judgement:
                 values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
             return gather_rows(torch.cat(values))[order]
 
-        return Judgement(*(column(name) for name in Judgement.__dataclass_fields__))
+        names = ("logprobs", "entropy", "ref_logprobs", "values", "scores")
+        return Judgement(*(column(name) for name in names))
 
 
 @dataclass(frozen=True)
@@ -271,11 +277,13 @@ class Experience:
             "answer_length": self.rollout.answer_lengths.float().mean(),
             "eos_share": self.rollout.ended.float().mean(),
         }
+        values |= {f"score_{name}": scores.mean() for name, scores in judged.by_source.items()}
         if judged.values is not None:
             unexplained = masked_variance(self.returns - judged.values, mask)
             total = masked_variance(self.returns, mask).clamp(min=1e-8)
             values["explained_variance"] = 1 - unexplained / total
-        return {name: value.item() for name, value in values.items()} | {"kl_coef": self.kl_coef}
+        errors = {f"reward_errors_{name}": number for name, number in judged.num_errors.items()}
+        return {name: value.item() for name, value in values.items()} | errors | {"kl_coef": self.kl_coef}
 
 
 def estimate_advantages(

@@ -15,8 +15,8 @@ class RlhfHandovers:
     """Where actor (and reference), critic and reward model come from; the last two are often one."""
 
     actor: Handover
-    critic: Handover | None  # None where advantages are estimated without one
-    reward: Handover
+    critic: Handover | None  # None where advantages are estimated without one, or it starts from the actor
+    reward: Handover | None  # None where other sources alone score
     guard_reward: Handover | None  # the second reward model
 
     def check_templates(self, tokenizers: RlhfTokenizers) -> None:
@@ -24,7 +24,8 @@ class RlhfHandovers:
         self.actor.check_template(tokenizers.actor)
         if self.critic and not tokenizers.fresh_critic:
             self.critic.check_template(tokenizers.actor)
-        self.reward.check_template(tokenizers.reader or tokenizers.actor)
+        if self.reward:
+            self.reward.check_template(tokenizers.reader or tokenizers.actor)
         if self.guard_reward:
             self.guard_reward.check_template(tokenizers.guard_reader or tokenizers.actor)
 
@@ -33,7 +34,8 @@ class RlhfHandovers:
         self.actor.check_outputs(engine.actor, *([engine.ref] if engine.ref else []))
         if self.critic and not engine.fresh_critic:
             self.critic.check_outputs(engine.critic)
-        self.reward.check_outputs(engine.reward)
+        if self.reward:
+            self.reward.check_outputs(engine.reward)
         if self.guard_reward:
             self.guard_reward.check_outputs(engine.guard_reward)
 
@@ -41,11 +43,11 @@ class RlhfHandovers:
 def receive_models(args: RlhfArguments) -> RlhfHandovers:
     """Actor, critic and reward models, verified as far as files tell. Raises `UserError`."""
     actor = receive_model(args.actor.model_name_or_path, "--actor_model_name_or_path", "language_model")
-    reward = receive_model(args.reward_path, args.reward_flag, "score")
-    critic = reward if args.ppo.has_critic else None
-    if critic and args.critic.model_name_or_path != args.reward_path:
+    reward = receive_model(args.reward_path, args.reward_flag, "score") if args.reward_path else None
+    path = args.critic.model_name_or_path if args.ppo.has_critic else None
+    critic = reward if path else None
+    if path and path != args.reward_path:
         # Beside a reward model of its own, a critic that PPO has trained before can go on.
-        path = args.critic.model_name_or_path
         critic = receive_model(path, "--critic_model_name_or_path", "score", "value")
     path = args.guard.guard_reward_model_name_or_path
     guard_reward = receive_model(path, GUARD_FLAG, "score") if path else None

@@ -1,4 +1,6 @@
-"""What the four models say of answers."""
+"""What the models, and other sources of scores, say of answers."""
+
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -11,6 +13,7 @@ from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import Judgement, at_answers
 from dschat.rlhf.reading import Reading
+from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import RolloutBatch
 
@@ -49,10 +52,11 @@ def values_at_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
 
 
 class Judges:
-    """Actor, reference, critic (where there is one) and reward model, and how each reads answers.
+    """Actor, reference, critic and reward model (where there are such), and how each reads answers.
 
     The data set of `prompts` is needed where the reward model has a tokenizer of its own
-    (`tokenizers.reader`).
+    (`tokenizers.reader`), and where there are `rewards`: other sources of scores, to be summed up with the
+    reward model's.
     """
 
     def __init__(
@@ -61,8 +65,9 @@ class Judges:
         tokenizers: RlhfTokenizers,
         args: RlhfArguments,
         prompts: Dataset | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._prompts, self._rewards = engine, prompts, rewards
         self._temperature = args.rollout.temperature
         self._num_tokens = len(tokenizers.actor)
         self._reading = None
@@ -82,7 +87,11 @@ class Judges:
             engine.eval()
         critic = self._engine.critic if with_values else None
         parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
-        return Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
+        judgement = Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
+        if self._rewards is None:
+            return judgement
+        said = self._rewards.score(rollout, rows, self._prompts, judgement.scores)
+        return replace(judgement, scores=said.scores, by_source=said.by_source, num_errors=said.num_errors)
 
     def _judge_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> Judgement:
         logits = answer_logits(self._engine.actor, batch, self._num_tokens)
@@ -96,7 +105,8 @@ class Judges:
             entropy=entropy,
             ref_logprobs=token_logprobs(ref_logits, batch.answers, temperature=self._temperature),
             values=values_at_answers(critic, batch) if critic else None,
-            scores=scores_of_answers(
-                self._engine.reward, self._reading.read(batch) if self._reading else batch
-            ),
+            scores=self._scores(batch) if self._engine.reward else None,
         )
+
+    def _scores(self, batch: RolloutBatch) -> Tensor:
+        return scores_of_answers(self._engine.reward, self._reading.read(batch) if self._reading else batch)

@@ -40,6 +40,7 @@ from dschat.rlhf.judging import Judges, answer_logits, values_at_answers
 from dschat.rlhf.kl_controller import KlController
 from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.ppo_state import flat_names, flat_tensors, from_flat_tensors, of_name
+from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 from dschat.rlhf.running_statistics import RunningStatistics
@@ -86,8 +87,8 @@ class DeepSpeedPPOTrainer:
     """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`.
 
     `score_scale` is the mean and standard deviation that scores are brought to 0 and 1 by. The data set of
-    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`). `texts` are
-    learned beside the answers.
+    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`) and where
+    there are `rewards`, other sources of scores. `texts` are learned beside the answers.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class DeepSpeedPPOTrainer:
         *,
         prompts: Dataset | None = None,
         score_scale: tuple[float, float] = (0.0, 1.0),
+        rewards: Rewards | None = None,
         texts: TextLoader | None = None,
     ) -> None:
         tokenizer = tokenizers.actor
         self.engine = engine
         self._args = args
-        self._judges = Judges(engine, tokenizers, args, prompts)
+        self.rewards = rewards
+        self._judges = Judges(engine, tokenizers, args, prompts, rewards)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
@@ -115,11 +118,12 @@ class DeepSpeedPPOTrainer:
             seed=args.run.seed,
         )
         self._scores = RunningStatistics() if args.ppo.score_scale == "running" else None
+        mean, std = score_scale if rewards is None else (0.0, 1.0)  # else it is for the model's part alone
         self.shaping = ScoreShaping(
             clip=args.ppo.reward_clip,
             missing_eos_penalty=args.ppo.missing_eos_penalty,
-            mean=score_scale[0],
-            std=score_scale[1],
+            mean=mean,
+            std=std,
         )
         self._texts, self._text_steps, self._num_text_steps = texts, iter(texts or ()), 0
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch

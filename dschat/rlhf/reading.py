@@ -10,6 +10,22 @@ from dschat.data.tokenization import Encoder
 from dschat.rlhf.rollout import RolloutBatch
 
 
+def answer_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The answers' own text: without special tokens and the marks that the chat template puts around it."""
+    template = ChatTemplate(tokenizer)
+    return [
+        template.content(tokenizer.decode(ids[mask], skip_special_tokens=True))
+        for ids, mask in zip(batch.answers, batch.answer_mask, strict=True)
+    ]
+
+
+def prompt_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompts as the model reads them, template and special tokens and all, without padding."""
+    length = batch.prompt_length
+    pairs = zip(batch.input_ids[:, :length], batch.attention_mask[:, :length].bool(), strict=True)
+    return [tokenizer.decode(ids[mask]) for ids, mask in pairs]
+
+
 class Reading:
     """Turns rollouts in the actor's tokens into the same prompts and answers in the reader's.
 
@@ -27,16 +43,12 @@ class Reading:
     ) -> None:
         self._max_tokens = max_tokens
         self._prompts = prompts.with_format("numpy", columns=["reader_ids"])
-        self._actor, self._template = actor, ChatTemplate(actor)
+        self._actor = actor
         self._encoder, self._pad_id = Encoder(reader), reader.pad_token_id
 
     def read(self, batch: RolloutBatch) -> RolloutBatch:
         """The same rows for the reader. An answer that was cut off has no end token there either."""
-        texts = [
-            self._template.content(self._actor.decode(ids[mask], skip_special_tokens=True))
-            for ids, mask in zip(batch.answers, batch.answer_mask, strict=True)
-        ]
-        answers = self._encoder.answers_alone(texts, batch.ended.tolist())
+        answers = self._encoder.answers_alone(answer_texts(batch, self._actor), batch.ended.tolist())
         prompts = [ids.tolist() for ids in self._prompts[batch.prompt_rows.tolist()]["reader_ids"]]
         if self._max_tokens is not None:
             answers = [ids[: self._max_tokens - 1] for ids in answers]

@@ -48,7 +48,7 @@ class DeepSpeedRLHFEngine:
     Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
     the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
     adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for, and
-    `critic` where advantages are estimated without one.
+    `critic` where advantages are estimated without one, `reward` where other sources alone score.
     `guard_reward` is the second reward model, where one is given.
     `fresh_critic` says whether the critic started from the actor instead of the reward model.
     """
@@ -63,11 +63,9 @@ class DeepSpeedRLHFEngine:
         self.ref = self._build_reference()
         self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
         self.critic = self._build_critic(num_training_steps) if args.ppo.has_critic else None
-        self.reward = self._build_reward("the reward model", args.reward_path, tokenizers.reader)
+        self.reward = self._reward_engine("the reward model", args.reward_path, tokenizers.reader)
         guard = args.guard.guard_reward_model_name_or_path
-        self.guard_reward = (
-            self._build_reward("the second reward model", guard, tokenizers.guard_reader) if guard else None
-        )
+        self.guard_reward = self._reward_engine("the second reward model", guard, tokenizers.guard_reader)
         if self.critic is None:
             self._say_what_no_critic_saves()
 
@@ -82,11 +80,12 @@ class DeepSpeedRLHFEngine:
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
 
     def _say_what_no_critic_saves(self) -> None:
-        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.reward.module.parameters())
+        likely, name = (self.reward, "reward model") if self.reward else (self.actor, "actor")
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in likely.module.parameters())
         size = num_weights * TRAINED_BYTES / 2**30
         print_once(
             f"no critic: --advantage_estimator {self._args.ppo.advantage_estimator} needs none. One as large "
-            f"as the reward model, trained whole, would take {size:.3g} GiB for weights, gradients and "
+            f"as the {name}, trained whole, would take {size:.3g} GiB for weights, gradients and "
             "Adam's states. The critic's own flags, such as its learning rate, have no use."
         )
 
@@ -159,7 +158,12 @@ class DeepSpeedRLHFEngine:
         )
         return self._trained_engine(model, args, config, num_training_steps)
 
-    def _build_reward(self, name: str, path: str, reader: PreTrainedTokenizerBase | None) -> DeepSpeedEngine:
+    def _reward_engine(
+        self, name: str, path: str | None, reader: PreTrainedTokenizerBase | None
+    ) -> DeepSpeedEngine | None:
+        """The reward model at `path`, if there is one."""
+        if path is None:
+            return None
         print_once(f"loading {name}")
         args = self._args.critic
         config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
