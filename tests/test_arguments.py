@@ -70,6 +70,43 @@ def test_scores_are_normalised_by_what_either_flag_says(argv, scale):
     assert rlhf(*argv.split()).ppo.score_scale == scale
 
 
+def without_reward_model(*argv: str):
+    return parse_arguments("rlhf", ["--actor_model_name_or_path", "a", *argv])
+
+
+def test_where_something_else_scores_there_need_be_no_reward_model():
+    args = without_reward_model("--reward_function", "rules.py:short", "dir/rules.py:polite")
+    assert args.reward_path is None
+    assert args.model_paths == ["a"]
+    assert args.starting_critic.model_name_or_path == "a"
+    assert args.starting_critic.prefix == "critic_"
+    assert args.reward_weights == {"short": 1, "polite": 1}
+
+
+def test_sources_of_scores_are_weighted_by_name():
+    urls = ["http://one/score", "https://two:8000"]
+    args = rlhf("--reward_function", "a.py:f", "--reward_endpoint", *urls, "--reward_weights", "f=-0.5",
+                "endpoint_2=1e-1", "model=0")  # fmt: skip
+    assert args.rewards.endpoints == dict(zip(["endpoint", "endpoint_2"], urls, strict=True))
+    assert args.reward_weights == {"model": 0, "f": -0.5, "endpoint": 1, "endpoint_2": 0.1}
+    assert rlhf().reward_weights == {"model": 1}
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["nothing scores", "--critic_model_name_or_path", "--reward_function", "--reward_endpoint"]),
+        (["--reward_function", "a.py:f", "--normalize_scores"], ["--normalize_scores", "running"]),
+        (["--reward_function", "a.py:f", "--reward_weights", "model=1"], ["called model", "there are f"]),
+    ],
+)
+def test_what_lacks_a_reward_model_is_told(argv, parts):
+    with pytest.raises(UserError) as error:
+        without_reward_model(*argv)
+    for part in parts:
+        assert part in str(error.value)
+
+
 def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
     rlhf("--kl_in", "loss", "--kl_estimator", "k1")
     assert "k2 and k3 do" in capsys.readouterr().out
@@ -152,6 +189,25 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
             ["--guard_reward_model_name_or_path", "x", "--eval_interval", "0"],
             ["--guard_reward_model_name_or_path", "--eval_interval 0"],
         ),
+        (["--reward_function", "rules.py"], ["--reward_function 'rules.py'", "FILE.py:NAME"]),
+        (["--reward_function", "rules:f"], ["--reward_function 'rules:f'", "FILE.py:NAME"]),
+        (["--reward_function", "a.py:f", "b.py:f"], ["two sources", "'f'"]),
+        (["--reward_function", "a.py:model"], ["two sources", "'model'"]),
+        (["--reward_endpoint", "localhost:8000"], ["--reward_endpoint", "http://localhost:8000/score"]),
+        (["--reward_weights", "model=1"], ["--reward_weights", "alone", "--reward_function"]),
+        (
+            ["--reward_function", "a.py:f", "--reward_weights", "f=much"],
+            ["--reward_weights 'f=much'", "NAME=NUMBER"],
+        ),
+        (
+            ["--reward_function", "a.py:f", "--reward_weights", "g=1"],
+            ["--reward_weights", "called g", "there are model, f"],
+        ),
+        (["--reward_timeout", "0"], ["--reward_timeout", "positive"]),
+        (["--reward_endpoint_timeout", "-1"], ["--reward_endpoint_timeout", "positive"]),
+        (["--reward_endpoint_retries", "-1"], ["--reward_endpoint_retries", "at least 0"]),
+        (["--reward_batch_size", "0"], ["--reward_batch_size", "at least 1"]),
+        (["--reward_on_error", "nan"], ["--reward_on_error", "finite"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
         (["--kl_coef", "much"], ["--kl_coef", "much"]),
         (["--data_split", "2,4"], ["--data_split", "2,4,4", "'2,4'"]),

@@ -26,6 +26,7 @@ def test_collectives_on_two_ranks(two_ranks):
         assert result["largest"] == 5
         assert result["gathered"] == [[1, 10], [2, 20]]
         assert result["flags"] == [True, False]
+        assert result["texts"] == ["0", "néné1"]
     assert [result["is_main"] for result in two_ranks] == [True, False]
 
 

@@ -514,6 +514,35 @@ def test_a_readers_tokens_stand_beside_the_actors(tmp_path):
     assert (len(split.train), len(split.evaluation)) == (3, 1)
 
 
+def test_data_rows_stand_beside_the_prompts_where_they_are_wanted(tmp_path):
+    rows = [{"question": f"{n}?", "answer": str(n), "level": n} for n in range(12)]
+    rows += [{"question": "3?", "answer": "another"}, {"question": "12?", "answer": "12", "note": None}]
+    path = write_json(tmp_path / "a.jsonl", rows)
+    data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0.25)
+    tokenizer = tiny_tokenizer()
+    split = prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1, keep_rows=True)
+    kept = [json.loads(row) for part in (split.train, split.evaluation) for row in part["row"]]
+    assert sorted(kept, key=lambda row: int(row["answer"])) == rows[:12] + rows[13:]  # the first of a prompt
+    assert split.columns == ("answer", "level", "note", "question")
+    for row in split.train:
+        assert f" {json.loads(row['row'])['question']}\n" in tokenizer.decode(row["input_ids"])
+    without = prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1)
+    assert without.key != split.key
+    assert "row" not in without.train.column_names
+    assert without.columns == ()
+    assert without.train["input_ids"] == split.train["input_ids"]
+
+
+def test_data_rows_are_kept_as_they_are_in_the_file_also_under_other_names(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", [{"ask": "one?", "solution": [1, "é"]}, {"ask": "two?"}])
+    data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0, prompt_key="ask")
+    reader = tiny_tokenizer(bos=True)
+    split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reader=reader, keep_rows=True)
+    kept = sorted(split.train["row"])
+    assert [json.loads(row) for row in kept] == [{"ask": "one?", "solution": [1, "é"]}, {"ask": "two?"}]
+    assert split.columns == ("ask", "solution")
+
+
 PREPARE = """
 import sys
 from tiny import tiny_tokenizer

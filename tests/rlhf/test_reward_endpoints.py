@@ -1,0 +1,133 @@
+"""Scores over HTTP: what may pass is tried again, what does not ends the run with URL and cause."""
+
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from dschat.errors import UserError
+from dschat.rlhf import reward_endpoints
+from dschat.rlhf.answered import Answered, Problem
+from dschat.rlhf.reward_endpoints import RewardEndpoint
+
+
+class Server:
+    """Answers each request with the next of `replies`, the last for ever: a status, a body, or seconds."""
+
+    def __init__(self, *replies):
+        self.requests, self.replies = [], list(replies)
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                owner.requests.append(body)
+                reply = owner.replies.pop(0) if len(owner.replies) > 1 else owner.replies[0]
+                if isinstance(reply, float):
+                    time.sleep(reply)
+                if isinstance(reply, int):
+                    self.send_error(reply)
+                    return
+                if callable(reply):
+                    reply = json.dumps({"scores": reply(body)})
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(str(reply).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/score"
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(reward_endpoints, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def lengths(body):
+    return [len(answer) for answer in body["answers"]]
+
+
+def endpoint(url, *, batch_size=8, seconds=5.0, retries=2):
+    return RewardEndpoint("endpoint", url, batch_size=batch_size, seconds=seconds, retries=retries)
+
+
+ANSWERED = Answered(["p", "q", "r"], ["a", "bb", "ccc"], {"solution": [1, None, "é"]})
+
+
+def test_prompts_answers_and_columns_are_posted_in_batches():
+    with Server(lengths) as server:
+        assert endpoint(server.url, batch_size=2).score(ANSWERED) == [1.0, 2.0, 3.0]
+    first, second = server.requests
+    assert first == {"prompts": ["p", "q"], "answers": ["a", "bb"], "columns": {"solution": [1, None]}}
+    assert second == {"prompts": ["r"], "answers": ["ccc"], "columns": {"solution": ["é"]}}
+
+
+@pytest.mark.parametrize("failure", [500, 503, 429])
+def test_what_may_pass_is_tried_again_and_said(failure, capsys):
+    with Server(failure, failure, lengths) as server:
+        assert endpoint(server.url).score(ANSWERED) == [1.0, 2.0, 3.0]
+    assert len(server.requests) == 3
+    assert f"HTTP {failure}" in capsys.readouterr().out
+
+
+def test_a_slow_answer_is_asked_for_again():
+    with Server(0.5, lengths) as server:
+        assert endpoint(server.url, seconds=0.2).score(ANSWERED) == [1.0, 2.0, 3.0]
+
+
+def test_an_endpoint_that_is_gone_ends_the_run_with_url_and_cause():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/score"
+    with pytest.raises(UserError, match=rf"--reward_endpoint {url}: .*refused.*3 times in a row"):
+        endpoint(url).score(ANSWERED)
+
+
+def test_retries_double_their_pause(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(reward_endpoints.time, "sleep", pauses.append)
+    with Server(503) as server, pytest.raises(UserError, match=r"HTTP 503.*4 times in a row"):
+        endpoint(server.url, retries=3).score(ANSWERED)
+    assert pauses == [0.01, 0.02, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (404, "HTTP 404"),
+        ("no JSON", "a reply without .*no JSON"),
+        ('{"score": [1]}', "a reply without"),
+        ("[1, 2, 3]", "a reply without"),
+        ('{"scores": [1, 2]}', "no list of 3 numbers"),
+        ('{"scores": 1}', "no list of 3 numbers"),
+    ],
+)
+def test_a_reply_that_is_none_ends_the_run_at_once(reply, message):
+    with Server(reply) as server, pytest.raises(UserError, match=message):
+        endpoint(server.url).score(ANSWERED)
+    assert len(server.requests) == 1
+
+
+def test_a_score_that_is_no_number_is_one_answers_problem():
+    with Server('{"scores": [1, null, NaN]}') as server:
+        first, *others = endpoint(server.url).score(ANSWERED)
+    assert first == 1.0
+    assert [type(other) for other in others] == [Problem, Problem]
+    assert [other.kind for other in others] == ["no finite number"] * 2
