@@ -103,6 +103,11 @@ def check_answer(prompt: str, answer: str) -> list[str]:
     return [fault for fault in FAULTS if wrong[fault]]
 
 
+def few_faults(prompts: list[str], answers: list[str]) -> list[float]:
+    """A reward function (docs/rewards.md): 1 without fault, less a quarter for each kind of fault."""
+    return [1 - len(check_answer(*pair)) / len(FAULTS) for pair in zip(prompts, answers, strict=True)]
+
+
 def make_prompts(rng: random.Random) -> list[str]:
     """Every prompt there is, shuffled."""
     prompts = [

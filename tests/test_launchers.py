@@ -17,6 +17,10 @@ printf '%s\\0' "$@" >"$STUB_LOG"
 """
 
 
+HUB_MODEL = "run_gsm8k_demo.sh"
+"""Starts from a model of the hub, and from no step of ours."""
+
+
 def is_dpo(path: Path) -> bool:
     return path.name.startswith("run_dpo_")
 
@@ -78,11 +82,25 @@ def test_a_launcher_is_strict_and_says_how_to_run_it(path):
     assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", [p for p in LAUNCHERS if p.name.endswith("demo.sh")][1:], ids=name)
+LATER_DEMOS = [p for p in LAUNCHERS if p.name.endswith("demo.sh") and p.name != HUB_MODEL][1:]
+
+
+@pytest.mark.parametrize("path", LATER_DEMOS, ids=name)
 def test_a_demo_step_without_its_predecessor_says_what_to_run_first(path, tmp_path):
     result = run(path, tmp_path)
     assert result.returncode == 2
     assert "run bash step1_sft/run_demo.sh first" in result.stderr
+
+
+def test_the_gsm8k_recipe_takes_its_rule_from_beside_it_and_the_data_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", "my gsm8k.jsonl")
+    assert run(ROOT / "step3_ppo" / HUB_MODEL, tmp_path).returncode == 0
+    argv = started(tmp_path)
+    arguments = parse_arguments("rlhf", argv[argv.index(str(ROOT / "step3_ppo" / "main.py")) + 1 :])
+    assert arguments.data.data_path == ["my gsm8k.jsonl"]
+    assert arguments.reward_path is None
+    file, _, function = arguments.rewards.reward_function[0].rpartition(":")
+    assert f"def {function}(" in Path(file).read_text()
 
 
 def test_dpo_starts_from_what_step_1_writes_on_the_pairs_of_step_2(tmp_path):
@@ -101,7 +119,8 @@ def test_dpo_starts_from_what_step_1_writes_on_the_pairs_of_step_2(tmp_path):
 
 def test_the_steps_of_a_recipe_fit_together(tmp_path):
     """What one step writes the next one reads, and the data are shared alike."""
-    recipes = {path.name for path in LAUNCHERS if path.parent.name == "step3_ppo"} - {"run_demo.sh"}
+    recipes = {path.name for path in LAUNCHERS if path.parent.name == "step3_ppo"}
+    recipes -= {"run_demo.sh", HUB_MODEL}
     for recipe in recipes:
         shared = set()
         for step in ("step1_sft", "step2_reward", "step3_ppo"):

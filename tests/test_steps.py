@@ -339,8 +339,51 @@ BAD_INPUT = {
         ["--guard_reward_model_name_or_path={folder}/base"],
         ["--guard_reward_model_name_or_path", "score.weight", "step 2"],
     ),
+    "no reward function": (
+        PPO,
+        ["--reward_function={bad}/rules.py:score"],
+        ["--reward_function", "no function 'score' (found: scores)"],
+    ),
     "no statistics": (PPO, ["--normalize_scores"], ["--normalize_scores", "manifest.json"]),
 }
+
+
+def test_a_function_scores_in_place_of_a_reward_model_and_the_critic_starts_from_the_actor(folder):
+    """One bad answer a batch raises: it is named, counted, and ends nothing."""
+    rule = folder / "rule.py"
+    rule.write_text(
+        "def start(prompts, answers, chosen):\n"
+        "    if any('nine' in right for right in chosen):\n"
+        "        raise ValueError('nine is too much')\n"
+        "    return [float(answer[:1] == right[:1]) for answer, right in zip(answers, chosen)]\n"
+    )
+    models = [f"--actor_model_name_or_path={folder / 'base'}", f"--reward_function={rule}:start"]
+    small = ["--max_answer_seq_len=8", "--num_warmup_steps=0", "--data_split=0,0,1", *ppo_batch(8)]
+    told = python(PPO, *flags(folder, "ppo_rule", *models, *small), cwd=folder).stdout
+    assert "loading the reward model" not in told
+    assert told.count("reward start: ValueError: nine is too much (rule.py:3); answer") == 1
+    steps = lines(folder / "ppo_rule")
+    for line in steps:
+        assert line["score"] == pytest.approx(line["score_start"])
+        assert math.isfinite(line["value_loss"])
+    assert 0 < sum(line["reward_errors_start"] for line in steps) < 8 * len(steps) / 2  # a quarter has it
+    AutoModelForSequenceClassification.from_pretrained(folder / "ppo_rule" / "critic")
+    AutoModelForCausalLM.from_pretrained(folder / "ppo_rule" / "actor")
+
+
+def test_an_endpoint_that_is_not_there_ends_the_run_with_one_message(folder):
+    models = [f"--actor_model_name_or_path={folder / 'base'}", "--reward_endpoint=http://127.0.0.1:9/score"]
+    rest = ["--max_answer_seq_len=4", "--data_split=0,0,1", "--reward_endpoint_retries=1", *ppo_batch(4)]
+    no_critic = ["--advantage_estimator=rloo", "--num_samples_per_prompt=2"]
+    argv = flags(folder, "unserved", *models, *rest, *no_critic)
+    result = python(PPO, *argv, cwd=folder, check=False, env={"no_proxy": "127.0.0.1"})
+    assert result.returncode == 2
+    assert "as large as the actor" in result.stdout
+    assert "attempt 2 of 2 in 1 s" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "error: --reward_endpoint http://127.0.0.1:9/score: " in result.stderr
+    assert "refused, 2 times in a row" in result.stderr
+    assert not (folder / "unserved" / "summary.json").exists()
 
 
 def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
@@ -380,6 +423,7 @@ def bad(folder) -> Path:
     (bad / "malformed.jsonl").write_text(good + '{"prompt": "d",\n')
     (bad / "no_answer.jsonl").write_text(good + '{"prompt": "d", "chosen": "", "rejected": "c"}\n')
     (bad / "file").write_text("")
+    (bad / "rules.py").write_text("def scores(prompts, answers):\n    return [1.0] * len(answers)\n")
     (bad / "empty_model").mkdir()
     (bad / "empty_model" / "config.json").write_text((folder / "base" / "config.json").read_text())
     other = AutoTokenizer.from_pretrained(folder / "base")

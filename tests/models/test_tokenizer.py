@@ -114,6 +114,17 @@ def test_a_reward_model_of_another_tokenizer_reads_text_and_the_critic_starts_fr
     assert "the critic starts from the actor" in told
 
 
+def test_without_a_critic_to_start_from_it_starts_from_the_actor(tmp_path):
+    actor = saved(tmp_path / "actor", tiny_tokenizer())
+    argv = [f"--actor_model_name_or_path={actor}", "--reward_function=rules.py:f"]
+    loaded = load_rlhf_tokenizers(parse_arguments("rlhf", argv))
+    assert (loaded.reader, loaded.fresh_critic) == (None, True)
+    other = saved(tmp_path / "reward", tiny_tokenizer(["abbb"]))
+    loaded = load_rlhf_tokenizers(parse_arguments("rlhf", [*argv, f"--reward_model_name_or_path={other}"]))
+    assert loaded.reader.get_vocab() != loaded.actor.get_vocab()
+    assert loaded.fresh_critic
+
+
 def with_added_token(tokenizer):
     tokenizer.add_tokens(["<|new|>"])
     return tokenizer

@@ -4,7 +4,14 @@ import random
 import pytest
 
 from scripts import demo_task
-from scripts.demo_task import INJECTED_FAULTS, ITEMS, check_answer, make_answer, read_prompt
+from scripts.demo_task import (
+    INJECTED_FAULTS,
+    ITEMS,
+    check_answer,
+    few_faults,
+    make_answer,
+    read_prompt,
+)
 
 PROMPT = "\n\nHuman: Help Anna think of three fruits.\n\nAssistant:"
 
@@ -112,3 +119,10 @@ def test_the_base_model_reads_most_words_as_one_token_and_has_an_end_and_a_paddi
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "</s>")
     assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 1)
     assert 0.8e6 < model.num_parameters() < 1.2e6
+
+
+def test_as_a_reward_every_kind_of_fault_costs_a_quarter():
+    answers = [" cat, dog and fox.", " cat, dog and fox", " cat and dog"]
+    faults = [check_answer("Name three animals.", answer) for answer in answers]
+    assert list(map(len, faults)) == [0, 1, 2]
+    assert few_faults(["Name three animals."] * 3, answers) == [1, 0.75, 0.5]
