@@ -91,6 +91,9 @@ def setup(local_rank: int = -1) -> torch.device:
         )
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt > 0:
+        _join_again(attempt)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
@@ -115,6 +118,22 @@ def leave() -> None:
     peers.unwatch()
     deepspeed.comm.destroy_process_group()
     gc.collect()  # what else refers to the group, in cycles, keeps its threads alive
+
+
+def _join_again(attempt: int) -> None:
+    """Join the group of a run that torchrun has started again, which DeepSpeed then takes over.
+
+    torchrun keeps the store of the first attempt, and gloo would connect to the addresses of its dead ranks.
+    """
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=TIMEOUT)
+    dist.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=TIMEOUT,
+    )
 
 
 def _free_port() -> int:
