@@ -258,9 +258,7 @@ class RunArguments:
         "Run Python code that comes with a model or tokenizer; read it first. Without the flag none runs.",
         at_resume="free",
     )
-    save_interval: int = flag(
-        0, "Optimiser steps (step 3: PPO steps) between checkpoints; 0 makes none.", at_resume="free"
-    )
+    save_interval: int = flag(0, "Optimiser steps between checkpoints; 0 makes none.", at_resume="free")
     save_minutes: float = flag(0.0, "Minutes between checkpoints; 0 makes none.", at_resume="free")
     save_total_limit: int = flag(
         2,
@@ -593,12 +591,15 @@ class GuardArguments:
         10,
         "PPO steps between evaluations on held-out prompts; there is one before the first step and one after "
         "the last too. 0: none at all.",
+        at_resume="free",
     )
     num_eval_prompts: int | None = flag(
         None, "Held-out prompts of an evaluation; default: as many as a PPO step samples answers."
     )
     export_actor: Literal["best", "last"] = flag(
-        "best", "Which actor the folder actor/ gets: of the best evaluation, or of the last PPO step."
+        "best",
+        "Which actor the folder actor/ gets: of the best evaluation, or of the last PPO step.",
+        at_resume="free",
     )
     guard_reward_model_name_or_path: str | None = flag(
         None,
@@ -609,20 +610,28 @@ class GuardArguments:
         None,
         "The guard warns where KL in nats an answer is above this; default: three times --kl_target, or "
         "without one half a nat a token of the first answers, at least 5. inf: never.",
+        at_resume="free",
     )
     min_entropy_ratio: float = flag(
-        0.1, "The guard warns where the policy's entropy is below this share of its first one; 0: never."
+        0.1,
+        "The guard warns where the policy's entropy is below this share of its first one; 0: never.",
+        at_resume="free",
     )
     max_length_ratio: float = flag(
-        2.0, "The guard warns where answers are more than this many times as long as the first; inf: never."
+        2.0,
+        "The guard warns where answers are more than this many times as long as the first; inf: never.",
+        at_resume="free",
     )
     min_eos_ratio: float = flag(
         0.5,
         "The guard warns where the share of answers with an end token is below this share of the first one; "
         "0: never.",
+        at_resume="free",
     )
     patience: int = flag(
-        5, "PPO steps in a row with the same warning after which the guard ends the run; 0: it only warns."
+        5,
+        "PPO steps in a row with the same warning after which the guard ends the run; 0: it only warns.",
+        at_resume="free",
     )
 
     def __post_init__(self) -> None:
@@ -693,18 +702,22 @@ class RewardSourceArguments:
         "NAME=NUMBER, ... by which scores are multiplied before they are added: model, a function's name, "
         "endpoint (the second is endpoint_2); default: 1.",
     )
-    reward_batch_size: int = flag(64, "Answers that a function or an endpoint is given at once.")
+    reward_batch_size: int = flag(
+        64, "Answers that a function or an endpoint is given at once.", at_resume="free"
+    )
     reward_timeout: float = flag(
-        30.0, "Seconds that a function may take for them; what has not returned is ended."
+        30.0, "Seconds that a function may take for them; what has not returned is ended.", at_resume="free"
     )
     reward_on_error: float = flag(
         0.0, "Score of an answer for which a function raises, hangs, dies or returns no finite number."
     )
     reward_endpoint_timeout: float = flag(
-        60.0, "Seconds without a byte from an endpoint before it is asked again."
+        60.0, "Seconds without a byte from an endpoint before it is asked again.", at_resume="free"
     )
     reward_endpoint_retries: int = flag(
-        5, "How often an endpoint is asked again, after 1 s, 2 s, 4 s, ..., before the run ends."
+        5,
+        "How often an endpoint is asked again, after 1 s, 2 s, 4 s, ..., before the run ends.",
+        at_resume="free",
     )
 
     @property

@@ -188,6 +188,8 @@ FREE = {
         "actor_gradient_checkpointing",
         "critic_gradient_checkpointing",
     ),
+    *("export_actor", "max_kl", "min_entropy_ratio", "max_length_ratio", "min_eos_ratio", "patience"),
+    *("reward_batch_size", "reward_timeout", "reward_endpoint_timeout", "reward_endpoint_retries"),
 }
 DIVIDED = {
     *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_training_batch_size"),
