@@ -129,8 +129,9 @@ class Benchmark:
             self.program("scripts/demo_task.py", demo / "log", [str(demo)], python=sys.executable)
         if set(self._args.parts) != {"c"}:
             self.parallel(self._prepare_sft, self._args.seeds)
-            weak = (False, True) if "e" in self._args.parts else (False,)
-            self.parallel(self._prepare_reward, [(seed, w) for w in weak for seed in self._args.seeds])
+            self.parallel(lambda seed: self._prepare_reward(seed, weak=False), self._args.seeds)
+        if "e" in self._args.parts:
+            self.parallel(lambda seed: self._prepare_reward(seed, weak=True), self._args.seeds)
         if "c" in self._args.parts and self._args.hh_data:
             from learning_preferences import prepare
 
@@ -148,8 +149,7 @@ class Benchmark:
         flags = ["--model_name_or_path", base, *self._common(seed), *demo_flags("sft"), *self._short("sft")]
         self.step("step1_sft/main.py", self.home(seed) / "sft", flags)
 
-    def _prepare_reward(self, job: tuple[int, bool]) -> None:
-        seed, weak = job
+    def _prepare_reward(self, seed: int, *, weak: bool) -> None:
         sft = str(self.home(seed) / "sft")
         flags = ["--model_name_or_path", sft, *self._common(seed), *demo_flags("reward")]
         flags += self._short("reward")

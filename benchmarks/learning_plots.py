@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -14,7 +15,10 @@ from learning_report import PARTS, grouped, smoothed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = plt.get_cmap("tab10").colors
+COLOURS = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+KL_TICKS = (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50)
+FAR_KL = 4
+"""Beyond this KL the axis is that of its square root, so that the beginnings of runs can be told apart."""
 AXES = {"success": "checked success, %", "score": "reward model's score"}
 IN_TRAINING = {"success": "checked_success", "score": "score"}
 
@@ -41,7 +45,7 @@ def plot_against_kl(rows: list[dict[str, Any]], starts: list[dict[str, Any]], *,
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     for axes, name in zip(panels, AXES, strict=True):
         scale = 100 if name == "success" else 1
-        for colour, (label, runs) in zip(COLOURS * 3, grouped(rows).items(), strict=False):
+        for colour, (label, runs) in zip(COLOURS, grouped(rows).items(), strict=False):
             for number, run in enumerate(runs):
                 points = smoothed(run["curve"])
                 kls, values = [p["kl"] for p in points], [scale * p[IN_TRAINING[name]] for p in points]
@@ -57,8 +61,10 @@ def plot_against_kl(rows: list[dict[str, Any]], starts: list[dict[str, Any]], *,
         level = [start["weak_score" if weak and name == "score" else name] for start in starts]
         axes.axhline(scale * sum(level) / len(level), color="grey", linestyle=":", label="SFT")
         _name_axes(axes, "KL to the SFT model, nats an answer", AXES[name])
-        if max(run["kl"] for run in rows) > 4:
-            axes.set_xscale("symlog", linthresh=1)
+        if max(run["kl"] for run in rows) > FAR_KL:
+            axes.set_xscale("function", functions=(_signed_root, lambda x: x * np.abs(x)))
+            axes.set_xticks([tick for tick in KL_TICKS if tick <= max(run["kl"] for run in rows)])
+        axes.set_xlim(left=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
@@ -82,7 +88,7 @@ def plot_choices(rows: list[dict[str, Any]], starts: list[dict[str, Any]]) -> pl
         )
     panels[0].axvline(100 * sum(s["success"] for s in starts) / len(starts), color="grey", linestyle=":")
     panels[0].set_yticks(range(len(groups)), list(groups))
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(groups) - 0.5, -0.5)
     return figure
 
 
@@ -112,6 +118,10 @@ def plot_preferences(found: list[dict[str, Any]]) -> plt.Figure:
     left.legend()
     right.legend()
     return figure
+
+
+def _signed_root(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
 
 
 def _name_axes(axes: Axes, x: str, y: str) -> None:

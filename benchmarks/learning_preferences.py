@@ -93,7 +93,8 @@ def longer_is_better(lengths: list[tuple[int, int]]) -> dict[str, float]:
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
-    """Step, KL, score and, where a run was watched, checked success of every PPO step."""
+    """Step, KL, score and, where a run was watched, checked success of every PPO step; the evaluation
+    before the first, step 0, is none."""
     names = ("step", "kl", "score", "checked_success")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in names if name in row} for row in rows]
+    return [{name: row[name] for name in names if name in row} for row in rows if "kl" in row]

@@ -18,6 +18,8 @@ SETTINGS = Path(__file__).resolve().parents[1] / "scripts" / "demo_settings.sh"
 GUARD_ON: tuple[str, ...] = ()
 GUARD_OFF: tuple[str, ...] = ()
 KL_TARGET_ON = ("--kl_target", "1", "--kl_horizon", "1000")
+LOOSE_KL = ("--kl_coef", "0.05")
+"""What the quickstart had before: too little to hold PPO back from a weak reward model."""
 WEAK_SHARE = 10
 """The weak reward model learns from one in so many pairs."""
 
@@ -52,11 +54,15 @@ def _trl(method: str, rate: str, kl: str, epochs: str = "2") -> Recipe:
     )  # fmt: skip
 
 
-# TRL learns from raw scores, whose spread is about six times ours: its KL coefficient of 0.3 is our 0.05.
+# Learning rate, KL coefficient, epochs. TRL learns from raw scores, whose spread is about six times that of
+# the quickstart's normalised ones: its KL coefficient of 1.2 is our 0.2. Its own default is 0.05, 4 epochs.
 TRL_SETTINGS = {
-    "ppo": (("1e-4", "0.05", "2"), ("1e-4", "0.3", "2"), ("3e-4", "0.3", "2"), ("5e-5", "0.3", "4")),
-    "rloo": (("1e-4", "0.05", "2"), ("1e-4", "0.3", "2"), ("3e-4", "0.3", "2")),
-}
+    "ppo": (
+        ("1e-4", "0.05", "2"), ("1e-4", "0.3", "2"), ("1e-4", "1.2", "2"), ("1e-4", "0.3", "4"),
+        ("3e-4", "0.3", "2"),
+    ),
+    "rloo": (("1e-4", "0.05", "2"), ("1e-4", "0.3", "2"), ("1e-4", "1.2", "2"), ("3e-4", "0.3", "2")),
+}  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
     "ppo": Recipe("ppo"),
@@ -82,6 +88,8 @@ RECIPES: dict[str, Recipe] = {
     "weak_target": Recipe("ppo", (*GUARD_OFF, *KL_TARGET_ON), weak_reward=True),
     "weak_guard": Recipe("ppo", GUARD_ON, weak_reward=True),
     "weak_guard_target": Recipe("ppo", (*GUARD_ON, *KL_TARGET_ON), weak_reward=True),
+    "weak_loose": Recipe("ppo", (*GUARD_OFF, *LOOSE_KL), weak_reward=True),
+    "weak_loose_guard": Recipe("ppo", (*GUARD_ON, *LOOSE_KL), weak_reward=True),
 }
 
 ROWS: tuple[Row, ...] = (
@@ -106,6 +114,8 @@ ROWS: tuple[Row, ...] = (
     Row("e", "guard off, KL target on", "weak_target"),
     Row("e", "guard on, KL target off", "weak_guard"),
     Row("e", "guard on, KL target on", "weak_guard_target"),
+    Row("e", "KL coefficient 0.05, guard off", "weak_loose"),
+    Row("e", "KL coefficient 0.05, guard on", "weak_loose_guard"),
 )
 
 

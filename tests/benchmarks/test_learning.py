@@ -85,14 +85,14 @@ def test_every_row_names_a_recipe_and_shared_ones_run_once():
     rows = [*recipes.ROWS, *recipes.trl_rows("ppo"), *recipes.trl_rows("rloo")]
     assert all(row.recipe in recipes.RECIPES for row in rows)
     assert recipes.recipes_of(["a", "b"]).count("ppo") == 1
-    assert recipes.recipes_of(["e"]) == ["weak", "weak_target", "weak_guard", "weak_guard_target"]
+    assert recipes.recipes_of(["e"])[:4] == ["weak", "weak_target", "weak_guard", "weak_guard_target"]
 
 
 def test_part_e_compares_guard_and_kl_target_on_and_off():
     if recipes.GUARD_ON == recipes.GUARD_OFF:
         pytest.skip("the flags of the guard are not filled in")
     flags = [recipes.RECIPES[name].flags for name in recipes.recipes_of(["e"])]
-    assert len(set(flags)) == 4
+    assert len(set(flags)) == 6
 
 
 def test_spread_is_the_sample_standard_deviation():
