@@ -37,6 +37,6 @@ demo_ppo=(
     --actor_learning_rate 1e-4
     --critic_learning_rate 3e-4
     --num_warmup_steps 5
-    --kl_coef 0.05
+    --kl_coef 0.2
     --normalize_scores
 )
