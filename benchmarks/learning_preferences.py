@@ -19,12 +19,12 @@ TRAIN = (
     *DATA, "--max_seq_len", str(MAX_TOKENS), "--per_device_train_batch_size", "16",
     "--per_device_eval_batch_size", "32", "--num_warmup_steps", "10",
 )  # fmt: skip
-SFT = (*TRAIN, "--num_train_epochs", "3", "--learning_rate", "1e-3")
+SFT = (*TRAIN, "--num_train_epochs", "2", "--learning_rate", "1e-3")
 REWARD = (*TRAIN, "--num_train_epochs", "2", "--learning_rate", "3e-4")
 PPO = (
     *DATA, "--max_prompt_seq_len", "128", "--max_answer_seq_len", "32", "--normalize_scores",
     "--per_device_generation_batch_size", "64", "--per_device_training_batch_size", "32", "--ppo_epochs", "2",
-    "--num_train_epochs", "4", "--actor_learning_rate", "1e-4", "--critic_learning_rate", "3e-4",
+    "--num_train_epochs", "2", "--actor_learning_rate", "1e-4", "--critic_learning_rate", "3e-4",
     "--num_warmup_steps", "5", "--kl_coef", "0.05",
 )  # fmt: skip
 
