@@ -15,8 +15,8 @@ from typing import Literal
 SETTINGS = Path(__file__).resolve().parents[1] / "scripts" / "demo_settings.sh"
 
 # The guard of step 3, on and off in part e; everywhere else it is as the quickstart has it.
-GUARD_ON: tuple[str, ...] = ()
-GUARD_OFF: tuple[str, ...] = ()
+GUARD_ON = ("--eval_interval", "10", "--patience", "5", "--export_actor", "best", "--max_kl", "2")
+GUARD_OFF = ("--eval_interval", "0", "--patience", "0", "--export_actor", "last")
 KL_TARGET_ON = ("--kl_target", "1", "--kl_horizon", "1000")
 LOOSE_KL = ("--kl_coef", "0.05")
 """What the quickstart had before: too little to hold PPO back from a weak reward model."""
