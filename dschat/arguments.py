@@ -426,7 +426,7 @@ class PpoArguments:
     kl_target: float | None = flag(
         None, "KL in nats an answer towards which --kl_coef is steered after each PPO step; default: held."
     )
-    kl_horizon: int = flag(10_000, "Answers over which that steering works: more steer more slowly.")
+    kl_horizon: int = flag(1000, "Answers over which that steering works: more steer more slowly.")
     kl_estimator: Literal["k1", "k2", "k3"] | None = flag(
         None,
         "Estimate of the KL that is penalised: log-ratio, half its square, or exp(-k1) - 1 + k1; default: k1 "
@@ -609,7 +609,7 @@ class GuardArguments:
     max_kl: float | None = flag(
         None,
         "The guard warns where KL in nats an answer is above this; default: three times --kl_target, or "
-        "without one half a nat a token of the first answers, at least 5. inf: never.",
+        "without one a quarter nat a token of the first answers, at least 2. inf: never.",
         at_resume="free",
     )
     min_entropy_ratio: float = flag(

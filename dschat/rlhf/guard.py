@@ -12,7 +12,7 @@ from dschat.arguments import GuardArguments
 
 Figures = dict[str, float]
 
-KL_PER_TOKEN, LEAST_MAX_KL = 0.5, 5.0
+KL_PER_TOKEN, LEAST_MAX_KL = 0.25, 2.0
 """Without --max_kl and --kl_target the limit is so many nats a token of the first answers, and at least so
 many an answer. It is wide: it ends a run that has run away, it does not find the best actor of one that has
 not. Which KL is too much depends on the task and on the reward model."""

@@ -15,7 +15,7 @@ class KlController:
 
     coef: float
     target: float | None = None
-    horizon: int = 10_000
+    horizon: int = 1000
 
     def update(self, kl: float, num_samples: int) -> None:
         """Take in the KL (nats an answer, the mean of k1's sum) of a rollout batch of `num_samples` answers.

@@ -20,7 +20,7 @@ def guard_after(*changes: dict, patience: int = 3, kl_target: float | None = Non
 @pytest.mark.parametrize(
     ("name", "bad", "edge", "remedy"),
     [
-        ("kl", {"kl": 5.01}, {"kl": 5.0}, "--kl_target"),  # 10 tokens x 0.5
+        ("kl", {"kl": 2.51}, {"kl": 2.5}, "--kl_target"),  # 10 tokens x 0.25
         ("entropy", {"entropy": 0.19}, {"entropy": 0.2}, "--entropy_coef"),
         ("length", {"answer_length": 20.1}, {"answer_length": 20.0}, "--max_length_ratio"),
         ("end token", {"eos_share": 0.44}, {"eos_share": 0.45}, "--missing_eos_penalty"),
@@ -43,7 +43,7 @@ def test_it_warns_at_first_sight_and_stops_after_patience(name, bad, edge, remed
 
 def test_the_numbers_seen_are_said():
     _, said = guard_after({"answer_length": 25.0, "kl": 12.5})
-    assert "KL to the reference is 12.5 nats an answer, above --max_kl 5" in said[1][0]
+    assert "KL to the reference is 12.5 nats an answer, above --max_kl 2.5" in said[1][0]
     assert "answers have grown to 25 tokens from 10" in said[1][1]
 
 
@@ -80,7 +80,7 @@ def test_without_patience_it_warns_only():
 @pytest.mark.parametrize(
     ("flags", "limit"),
     [
-        ({}, 5.0),
+        ({}, 2.5),
         ({"max_kl": 1.5}, 1.5),
         ({"kl_target": 2.0}, 6.0),
         ({"kl_target": 2.0, "max_kl": 1.5}, 1.5),
@@ -96,7 +96,7 @@ def test_the_limit_of_kl_grows_with_the_first_answers_only():
     guard = Guard(GuardArguments())
     guard.observe(1, HEALTHY | {"answer_length": 100.0})
     guard.observe(2, HEALTHY | {"answer_length": 400.0})
-    assert guard.max_kl == 50.0
+    assert guard.max_kl == 25.0
 
 
 @pytest.mark.parametrize(
