@@ -20,6 +20,9 @@ from dschat.errors import UserError
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
+ROLLOUT_TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
+"""Mean difference of log-probabilities, generating against training, in nats a token at temperature 1."""
+
 
 def flag(
     default: Any = dataclasses.MISSING,
@@ -399,6 +402,17 @@ class RolloutArguments:
         "ZeRO-3: gather the weights once a rollout phase, or a layer at a time; auto looks at free memory.",
         at_resume="free",
     )
+    rollout_tolerance: float | None = flag(
+        None,
+        "Before training, sampled tokens are scored again by the training model: the mean difference of "
+        "log-probabilities that passes; 0: no check; default: 1e-4 in fp32, 0.05 in bf16, 0.01 in fp16.",
+        at_resume="free",
+    )
+    rollout_on_mismatch: Literal["stop", "uncached", "warn"] = flag(
+        "stop",
+        "Beyond that tolerance: end the run, generate without a KV cache (slow), or go on.",
+        at_resume="free",
+    )
     print_answers: bool = flag(False, "Print some prompts and answers.", at_resume="free")
     print_answers_interval: int = flag(1, "PPO steps between printed answers.", at_resume="free")
 
@@ -409,6 +423,10 @@ class RolloutArguments:
         require_at_least(0, self, "top_k")
         require(self.temperature > 0, f"--temperature must be positive, got {self.temperature}; 1 is usual.")
         require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}; 1 is off.")
+        require(
+            self.rollout_tolerance is None or self.rollout_tolerance >= 0,
+            f"--rollout_tolerance must be at least 0, got {self.rollout_tolerance}; 0 is no check.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,6 +462,12 @@ class PpoArguments:
     dual_clip: float | None = flag(
         None, "The loss of a token of negative advantage A is at most -c A; c > 1, 3 is usual; default: off."
     )
+    rollout_correction: Literal["none", "tis"] = flag(
+        "none",
+        "Weigh each token's policy loss by how much likelier the training model finds it than the forward "
+        "pass that sampled it did, at most --tis_cap times (truncated importance sampling).",
+    )
+    tis_cap: float = flag(2.0, "Largest weight of --rollout_correction tis.")
     entropy_coef: float = flag(0.0, "Weight of the policy's entropy per token, which the loss rewards.")
     critic_warmup_steps: int = flag(
         0, "PPO steps at the beginning in which the critic learns alone; the actor's schedule starts after."
@@ -534,6 +558,7 @@ class PpoArguments:
             self.dual_clip is None or self.dual_clip > 1,
             f"--dual_clip must be above 1, got {self.dual_clip}; 3 is usual, and without the flag it is off.",
         )
+        require(self.tis_cap > 1, f"--tis_cap must be above 1, got {self.tis_cap}; 2 is usual.")
         require(
             self.has_critic or self.critic_warmup_steps == 0,
             f"--critic_warmup_steps {self.critic_warmup_steps} needs a critic, and --advantage_estimator "
@@ -918,6 +943,21 @@ class RlhfArguments:
     def rollout_size(self) -> int:
         """Answers a rank samples before each training phase."""
         return self.rollout.per_device_generation_batch_size * self.rollout.generation_batches
+
+    @property
+    def rollout_tolerance(self) -> float:
+        """The mean difference in nats that passes the rollout check, 0 without one.
+
+        The defaults are a few times what rounding makes of deep models. A temperature below 1 enlarges it.
+        """
+        if self.rollout.rollout_tolerance is not None:
+            return self.rollout.rollout_tolerance
+        return ROLLOUT_TOLERANCES[self.run.dtype] / min(1, self.rollout.temperature)
+
+    @property
+    def records_rollout_logprobs(self) -> bool:
+        """Whether anything needs the log-probabilities with which tokens were sampled."""
+        return self.rollout_tolerance > 0 or self.ppo.rollout_correction != "none"
 
     @property
     def reward_path(self) -> str | None:

@@ -282,6 +282,18 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
+def truncated_importance_weights(
+    logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> Tensor:
+    """min(pi / pi_sampled, cap) per token, 1 where the mask is 0, without gradient. All [B, T].
+
+    For tokens that another engine sampled than the one that trains: Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training", with `logprobs` those of the trained policy before
+    its update. The truncation bounds the variance as in IMPALA, https://arxiv.org/abs/1802.01561 section 4.1.
+    """
+    return policy_ratio(logprobs, sampled_logprobs, mask).clamp(max=cap).detach()
+
+
 def clipped_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -291,6 +303,7 @@ def clipped_policy_loss(
     ratio_clip: float,
     ratio_clip_high: float | None = None,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """PPO's pessimistic policy loss, https://arxiv.org/abs/1707.06347 Eq. 7. All [B, T] -> scalar.
@@ -298,6 +311,7 @@ def clipped_policy_loss(
     The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip_high], by default the same on both sides; another
     upper clip is DAPO's Clip-Higher, https://arxiv.org/abs/2503.14476. `dual_clip` c > 1 bounds the loss of a
     token of negative advantage by -c A, which has no bound otherwise: https://arxiv.org/abs/1912.09729.
+    `weights` multiply the tokens' losses last.
     """
     ratio = policy_ratio(logprobs, old_logprobs, mask)
     high = ratio_clip if ratio_clip_high is None else ratio_clip_high
@@ -305,6 +319,8 @@ def clipped_policy_loss(
     loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if weights is not None:
+        loss = weights * loss
     return masked_mean(loss, mask, denominator=denominator)
 
 

@@ -107,6 +107,23 @@ def test_what_lacks_a_reward_model_is_told(argv, parts):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "tolerance"),
+    [("", 0.05), ("--dtype fp32", 1e-4), ("--dtype fp16", 0.01), ("--rollout_tolerance 0.3", 0.3),
+     ("--temperature 0.5", 0.1), ("--temperature 2", 0.05), ("--rollout_tolerance 0", 0)],
+)  # fmt: skip
+def test_the_rollout_tolerance_fits_precision_and_temperature(argv, tolerance):
+    assert rlhf(*argv.split()).rollout_tolerance == pytest.approx(tolerance)
+
+
+@pytest.mark.parametrize(
+    ("argv", "records"),
+    [("", True), ("--rollout_tolerance 0", False), ("--rollout_tolerance 0 --rollout_correction tis", True)],
+)
+def test_log_probabilities_are_recorded_for_the_check_and_the_correction(argv, records):
+    assert rlhf(*argv.split()).records_rollout_logprobs == records
+
+
 def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
     rlhf("--kl_in", "loss", "--kl_estimator", "k1")
     assert "k2 and k3 do" in capsys.readouterr().out
@@ -161,6 +178,10 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--entropy_coef", "-1"], ["--entropy_coef", "at least 0"]),
         (["--critic_warmup_steps", "-1"], ["--critic_warmup_steps", "at least 0"]),
         (["--target_approx_kl", "0"], ["--target_approx_kl", "positive", "0.02"]),
+        (["--rollout_tolerance", "-1"], ["--rollout_tolerance", "at least 0", "0 is no check"]),
+        (["--rollout_on_mismatch", "hope"], ["--rollout_on_mismatch", "hope", "uncached"]),
+        (["--rollout_correction", "is"], ["--rollout_correction", "tis"]),
+        (["--tis_cap", "1"], ["--tis_cap", "above 1", "2 is usual"]),
         (
             ["--normalize_scores", "--score_normalization", "running"],
             ["--normalize_scores", "running contradict"],

@@ -26,6 +26,7 @@ from dschat.losses import (
     text_loss,
     token_entropy,
     token_logprobs,
+    truncated_importance_weights,
 )
 
 
@@ -350,6 +351,32 @@ def test_the_dual_clip_bounds_the_loss_of_a_negative_advantage(ratio, advantage,
     actual.backward()
     assert actual.item() == pytest.approx(loss)
     assert logprobs.grad.item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(1, 1), (0.25, 0.25), (1.5, 1.5), (2.5, 2)])
+def test_importance_weights_are_truncated_above_only(ratio, weight):
+    # the second token is padding; garbage there weighs 1
+    trained, sampled = row(math.log(0.4), 5).requires_grad_(), row(math.log(0.4 / ratio), math.nan)
+    weights = truncated_importance_weights(trained, sampled, row(1, 0), cap=2.0)
+    assert weights.tolist() == [[pytest.approx(weight), 1]]
+    assert not weights.requires_grad
+
+
+def test_weights_multiply_the_loss_and_the_gradient_of_each_token():
+    # ratio 1, advantages 2 and -1, weights 0.5 and 2: -(1) and 2, over two tokens; the third does not count
+    logprobs = row(-1, -2, -3).requires_grad_()
+    rest = (row(-1, -2, -3), row(2, -1, 5), row(1, 1, 0))
+    loss = clipped_policy_loss(logprobs, *rest, ratio_clip=0.2, weights=row(0.5, 2, 7))
+    loss.backward()
+    assert loss.item() == pytest.approx((-1 + 2) / 2)
+    torch.testing.assert_close(logprobs.grad, row(-0.5, 1, 0))
+
+
+def test_the_dual_clip_comes_before_the_weight():
+    # ratio 10, advantage -2: 20, bounded to 3 x 2, times 0.5
+    args = (row(math.log(10)), row(0), row(-2), row(1))
+    loss = clipped_policy_loss(*args, ratio_clip=0.2, dual_clip=3, weights=row(0.5))
+    assert loss.item() == pytest.approx(3)
 
 
 def test_policy_loss_is_divided_by_the_count_it_is_given():

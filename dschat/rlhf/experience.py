@@ -24,8 +24,10 @@ from dschat.losses import (
     kl_shaped_rewards,
     masked_mean,
     masked_whiten,
+    truncated_importance_weights,
 )
 from dschat.rlhf.rollout import RolloutBatch
+from dschat.rlhf.rollout_check import Difference
 
 
 def at_answers(per_position: Tensor, prompt_length: int) -> Tensor:
@@ -138,6 +140,8 @@ class MicroBatch:
     values: Tensor | None
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None = None
+    """Of the tokens' policy losses, with --rollout_correction."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,9 @@ class Experience:
     advantages: Tensor
     """Whitened over the rollout batch, unless told otherwise or made by comparison of answers."""
     returns: Tensor
+    weights: Tensor | None
+    """Of the tokens' policy losses, with --rollout_correction, and where they are truncated."""
+    weight_cap: float
     schedule: Schedule
     shaping: ScoreShaping
     kl_coef: float
@@ -203,6 +210,8 @@ class Experience:
             raw_advantages=advantages,
             advantages=masked_whiten(advantages, mask) if is_whitened else advantages,
             returns=returns,
+            weights=rollout_weights(judgement.logprobs, rollout, args),
+            weight_cap=args.tis_cap,
             schedule=schedule,
             shaping=shaping,
             kl_coef=kl_coef,
@@ -238,7 +247,10 @@ class Experience:
         rollout = self.rollout.rows(rows)
         width = rollout.answer_mask.shape[1]
         judged = self.judgement
-        columns = (judged.logprobs, judged.ref_logprobs, judged.values, self.advantages, self.returns)
+        columns = (
+            *(judged.logprobs, judged.ref_logprobs, judged.values),
+            *(self.advantages, self.returns, self.weights),
+        )
         return MicroBatch(rollout, *(c if c is None else c[rows, :width] for c in columns))
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
@@ -282,8 +294,15 @@ class Experience:
             unexplained = masked_variance(self.returns - judged.values, mask)
             total = masked_variance(self.returns, mask).clamp(min=1e-8)
             values["explained_variance"] = 1 - unexplained / total
+        if self.weights is not None:
+            values["tis_weight_mean"] = masked_mean(self.weights, mask)
+            values["tis_truncated_share"] = masked_mean((self.weights >= self.weight_cap).float(), mask)
         errors = {f"reward_errors_{name}": number for name, number in judged.num_errors.items()}
-        return {name: value.item() for name, value in values.items()} | errors | {"kl_coef": self.kl_coef}
+        numbers = {name: value.item() for name, value in values.items()} | errors | {"kl_coef": self.kl_coef}
+        if self.rollout.logprobs is None:
+            return numbers
+        apart = Difference.between(self.rollout, judged.logprobs)
+        return numbers | {"rollout_logprob_diff": apart.mean, "rollout_logprob_diff_max": apart.largest}
 
 
 def estimate_advantages(
@@ -302,6 +321,14 @@ def estimate_advantages(
         return returns, returns
     of_answers = group_advantages(rewards.sum(dim=1), rollout.prompt_rows, args.advantage_estimator)
     return of_answers.unsqueeze(1) * mask, returns
+
+
+def rollout_weights(logprobs: Tensor, rollout: RolloutBatch, args: PpoArguments) -> Tensor | None:
+    """What each token's policy loss is multiplied by, with --rollout_correction. [B, T] -> [B, T]."""
+    if args.rollout_correction == "none":
+        return None
+    assert rollout.logprobs is not None, "the rollout recorded no log-probabilities"
+    return truncated_importance_weights(logprobs, rollout.logprobs, rollout.answer_mask, cap=args.tis_cap)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:

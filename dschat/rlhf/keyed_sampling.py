@@ -16,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dschat.losses import token_logprobs
+
 MASK32 = 0xFFFFFFFF
 
 
@@ -99,13 +101,51 @@ class KeyedGumbelNoise(LogitsProcessor):
         return scores + gumbel_noise(self._keys, position, scores.shape[1])
 
 
+class LogprobRecorder(LogitsProcessor):
+    """Keeps the log-probability of each sampled token as the generating forward pass saw it.
+
+    A token is known one step after its scores, which are held until then: [B, V] of one step, never of all.
+    """
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._score(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def _score(self, tokens: Tensor) -> None:
+        if self._scores is not None:
+            self._logprobs.append(token_logprobs(self._scores, tokens))
+
+    def of(self, answers: Tensor) -> Tensor:
+        """Those of the sampled tokens; beyond an answer's end anything. int64 [B, T] -> fp32 [B, T]."""
+        self._score(answers[:, -1])
+        self._scores = None
+        return torch.stack(self._logprobs, dim=1)
+
+
 def sampling_processors(
-    keys: Tensor, *, prompt_length: int, num_tokens: int, temperature: float, top_k: int, top_p: float
+    keys: Tensor,
+    *,
+    prompt_length: int,
+    num_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    recorder: LogprobRecorder | None = None,
 ) -> LogitsProcessorList:
-    """What turns `generate(do_sample=False)` into keyed sampling with temperature, top-k and top-p."""
+    """What turns `generate(do_sample=False)` into keyed sampling with temperature, top-k and top-p.
+
+    A `recorder` sees the whole softmax at that temperature, before top-k and top-p.
+    """
     processors = LogitsProcessorList([KnownTokensOnly(num_tokens)])
     if temperature != 1:
         processors.append(TemperatureLogitsWarper(float(temperature)))
+    if recorder is not None:
+        processors.append(recorder)
     if top_k > 0:
         processors.append(TopKLogitsWarper(top_k))
     if top_p < 1:

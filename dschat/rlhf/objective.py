@@ -46,6 +46,7 @@ def actor_loss(
             ratio_clip=args.ratio_clip,
             ratio_clip_high=args.ratio_clip_high,
             dual_clip=args.dual_clip,
+            weights=batch.weights,
             denominator=num_tokens,
         )
     }

@@ -43,6 +43,7 @@ from dschat.rlhf.ppo_state import flat_names, flat_tensors, from_flat_tensors, o
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
+from dschat.rlhf.rollout_check import RolloutCheck
 from dschat.rlhf.running_statistics import RunningStatistics
 
 
@@ -109,7 +110,16 @@ class DeepSpeedPPOTrainer:
         self._judges = Judges(engine, tokenizers, args, prompts, rewards)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
-        self._rollout = Rollout(engine.actor, tokenizer, args.rollout, seed=args.run.seed)
+        self._rollout = Rollout(
+            engine.actor,
+            tokenizer,
+            args.rollout,
+            seed=args.run.seed,
+            records_logprobs=args.records_rollout_logprobs,
+        )
+        self._rollout_check: RolloutCheck | None = None
+        if args.rollout_tolerance > 0:
+            self._rollout_check = RolloutCheck(args.rollout_tolerance, args.rollout.rollout_on_mismatch)
         self.schedule = Schedule(
             micro_batch_size=args.ppo.per_device_training_batch_size,
             accumulation_steps=args.optimizer.gradient_accumulation_steps,
@@ -144,15 +154,14 @@ class DeepSpeedPPOTrainer:
     def generate_experience(self, prompts: PromptBatch | list[PromptBatch]) -> Experience:
         """Answer this rank's prompts and judge the answers of all ranks. Every rank must call it.
 
-        The ranks' prompts together are one rollout batch: the next PPO step.
+        The ranks' prompts together are one rollout batch: the next PPO step. Raises `UserError` where the
+        first answers fail the rollout check.
         """
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
         self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
-        with self._timed("generation"):
-            rollout = self.answer(batches, ppo_step=self._ppo_step)
+        rollout, judgement = self._checked(*self._answer_and_judge(batches), batches)
         with self._timed("experience"):
-            judgement = self._judges.judge(rollout, self._rows_of_first_pass(rollout))
             self._experience = Experience.build(
                 rollout,
                 judgement,
@@ -201,6 +210,27 @@ class DeepSpeedPPOTrainer:
             for minibatch in self._experience.minibatches(epoch)
         )
         return islice(steps, self._minibatches_done, None)
+
+    def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, Judgement]:
+        with self._timed("generation"):
+            rollout = self.answer(batches, ppo_step=self._ppo_step)
+        with self._timed("experience"):
+            return rollout, self._judges.judge(rollout, self._rows_of_first_pass(rollout))
+
+    def _checked(
+        self, rollout: RolloutBatch, judgement: Judgement, batches: list[PromptBatch]
+    ) -> tuple[RolloutBatch, Judgement]:
+        """Answers that passed the rollout check, which is made once, before this process learns anything."""
+        check, self._rollout_check = self._rollout_check, None
+        if check is None:
+            return rollout, judgement
+        if self._rollout.uses_cache:
+            if not check.wants_uncached(rollout, judgement.logprobs):
+                return rollout, judgement
+            self._rollout.uses_cache = False
+            rollout, judgement = self._answer_and_judge(batches)
+        check.require_agreement(rollout, judgement.logprobs)
+        return rollout, judgement
 
     def _shaping_of(self, scores: Tensor) -> ScoreShaping:
         """How the raw scores of a rollout batch are shaped; running statistics count them in first."""
@@ -318,6 +348,7 @@ class DeepSpeedPPOTrainer:
             "updates_done": self._updates_done,
             "has_moved_enough": self._has_moved_enough,
             "kl_coef": self._kl.coef,
+            "rollout_uses_cache": self._rollout.uses_cache,
             "scores": asdict(self._scores) if self._scores else None,
             "num_text_steps": self._num_text_steps,
             "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
@@ -347,6 +378,7 @@ class DeepSpeedPPOTrainer:
         self._ppo_step, self._minibatches_done = state["ppo_step"], state["minibatches_done"]
         self._updates_done, self._has_moved_enough = state["updates_done"], state["has_moved_enough"]
         self._kl.coef = state["kl_coef"]
+        self._rollout.uses_cache = state["rollout_uses_cache"]
         if self._scores:
             self._scores = RunningStatistics(**state["scores"])
         if self._texts:

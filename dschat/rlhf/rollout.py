@@ -22,7 +22,7 @@ from dschat.distributed import (
     world_size,
 )
 from dschat.engines import DeepSpeedEngine
-from dschat.rlhf.keyed_sampling import row_keys, sampling_processors
+from dschat.rlhf.keyed_sampling import LogprobRecorder, row_keys, sampling_processors
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class RolloutBatch:
     ended: Tensor  # [B] bool: the answer has its end token; False where it was cut at the length limit
     prompt_rows: Tensor  # [B] int64: the prompt's row in its data set
     prompt_length: int  # P
+    logprobs: Tensor | None = None  # [B, T] fp32: of the sampled tokens when they were sampled; 0 beyond
 
     @property
     def answers(self) -> Tensor:
@@ -68,6 +69,7 @@ class RolloutBatch:
             ended=self.ended[indices],
             prompt_rows=self.prompt_rows[indices],
             prompt_length=self.prompt_length - first,
+            logprobs=None if self.logprobs is None else self.logprobs[indices, :length],
         )
 
     def padded(self, prompt_length: int, answer_length: int, pad_token_id: int) -> "RolloutBatch":
@@ -81,6 +83,7 @@ class RolloutBatch:
             ended=self.ended,
             prompt_rows=self.prompt_rows,
             prompt_length=prompt_length,
+            logprobs=None if self.logprobs is None else torch.nn.functional.pad(self.logprobs, (0, right)),
         )
 
 
@@ -105,19 +108,31 @@ def gather_rollouts(batches: list[RolloutBatch], pad_token_id: int) -> RolloutBa
         by_rank = [gather_rows(getattr(b, column)).unflatten(0, (world_size(), -1)) for b in wide]
         return torch.cat([rows.transpose(0, 1).flatten(0, 1) for rows in by_rank])
 
-    columns = ("input_ids", "attention_mask", "answer_mask", "ended", "prompt_rows")
+    columns = ["input_ids", "attention_mask", "answer_mask", "ended", "prompt_rows"]
+    if wide[0].logprobs is not None:
+        columns.append("logprobs")
     return RolloutBatch(**{name: gather(name) for name in columns}, prompt_length=prompt_length)
 
 
 class Rollout:
-    """Samples answers from the actor. All sampling of a PPO step happens inside one `phase()`."""
+    """Samples answers from the actor. All sampling of a PPO step happens inside one `phase()`.
+
+    With `records_logprobs` the batches carry the log-probabilities that their tokens were sampled with.
+    """
 
     def __init__(
-        self, actor: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, args: RolloutArguments, *, seed: int
+        self,
+        actor: DeepSpeedEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        args: RolloutArguments,
+        *,
+        seed: int,
+        records_logprobs: bool = False,
     ) -> None:
         self._actor = actor
         self._args = args
         self._seed = seed
+        self._records_logprobs = records_logprobs
         self._eos_token_id = tokenizer.eos_token_id
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
@@ -126,6 +141,7 @@ class Rollout:
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
         self._generation_config = GenerationConfig(
+            use_cache=True,
             max_new_tokens=args.max_answer_seq_len,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
@@ -166,9 +182,20 @@ class Rollout:
             model.generation_config = own_settings
             self._actor.train(was_training)
 
+    @property
+    def uses_cache(self) -> bool:
+        """Whether a token's forward pass reads keys and values of the earlier ones, or, slowly, makes them anew
+        from the whole row as training does."""
+        return self._generation_config.use_cache
+
+    @uses_cache.setter
+    def uses_cache(self, value: bool) -> None:
+        self._generation_config.use_cache = value
+
     def generate(self, prompts: PromptBatch, *, ppo_step: int) -> RolloutBatch:
         """One answer a row of prompts, sampled with noise keyed by (seed, PPO step, prompt, sample)."""
         prompt_length = prompts.input_ids.shape[1]
+        recorder = LogprobRecorder() if self._records_logprobs else None
         keys = row_keys(prompts.keys, prompts.samples, seed=self._seed, ppo_step=ppo_step)
         sequences = self._actor.module.generate(
             input_ids=prompts.input_ids,
@@ -181,11 +208,13 @@ class Rollout:
                 temperature=self._args.temperature,
                 top_k=self._args.top_k,
                 top_p=self._args.top_p,
+                recorder=recorder,
             ),
             synced_gpus=self._shards_weights and not self._gathers,
         )
         answers = sequences[:, prompt_length:]
         answer_mask = mask_up_to_first_end(answers, self._eos_token_id)
+        logprobs = None if recorder is None else recorder.of(answers).masked_fill(~answer_mask, 0)
         answers = answers.masked_fill(~answer_mask, self._pad_token_id)
         return RolloutBatch(
             input_ids=torch.cat([prompts.input_ids, answers], dim=1),
@@ -194,4 +223,5 @@ class Rollout:
             ended=(answers == self._eos_token_id).any(dim=1),
             prompt_rows=prompts.rows,
             prompt_length=prompt_length,
+            logprobs=logprobs,
         )

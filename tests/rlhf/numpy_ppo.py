@@ -1,7 +1,8 @@
 """PPO in NumPy, from the papers' formulas and from nothing of dschat: one answer at a time, no padding.
 
 An answer's numbers are arrays [n] of its own length. arXiv: PPO 1707.06347; GAE 1506.02438; Ziegler et al.
-1909.08593; dual clip 1912.09729; RLOO 2402.14740; GRPO 2402.03300; REINFORCE++ 2501.03262.
+1909.08593; dual clip 1912.09729; RLOO 2402.14740; GRPO 2402.03300; REINFORCE++ 2501.03262. Yao et al.: "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
 """
 
 import numpy as np
@@ -57,6 +58,11 @@ def policy_objective(
     return objective
 
 
+def truncated_weight(learner: float, sampler: float, cap: float) -> float:
+    """min(pi_learner(a) / pi_sampler(a), C), Yao et al., of two log-probabilities."""
+    return min(np.exp(learner) / np.exp(sampler), cap)
+
+
 def policy_loss(
     logprobs: list[Numbers],
     old: list[Numbers],
@@ -64,12 +70,15 @@ def policy_loss(
     low: float,
     high: float,
     dual: float | None,
+    sampled: list[Numbers] | None = None,
+    cap: float = 1.0,
 ) -> float:
-    """Minus the mean objective over the tokens of all answers."""
+    """Minus the mean objective over the tokens of all answers, each weighed where `sampled` is given."""
     objectives = [
-        policy_objective(np.exp(new_t - old_t), a_t, low, high, dual)
-        for answer in zip(logprobs, old, advantages, strict=True)
-        for new_t, old_t, a_t in zip(*answer, strict=True)
+        truncated_weight(old_t, sampled_t, cap)
+        * policy_objective(np.exp(new_t - old_t), a_t, low, high, dual)
+        for answer in zip(logprobs, old, advantages, old if sampled is None else sampled, strict=True)
+        for new_t, old_t, a_t, sampled_t in zip(*answer, strict=True)
     ]
     return -float(np.mean(objectives))
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -254,3 +255,34 @@ def test_metrics_of_a_batch_worked_out_by_hand():
 
 def test_masked_variance_is_the_populations():
     assert masked_variance(torch.tensor([[1.0, 5.0, 9.0]]), torch.tensor([[1, 1, 0]])).item() == 4
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce++"])
+def test_tokens_are_weighed_by_training_over_sampling_probability_with_any_estimator(estimator):
+    judgement, ratios = make_judgement(), torch.tensor([0.5, 1.0, 3.0, 1.2])
+    rollout = replace(
+        make_rollout(), logprobs=judgement.logprobs - ratios.log(), prompt_rows=torch.arange(NUM_ROWS) // 2
+    )
+    args = PpoArguments(advantage_estimator=estimator, rollout_correction="tis", tis_cap=2.0)
+    shaping = ScoreShaping(clip=0, missing_eos_penalty=0)
+    experience = Experience.build(rollout, judgement, args, schedule(), shaping, ppo_step=3)
+    expected = torch.tensor([0.5, 1.0, 2.0, 1.2]).expand(NUM_ROWS, -1)
+    mask = rollout.answer_mask
+    torch.testing.assert_close(experience.weights, torch.where(mask, expected, 1))
+    for minibatch in experience.minibatches(0):
+        (part,) = minibatch.micro_batches
+        rows = part.rollout.input_ids[:, 0] // (PROMPT + ANSWER)
+        assert torch.equal(part.weights, experience.weights[rows, : part.rollout.answer_mask.shape[1]])
+    # 12, 10, 7 and 4 answers reach the first to the fourth token
+    metrics = experience.metrics()
+    assert metrics["tis_weight_mean"] == pytest.approx((12 * 0.5 + 10 + 7 * 2 + 4 * 1.2) / 33)
+    assert metrics["tis_truncated_share"] == pytest.approx(7 / 33)
+    assert metrics["rollout_logprob_diff_max"] == pytest.approx(math.log(3), abs=1e-5)
+    apart = 12 * math.log(2) + 7 * math.log(3) + 4 * math.log(1.2)
+    assert metrics["rollout_logprob_diff"] == pytest.approx(apart / 33, abs=1e-5)
+
+
+def test_without_correction_nothing_is_weighed():
+    experience = make_experience()
+    assert experience.weights is None
+    assert not [name for name in experience.metrics() if name.startswith(("tis", "rollout"))]

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from dschat.rlhf.keyed_sampling import KeyedGumbelNoise, gumbel_noise, row_keys, sampling_processors
+from dschat.rlhf.keyed_sampling import (
+    KeyedGumbelNoise,
+    LogprobRecorder,
+    gumbel_noise,
+    row_keys,
+    sampling_processors,
+)
 
 
 def keys(*prompts: int, sample: int = 0, seed: int = 1, ppo_step: int = 0) -> torch.Tensor:
@@ -97,3 +103,22 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn():
     settings = {"prompt_length": 0, "num_tokens": 2, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     processors = sampling_processors(keys(*range(300)), **settings)
     assert set(processors(torch.zeros(300, 0), logits).argmax(dim=1).tolist()) == {0, 1}
+
+
+def test_a_recorder_scores_each_token_by_the_step_that_sampled_it():
+    recorder = LogprobRecorder()
+    prompt = torch.tensor([[9], [9]])
+    # row 0 samples 0 then 1, row 1 samples 1 then 0: probabilities 3/4, 1/2 and 1/4, 1/2
+    recorder(prompt, torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log())
+    recorder(torch.tensor([[9, 0], [9, 1]]), torch.zeros(2, 2))
+    logprobs = recorder.of(torch.tensor([[0, 1], [1, 0]]))
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([[0.75, 0.5], [0.25, 0.5]]))
+
+
+def test_a_recorder_sees_the_temperature_but_no_filter():
+    recorder = LogprobRecorder()
+    settings = {"prompt_length": 1, "num_tokens": 2, "temperature": 0.5, "top_k": 1, "top_p": 0.1}
+    processors = sampling_processors(keys(1), recorder=recorder, **settings)
+    processors(torch.tensor([[9]]), torch.tensor([[3.0, 1.0, 50.0]]).log())  # the third is no token
+    # squared: 9 and 1
+    assert recorder.of(torch.tensor([[1]])).exp().item() == pytest.approx(0.1)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from dschat.arguments import PpoArguments
-from dschat.losses import clipped_policy_loss, clipped_value_loss, kl_loss
+from dschat.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_loss,
+    truncated_importance_weights,
+)
 from dschat.rlhf.experience import Experience, Judgement, Schedule, ScoreShaping
 from dschat.rlhf.rollout import RolloutBatch
 
@@ -126,6 +131,20 @@ def test_policy_loss(seed, low, high, dual):
     )
     rows = (answers.each(name) for name in ("new", "old", "values"))
     assert actual.item() == pytest.approx(reference.policy_loss(*rows, low, high, dual), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("cap", [1.1, 2.0, 50.0])
+def test_policy_loss_of_tokens_that_another_engine_sampled(seed, cap):
+    answers = Answers.random(seed)
+    new, old, sampled, advantages = (answers.padded(name) for name in ("new", "old", "ref", "values"))
+    weights = truncated_importance_weights(old, sampled, answers.mask, cap=cap)
+    actual = clipped_policy_loss(
+        new, old, advantages, answers.mask, ratio_clip=0.2, dual_clip=1.5, weights=weights
+    )
+    rows = (answers.each(name) for name in ("new", "old", "values"))
+    expected = reference.policy_loss(*rows, 0.2, 0.2, 1.5, sampled=answers.each("ref"), cap=cap)
+    assert actual.item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -39,7 +39,18 @@ OPTIONS = {
     "running score statistics": ({"score_normalization": "running", "reward_clip": 1}, (0, 0)),
     "critic warm-up": ({"critic_warmup_steps": 1, "kl_target": 1}, (2, 2)),
     "early stop": ({"target_approx_kl": 1e-3}, (1, 3)),
+    "tis": ({"rollout_correction": "tis"}, (3, 0)),
+    "tis with a faulty cache": (
+        {"skewed_cache": 1.3, "rollout_on_mismatch": "warn", "rollout_correction": "tis", "tis_cap": 1.2},
+        (3, 3),
+    ),
+    "a faulty cache left out": (
+        {"skewed_cache": 1.3, "rollout_on_mismatch": "uncached", "rollout_gather": "never"},
+        (3, 2),
+    ),
+    "no log-probabilities kept": ({"rollout_tolerance": 0}, (0, 0)),
 }
+STOPPED = {"skewed_cache": 1.3, "dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,8 @@ def one_rank(models) -> dict:
     options["text in micro-batches of one"] = options["text"] | MICRO_BATCHES_OF_ONE
     options["every term in micro-batches of one"] = options["every term of the loss"] | MICRO_BATCHES_OF_ONE
     settings = [{**ONE_RANK, "dtype": "fp32"} | flags(models, chosen) for chosen in options.values()]
-    return dict(zip(options, run(models, settings, ranks=1), strict=True))
+    settings.append(ONE_RANK | STOPPED)
+    return dict(zip([*options, "stopped"], run(models, settings, ranks=1), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +88,19 @@ def two_ranks(models) -> dict:
         | flags(models, options)
         for options, (actor, critic) in OPTIONS.values()
     ]
-    return dict(zip(OPTIONS, run(models, settings, ranks=2), strict=True))
+    settings.append(TWO_RANKS | STOPPED)
+    return dict(zip([*OPTIONS, "stopped"], run(models, settings, ranks=2), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_ranks_give_the_numbers_of_one(name, one_rank, two_ranks):
     assert_same(two_ranks[name], one_rank[name], tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_for_the_reason_of_one(one_rank, two_ranks):
+    assert two_ranks["stopped"] == one_rank["stopped"]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -169,3 +187,35 @@ def test_an_update_ends_after_the_step_that_moved_too_far(one_rank):
         # The first optimiser step has approx_kl 0; the second is the first that can be above the target.
         assert step["updates_done"] == 2
         assert step["approx_kl"] > 1e-3 / 2  # the mean of the two
+
+
+def test_a_sound_cache_passes_and_its_weights_are_one_up_to_rounding(one_rank):
+    for step in one_rank["tis"]["steps"]:
+        assert 0 <= step["rollout_logprob_diff"] <= step["rollout_logprob_diff_max"] < 1e-5
+        assert step["tis_weight_mean"] == pytest.approx(1, abs=1e-6)
+        assert step["tis_truncated_share"] == 0
+    assert_same(one_rank["tis"], one_rank["plain"], tolerance=1e-4)
+
+
+def test_a_faulty_cache_ends_the_run_with_both_numbers_and_the_remedies(one_rank):
+    message = one_rank["stopped"]["error"]
+    for part in ("differ by mean 0.", "at most ", "--rollout_tolerance lets a mean of 0.0001 pass",
+                 "--rollout_on_mismatch uncached", "--rollout_correction tis"):  # fmt: skip
+        assert part in message
+
+
+def test_without_the_faulty_cache_a_run_is_what_it_would_have_been(one_rank):
+    assert_same(one_rank["a faulty cache left out"], one_rank["plain"], tolerance=1e-4)
+
+
+def test_a_run_that_goes_on_with_a_faulty_cache_weighs_its_tokens(one_rank):
+    first, _ = one_rank["tis with a faulty cache"]["steps"]
+    assert first["rollout_logprob_diff"] > 0.1
+    assert 0 < first["tis_truncated_share"] < 1
+    assert first["tis_weight_mean"] < 1.2
+    assert first["answers"] != one_rank["plain"]["steps"][0]["answers"]
+
+
+def test_log_probabilities_are_kept_only_where_something_needs_them(one_rank):
+    unchecked, plain = one_rank["no log-probabilities kept"]["steps"][0], one_rank["plain"]["steps"][0]
+    assert plain.keys() - unchecked.keys() == {"rollout_logprob_diff", "rollout_logprob_diff_max"}

@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import PpoArguments
-from dschat.losses import clipped_policy_loss, clipped_value_loss, token_logprobs
+from dschat.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    token_logprobs,
+    truncated_importance_weights,
+)
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.experience import MicroBatch, ScoreShaping, at_answers
@@ -157,6 +162,19 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole(actor, critic):
             torch.testing.assert_close(
                 sum(p[name] for p in parts), whole[name], atol=1e-5, rtol=1e-4, msg=name
             )
+
+
+@pytest.mark.parametrize("args", [PpoArguments(), EVERY_TERM], ids=["plain", "every term"])
+def test_with_equal_engines_the_corrected_loss_is_the_same_to_the_last_bit(args):
+    logits = torch.randn(3, 4, 80, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logprobs = token_logprobs(logits, BATCH.answers).detach()
+    weights = truncated_importance_weights(logprobs, logprobs.clone(), BATCH.answer_mask, cap=2.0)
+    results = []
+    for chosen in (None, weights):
+        batch = MicroBatch(BATCH, logprobs + 0.1, logprobs - 0.2, None, targets(4), targets(4), chosen)
+        loss = actor_loss(logits, batch, args, temperature=1.0, kl_coef=0.5, num_tokens=10)
+        results.append((loss.total.detach(), *torch.autograd.grad(loss.total, logits)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_end_token_receives_policy_gradient_and_value_regression(actor, critic):

@@ -77,6 +77,41 @@ def test_rescoring_finds_the_tokens_that_greedy_decoding_chose(actor):
     assert torch.equal(likeliest[batch.answer_mask], batch.answers[batch.answer_mask])
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.8}])
+def test_recorded_log_probabilities_are_those_of_the_whole_softmax_of_each_row_alone(actor, filters):
+    engine, tokenizer = actor
+    args = RolloutArguments(max_answer_seq_len=10, temperature=0.7, **filters)
+    prompts = prompt_batch(tokenizer, TEXTS)
+    rollout = Rollout(engine, tokenizer, args, seed=3, records_logprobs=True)
+    with rollout.phase():
+        batch = rollout.generate(prompts, ppo_step=1)
+        for row, answer in enumerate(answers(batch)):
+            prompt = prompts.input_ids[row][prompts.attention_mask[row].bool()].tolist()
+            logits = engine.module(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            expected = (logits / 0.7).log_softmax(-1)[range(len(answer)), answer]
+            torch.testing.assert_close(batch.logprobs[row, : len(answer)], expected, atol=1e-5, rtol=1e-5)
+            assert not batch.logprobs[row, len(answer) :].any()
+
+
+def test_without_a_cache_answers_and_log_probabilities_are_the_same(actor):
+    engine, tokenizer = actor
+    rollout = Rollout(
+        engine, tokenizer, RolloutArguments(max_answer_seq_len=8), seed=3, records_logprobs=True
+    )
+    uses_cache = []
+    handle = engine.module.register_forward_pre_hook(
+        lambda module, args, kwargs: uses_cache.append(kwargs["use_cache"]), with_kwargs=True
+    )
+    with rollout.phase():
+        cached = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+        rollout.uses_cache = False
+        uncached = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+    handle.remove()
+    assert uses_cache == [True] * 8 + [False] * 8
+    assert answers(uncached) == answers(cached)
+    torch.testing.assert_close(uncached.logprobs, cached.logprobs, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_scored(tmp_path):
     folder = save_tiny_model(tmp_path, "llama", vocab_size=5000)  # the tokenizer has some 370 tokens
     engine = PlainEngine(AutoModelForCausalLM.from_pretrained(folder))
@@ -124,6 +159,7 @@ def two_rows() -> RolloutBatch:
         ended=torch.tensor([True, False]),
         prompt_rows=torch.tensor([5, 3]),
         prompt_length=2,
+        logprobs=torch.tensor([[-1.0, -2, 0], [-3, -4, -5]]),
     )
 
 
@@ -137,13 +173,14 @@ def test_selected_rows_lose_the_columns_that_are_padding_in_all_of_them(two_rows
     first = two_rows.rows(torch.tensor([0]))
     assert first.input_ids.tolist() == [[7, 8, 5, END]]
     assert first.answer_mask.tolist() == [[True, True]]
+    assert first.logprobs.tolist() == [[-1, -2]]
 
 
 def test_padding_and_selecting_give_the_rows_back(two_rows):
     wide = two_rows.padded(6, 9, PAD)
     assert wide.input_ids.shape == (2, 15)
     back = wide.rows(torch.tensor([0, 1]))
-    for column in ("input_ids", "attention_mask", "answer_mask", "ended"):
+    for column in ("input_ids", "attention_mask", "answer_mask", "ended", "logprobs"):
         assert torch.equal(getattr(back, column), getattr(two_rows, column))
 
 
@@ -153,6 +190,9 @@ def test_batches_of_different_widths_are_gathered_in_order(two_rows):
     assert together.input_ids.tolist() == [[PAD, 9, 6, 6, 6], [7, 8, 5, END, PAD], [PAD, 9, 6, 6, 6]]
     assert together.answer_lengths.tolist() == [3, 2, 3]
     assert together.ended.tolist() == [False, True, False]
+    assert together.logprobs.tolist() == [[-3, -4, -5], [-1, -2, 0], [-3, -4, -5]]
+    unrecorded = replace(two_rows, logprobs=None)
+    assert gather_rollouts([unrecorded], PAD).rows(torch.tensor([0])).logprobs is None
 
 
 def test_an_answer_of_one_token_is_a_row_like_any_other(two_rows):

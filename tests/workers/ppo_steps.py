@@ -2,7 +2,8 @@
 
 python ppo_steps.py MODELS_FOLDER OUTPUT_FILE '[{"actor_zero_stage": 0, ...}, ...]'
 MODELS_FOLDER holds an actor and a reward model; every setting is a dictionary of step 3's flags, and
-"copied_reference" makes a copy of an actor that could be its own reference.
+"copied_reference" makes a copy of an actor that could be its own reference. "skewed_cache" is a fault: a
+factor on the logits of the actor's forward passes with a KV cache. A run that a UserError ended is its text.
 """
 
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dschat.arguments import parse_arguments
+from dschat.arguments import RlhfArguments, parse_arguments
 from dschat.checkpoint import export_model
 from dschat.data.collate import PromptBatch
 from dschat.distributed import is_main_process, leave, rank, seed_everything, setup, world_size
+from dschat.errors import UserError
 from dschat.models.lora import trains_adapters_only
 from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf import rlhf_engine
@@ -45,9 +47,20 @@ def prompts(tokenizer, ppo_step: int, num_batches: int, times: int) -> list[Prom
     ]
 
 
+def skew_cache(model: torch.nn.Module, factor: float) -> None:
+    """Multiply the logits of forward passes with a KV cache, which only generation has."""
+
+    def skew(module, args, kwargs, output):
+        if kwargs.get("use_cache"):
+            output.logits = output.logits * factor
+        return output
+
+    model.register_forward_hook(skew, with_kwargs=True)
+
+
 def run(models: Path, flags: dict) -> dict:
     """Metrics of two PPO steps, and a checksum of the actor, critic and moving average that came out."""
-    is_copied = flags.pop("copied_reference", False)
+    is_copied, cache_factor = flags.pop("copied_reference", False), flags.pop("skewed_cache", 1)
     argv = [
         f"--actor_model_name_or_path={models / 'actor'}",
         f"--critic_model_name_or_path={models / 'reward'}",
@@ -64,7 +77,19 @@ def run(models: Path, flags: dict) -> dict:
     with unittest.mock.patch.object(rlhf_engine, "trains_adapters_only") as decides:
         decides.side_effect = (lambda model: False) if is_copied else trains_adapters_only
         engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+    if cache_factor != 1:
+        skew_cache(engine.actor.module, cache_factor)
     trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=build_text_loader(args, tokenizer))
+    try:
+        steps = two_steps(trainer, args, tokenizer)
+    except UserError as error:
+        return {"error": str(error)}
+    held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None}
+    return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
+
+
+def two_steps(trainer: DeepSpeedPPOTrainer, args: RlhfArguments, tokenizer) -> list[dict]:
+    """Metrics and answers of each step."""
     steps = []
     for ppo_step in range(2):
         experience = trainer.generate_experience(
@@ -75,8 +100,7 @@ def run(models: Path, flags: dict) -> dict:
                 trainer.train_rlhf(minibatch)
         answers = experience.rollout.answers.masked_fill(~experience.rollout.answer_mask, -1)
         steps.append({**trainer.metrics(), "answers": answers.tolist()})
-    held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None}
-    return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
+    return steps
 
 
 def held_bytes(engine: DeepSpeedRLHFEngine) -> int:
