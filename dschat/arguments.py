@@ -703,6 +703,11 @@ class RlhfOptions:
     num_padding_at_beginning: int | None = flag(
         None, "Accepted for old scripts and not needed: padding is told by masks.", at_resume="free"
     )
+    align_overflow: bool = flag(
+        False,
+        "In fp16: where gradients of actor or critic overflow, skip the step of both; both models' gradients "
+        "are held at one time.",
+    )
     enable_test_mode: bool = flag(False, "End after --test_stop_step PPO steps.")
     test_stop_step: int = flag(0, "PPO steps of a run with --enable_test_mode.")
 
@@ -960,6 +965,11 @@ class RlhfArguments:
         return self.rollout_tolerance > 0 or self.ppo.rollout_correction != "none"
 
     @property
+    def aligns_overflow(self) -> bool:
+        """Whether actor and critic skip optimiser steps together."""
+        return self.rlhf.align_overflow and self.run.dtype == "fp16" and self.ppo.has_critic
+
+    @property
     def reward_path(self) -> str | None:
         """Where the reward model is, None where other sources alone score."""
         return self.rlhf.reward_model_name_or_path or self.critic.model_name_or_path
@@ -1030,6 +1040,8 @@ class RlhfArguments:
             f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
         )
         note_padding_flag(self.rlhf.num_padding_at_beginning)
+        if self.rlhf.align_overflow and not self.aligns_overflow and int(os.environ.get("RANK", 0)) == 0:
+            print("note: --align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
         for model in (self.actor, self.critic):
             require(
                 model.dropout == 0 and model.lora_dropout == 0,

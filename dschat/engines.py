@@ -1,5 +1,9 @@
 """A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -122,17 +126,65 @@ def free_frozen_engine(engine: DeepSpeedEngine) -> None:
 
 
 def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
-    """Backward and, at the accumulation boundary, the optimiser step.
+    """Backward and, at the accumulation boundary, the optimiser step; of a loss as in `backward_on`."""
+    backward_on(engine, loss)
+    take_step(engine)
+
+
+def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Add a loss's gradients.
 
     `loss` is this micro-batch's share of the optimiser step's loss: shares are to be ADDED over micro-batches
     and ranks. DeepSpeed averages over both, which the factor undoes.
     """
     engine.backward(loss * (world_size() * engine.gradient_accumulation_steps()))
+
+
+def take_step(engine: DeepSpeedEngine) -> None:
+    """The optimiser step, at the accumulation boundary."""
     if isinstance(engine.optimizer, torch.optim.AdamW) and engine.is_gradient_accumulation_boundary():
         # fp32 without ZeRO: DeepSpeed clips the gradients but does not keep their norm.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine._global_grad_norm = nn.utils.get_total_norm(gradients)
     engine.step()
+
+
+def take_steps_together(engines: list[DeepSpeedEngine]) -> None:
+    """The optimiser steps of fp16 engines, of all or, where gradients of one overflowed, of none.
+
+    Each has had its `backward_on`. One that is skipped for another's sake keeps its loss scale, and its
+    schedule waits with the other's. Every rank must call it.
+    """
+    overflows = [engine.is_gradient_accumulation_boundary() and has_overflow(engine) for engine in engines]
+    for engine, overflowed in zip(engines, overflows, strict=True):
+        waits = any(overflows) and not overflowed
+        with _skipping(engine) if waits else contextlib.nullcontext():
+            take_step(engine)
+
+
+def _overflow_checker(engine: DeepSpeedEngine) -> Any:
+    """What DeepSpeed's optimiser asks for infinite gradients: itself, or without ZeRO an object it holds."""
+    return getattr(engine.optimizer, "overflow_checker", engine.optimizer)
+
+
+def has_overflow(engine: DeepSpeedEngine) -> bool:
+    """Whether gradients of an fp16 engine are infinite or NaN on any rank. Every rank must call it."""
+    checker = _overflow_checker(engine)
+    return checker.check() if hasattr(checker, "check") else checker.has_overflow()
+
+
+@contextlib.contextmanager
+def _skipping(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, DeepSpeed finds an overflow and skips the step; its loss scale stays as it was."""
+    optimizer, checker = engine.optimizer, _overflow_checker(engine)
+    scaler = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
+    scale = dict(vars(scaler))
+    checker.has_overflow = lambda *args, **kwargs: True
+    try:
+        yield
+    finally:
+        del checker.has_overflow
+        vars(scaler).update(scale)
 
 
 def learning_rate(engine: DeepSpeedEngine) -> float:

@@ -129,6 +129,16 @@ def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
     assert "k2 and k3 do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argv", "aligns"),
+    [("--dtype fp16", True), ("", False), ("--dtype fp16 --advantage_estimator reinforce++", False)],
+)
+def test_overflows_are_aligned_in_fp16_with_a_critic_and_else_said_not_to_be(argv, aligns, capsys):
+    assert rlhf("--align_overflow", *argv.split()).aligns_overflow == aligns
+    assert ("--align_overflow is ignored" in capsys.readouterr().out) != aligns
+    assert not rlhf("--dtype", "fp16").aligns_overflow
+
+
 def test_hyphens_are_accepted_for_underscores():
     assert rlhf("--kl-coef", "0.3").ppo.kl_coef == 0.3
 
@@ -150,7 +160,7 @@ def test_hyphens_are_accepted_for_underscores():
         ("rlhf", "--critic_zero_stage 3 --offload_reward_model --critic_gradient_checkpointing"),
         ("rlhf", "--unsupervised_dataset_name wikitext --unsup_coef 27.8"),
         ("rlhf", "--unsupervised_dataset_name wikitext --unsupervised_dataset_config_name wikitext-2-raw-v1"),
-        ("rlhf", "--actor_weight_decay 0 --critic_weight_decay 0"),
+        ("rlhf", "--actor_weight_decay 0 --critic_weight_decay 0 --align_overflow"),
         ("sft", "--lora_dim 128 --lora_module_name decoder.layers. --lora_learning_rate 5e-4"),
         ("reward", "--lora_dim 128 --lora_module_name decoder.layers. --only_optimize_lora"),
         ("rlhf", "--actor_lora_dim 128 --actor_lora_module_name decoder.layers. --only_optimize_lora"),

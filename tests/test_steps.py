@@ -26,6 +26,8 @@ PROMISED_METRICS = {
     "ratio_mean",
     "ratio_max",
     "first_minibatch_ratio_error",
+    "rollout_logprob_diff",
+    "rollout_logprob_diff_max",
     "policy_loss",
     "value_loss",
     "explained_variance",

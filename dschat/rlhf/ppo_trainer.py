@@ -24,7 +24,15 @@ from dschat.distributed import (
     synchronize,
     world_size,
 )
-from dschat.engines import gradient_norm, learning_rate, set_gradient_norm, train_on
+from dschat.engines import (
+    DeepSpeedEngine,
+    backward_on,
+    gradient_norm,
+    learning_rate,
+    set_gradient_norm,
+    take_steps_together,
+    train_on,
+)
 from dschat.errors import UserError
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
@@ -264,6 +272,8 @@ class DeepSpeedPPOTrainer:
                     self._train_actor(micro_batch, minibatch, text)
                 if self.engine.critic:
                     self._train_critic(micro_batch, minibatch)
+                if self._args.aligns_overflow:
+                    take_steps_together(self.engine.trained if self._actor_learns else [self.engine.critic])
             self._updates_done += 1
             if self._actor_learns:
                 if self.engine.ema:
@@ -288,6 +298,10 @@ class DeepSpeedPPOTrainer:
         self._moved = []
         return target is not None and sum_across_ranks(sum(shares)).item() / minibatch.num_tokens > target
 
+    def _train_on(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
+        """Backward and step, or the backward alone where the steps are taken together."""
+        (backward_on if self._args.aligns_overflow else train_on)(engine, loss)
+
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: Tensor | None) -> None:
         loss = actor_loss(
             answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
@@ -303,7 +317,7 @@ class DeepSpeedPPOTrainer:
             unsup_loss = self._text_loss(text.to(total.device))
             total = total + self._args.text.unsup_coef * unsup_loss
             self._statistics.add(unsup_loss=unsup_loss)
-        train_on(self.engine.actor, total)
+        self._train_on(self.engine.actor, total)
         self._record_ratio(loss.logprobs, batch, is_first=minibatch.is_first)
         self._statistics.add(**loss.terms)
 
@@ -335,7 +349,7 @@ class DeepSpeedPPOTrainer:
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )
-        train_on(self.engine.critic, loss)
+        self._train_on(self.engine.critic, loss)
         moved = ((values.detach() - batch.values).abs() > clip) & mask
         self._statistics.add(value_loss=loss, value_clip_fraction=moved.sum())
 

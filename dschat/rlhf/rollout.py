@@ -184,8 +184,10 @@ class Rollout:
 
     @property
     def uses_cache(self) -> bool:
-        """Whether a token's forward pass reads keys and values of the earlier ones, or, slowly, makes them anew
-        from the whole row as training does."""
+        """Whether a forward pass reads the keys and values of earlier tokens.
+
+        Without, each passes over the whole row, as training does: slow.
+        """
         return self._generation_config.use_cache
 
     @uses_cache.setter

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from test_ppo_on_ranks import ONE_RANK, TWO_RANKS, assert_same, run
 from tiny import save_reward_model, save_tiny_model
 
@@ -51,6 +52,12 @@ OPTIONS = {
     "no log-probabilities kept": ({"rollout_tolerance": 0}, (0, 0)),
 }
 STOPPED = {"skewed_cache": 1.3, "dtype": "fp32"}
+# The critic's first gradients overflow at stage 3, the actor's do not.
+FP16 = {"dtype": "fp16", "actor_zero_stage": 2, "critic_zero_stage": 3} | {
+    "per_device_training_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+HAS_FP16 = get_accelerator().is_fp16_supported()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,11 @@ def one_rank(models) -> dict:
     options["every term in micro-batches of one"] = options["every term of the loss"] | MICRO_BATCHES_OF_ONE
     settings = [{**ONE_RANK, "dtype": "fp32"} | flags(models, chosen) for chosen in options.values()]
     settings.append(ONE_RANK | STOPPED)
-    return dict(zip([*options, "stopped"], run(models, settings, ranks=1), strict=True))
+    names = [*options, "stopped"]
+    if HAS_FP16:
+        settings += [ONE_RANK | FP16 | {"align_overflow": aligns} for aligns in (False, True)]
+        names += ["fp16", "fp16, aligned"]
+    return dict(zip(names, run(models, settings, ranks=1), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +230,12 @@ def test_a_run_that_goes_on_with_a_faulty_cache_weighs_its_tokens(one_rank):
 def test_log_probabilities_are_kept_only_where_something_needs_them(one_rank):
     unchecked, plain = one_rank["no log-probabilities kept"]["steps"][0], one_rank["plain"]["steps"][0]
     assert plain.keys() - unchecked.keys() == {"rollout_logprob_diff", "rollout_logprob_diff_max"}
+
+
+@pytest.mark.skipif(not HAS_FP16, reason="this machine has no fp16")
+def test_actor_and_critic_skip_the_same_steps_where_overflows_are_aligned(one_rank):
+    apart, together = one_rank["fp16"]["steps"], one_rank["fp16, aligned"]["steps"]
+    assert apart[0]["actor_lr"] < apart[0]["critic_lr"]  # it has taken more steps
+    for step in together:
+        assert step["actor_lr"] == step["critic_lr"]  # one peak, one schedule
+        assert step["first_minibatch_ratio_error"] == 0

@@ -1,0 +1,59 @@
+"""Two small fp16 engines that step together, one of which overflows in the second of three steps; JSON out.
+
+python overflows.py OUTPUT_FILE '[[STAGE, STAGE], ...]'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from dschat.deepspeed_config import get_train_ds_config
+from dschat.distributed import gathered, is_main_process, leave, setup, world_size
+from dschat.engines import backward_on, has_overflow, learning_rate, take_steps_together
+
+
+def build(stage: int):
+    """A linear layer whose learning rate falls with every step that is taken."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    config = get_train_ds_config(stage=stage, dtype="fp16", world_size=world_size(), max_grad_norm=0)
+    config["fp16"]["hysteresis"] = 1  # the first overflow lowers the scale
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    return engine
+
+
+def state(engine) -> dict:
+    """What a step changes."""
+    with gathered(engine.module.parameters()):
+        weights = sum(p.double().sum().item() for p in engine.module.parameters())
+    scaler = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+    lr = learning_rate(engine)
+    return {"weights": weights, "lr": lr, "skipped": engine.skipped_steps, "scale": scaler.cur_scale}
+
+
+def run(stages: list[int]) -> list[dict]:
+    """The state of both engines after each step."""
+    engines = [build(stage) for stage in stages]
+    states = []
+    for factors in ((1e-3, 1e-3), (1e-3, 1e9), (1e-3, 1e-3)):
+        for engine, factor in zip(engines, factors, strict=True):
+            inputs = torch.ones(1, 8, dtype=torch.half, device=engine.device)
+            backward_on(engine, engine(inputs).float().sum() * factor / world_size())
+        overflows = [has_overflow(engine) for engine in engines]
+        take_steps_together(engines)
+        states.append({"overflows": overflows, "engines": [state(engine) for engine in engines]})
+    return states
+
+
+if __name__ == "__main__":
+    setup()
+    torch.set_num_threads(1)
+    results = [run(stages) for stages in json.loads(sys.argv[2])]
+    if is_main_process():
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    leave()
