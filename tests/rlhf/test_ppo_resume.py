@@ -43,6 +43,7 @@ ONE_RANK = {
     "rloo": ({"advantage_estimator": "rloo", "num_samples_per_prompt": 2}, (3,)),
     "early stop": ({"target_approx_kl": 1e-3}, (2, 7)),
     "critic warm-up": ({"critic_warmup_steps": 1}, (2, 5)),
+    "tis": ({"rollout_correction": "tis"}, (3,)),
 }
 TWO_RANKS = {
     "zero 2 and 3": ({"actor_zero_stage": 2, "critic_zero_stage": 3, **STEERED}, (6,)),
