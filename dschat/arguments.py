@@ -276,6 +276,18 @@ class RunArguments:
         nargs="?",
         const="latest",
     )
+    max_skipped_steps: int = flag(
+        20,
+        "Optimiser steps in a row that may be skipped for a loss or gradient that is not finite; one more "
+        "ends the run. 0: never. The default is more than fp16 skips to find its loss scale.",
+        at_resume="free",
+    )
+    auto_micro_batch: bool = flag(
+        False,
+        "Where memory runs out, start again with half the micro-batch and twice the accumulation, which "
+        "gives the same gradient; from the newest checkpoint, where there is one.",
+        at_resume="free",
+    )
     local_rank: int = flag(
         -1, "Set by the deepspeed launcher; torchrun sets the environment instead.", at_resume="free"
     )
@@ -290,7 +302,7 @@ class RunArguments:
             0 <= self.seed < 2**63,
             f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",
         )
-        require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit")
+        require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit", "max_skipped_steps")
         for name in ("save_interval", "save_minutes", "resume_from_checkpoint"):
             require(
                 not getattr(self, name) or self.output_dir is not None,

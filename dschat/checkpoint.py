@@ -37,11 +37,13 @@ from dschat.models.quantization import unpacked
 from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
+from dschat.out_of_memory import phase
 
 ADAPTER_FOLDER = "adapter"
 """Where an export keeps LoRA's adapters, in PEFT's format; the weights beside it have them merged in."""
 
 
+@phase("exporting")
 def export_model(
     engine_or_module: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -25,7 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import Tensor
 
-from dschat import peers
+from dschat import peers, restart
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
@@ -102,9 +102,10 @@ def setup(local_rank: int = -1) -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:
         # The deepspeed launcher leaves every rank all cores; ranks that compete for them wait for each other.
         torch.set_num_threads(max(1, torch.get_num_threads() // local_world_size()))
+    restart.listen()
     if world_size() > 1:
         mine = torch.tensor([[os.getpid(), peers.machine_number()]], device=device)
-        peers.watch(*gather_rows(mine).T.tolist(), rank=rank())
+        peers.watch(*gather_rows(mine).T.tolist(), rank=rank(), each_time=restart.obey)
     return device
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -13,9 +13,10 @@ from transformers import get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.deepspeed_config import get_eval_ds_config, get_train_ds_config
-from dschat.distributed import world_size
+from dschat.distributed import max_across_ranks, world_size
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.reward_model import enable_gradient_checkpointing
+from dschat.out_of_memory import consumes
 
 
 def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
@@ -100,14 +101,23 @@ def build_trained_engine(
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
         optimizer.state.clear()
+    engine.num_bad_losses, engine.skip_reason = 0, None
+    # Whether too many steps are skipped is our decision, in any precision (--max_skipped_steps).
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+    consumes(model_args.prefix.removesuffix("_") or "model", engine)
+    if engine.optimizer is optimizer:
+        optimizer.register_step_pre_hook(_drop_overflow)
     return engine
 
 
-def build_frozen_engine(model: nn.Module, *, config: dict) -> DeepSpeedEngine:
-    """An engine that is never trained: no gradients, eval mode."""
+def build_frozen_engine(model: nn.Module, *, config: dict, role: str = "reference model") -> DeepSpeedEngine:
+    """An engine that is never trained: no gradients, eval mode. `role` is its name in messages."""
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
+    consumes(role, engine)
     return engine
 
 
@@ -136,17 +146,45 @@ def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
 
     `loss` is this micro-batch's share of the optimiser step's loss: shares are to be ADDED over micro-batches
     and ranks. DeepSpeed averages over both, which the factor undoes.
+    A step whose gradient is not finite on any rank is skipped on all: weights, moments and schedule stay as
+    they are, and `skipped_because` says why.
     """
+    engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
     engine.backward(loss * (world_size() * engine.gradient_accumulation_steps()))
 
 
 def take_step(engine: DeepSpeedEngine) -> None:
     """The optimiser step, at the accumulation boundary."""
-    if isinstance(engine.optimizer, torch.optim.AdamW) and engine.is_gradient_accumulation_boundary():
-        # fp32 without ZeRO: DeepSpeed clips the gradients but does not keep their norm.
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        engine._global_grad_norm = nn.utils.get_total_norm(gradients)
+    is_last = engine.is_gradient_accumulation_boundary()
+    if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
+        _measure(engine)
     engine.step()
+    if is_last:
+        was_loss = not engine.was_step_applied() and max_across_ranks(engine.num_bad_losses) > 0
+        engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")
+        engine.num_bad_losses = 0
+
+
+def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | None:
+    """What was not finite in the last optimiser step, which was skipped for it: the loss of some rank, or the
+    gradient alone. None where the step was taken."""
+    return engine.skip_reason
+
+
+def _measure(engine: DeepSpeedEngine) -> None:
+    """fp32 without ZeRO: DeepSpeed clips the gradients, but keeps no norm and takes any for an update.
+
+    They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine._global_grad_norm = norm
+    engine.optimizer.overflow = not norm.isfinite()
+
+
+def _drop_overflow(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before a step: AdamW leaves parameters without gradients, and their moments, as they are."""
+    if optimizer.overflow:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def take_steps_together(engines: list[DeepSpeedEngine]) -> None:

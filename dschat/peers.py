@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from socket import gethostname
 from zlib import crc32
@@ -41,8 +42,11 @@ class PeerWatch:
     not heard in them: a thread looks, says who is missing, and leaves.
     """
 
-    def __init__(self, peers: dict[int, int], *, rank: int) -> None:
-        self._peers, self._rank = peers, rank
+    def __init__(
+        self, peers: dict[int, int], *, rank: int, each_time: Callable[[], None] = lambda: None
+    ) -> None:
+        """`each_time` is called before each look."""
+        self._peers, self._rank, self.each_time = peers, rank, each_time
         self._stopped = threading.Event()
         threading.Thread(target=self._look, name="peer watch", daemon=True).start()
 
@@ -74,6 +78,7 @@ class PeerWatch:
 
     def _look(self) -> None:
         while not self._stopped.wait(INTERVAL):
+            self.each_time()
             if self.message() is None:
                 continue
             if not self._stopped.wait(GRACE):
@@ -85,11 +90,13 @@ class PeerWatch:
 _watch: list[PeerWatch] = []
 
 
-def watch(pids: list[int], machines: list[int], *, rank: int) -> None:
-    """Watch the ranks whose machine is this rank's; both lists are by rank."""
+def watch(
+    pids: list[int], machines: list[int], *, rank: int, each_time: Callable[[], None] = lambda: None
+) -> None:
+    """Watch the ranks whose machine is this rank's; both lists are by rank. `each_time` as in `PeerWatch`."""
     by_rank = enumerate(zip(pids, machines, strict=True))
     peers = {r: pid for r, (pid, machine) in by_rank if r != rank and machine == machines[rank]}
-    _watch.append(PeerWatch(peers, rank=rank))
+    _watch.append(PeerWatch(peers, rank=rank, each_time=each_time))
 
 
 def unwatch() -> None:
@@ -102,6 +109,7 @@ def report_lost_peers() -> bool:
     """Say which ranks of this machine are gone; False where none is."""
     for watch in _watch:
         for _ in range(NUM_LOOKS):
+            watch.each_time()
             message = watch.message()
             if message is not None:
                 watch.say(message)

@@ -25,6 +25,7 @@ from dschat.errors import UserError
 from dschat.manifest import Handover
 from dschat.models.factory import create_hf_model
 from dschat.models.lora import adapters_off
+from dschat.out_of_memory import phase
 from dschat.supervised import Loaders, logprobs_at
 
 FORMAT = 1
@@ -108,6 +109,7 @@ def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[],
     )
 
 
+@phase("loading the reference model")
 def reference_of_copy(
     args: DpoArguments, tokenizer: PreTrainedTokenizerBase, base: Handover, loaders: Loaders
 ) -> Tensor:
@@ -134,6 +136,7 @@ def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Lo
         return logprob_table(engine, loaders)
 
 
+@phase("evaluating the reference model")
 @torch.no_grad()
 def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     """The model's log-probabilities of all training and evaluation pairs, fp32 [pairs, 2] on every rank.

@@ -52,6 +52,12 @@ def resumes(run: RunArguments) -> str | None:
     return "latest" if is_restart and read_summary(run.output_dir) is None else None
 
 
+def newest_checkpoint(run: RunArguments) -> Path | None:
+    """The checkpoint of the largest step that is complete, if there is one."""
+    names = finished_checkpoints(run)
+    return checkpoints_folder(run) / names[-1] if names else None
+
+
 def check_run_folder(run: RunArguments, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 

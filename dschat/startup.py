@@ -4,13 +4,16 @@ import os
 
 import torch
 
-from dschat.arguments import RunArguments
+from dschat.arguments import StepArguments
 from dschat.distributed import check_precision
 from dschat.models.remote_code import set_consent
+from dschat.out_of_memory import remember
 
 
-def prepare(run: RunArguments) -> None:
+def prepare(arguments: StepArguments) -> None:
     """Precision, foreign code and determinism. Raises `UserError` for what this machine cannot run."""
+    run = arguments.run
+    remember(arguments)
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)
     if run.deterministic:

@@ -35,7 +35,9 @@ from dschat.engines import (
 from dschat.losses import token_logprobs
 from dschat.metrics import MetricsLogger
 from dschat.models.factory import create_hf_model
+from dschat.out_of_memory import phase
 from dschat.progress import Checkpoints
+from dschat.skipped_steps import SkippedSteps
 
 Figures = dict[str, float]
 
@@ -83,6 +85,7 @@ def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) 
     )
 
 
+@phase("loading the model")
 def build_language_model(
     args: SftArguments | DpoArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
 ) -> DeepSpeedEngine:
@@ -149,6 +152,7 @@ def train_epochs(
             metrics.say(f"{moment}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         return figures
 
+    skipped = SkippedSteps(args.run)
     start = time.perf_counter() - begun.state.get("seconds", 0.0)
     initial = begun.state.get("initial")
     if initial is None:
@@ -156,7 +160,11 @@ def train_epochs(
     final = begun.state.get("final", initial)
     steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
     for step, shares in steps:
-        values = {"learning_rate": learning_rate(engine), "grad_norm": gradient_norm(engine)}
+        values = {
+            "learning_rate": learning_rate(engine),
+            "grad_norm": gradient_norm(engine),
+            "skipped_steps": skipped.note(engine, step=step),
+        }
         metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
         metrics.advance()
         if print_loss:
@@ -198,8 +206,9 @@ def _optimizer_steps(
     for batch in loader:
         engine.train()
         completes_step = engine.is_gradient_accumulation_boundary()
-        shares = shares_of(batch.to(engine.device))
-        train_on(engine, shares["loss"])
+        with phase("training the model"):
+            shares = shares_of(batch.to(engine.device))
+            train_on(engine, shares["loss"])
         micro_batches.append(torch.stack([share.detach().float() for share in shares.values()]))
         if completes_step:
             totals = sum_across_ranks(torch.stack(micro_batches).sum(dim=0)).tolist()
@@ -207,6 +216,7 @@ def _optimizer_steps(
             yield dict(zip(shares, totals, strict=True))
 
 
+@phase("evaluating")
 @torch.no_grad()
 def _evaluated(
     engine: DeepSpeedEngine, loader: EvalLoader, evaluate: Callable[[EvalLoader], Figures]

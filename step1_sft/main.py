@@ -49,7 +49,7 @@ from dschat.supervised import build_language_model, build_loaders, logprobs_at, 
 
 def main(args: SftArguments) -> None:
     """The step from flags to the saved model."""
-    prepare(args.run)
+    prepare(args)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args.run, args.model.model_name_or_path)

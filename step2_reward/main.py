@@ -34,6 +34,7 @@ from dschat.model_card import step_provenance
 from dschat.models.factory import check_positions, create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
+from dschat.out_of_memory import phase
 from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
@@ -42,7 +43,7 @@ from dschat.supervised import Loaders, build_loaders, train_epochs
 
 def main(args: RewardArguments) -> None:
     """The step from flags to the saved model."""
-    prepare(args.run)
+    prepare(args)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
     check_run_folder(args.run, args.model.model_name_or_path)
@@ -73,6 +74,7 @@ def main(args: RewardArguments) -> None:
         write_summary(args.run.output_dir, {"step": "reward", **figures, **counts, "seconds": seconds})
 
 
+@phase("loading the model")
 def build_engine(
     args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
 ) -> DeepSpeedEngine:

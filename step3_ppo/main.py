@@ -41,7 +41,7 @@ from dschat.startup import prepare
 
 def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
-    prepare(args.run)
+    prepare(args)
     handovers = receive_models(args)
     check_adapters(language=args.actor, reward=args.starting_critic)
     check_run_folder(args.run, *args.model_paths)

@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
-    0: ("errors", "arguments", "losses", "distributed", "peers", "throughput", "signals"),
-    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable"),
+    0: ("errors", "arguments", "losses", "distributed", "peers", "restart", "throughput", "signals"),
+    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
+    + ("out_of_memory",),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
-    + ("engine_files", "resume"),
+    + ("engine_files", "resume", "skipped_steps"),
     3: ("rlhf",),
     4: ("utils",),
 }

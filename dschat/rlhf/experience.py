@@ -8,7 +8,7 @@ advantages, whitening, permutations and statistics are the same on any number of
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -128,6 +128,19 @@ class Judgement:
 
         names = ("logprobs", "entropy", "ref_logprobs", "values", "scores")
         return Judgement(*(column(name) for name in names))
+
+    def with_finite_scores(self) -> tuple["Judgement", int]:
+        """The same with the mean of the finite scores in place of each that is not, and how many were not.
+
+        So one answer whose score overflowed is about neutral, instead of making every advantage of the
+        rollout batch not finite. Where no score is finite they stay, and no update will be taken.
+        """
+        is_bad = ~self.scores.isfinite()
+        num_bad = int(is_bad.sum())
+        if num_bad in (0, len(self.scores)):
+            return self, num_bad
+        mean = self.scores[~is_bad].mean()
+        return replace(self, scores=torch.where(is_bad, mean, self.scores)), num_bad
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The coefficient of the KL penalty, held or steered towards a target."""
 
+import math
 from dataclasses import dataclass
 
 LARGEST_ERROR = 0.2
@@ -20,9 +21,10 @@ class KlController:
     def update(self, kl: float, num_samples: int) -> None:
         """Take in the KL (nats an answer, the mean of k1's sum) of a rollout batch of `num_samples` answers.
 
-        A batch of more than a horizon counts as one horizon, so that beta stays positive.
+        A batch of more than a horizon counts as one horizon, so that beta stays positive. A KL that is not
+        finite says nothing.
         """
-        if self.target is None:
+        if self.target is None or not math.isfinite(kl):
             return
         error = min(max(kl / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
         self.coef *= 1 + error * min(num_samples / self.horizon, 1.0)

@@ -19,6 +19,7 @@ from dschat.distributed import (
     current_device,
     max_across_ranks,
     peak_memory_gib,
+    print_once,
     rank,
     sum_across_ranks,
     synchronize,
@@ -30,12 +31,14 @@ from dschat.engines import (
     gradient_norm,
     learning_rate,
     set_gradient_norm,
+    skipped_because,
     take_steps_together,
     train_on,
 )
 from dschat.errors import UserError
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
+from dschat.out_of_memory import phase
 from dschat.rlhf.experience import (
     Experience,
     Judgement,
@@ -53,6 +56,7 @@ from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 from dschat.rlhf.rollout_check import RolloutCheck
 from dschat.rlhf.running_statistics import RunningStatistics
+from dschat.skipped_steps import SkippedSteps
 
 
 class UpdateStatistics:
@@ -150,6 +154,9 @@ class DeepSpeedPPOTrainer:
         self._experience: Experience | None = None
         self._statistics = UpdateStatistics()
         self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
+        self._skipped = SkippedSteps(args.run)
+        self._num_skipped = self._nonfinite_scores = 0
+        self._told_of_nonfinite_scores = False
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -168,7 +175,10 @@ class DeepSpeedPPOTrainer:
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
         self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
+        self._num_skipped = 0
         rollout, judgement = self._checked(*self._answer_and_judge(batches), batches)
+        judgement, self._nonfinite_scores = judgement.with_finite_scores()
+        self._tell_of_nonfinite_scores(judgement)
         with self._timed("experience"):
             self._experience = Experience.build(
                 rollout,
@@ -184,6 +194,7 @@ class DeepSpeedPPOTrainer:
         self._ppo_step += 1
         return self._experience
 
+    @phase("sampling answers")
     def answer(self, prompts: list[PromptBatch], *, ppo_step: int) -> RolloutBatch:
         """This rank's prompts answered, and those of all ranks. Every rank must call it.
 
@@ -222,7 +233,7 @@ class DeepSpeedPPOTrainer:
     def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, Judgement]:
         with self._timed("generation"):
             rollout = self.answer(batches, ppo_step=self._ppo_step)
-        with self._timed("experience"):
+        with self._timed("experience"), phase("judging answers"):
             return rollout, self._judges.judge(rollout, self._rows_of_first_pass(rollout))
 
     def _checked(
@@ -242,7 +253,7 @@ class DeepSpeedPPOTrainer:
 
     def _shaping_of(self, scores: Tensor) -> ScoreShaping:
         """How the raw scores of a rollout batch are shaped; running statistics count them in first."""
-        if self._scores is None:
+        if self._scores is None or not scores.isfinite().all():  # where no score is, nothing is learned
             return self.shaping
         self._scores.update(scores)
         return replace(self.shaping, mean=self._scores.mean, std=self._scores.std)
@@ -275,8 +286,9 @@ class DeepSpeedPPOTrainer:
                 if self._args.aligns_overflow:
                     take_steps_together(self.engine.trained if self._actor_learns else [self.engine.critic])
             self._updates_done += 1
+            self._note_skipped()
             if self._actor_learns:
-                if self.engine.ema:
+                if self.engine.ema and skipped_because(self.engine.actor) is None:
                     self.engine.ema.update()
                 self._has_moved_enough = self._moves_too_far(minibatch)
 
@@ -288,6 +300,22 @@ class DeepSpeedPPOTrainer:
     def _actor_learns(self) -> bool:
         """Whether the present PPO step is past --critic_warmup_steps."""
         return self._experience.ppo_step >= self._args.ppo.critic_warmup_steps
+
+    def _note_skipped(self) -> None:
+        learning = {"actor": self.engine.actor if self._actor_learns else None, "critic": self.engine.critic}
+        for name, engine in learning.items():
+            if engine is not None:
+                self._num_skipped += self._skipped.note(engine, step=self._ppo_step, model=name)
+
+    def _tell_of_nonfinite_scores(self, judgement: Judgement) -> None:
+        if self._nonfinite_scores and not self._told_of_nonfinite_scores:
+            self._told_of_nonfinite_scores = True
+            print_once(
+                f"WARNING: PPO step {self._ppo_step + 1}: {self._nonfinite_scores} of "
+                f"{len(judgement.scores)} scores are not finite. Such an answer counts with the mean of the "
+                "others, and where there is no other the updates are skipped. metrics.jsonl goes on counting "
+                "them as nonfinite_scores; a reward model that overflows needs --dtype bf16 or fp32."
+            )
 
     def _moves_too_far(self, minibatch: Minibatch) -> bool:
         """Whether the approx_kl of the optimiser step just taken, over all ranks, is above the target.
@@ -302,6 +330,7 @@ class DeepSpeedPPOTrainer:
         """Backward and step, or the backward alone where the steps are taken together."""
         (backward_on if self._args.aligns_overflow else train_on)(engine, loss)
 
+    @phase("training the actor")
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: Tensor | None) -> None:
         loss = actor_loss(
             answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
@@ -343,6 +372,7 @@ class DeepSpeedPPOTrainer:
         if is_first:
             self._statistics.maximise(first_minibatch_ratio_error=(ratio - 1).abs().max())
 
+    @phase("training the critic")
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
         values = values_at_answers(self.engine.critic, batch.rollout)
@@ -441,6 +471,8 @@ class DeepSpeedPPOTrainer:
             **{name: total / num_tokens for name, total in sums.items()},
             **maxima,
             "updates_done": self._updates_done,
+            "skipped_steps": self._num_skipped,
+            "nonfinite_scores": self._nonfinite_scores,
             **self._optimisers(),
             **self._speed(),
         }

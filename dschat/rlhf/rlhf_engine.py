@@ -19,6 +19,7 @@ from dschat.errors import UserError
 from dschat.models.factory import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.tokenizer import RlhfTokenizers
+from dschat.out_of_memory import phase
 from dschat.rlhf.ema import MovingAverage
 
 TRAINED_BYTES = 16
@@ -128,12 +129,14 @@ class DeepSpeedRLHFEngine:
             num_training_steps=num_training_steps,
         )
 
+    @phase("loading the actor")
     def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
         print_once("loading the actor")
         args, config = self._args.actor, self._train_config(self._args.actor)
         model = self._language_model(config)
         return self._trained_engine(model, args, config, num_training_steps)
 
+    @phase("loading the reference model")
     def _build_reference(self) -> DeepSpeedEngine | None:
         offload = self._args.rlhf.offload_reference_model
         if trains_adapters_only(self.actor.module):
@@ -146,6 +149,7 @@ class DeepSpeedRLHFEngine:
         model = self._language_model(config)
         return build_frozen_engine(model, config=config)
 
+    @phase("loading the critic")
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
         print_once("loading the critic")
         args, config = self._args.critic, self._train_config(self._args.critic)
@@ -158,6 +162,7 @@ class DeepSpeedRLHFEngine:
         )
         return self._trained_engine(model, args, config, num_training_steps)
 
+    @phase("loading the reward model")
     def _reward_engine(
         self, name: str, path: str | None, reader: PreTrainedTokenizerBase | None
     ) -> DeepSpeedEngine | None:
@@ -174,4 +179,4 @@ class DeepSpeedRLHFEngine:
             rlhf_training=True,
             dropout=0.0,
         )
-        return build_frozen_engine(model, config=config)
+        return build_frozen_engine(model, config=config, role=name.removeprefix("the "))

@@ -1,0 +1,43 @@
+"""A step whose memory "runs out" on one rank wherever a micro-batch of training has more than so many rows.
+
+[torchrun --nproc_per_node N] out_of_memory.py STEP LIMIT RANK FLAGS...
+"""
+
+import sys
+from typing import Any
+
+import torch
+from three_steps import program
+
+from dschat import distributed
+from dschat.arguments import parse_arguments
+from dschat.errors import readable_errors
+
+
+def run_out(step: str, limit: int, rank: int) -> Any:
+    """The step's program, with a loss that fails as an allocation does."""
+    module = program(step)
+    if step == "rlhf":
+        from dschat.rlhf import ppo_trainer as place
+
+        name = "actor_loss"
+    else:
+        place, name = module, {"sft": "answer_loss", "reward": "training_shares"}[step]
+    right = getattr(place, name)
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        rows = len(args[1].rollout.input_ids if step == "rlhf" else args[1].input_ids)
+        if torch.is_grad_enabled() and rows > limit and distributed.rank() == rank:
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+        return right(*args, **settings)
+
+    setattr(place, name, fails)
+    return module
+
+
+if __name__ == "__main__":
+    step, limit, rank, *flags = sys.argv[1:]
+    args = parse_arguments(step, flags)
+    with readable_errors(args.run.debug):
+        run_out(step, int(limit), int(rank)).main(args)
+        distributed.leave()
