@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from dschat.arguments import DataArguments
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
-from dschat.data.sources import Format, Source, open_source, read_comparisons
+from dschat.data.files import Rows
+from dschat.data.sources import Format, Source, open_source, read_comparisons, read_rows
 from dschat.data.tokenization import (
+    RowError,
     Tokenized,
     column,
     default_num_proc,
@@ -245,7 +248,11 @@ def _build(
         if name == "train" and data.max_train_samples is not None:
             left_out["over --max_train_samples"] = max(len(chosen) - data.max_train_samples, 0)
             chosen = chosen[splits.some_rows(index.row_keys[chosen], data.max_train_samples, seed)]
-        tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
+        try:
+            tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
+        except RowError as error:
+            place = _place_of(int(chosen[error.number]), sources, form)
+            raise UserError(f"{place}: {error.reason} Correct the row or remove it.") from error
         left_out.update(tokenized.dropped)
         if name == "train":
             _check_rows_left(tokenized, left_out, task)
@@ -275,6 +282,18 @@ def _rows_of(
     return splits.first_of_each(identity, np.flatnonzero(usable)), Counter({task.lacks: num_unusable})
 
 
+def _place_of(number: int, sources: _Sources, form: Format) -> str:
+    """Where the comparison of that number stands, such as "pairs.jsonl:3". The sources are read once more for
+    it: no row carries its place through the work that hardly ever fails."""
+    places = (
+        place
+        for _, source, rows, _ in _parts(sources)
+        for place, found in read_rows(source, rows, form)
+        if isinstance(found, Comparison)
+    )
+    return next(islice(places, number, None))
+
+
 def _tokenized(
     rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: _Task, data: DataArguments
 ) -> Tokenized:
@@ -297,20 +316,24 @@ def _without_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
+def _parts(sources: _Sources) -> Iterator[tuple[int, Source, Rows, bool]]:
+    """The number and the source of all rows that are read, in their order, and whether they evaluate."""
+    for number, source in enumerate(sources.all):
+        if sources.are_for_evaluation(number):
+            yield number, source, source.evaluation or source.training, True
+        else:
+            yield number, source, source.training, False
+            if source.evaluation is not None and not sources.evaluation:
+                yield number, source, source.evaluation, True
+
+
 def _all_comparisons(
     sources: _Sources, form: Format, dropped: list[Counter]
 ) -> Iterator[tuple[Comparison, int, bool]]:
     """Every comparison of every source, with the source's number and whether it is for evaluation."""
-    for number, source in enumerate(sources.all):
-        if sources.are_for_evaluation(number):
-            splits_used = [(source.evaluation or source.training, True)]
-        else:
-            splits_used = [(source.training, False)]
-            if source.evaluation is not None and not sources.evaluation:
-                splits_used.append((source.evaluation, True))
-        for rows, in_evaluation in splits_used:
-            for comparison in read_comparisons(source, rows, form, dropped[number]):
-                yield comparison, number, in_evaluation
+    for number, source, rows, in_evaluation in _parts(sources):
+        for comparison in read_comparisons(source, rows, form, dropped[number]):
+            yield comparison, number, in_evaluation
 
 
 def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.comparisons import Prompt, answer_pairs, unpack_prompt
 from dschat.data.templates import ChatTemplate
+from dschat.errors import UserError
 
 ROWS_A_PROCESS = 2000
 """Fewer rows are not worth another process."""
@@ -55,6 +56,17 @@ READER_COLUMN = {"reader_ids": Tokens(Value("int32"))}
 ROW_COLUMN = {"row": Value("string")}
 
 Columns = dict[str, list]
+
+
+class RowError(UserError):
+    """A row cannot be tokenised: its number among the rows, and why. It can be pickled."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(number, reason)
+        self.number, self.reason = number, reason
+
+    def __str__(self) -> str:
+        return f"row {self.number + 1} cannot be tokenised: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -175,16 +187,19 @@ def _tokenize(
     *,
     with_indices: bool = False,
 ) -> Tokenized:
-    """Run `encode` over batches of rows in parallel, then leave out and count what it marked as dropped."""
+    """Run `encode` over batches of rows in parallel, then leave out and count what it marked as dropped.
+
+    Raises `RowError` for a row that cannot be encoded, and `UserError` where a process was killed.
+    """
     features = Features(**columns, length=Value("int32"), prompt_size=Value("int32"), fate=Value("int8"))
     if len(rows) == 0:  # of which `map` would make rows without columns
         return Tokenized(_empty(columns), 0, 0, dropped={}, shortest_prompt=0)
     num_proc = max(min(num_proc, len(rows) // ROWS_A_PROCESS), 1)
-    with _threads_allowed(num_proc == 1):
+    with _threads_allowed(num_proc == 1), _killed_workers_named(num_proc):
         marked = rows.map(
-            encode,
+            partial(_naming_the_row, encode=encode, with_indices=with_indices),
             batched=True,
-            with_indices=with_indices,
+            with_indices=True,
             remove_columns=rows.column_names,
             features=features,
             num_proc=num_proc if num_proc > 1 else None,
@@ -203,6 +218,39 @@ def _tokenize(
         dropped={name.format(limit=flag): counts[fate] for fate, name in REASONS.items() if counts[fate]},
         shortest_prompt=int(column(marked, "prompt_size").min(initial=1 << 30)),
     )
+
+
+def _naming_the_row(
+    batch: Columns, indices: list[int], encode: Callable[..., Columns], *, with_indices: bool
+) -> Columns:
+    """What `encode` makes of the rows. Raises `RowError` for the first that fails by itself."""
+
+    def encoded(rows: Columns, numbers: list[int]) -> Columns:
+        return encode(rows, numbers) if with_indices else encode(rows)
+
+    try:
+        return encoded(batch, indices)
+    except Exception:
+        for place, number in enumerate(indices):
+            try:
+                encoded({name: values[place : place + 1] for name, values in batch.items()}, [number])
+            except Exception as error:
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                raise RowError(number, reason) from error
+        raise  # no row by itself
+
+
+@contextmanager
+def _killed_workers_named(num_proc: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise UserError(
+            f"one of {num_proc} processes that tokenise was killed, most often because memory ran out (dmesg "
+            "tells); use fewer with --preprocessing_num_workers."
+        ) from error
 
 
 def _weighed(pairs: Dataset, kept: np.ndarray) -> Dataset:

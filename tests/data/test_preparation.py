@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_train_loader
 from dschat.data.preparation import prompt_data, reward_data, sft_data
 from dschat.data.templates import NONE, PLAIN
+from dschat.data.tokenization import RowError, _naming_the_row
 from dschat.errors import UserError
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
@@ -616,3 +618,46 @@ def test_an_entry_of_the_right_size_that_cannot_be_read_names_its_folder(tmp_pat
     (entry / file).write_bytes(b"?" * (entry / file).stat().st_size)
     with pytest.raises(UserError, match=rf"the tokens kept in {entry} cannot be read .*; remove that folder"):
         sft_data(data, tokenizer, max_seq_len=64, seed=1)
+
+
+@pytest.fixture
+def picky_tokenizer():
+    """Its template refuses any conversation in which somebody says "refused"."""
+    tokenizer = tiny_tokenizer()
+    refusal = "{% for m in messages %}{% if 'refused' in m['content'] %}{{ raise_exception('not that') }}"
+    tokenizer.chat_template = refusal + "{% endif %}{% endfor %}" + PLAIN
+    return tokenizer
+
+
+@pytest.mark.parametrize("prepare", [sft_data, reward_data])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_row_that_cannot_be_tokenised_is_named(
+    tmp_path, picky_tokenizer, monkeypatch, prepare, num_processes
+):
+    monkeypatch.setattr("dschat.data.tokenization.ROWS_A_PROCESS", 10)
+    path = Path(write_rows(tmp_path / "a.jsonl", range(40)))
+    lines = path.read_text().splitlines()
+    lines[29] = json.dumps({"prompt": "this is refused", "chosen": "a", "rejected": "b"})
+    path.write_text("\n".join(["", *lines]) + "\n")  # an empty line is no row, but counts as a line
+    split = {sft_data: "1,0,0", reward_data: "0,1,0"}[prepare]
+    data = arguments(
+        tmp_path, str(path), data_split=split, preprocessing_num_workers=num_processes, eval_fraction=0
+    )
+    with pytest.raises(UserError) as caught:
+        prepare(data, picky_tokenizer, max_seq_len=64, seed=1)
+    assert str(caught.value).startswith(f"{path}:31: the chat template does not take a conversation of user")
+    assert "not that" in str(caught.value)
+
+
+def test_the_first_row_that_fails_by_itself_is_named():
+    def encode(batch):
+        if "bad" in batch["prompt"]:
+            raise KeyError("what is it")
+        return batch
+
+    rows = {"prompt": ["a", "bad", "bad"]}
+    with pytest.raises(RowError, match="row 8 cannot be tokenised: KeyError: 'what is it'"):
+        _naming_the_row(rows, [6, 7, 8], encode, with_indices=False)
+    with pytest.raises(RowError) as caught:
+        _naming_the_row(rows, [6, 7, 8], encode, with_indices=False)
+    assert pickle.loads(pickle.dumps(caught.value)).number == 7

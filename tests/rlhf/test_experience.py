@@ -286,3 +286,20 @@ def test_without_correction_nothing_is_weighed():
     experience = make_experience()
     assert experience.weights is None
     assert not [name for name in experience.metrics() if name.startswith(("tis", "rollout"))]
+
+
+def test_a_score_that_is_not_finite_becomes_the_mean_of_the_others():
+    nothing = torch.zeros(4, 1)
+    scores = torch.tensor([1.0, torch.inf, 4.0, torch.nan])
+    finite, num_bad = Judgement(nothing, nothing, nothing, None, scores).with_finite_scores()
+    assert finite.scores.tolist() == [1.0, 2.5, 4.0, 2.5]
+    assert num_bad == 2
+
+
+def test_where_no_score_is_finite_they_stay_so_that_every_update_is_skipped():
+    nothing = torch.zeros(2, 1)
+    judgement, num_bad = Judgement(
+        nothing, nothing, nothing, None, torch.tensor([torch.nan, -torch.inf])
+    ).with_finite_scores()
+    assert num_bad == 2
+    assert not judgement.scores.isfinite().any()
