@@ -36,8 +36,9 @@ def run_out(step: str, limit: int, rank: int) -> Any:
 
 
 if __name__ == "__main__":
-    step, limit, rank, *flags = sys.argv[1:]
-    args = parse_arguments(step, flags)
+    place = [flag for flag in sys.argv[1:] if flag.startswith("--local_rank")]  # deepspeed's, before all else
+    step, limit, rank, *flags = [flag for flag in sys.argv[1:] if flag not in place]
+    args = parse_arguments(step, [*place, *flags])
     with readable_errors(args.run.debug):
         run_out(step, int(limit), int(rank)).main(args)
         distributed.leave()
