@@ -11,6 +11,7 @@ from dschat.engines import DeepSpeedEngine
 from dschat.losses import token_entropy, token_logprobs
 from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
+from dschat.out_of_memory import phase
 from dschat.rlhf.experience import Judgement, at_answers
 from dschat.rlhf.reading import Reading
 from dschat.rlhf.rewards import Rewards
@@ -76,6 +77,7 @@ class Judges:
             limit = learned_positions(args.reward_path)
             self._reading = Reading(prompts, tokenizers.actor, tokenizers.reader, max_tokens=limit)
 
+    @phase("judging answers")
     @torch.no_grad()
     def judge(self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True) -> Judgement:
         """Judge the answers of all ranks; `rows` are this rank's, a tensor of row numbers a forward pass.

@@ -233,7 +233,7 @@ class DeepSpeedPPOTrainer:
     def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, Judgement]:
         with self._timed("generation"):
             rollout = self.answer(batches, ppo_step=self._ppo_step)
-        with self._timed("experience"), phase("judging answers"):
+        with self._timed("experience"):
             return rollout, self._judges.judge(rollout, self._rows_of_first_pass(rollout))
 
     def _checked(
