@@ -391,6 +391,8 @@ class DeepSpeedPPOTrainer:
             "minibatches_done": self._minibatches_done,
             "updates_done": self._updates_done,
             "has_moved_enough": self._has_moved_enough,
+            "num_skipped": self._num_skipped,
+            "nonfinite_scores": self._nonfinite_scores,
             "kl_coef": self._kl.coef,
             "rollout_uses_cache": self._rollout.uses_cache,
             "scores": asdict(self._scores) if self._scores else None,
@@ -421,6 +423,7 @@ class DeepSpeedPPOTrainer:
         """
         self._ppo_step, self._minibatches_done = state["ppo_step"], state["minibatches_done"]
         self._updates_done, self._has_moved_enough = state["updates_done"], state["has_moved_enough"]
+        self._num_skipped, self._nonfinite_scores = state["num_skipped"], state["nonfinite_scores"]
         self._kl.coef = state["kl_coef"]
         self._rollout.uses_cache = state["rollout_uses_cache"]
         if self._scores:
