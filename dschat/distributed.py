@@ -92,7 +92,8 @@ def setup(local_rank: int = -1) -> torch.device:
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if attempt > 0:
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # `dschat.restart` brings its own
+    if attempt > 0 and keeps_store:
         _join_again(attempt)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
