@@ -364,7 +364,8 @@ def test_a_function_scores_in_place_of_a_reward_model_and_the_critic_starts_from
     told = python(PPO, *flags(folder, "ppo_rule", *models, *small), cwd=folder).stdout
     assert "loading the reward model" not in told
     assert told.count("reward start: ValueError: nine is too much (rule.py:3); answer") == 1
-    steps = lines(folder / "ppo_rule")
+    before, *steps = lines(folder / "ppo_rule")
+    assert before["eval_score"] == pytest.approx(before["eval_score_start"])
     for line in steps:
         assert line["score"] == pytest.approx(line["score_start"])
         assert math.isfinite(line["value_loss"])

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice, repeat
@@ -17,7 +17,6 @@ from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
 from dschat.distributed import (
     current_device,
-    max_across_ranks,
     peak_memory_gib,
     print_once,
     rank,
@@ -50,50 +49,14 @@ from dschat.rlhf.experience import (
 from dschat.rlhf.judging import Judges, answer_logits, values_at_answers
 from dschat.rlhf.kl_controller import KlController
 from dschat.rlhf.objective import actor_loss
-from dschat.rlhf.ppo_state import flat_names, flat_tensors, from_flat_tensors, of_name
+from dschat.rlhf.ppo_state import Position, flat_names, flat_tensors, from_flat_tensors, of_name
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
 from dschat.rlhf.rollout_check import RolloutCheck
 from dschat.rlhf.running_statistics import RunningStatistics
+from dschat.rlhf.update_statistics import UpdateStatistics
 from dschat.skipped_steps import SkippedSteps
-
-
-class UpdateStatistics:
-    """Sums and maxima over the optimiser steps of a PPO step, reduced over ranks once, when they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self._maxima: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-
-    def add(self, **values: Tensor) -> None:
-        """Add this rank's share."""
-        for name, value in values.items():
-            self._sums[name] = self._sums[name].to(value.device) + value.detach().double()
-
-    def maximise(self, **values: Tensor) -> None:
-        """Keep the largest seen."""
-        for name, value in values.items():
-            self._maxima[name] = torch.maximum(self._maxima[name].to(value.device), value.detach().double())
-
-    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums and maxima over all ranks. Every rank must call it."""
-        sums = sum_across_ranks(torch.stack(list(self._sums.values()))).tolist()
-        maxima = []
-        if self._maxima:  # none while the actor waits for the critic, on any rank
-            maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
-        return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share so far."""
-        sums = {f"sum.{name}": total for name, total in self._sums.items()}
-        return sums | {f"maximum.{name}": value for name, value in self._maxima.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        for name, value in state.items():
-            kind, _, figure = name.partition(".")
-            (self._sums if kind == "sum" else self._maxima)[figure] = value.to(current_device())
 
 
 class DeepSpeedPPOTrainer:
@@ -147,15 +110,13 @@ class DeepSpeedPPOTrainer:
             mean=mean,
             std=std,
         )
-        self._texts, self._text_steps, self._num_text_steps = texts, iter(texts or ()), 0
+        self._texts, self._text_steps = texts, iter(texts or ())
         self._moved: list[Tensor] = []  # approx_kl of the present optimiser step, a sum a micro-batch
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
-        self._ppo_step = 0
+        self._at = Position()
         self._experience: Experience | None = None
         self._statistics = UpdateStatistics()
-        self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
         self._skipped = SkippedSteps(args.run)
-        self._num_skipped = self._nonfinite_scores = 0
         self._told_of_nonfinite_scores = False
         self._seconds: dict[str, float] = defaultdict(float)
 
@@ -174,10 +135,9 @@ class DeepSpeedPPOTrainer:
         """
         batches = prompts if isinstance(prompts, list) else [prompts]
         self._statistics, self._seconds = UpdateStatistics(), defaultdict(float)
-        self._minibatches_done, self._updates_done, self._has_moved_enough = 0, 0, False
-        self._num_skipped = 0
+        self._at.begin_ppo_step()
         rollout, judgement = self._checked(*self._answer_and_judge(batches), batches)
-        judgement, self._nonfinite_scores = judgement.with_finite_scores()
+        judgement, self._at.nonfinite_scores = judgement.with_finite_scores()
         self._tell_of_nonfinite_scores(judgement)
         with self._timed("experience"):
             self._experience = Experience.build(
@@ -186,12 +146,12 @@ class DeepSpeedPPOTrainer:
                 self._args.ppo,
                 self.schedule,
                 self._shaping_of(judgement.scores),
-                ppo_step=self._ppo_step,
+                ppo_step=self._at.ppo_step,
                 kl_coef=self._kl.coef,
             )
         if self._actor_learns:  # while it waits, KL says nothing of the coefficient
             self._kl.update(self._experience.kl.item(), len(judgement.scores))
-        self._ppo_step += 1
+        self._at.ppo_step += 1
         return self._experience
 
     @phase("sampling answers")
@@ -207,18 +167,18 @@ class DeepSpeedPPOTrainer:
     @property
     def unfinished(self) -> Experience | None:
         """The experience that is still to be learned from, None between PPO steps."""
-        return self._experience if self._minibatches_done < self._args.updates_per_ppo_step else None
+        return self._experience if self._at.minibatches_done < self._args.updates_per_ppo_step else None
 
     @property
     def num_ppo_steps_done(self) -> int:
         """PPO steps that have been learned from to their end."""
-        return self._ppo_step - (self.unfinished is not None)
+        return self._at.ppo_step - (self.unfinished is not None)
 
     @property
     def num_updates_passed(self) -> int:
         """Optimiser steps of the run so far, skipped ones included."""
         return self.num_ppo_steps_done * self._args.updates_per_ppo_step + (
-            self._minibatches_done if self.unfinished is not None else 0
+            self._at.minibatches_done if self.unfinished is not None else 0
         )
 
     def minibatches(self) -> Iterator[Minibatch]:
@@ -228,11 +188,11 @@ class DeepSpeedPPOTrainer:
             for epoch in range(self._args.ppo.ppo_epochs)
             for minibatch in self._experience.minibatches(epoch)
         )
-        return islice(steps, self._minibatches_done, None)
+        return islice(steps, self._at.minibatches_done, None)
 
     def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, Judgement]:
         with self._timed("generation"):
-            rollout = self.answer(batches, ppo_step=self._ppo_step)
+            rollout = self.answer(batches, ppo_step=self._at.ppo_step)
         with self._timed("experience"):
             return rollout, self._judges.judge(rollout, self._rows_of_first_pass(rollout))
 
@@ -261,7 +221,7 @@ class DeepSpeedPPOTrainer:
     def _rows_of_first_pass(self, rollout: RolloutBatch) -> list[Tensor]:
         """This rank's row numbers, in the micro-batches in which pass 0 will meet them."""
         lengths = rollout.attention_mask.sum(dim=1).cpu()
-        steps = self.schedule.optimizer_steps(lengths, ppo_step=self._ppo_step, epoch=0)
+        steps = self.schedule.optimizer_steps(lengths, ppo_step=self._at.ppo_step, epoch=0)
         return [part for step_rows in steps for part in self.schedule.micro_batches(step_rows)]
 
     def train_rlhf(self, minibatch: Minibatch) -> None:
@@ -270,8 +230,8 @@ class DeepSpeedPPOTrainer:
         Nothing is done after a step of this update has moved the actor beyond --target_approx_kl. During
         --critic_warmup_steps the actor waits: its weights, schedule and moving average stay as they are.
         """
-        self._minibatches_done += 1
-        if self._has_moved_enough:
+        self._at.minibatches_done += 1
+        if self._at.has_moved_enough:
             return
         with self._timed("training"):
             for engine in self.engine.trained:
@@ -285,15 +245,15 @@ class DeepSpeedPPOTrainer:
                     self._train_critic(micro_batch, minibatch)
                 if self._args.aligns_overflow:
                     take_steps_together(self.engine.trained if self._actor_learns else [self.engine.critic])
-            self._updates_done += 1
+            self._at.updates_done += 1
             self._note_skipped()
             if self._actor_learns:
                 if self.engine.ema and skipped_because(self.engine.actor) is None:
                     self.engine.ema.update()
-                self._has_moved_enough = self._moves_too_far(minibatch)
+                self._at.has_moved_enough = self._moves_too_far(minibatch)
 
     def _next_texts(self) -> list[Tensor]:
-        self._num_text_steps += 1
+        self._at.num_text_steps += 1
         return next(self._text_steps)
 
     @property
@@ -305,13 +265,13 @@ class DeepSpeedPPOTrainer:
         learning = {"actor": self.engine.actor if self._actor_learns else None, "critic": self.engine.critic}
         for name, engine in learning.items():
             if engine is not None:
-                self._num_skipped += self._skipped.note(engine, step=self._ppo_step, model=name)
+                self._at.num_skipped += self._skipped.note(engine, step=self._at.ppo_step, model=name)
 
     def _tell_of_nonfinite_scores(self, judgement: Judgement) -> None:
-        if self._nonfinite_scores and not self._told_of_nonfinite_scores:
+        if self._at.nonfinite_scores and not self._told_of_nonfinite_scores:
             self._told_of_nonfinite_scores = True
             print_once(
-                f"WARNING: PPO step {self._ppo_step + 1}: {self._nonfinite_scores} of "
+                f"WARNING: PPO step {self._at.ppo_step + 1}: {self._at.nonfinite_scores} of "
                 f"{len(judgement.scores)} scores are not finite. Such an answer counts with the mean of the "
                 "others, and where there is no other the updates are skipped. metrics.jsonl goes on counting "
                 "them as nonfinite_scores; a reward model that overflows needs --dtype bf16 or fp32."
@@ -387,16 +347,10 @@ class DeepSpeedPPOTrainer:
         """Where training stands, as JSON; beside it stand the tensors of `tensors`."""
         engines = self.engine.by_name
         return {
-            "ppo_step": self._ppo_step,
-            "minibatches_done": self._minibatches_done,
-            "updates_done": self._updates_done,
-            "has_moved_enough": self._has_moved_enough,
-            "num_skipped": self._num_skipped,
-            "nonfinite_scores": self._nonfinite_scores,
+            "position": asdict(self._at),
             "kl_coef": self._kl.coef,
             "rollout_uses_cache": self._rollout.uses_cache,
             "scores": asdict(self._scores) if self._scores else None,
-            "num_text_steps": self._num_text_steps,
             "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
             "seconds": self._seconds,
             "experience": self._experience.settings if self.unfinished else None,
@@ -421,16 +375,13 @@ class DeepSpeedPPOTrainer:
 
         Raises `UserError` where what is missing then cannot be made of the rest.
         """
-        self._ppo_step, self._minibatches_done = state["ppo_step"], state["minibatches_done"]
-        self._updates_done, self._has_moved_enough = state["updates_done"], state["has_moved_enough"]
-        self._num_skipped, self._nonfinite_scores = state["num_skipped"], state["nonfinite_scores"]
+        self._at = Position(**state["position"])
         self._kl.coef = state["kl_coef"]
         self._rollout.uses_cache = state["rollout_uses_cache"]
         if self._scores:
             self._scores = RunningStatistics(**state["scores"])
         if self._texts:
-            self._num_text_steps = state["num_text_steps"]
-            self._text_steps = self._texts.steps_after(self._num_text_steps)
+            self._text_steps = self._texts.steps_after(self._at.num_text_steps)
         for name, engine in self.engine.by_name.items():
             set_gradient_norm(engine, state["gradient_norms"][name])
         self._seconds = defaultdict(float, state["seconds"])
@@ -466,16 +417,16 @@ class DeepSpeedPPOTrainer:
         """The numbers of the last PPO step over all ranks, weighted by tokens. Every rank must call it."""
         assert self._experience is not None, "generate_experience comes first"
         sums, maxima = self._statistics.reduce()
-        num_tokens = sums.pop("num_tokens")
-        losses = {name: sums.pop(name) / self._updates_done for name in list(sums) if name.endswith("_loss")}
+        num_tokens, updates = sums.pop("num_tokens"), self._at.updates_done
+        losses = {name: sums.pop(name) / updates for name in list(sums) if name.endswith("_loss")}
         return {
             **self._experience.metrics(),
             **losses,
             **{name: total / num_tokens for name, total in sums.items()},
             **maxima,
-            "updates_done": self._updates_done,
-            "skipped_steps": self._num_skipped,
-            "nonfinite_scores": self._nonfinite_scores,
+            "updates_done": updates,
+            "skipped_steps": self._at.num_skipped,
+            "nonfinite_scores": self._at.nonfinite_scores,
             **self._optimisers(),
             **self._speed(),
         }

@@ -21,9 +21,10 @@ from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.experience import MicroBatch, ScoreShaping, at_answers
 from dschat.rlhf.judging import answer_logits, scores_of_answers, values_at_tokens
 from dschat.rlhf.objective import actor_loss
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, UpdateStatistics
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rollout import RolloutBatch
 from dschat.rlhf.running_statistics import RunningStatistics
+from dschat.rlhf.update_statistics import UpdateStatistics
 
 PROMPTS = ((10, 11, 12, 13, 14), (20, 21), (30, 31, 32))
 ANSWERS = ((40, 41, 42, 0), (50, 0), (60, 61, 62, 63))  # token 0 ends; the last is cut at the limit
