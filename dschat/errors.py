@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,9 +11,30 @@ from typing import NoReturn
 
 from dschat.peers import report_lost_peers
 
+LONGEST_MESSAGE = 2000
+
 
 class UserError(ValueError):
-    """The input cannot work. The message names the flag or the file and line, the value, and the remedy."""
+    """The input cannot work. The message names the flag or the file and line, the value, and the remedy.
+
+    It quotes what files and libraries say, so it is made one readable line here.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message in one line; the middle is left out of one with more than `LONGEST_MESSAGE` characters.
+
+    Control characters are escaped, as a file's content must not steer the terminal.
+    """
+    joined = re.sub(r"\s*\n\s*", " ", message.strip())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    if len(line) <= LONGEST_MESSAGE:
+        return line
+    half = LONGEST_MESSAGE // 2 - 25
+    return f"{line[:half]} ... ({len(line) - 2 * half:,} characters) ... {line[-half:]}"
 
 
 EXIT_TRY_AGAIN = 75
