@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 
+from dschat.data.files import user_path
 from dschat.errors import UserError
 
 CHUNK = 1 << 20
@@ -41,7 +42,7 @@ def cache_folder(data_output_path: str | None) -> Path:
     Default: dschat below `XDG_CACHE_HOME`, else below ~/.cache. Raises `UserError` where it is not writable.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(data_output_path).expanduser() if data_output_path else base / "dschat"
+    folder = user_path(data_output_path) if data_output_path else base / "dschat"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

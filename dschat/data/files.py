@@ -7,9 +7,10 @@ and name it in `file_rows`.
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,16 @@ GOES_ON = (
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
+def user_path(name: str) -> Path:
+    """The path, with the home folder in place of ~; as it stands where there is no such user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises there
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether there is such a file or folder; a hub id, or what is too long for a path, is none."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a name is too long
+
+
 def file_rows(path: Path, flag: str) -> Rows:
     """The file's rows, by its suffix. Raises `UserError` that names the flag for another kind of file."""
     name = path.name.lower()
@@ -45,19 +56,39 @@ def file_rows(path: Path, flag: str) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
     with readable(path):
-        for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        yield from arrow_rows(pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE), str(path))
+
+
+def arrow_rows(parts: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[tuple[str, Any]]:
+    """The rows of Arrow tables, counted on. Raises `UserError` for one that Python cannot hold."""
+    number = 0
+    for part in parts:
+        try:
+            rows = part.to_pylist()
+        except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
+            rows = _one_by_one(part, name, number)
+        for row in rows:
+            number += 1
+            yield f"{name}, row {number}", row
+
+
+def _one_by_one(part: pa.RecordBatch | pa.Table, name: str, before: int) -> Iterator[Any]:
+    for index in range(part.num_rows):
+        try:
+            yield from part.slice(index, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            raise UserError(
+                f"{name}, row {before + index + 1}: a value cannot be read ({error}). Correct the row or "
+                "remove it."
+            ) from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """One object a line, streamed; or, where the file begins with a bracket, the elements of one list."""
     with readable(path):
         with _open(path) as file:
-            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
         with _open(path) as file:
             yield from (_elements if is_list else _lines)(path, file)
 
@@ -77,9 +108,9 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
                 f"{path}:{number}: not a JSON object on one line ({error.msg} at character {error.pos + 1}). "
                 + remedy
             ) from error
-        except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        except (RecursionError, ValueError) as error:
             raise UserError(
-                f"{path}:{number}: the JSON cannot be read ({error}). Correct the line."
+                f"{path}:{number}: the JSON cannot be read ({_too_much(error)}). Correct the line."
             ) from error
 
 
@@ -99,12 +130,18 @@ def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
         text.skip("]")
         if text.peek():
             raise text.error("there is more text after the list")
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+    except (RecursionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path}:{text.line}: the JSON cannot be read ({error}). Correct it there."
+            f"{path}:{text.line}: the JSON cannot be read ({_too_much(error)}). Correct it there."
         ) from error
+
+
+def _too_much(error: RecursionError | ValueError) -> str:
+    """What Python's JSON reader stops at, apart from faults of syntax."""
+    is_deep = isinstance(error, RecursionError)
+    return "it is nested too deep" if is_deep else "it holds a number of thousands of digits"
 
 
 class _TextWindow:

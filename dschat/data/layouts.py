@@ -6,6 +6,7 @@ what --data_format takes.
 """
 
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def recognise(row: Row) -> Layout:
     for known in LAYOUTS.values():
         if set(known.columns) <= set(row) and not _half_a_pair(known, row):
             return known
-    found = ", ".join(map(str, row)) or "none"
+    found = ", ".join(name if len(name) <= 60 else f"{name[:60]}..." for name in map(str, row)) or "none"
     closest = max(LAYOUTS.values(), key=lambda known: len(set(known.columns) & set(row)))
     missing = ", ".join(f'"{column}"' for column in closest.columns if column not in row)
     listed = "; or ".join(", ".join(known.columns) for known in LAYOUTS.values())
@@ -162,7 +163,7 @@ def _turn(message: Any, name: str) -> Turn:
     if role in ("tool", "function", "function_call", "observation", "ipython"):
         raise DroppedRow("conversations with tools")
     if role not in ROLES:
-        raise BadRow(f"{name} is by {message[role_key]!r}; known are {', '.join(ROLES)}")
+        raise BadRow(f"{name} is by {reprlib.repr(message[role_key])}; known are {', '.join(ROLES)}")
     return Turn(ROLES[role], sound_text(message[content_key], name).strip())
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
 from dschat.arguments import DataArguments
 from dschat.data.cache import files_fingerprint
 from dschat.data.comparisons import Comparison
-from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, file_rows, readable
+from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, arrow_rows, file_rows, readable, user_path
 from dschat.data.known_sets import KNOWN_SETS, KnownSet
 from dschat.data.layouts import LAYOUTS, BadRow, DroppedRow, ReadRow, recognise
 from dschat.errors import UserError
@@ -99,17 +98,18 @@ def open_source(entry: str, flag: str = "--data_path", *, config_name: str | Non
     if config_name is not None:
         loaded = _load_from_hub(entry, flag, {"path": entry, "name": config_name})
         return _dataset_source(entry, loaded, flag)
-    name, weight = _weighted(entry, flag)
+    with readable(Path(entry)):  # a name may be too long for a path
+        name, weight = _weighted(entry, flag)
     return replace(_open_unweighted(name, flag), weight=weight)
 
 
 def _weighted(entry: str, flag: str) -> tuple[str, float | None]:
     """An entry as its name and its weight."""
     name, colon, number = entry.rpartition(":")
-    if not colon or Path(entry).expanduser().exists():
+    if not colon or user_path(entry).exists():
         return entry, None
     if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", number, re.IGNORECASE):
-        if Path(name).expanduser().exists():
+        if user_path(name).exists():
             raise UserError(f"{flag} {entry}: the weight must be a number, got {number!r}; 0.3 is one.")
         return entry, None
     if not 0 < float(number) < float("inf"):
@@ -118,7 +118,7 @@ def _weighted(entry: str, flag: str) -> tuple[str, float | None]:
 
 
 def _open_unweighted(entry: str, flag: str) -> Source:
-    path = Path(entry).expanduser()
+    path = user_path(entry)
     with readable(path):
         if path.is_file():
             return _file_source(entry, path, flag)
@@ -266,7 +266,7 @@ def _data_files(folder: Path) -> list[Path]:
 def _saved_source(entry: str, path: Path, flag: str) -> Source:
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except Exception as error:  # of files that are not what it wrote, datasets makes what it likes
         raise UserError(
             f"{flag} {entry}: the saved data set cannot be read ({error}); save it again."
         ) from error
@@ -329,8 +329,4 @@ def _chained(parts: list[Rows]) -> Rows:
 
 
 def _dataset_rows(split: datasets.Dataset, name: str) -> Iterator[tuple[str, Any]]:
-    number = 0
-    for table in split.with_format("arrow").iter(ROWS_AT_ONCE):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name}, row {number}", row
+    yield from arrow_rows(split.with_format("arrow").iter(ROWS_AT_ONCE), name)

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint
-from dschat.data.files import readable
+from dschat.data.files import readable, user_path
 from dschat.data.sources import open_source
 from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.errors import UserError
@@ -70,12 +70,12 @@ def text_blocks(
 def _open(name: str, config_name: str | None) -> tuple[str, partial[Iterator[Piece]]]:
     """What identifies the content of `name`, and what reads it."""
     if name.lower().endswith(".txt"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(
-                f"{FLAG} {name}: there is no such file, seen from {Path.cwd()}; correct the path."
-            )
+        path = user_path(name)
         with readable(path):
+            if not path.is_file():
+                raise UserError(
+                    f"{FLAG} {name}: there is no such file, seen from {Path.cwd()}; correct the path."
+                )
             return f"text {files_fingerprint([path])}", partial(_file_pieces, path)
     source = open_source(name, FLAG, config_name=config_name)
     if source.weight is not None:

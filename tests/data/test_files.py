@@ -182,5 +182,21 @@ def test_a_last_line_that_is_cut_off_is_no_object_over_many_lines(tmp_path):
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])
 def test_json_that_is_nested_too_deep_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(UserError, match=r"x\.json:1: .*JSON cannot be read .*\. Correct"):
+    with pytest.raises(
+        UserError, match=r"x\.json:1: .*JSON cannot be read \(it is nested too deep\)\. Correct"
+    ):
         rows_of(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_a_number_of_thousands_of_digits_is_named(tmp_path, name):
+    text = '{"a": ' + "9" * 5000 + "}"
+    (tmp_path / name).write_text(f"[{text}]" if name == "x.json" else text)
+    with pytest.raises(UserError, match=rf"{name}:1: .*a number of thousands of digits"):
+        rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("blank", ["\x0c", "\x0b"])
+def test_what_json_does_not_count_as_blank_begins_no_list(tmp_path, blank):
+    (tmp_path / "x.json").write_text(blank + '[{"a": 1}]')
+    assert rows_of(tmp_path / "x.json") == [[{"a": 1}]]

@@ -202,6 +202,43 @@ def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
         read(tmp_path / "x.parquet")
 
 
+BAD_TEXT = pa.Array.from_buffers(
+    pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xff\xfe")]
+)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [BAD_TEXT, pa.array([0, 2**50], pa.timestamp("ms")), pa.array([0, 2**62], pa.duration("s"))],
+    ids=["text that is not UTF-8", "a year beyond 9999", "days beyond Python's"],
+)
+def test_a_value_of_parquet_that_python_cannot_hold_is_named_by_its_row(tmp_path, column):
+    sound = pa.array([0] * 1100, pa.int64()).cast(column.type) if column is not BAD_TEXT else ["a"] * 1100
+    table = pa.table({"prompt": ["a"] * 1102, "other": pa.chunked_array([sound, column], column.type)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet, row 1102: a value cannot be read"):
+        read(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("entry", ["x" * 5000, "x" * 5000 + ":0.5"])
+def test_a_name_too_long_for_a_path_is_named(entry):
+    with pytest.raises(UserError, match=r"x: it cannot be read \(File name too long\)|x:0.5: it cannot"):
+        open_source(entry)
+
+
+def test_a_home_folder_of_nobody_is_a_missing_path():
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/rows\.jsonl: there is no such file"):
+        open_source("~nobody-of-this-name/rows.jsonl")
+
+
+def test_long_names_of_columns_and_roles_are_cut_in_messages(tmp_path):
+    for row in ({"c" * 5000: 1}, {"messages": [{"role": "r" * 5000, "content": "a"}]}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError, match=r"x\.jsonl:1: .*Correct the row or remove it") as error:
+            read(tmp_path / "x.jsonl")
+        assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("entry", ["/nowhere/rows.jsonl", "./rows", "rows.jsonl", "a/b/c"])
 def test_a_missing_path_names_the_flag(entry):
     with pytest.raises(UserError, match=f"--sft_only_data_path {entry}: there is no such file or folder"):
@@ -225,8 +262,9 @@ def test_a_folder_without_training_files_says_what_it_holds(tmp_path, names):
         open_source(str(tmp_path))
 
 
-def test_a_damaged_saved_data_set_is_named(tmp_path):
-    (tmp_path / "state.json").write_text("{}")
+@pytest.mark.parametrize(("name", "text"), [("state.json", "{}"), ("dataset_dict.json", '[{"splits": 1}]')])
+def test_a_damaged_saved_data_set_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="the saved data set cannot be read"):
         open_source(str(tmp_path))
 
