@@ -4,13 +4,19 @@ A template is the tokenizer's Jinja template, settled by `settle_template` and s
 what step 1 learned is what steps 2 and 3, chat and evaluation show.
 """
 
+import contextlib
+import multiprocessing
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import psutil
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.comparisons import Prompt, Turn, parse_dialogue
+from dschat.data.files import user_path
 from dschat.errors import UserError
 
 PLAIN = (
@@ -31,6 +37,15 @@ NONE = (
 """Nothing is added: an answer follows its prompt as both stand in the data."""
 
 NAMED = {"plain": PLAIN, "none": NONE}
+
+TRIAL_SECONDS = 10
+"""Of processor time, so that a busy machine refuses nothing. A usual template takes milliseconds."""
+TRIAL_MEMORY = 1 << 30
+"""In bytes; a usual template takes kilobytes."""
+TRIED = set(NAMED.values())
+"""Templates that are known to end."""
+LONGEST_SHOWN = 1_000_000
+"""Characters; a template's own text, such as a system message, has thousands at most."""
 
 QUESTION, ANSWER = "a question of 7 words to be answered", "an answer of 5 words"
 SYSTEM, LATER = "a system of 4 words", "a later question of 7 words"
@@ -54,8 +69,39 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> N
     elif choice in NAMED:
         tokenizer.chat_template = NAMED[choice]
     else:
-        tokenizer.chat_template = _read_template(Path(choice).expanduser())
+        tokenizer.chat_template = _read_template(user_path(choice))
+    if tokenizer.chat_template not in TRIED:
+        _try_apart(tokenizer)
+        TRIED.add(tokenizer.chat_template)
     ChatTemplate(tokenizer)
+
+
+def _try_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` for a template that runs for ever, or takes all memory, or ends the process.
+
+    transformers' sandbox bounds what a template may touch, not what it costs, and a template may come from
+    the hub. So a process of its own, which shares this one's memory, tries it first.
+    """
+    trial = multiprocessing.get_context("fork").Process(target=_trial, args=(tokenizer,), daemon=True)
+    trial.start()
+    trial.join()
+    if trial.exitcode != 0:
+        raise UserError(
+            f"the chat template needs more than {TRIAL_SECONDS} seconds or {TRIAL_MEMORY >> 20} MiB for a "
+            "question of some words and its answer; give another with --chat_template."
+        )
+
+
+def _trial(tokenizer: PreTrainedTokenizerBase) -> None:
+    limit, hard = psutil.Process().memory_info().vms + TRIAL_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_SECONDS, TRIAL_SECONDS))
+    with contextlib.suppress(UserError):  # which is raised again where people see it
+        try:
+            ChatTemplate(tokenizer)
+        except MemoryError:
+            sys.exit(1)
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -77,6 +123,22 @@ def _read_template(path: Path) -> str:
     return template
 
 
+def _check_shown(text: str) -> None:
+    """Raise `UserError` for text that no row should begin with."""
+    if len(text) > LONGEST_SHOWN:
+        raise UserError(
+            f"the chat template makes {len(text):,} characters of a question of some words and its answer; "
+            "give another with --chat_template."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the chat template writes half of a surrogate pair ({text[error.start]!r}), which is no text; "
+            "correct it, or give another with --chat_template."
+        ) from error
+
+
 class ChatTemplate:
     """What the tokenizer's template makes of prompts and answers.
 
@@ -88,7 +150,8 @@ class ChatTemplate:
         self._template = _own_template(tokenizer) or PLAIN
         self._keeps_text = self._template == NONE
         question, answer = Turn("user", QUESTION), Turn("assistant", ANSWER)
-        asked, whole = self._try([question], True), self._try([question, answer])
+        asked, whole = self._render([question], True), self._render([question, answer])
+        _check_shown(whole)
         self._lead, _, ending = whole.removeprefix(asked).partition(ANSWER)
         if QUESTION not in asked or not whole.startswith(asked) or ANSWER not in whole:
             raise UserError(
@@ -259,27 +322,22 @@ class ChatTemplate:
                 f"the chat template is not sound Jinja (line {error.lineno}: {error.message}); correct it, "
                 "or give another with --chat_template."
             ) from error
-        except jinja2.TemplateError as error:
+        except MemoryError:  # which ends the trial
+            raise
+        except Exception as error:  # a template's own expressions raise what they like, such as 1 / 0
+            refused = isinstance(error, jinja2.TemplateError)
+            problem = ("does not work with", "does not take")[refused]
+            reason = str(error) if refused else f"{type(error).__name__}: {error}"
             roles = ", ".join(turn.role for turn in turns[:SHOWN_ROLES])
             if len(turns) > SHOWN_ROLES:
                 roles += f", ... ({len(turns)} messages)"
             raise UserError(
-                f"the chat template does not take a conversation of {roles} ({error}); give another with "
+                f"the chat template {problem} a conversation of {roles} ({reason}); give another with "
                 "--chat_template, or leave such rows out."
-            ) from error
-
-    def _try(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        try:
-            return self._render(turns, add_generation_prompt)
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:  # what a template's own expressions may raise
-            raise UserError(
-                f"the chat template does not work ({error}); give another with --chat_template."
             ) from error
 
     def _attempt(self, turns: Sequence[Turn]) -> str:
         try:
-            return self._try(turns)
+            return self._render(turns)
         except UserError:
             return ""

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import comparison_rows, tiny_tokenizer
 
+from dschat.data import templates
 from dschat.data.comparisons import Comparison, Turn, parse_dialogue
 from dschat.data.templates import NONE, PLAIN, ChatTemplate, settle_template
 from dschat.data.tokenization import tokenize_pairs, tokenize_prompts, tokenize_sft
@@ -490,6 +491,13 @@ BAD = {
     "{{ messages | length }}": "cannot be trained with",
     "{{ raise_exception('never') }}": "never",
     "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'x' * add_generation_prompt }}": "begin",
+    "{{ 1 / 0 }}": "does not work with a conversation of user .ZeroDivisionError: division by zero",
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{% for a in [1] %}" * 25 + "{% endfor %}" * 25: "too many statically nested blocks",
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    CHATML + "{{ 'x' * 10**6 }}": "makes 1,000,[0-9]* characters",
+    CHATML + "{{ '\\ud800' }}": "half of a surrogate pair",
 }
 
 
@@ -499,6 +507,22 @@ def test_a_template_that_cannot_serve_is_refused_with_the_flag(tmp_path, templat
     with pytest.raises(UserError, match=BAD[template]) as error:
         settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))
     assert str(error.value).count("--chat_template") == 1
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ 'x' * 10 ** 11 }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 10) }}",  # which no signal handler of Python's interrupts
+    ],
+)
+def test_a_template_that_takes_all_time_or_memory_is_refused(tmp_path, monkeypatch, bomb):
+    monkeypatch.setattr(templates, "TRIAL_SECONDS", 1)
+    (tmp_path / "t.jinja").write_text(bomb + CHATML)
+    with pytest.raises(UserError, match=r"needs more than 1 seconds or 1024 MiB.*--chat_template"):
+        settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))
 
 
 @pytest.mark.parametrize(
