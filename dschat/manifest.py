@@ -5,6 +5,8 @@ A step calls `receive_model` before it loads anything and `Handover.check_output
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from dschat.data.cache import files_fingerprint, fingerprint
+from dschat.data.files import is_local
 from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.distributed import current_device, is_main_process, max_across_ranks, print_once
 from dschat.errors import UserError
@@ -95,16 +98,16 @@ class Manifest:
         `flag` says who named the folder, where someone did.
         """
         path = folder / MANIFEST
-        if not path.is_file():
+        if not is_local(path):
             return None
         by_flag = f"{flag}: " if flag else ""
         remedy = "copy the model's folder again, or delete the file to do without its promises"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            version = values.pop("format")
+            version = _version(values)
             if version == FORMAT:
                 return _checked_types(cls(**values))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # the last: JSON that is nested too deep
             raise UserError(f"{by_flag}{path} is no manifest of this program ({error}); {remedy}.") from error
         raise UserError(
             f"{by_flag}{path} has format {version!r} and this version of dschat reads {FORMAT}: use the "
@@ -112,24 +115,57 @@ class Manifest:
         )
 
 
+def _version(values: Any) -> Any:
+    """Take the format out of a manifest's values. Raises `ValueError` where they cannot be a manifest's."""
+    if not isinstance(values, dict) or "format" not in values:
+        raise ValueError('it is no JSON object with a "format"')
+    version = values.pop("format")
+    if version == FORMAT:
+        names = {f.name for f in dataclasses.fields(Manifest)}
+        for problem, found in (("lacks", names - values.keys()), ("has an unknown", values.keys() - names)):
+            if found:
+                raise ValueError(f"it {problem} {', '.join(sorted(found))}")
+    return version
+
+
+def _is_count(value: Any, below: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a tensor can hold; NaN is one, and no output is near it."""
+    return isinstance(value, float) or (_is_count(abs(value), 2**63) if isinstance(value, int) else False)
+
+
+def _are_golden_inputs(rows: Any, num_tokens: int) -> bool:
+    if not isinstance(rows, list):
+        return False
+    return all(isinstance(row, list) and row and all(_is_count(t, num_tokens) for t in row) for row in rows)
+
+
 def _checked_types(manifest: Manifest) -> Manifest:
     """The manifest itself. Raises `ValueError` for what later checks could not work with."""
-    rows, outputs = manifest.golden_inputs, manifest.golden_outputs
-    tokens = [token for row in rows for token in row]
-    statistics = (manifest.score_mean, manifest.score_std)
-    is_good = {
-        "head": manifest.head in HEADS,
-        "dtype": manifest.dtype in NATS,
-        "num_tokens": isinstance(manifest.num_tokens, int),
-        "files": isinstance(manifest.files, dict) and len(manifest.files) > 0,
-        "score_mean or score_std": all(x is None or isinstance(x, int | float) for x in statistics),
-        "golden_inputs": all(rows) and all(0 <= token < manifest.num_tokens for token in tokens),
-        "golden_outputs": len(outputs) == len(rows) and all(isinstance(x, int | float) for x in outputs),
-    }
-    bad = [name for name, good in is_good.items() if not good]
-    if bad:
-        raise ValueError(f"{bad[0]} does not hold what it should")
+    texts = ("step", "head", "tokenizer", "tokenizers_version", "dtype")
+    for name in texts:
+        _check_holds(manifest, name, isinstance(getattr(manifest, name), str))
+    for name in ("num_tokens", "eos_token_id", "pad_token_id"):
+        _check_holds(manifest, name, _is_count(getattr(manifest, name)))
+    for name in ("score_mean", "score_std"):
+        value = getattr(manifest, name)
+        _check_holds(manifest, name, value is None or (_is_number(value) and math.isfinite(value)))
+    files, outputs = manifest.files, manifest.golden_outputs
+    _check_holds(manifest, "head", manifest.head in HEADS)
+    _check_holds(manifest, "dtype", manifest.dtype in NATS)
+    _check_holds(manifest, "files", isinstance(files, dict) and len(files) > 0)
+    _check_holds(manifest, "golden_inputs", _are_golden_inputs(manifest.golden_inputs, manifest.num_tokens))
+    are_numbers = isinstance(outputs, list) and all(map(_is_number, outputs))
+    _check_holds(manifest, "golden_outputs", are_numbers and len(outputs) == len(manifest.golden_inputs))
     return manifest
+
+
+def _check_holds(manifest: Manifest, name: str, is_good: bool) -> None:
+    if not is_good:
+        raise ValueError(f"{name} does not hold what it should, but {reprlib.repr(getattr(manifest, name))}")
 
 
 def weight_checksums(folder: Path) -> dict[str, str]:
@@ -267,6 +303,9 @@ class Handover:
             raise self._broken("its checksums", f"{changed}. Copy or train the model again")
 
     def _check_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if len(tokenizer) != self.manifest.num_tokens:
+            problem = f"num_tokens is {len(tokenizer)} in the tokenizer and {self.manifest.num_tokens} there"
+            raise self._broken("its vocabulary", f"{problem}; restore the file")
         config = PretrainedConfig.get_config_dict(self.path)[0]
         for name in ("eos_token_id", "pad_token_id"):
             promised = getattr(self.manifest, name)

@@ -293,6 +293,7 @@ def test_promises_are_about_what_is_in_the_file_merged_adapters_and_averages(bas
         ('{"format": 1}', "is no manifest"),
         ('{"format": 99}', "has format 99"),
         ("{}", "is no manifest"),
+        ("[" * 100_000, "is no manifest"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_an_error_and_says_what_to_do(text, problem, copy):
@@ -303,12 +304,43 @@ def test_a_manifest_that_cannot_be_read_is_an_error_and_says_what_to_do(text, pr
 
 @pytest.mark.parametrize(
     "values",
-    [{"files": {}}, {"head": "tail"}, {"golden_outputs": [1.0]}, {"golden_inputs": [["a"]] * 3}, {"more": 1}],
+    [
+        *(
+            {"files": {}},
+            {"head": "tail"},
+            {"head": []},
+            {"golden_outputs": [1.0]},
+            {"dtype": {}},
+            {"more": 1},
+        ),
+        *({"golden_inputs": [["a"]] * 3}, {"golden_inputs": [[1.5]] * 3}, {"golden_inputs": 7}),
+        *(
+            {"golden_outputs": [10**400] * 3},
+            {"num_tokens": True},
+            {"num_tokens": 10**30},
+            {"score_std": "1"},
+        ),
+        *({"score_std": float("nan")}, {"score_mean": 10**400}, {"eos_token_id": [1]}),
+    ],
 )
 def test_a_manifest_with_other_contents_is_one_too(values, copy):
     edit(copy, **values)
-    with pytest.raises(UserError, match="is no manifest of this program"):
+    with pytest.raises(UserError, match=f"is no manifest of this program.*{next(iter(values))}"):
         Manifest.read(copy)
+
+
+def test_a_manifest_that_lacks_a_promise_names_it(copy):
+    path = copy / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["head"], values["dtype"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"\(it lacks dtype, head\)"):
+        Manifest.read(copy)
+
+
+def test_another_size_of_the_vocabulary_is_named(copy):
+    edit(copy, num_tokens=1000)
+    assert "its vocabulary: num_tokens is" in broken(copy, "score")
 
 
 def test_an_export_without_provenance_takes_an_older_manifest_away(copy, base):
