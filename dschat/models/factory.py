@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
+from dschat.data.files import is_local
 from dschat.distributed import gathered, is_main_process, print_once
 from dschat.errors import UserError
 from dschat.models.quantization import four_bit_options, settle_4bit
@@ -57,7 +58,7 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
     Reads file names and a shard index only. What does not look like a path is left to the hub.
     """
     folder = Path(model_name_or_path)
-    if not folder.exists():
+    if not is_local(folder):
         if _is_path(model_name_or_path):
             raise UserError(
                 f"{flag} {model_name_or_path!r}: there is no such folder, seen from {Path.cwd()}; "
@@ -91,7 +92,7 @@ def _shards(index: Path, flag: str) -> set[str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return {str(Path(name)) for name in names}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{flag}: {index} is no index of weight files ({type(error).__name__}: {error}); "
             "copy or download it again."
@@ -296,7 +297,7 @@ def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any
             raise UserError(f"{model_name_or_path!r}: {needed}.") from error
         error_line = " ".join(str(error).split())
         path = Path(model_name_or_path) / "config.json"
-        if path.is_file():
+        if is_local(path):
             raise UserError(
                 f"{path} describes no model that transformers {transformers.__version__} knows "
                 f"({error_line}); copy or download the file again, or update transformers."

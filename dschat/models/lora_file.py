@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and _is_number(value)
 
 
 def _is_list_of(kind: Callable[[Any], bool], value: Any) -> bool:
@@ -96,8 +96,8 @@ def _read_object(path: Path, where: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror}); give a JSON file.") from error
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # the second: nested too deep
+        raise UserError(f"{where} is not JSON that can be read: {error}.") from error
     if not isinstance(values, dict):
         example = json.dumps({"r": 16, "lora_alpha": 16})
         raise UserError(f"{where} holds no JSON object; it must look like {example}.")

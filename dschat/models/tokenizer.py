@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments, TokenizerArguments
+from dschat.data.files import is_local
 from dschat.data.templates import settle_template
 from dschat.distributed import print_once
 from dschat.errors import UserError
@@ -29,11 +30,12 @@ def load_tokenizer(
     args = TokenizerArguments() if args is None else args
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **loading_consent())
+        tokenizer("tea")  # settings of the wrong kind are met in use
     except Exception as error:  # tokenizers raises plain ones
         if needed := remedy(error):
             raise UserError(f"the tokenizer of {model_name_or_path!r}: {needed}.") from error
         error_line = str(error).partition("\n")[0]
-        if not Path(model_name_or_path).is_dir():
+        if not is_local(model_name_or_path):
             raise UserError(
                 f"{model_name_or_path!r} is no folder, seen from {Path.cwd()}, and the hub gave no tokenizer "
                 f"of that name ({error_line}); correct the name, or download the model and give its folder."

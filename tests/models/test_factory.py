@@ -322,6 +322,11 @@ def test_a_path_that_does_not_exist_is_an_error(path):
         check_model_path(path, "--actor_model_name_or_path")
 
 
+def test_a_name_too_long_for_a_path_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="is neither a model's folder nor a hub id"):
+        check_language_model("x" * 300, "--model_name_or_path")
+
+
 def test_one_slash_is_a_path_below_a_folder_that_is_here_and_a_hub_id_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_model_path("output/reward", "--critic_model_name_or_path")
@@ -420,7 +425,8 @@ def test_every_shard_must_be_there(form, base):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}']
+    "text",
+    ["", "{", "[" * 100_000, "[]", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}'],
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_a_malformed_shard_index_is_an_error_that_names_it(form, text, base):

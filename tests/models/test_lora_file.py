@@ -62,6 +62,8 @@ def test_a_file_that_peft_wrote_says_the_same_again(tmp_path):
         ({"r": 0}, ["r must be a whole number of at least 1", "got 0"]),
         ({"r": "8"}, ["r must be", "'8'"]),
         ({"lora_alpha": 0}, ["lora_alpha must be a positive number"]),
+        ({"lora_alpha": float("inf")}, ["lora_alpha must be a positive number", "inf"]),
+        ({"r": 10**30}, ["r must be a whole number of at least 1"]),
         ({"lora_dropout": 1}, ["lora_dropout must be a number in [0, 1)"]),
         ({"target_modules": []}, ["target_modules must be", "'all-linear'"]),
         ({"bias": "some"}, ["bias must be", "'lora_only'"]),
@@ -79,6 +81,12 @@ def test_what_is_not_supported_is_refused_by_its_key(content, parts, tmp_path):
         read(tmp_path, content)
     for part in ("--lora_config", "lora.json", *parts):
         assert part in str(error.value)
+
+
+def test_json_that_is_nested_too_deep_is_named(tmp_path):
+    (tmp_path / "lora.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"lora\.json is not JSON that can be read"):
+        read_lora_file(ModelArguments(model_name_or_path="m", lora_config=str(tmp_path / "lora.json")))
 
 
 def test_a_missing_file_is_named():

@@ -1,5 +1,7 @@
 """Tokenizers: end and padding tokens are settled once and stay so."""
 
+import json
+
 import pytest
 from tiny import tiny_tokenizer
 
@@ -176,3 +178,16 @@ def test_a_template_that_cannot_serve_is_refused(tmp_path, content, message):
     settings = TokenizerArguments(chat_template=str(tmp_path / "t.jinja"))
     with pytest.raises(UserError, match=message):
         load_tokenizer(saved(tmp_path / "a", tiny_tokenizer()), settings)
+
+
+def test_a_name_too_long_for_a_path_is_no_tokenizer():
+    with pytest.raises(UserError, match="is no folder, seen from"):
+        load_tokenizer("x" * 300)
+
+
+def test_settings_that_break_only_in_use_are_found_when_the_tokenizer_is_read(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": {}}))
+    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+        load_tokenizer(str(tmp_path))
