@@ -108,7 +108,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         number = r"\s*\d+(\.\d*)?\s*"
         require(
-            re.fullmatch(f"{number},{number},{number}", self.data_split) is not None and sum(self.shares) > 0,
+            re.fullmatch(f"{number},{number},{number}", self.data_split) is not None
+            and 0 < sum(self.shares) < float("inf"),
             f"--data_split needs three shares such as 2,4,4 (for steps 1, 2 and 3), got {self.data_split!r}.",
         )
         require(
@@ -1128,6 +1129,8 @@ class FlagParser(HfArgumentParser):
         """Raise `UserError` for flags that no group declares, with the name that was probably meant."""
         if remaining:
             name = remaining[0].split("=")[0]
+            if not name.startswith("-"):
+                self.error(f"{remaining[0]!r} belongs to no flag")
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
 
@@ -1150,6 +1153,13 @@ def _flat_class(part: dataclasses.Field) -> type:
     return flat
 
 
+def _check_numbers(flats: Sequence[Any]) -> None:
+    """Raise `UserError` for nan, inf and numbers that no tensor holds."""
+    for name, value in (item for flat in flats for item in vars(flat).items()):
+        if isinstance(value, int | float) and not abs(value) < 2**63:
+            raise UserError(f"--{name} must be a finite number below 2**63, got {value}.")
+
+
 def parse_arguments(
     step: Literal["sft", "reward", "dpo", "rlhf", "inspect"], argv: Sequence[str] | None = None
 ) -> StepArguments | InspectArguments:
@@ -1163,6 +1173,7 @@ def parse_arguments(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     parser.reject_unknown(remaining)
+    _check_numbers(flats)
     groups = {}
     for part, flat in zip(parts, flats, strict=True):
         prefix = part.metadata["prefix"]

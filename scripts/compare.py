@@ -76,10 +76,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--reference {args.reference} is none of the models: {', '.join(args.models)}.")
     if not args.prompt and args.data_path is None:
         raise UserError("nothing to ask: give --data-path or --prompt.")
-    for name in ("batch_size", "max_answer_seq_len"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    if args.temperature <= 0:
+    least = {"batch_size": 1, "max_answer_seq_len": 1, "num_prompts": 0, "num_shown": 0, "seed": 0}
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if not minimum <= value < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} must lie in [{minimum}, 2**63), got {value}.")
+    if not 0 < args.temperature < float("inf"):
         raise UserError(
             f"--temperature must be positive, got {args.temperature}; --greedy takes the likeliest token."
         )

@@ -149,7 +149,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip-finished", action="store_true", help="Leave out steps whose summary.json is there.")
     args = parser.parse_args(argv)
     args.step = sorted(set(args.step))
-    args.output_dir = args.output_dir.expanduser().resolve()
+    try:
+        args.output_dir = args.output_dir.expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # the second: ~name of nobody
+        raise UserError(f"--output-dir {args.output_dir} is no path ({error}); give another.") from error
+    if args.num_gpus is not None and args.num_gpus < 1:
+        raise UserError(f"--num-gpus must be at least 1, got {args.num_gpus}; without it there is one a GPU.")
     if args.reward_model == "sft":
         args.reward_model = str(args.output_dir / FOLDERS[1])
     return args

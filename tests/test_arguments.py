@@ -278,6 +278,12 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
             ["leave out --offload"],
         ),
         ([*FOUR_BIT, "--dtype", "fp16"], ["--dtype fp16", "use --dtype bf16"]),
+        (["--actor_learning_rate", "inf"], ["--actor_learning_rate must be a finite number", "got inf"]),
+        (["--gamma", "nan"], ["--gamma must be a finite number", "got nan"]),
+        (["--reward_clip", "1e19"], ["--reward_clip", "2**63"]),
+        (["--num_train_epochs", "9" * 30], ["--num_train_epochs", "2**63"]),
+        (["--data_split", "1,1," + "9" * 400], ["--data_split needs three shares"]),
+        (["--offload", "yes", ""], ["'' belongs to no flag"]),
         (["--per_device_training_batch_size", "0"], ["--per_device_training_batch_size", "at least 1"]),
     ],
 )

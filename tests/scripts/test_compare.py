@@ -32,6 +32,11 @@ def arguments(*flags):
         (["--model", "a=b", "--reference", "c", "--prompt", "x"], "--reference c is none of the models: a"),
         (["--model", "a=b"], "nothing to ask"),
         (["--model", "a=b", "--prompt", "x", "--temperature", "0"], "--temperature must be positive"),
+        (["--model", "a=b", "--prompt", "x", "--temperature", "nan"], "--temperature must be positive"),
+        (["--model", "a=b", "--prompt", "x", "--temperature", "inf"], "--temperature must be positive"),
+        (["--model", "a=b", "--prompt", "x", "--num-prompts", "-1"], "--num-prompts must lie in .0, 2"),
+        (["--model", "a=b", "--prompt", "x", "--num-shown", "-1"], "--num-shown must lie in"),
+        (["--model", "a=b", "--prompt", "x", "--seed", "-1"], "--seed must lie in"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, message):
