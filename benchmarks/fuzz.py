@@ -46,7 +46,7 @@ from dschat.data.sources import Format, open_source, read_comparisons
 from dschat.errors import UserError
 
 LONGEST_MESSAGE = 2000
-LARGEST = 16 << 30
+LARGEST = 8 << 30
 """Bytes of address space; an input that needs more ends in a MemoryError."""
 WARM_UP = 0.2
 """Share of a target's inputs before its memory is read for the first time."""
@@ -673,18 +673,18 @@ def resident_mb() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def show(results: dict[str, Result]) -> None:
-    """The table."""
-    titles = ("target", "inputs", "accepted", "refused", "crashes", "slowest ms", "MB start", "MB end")
-    print("{:<20}{:>9}{:>10}{:>9}{:>9}{:>12}{:>10}{:>9}".format(*titles))
-    for name, r in results.items():
-        print(
-            f"{name:<20}{r.inputs:>9}{r.accepted:>10}{r.refused:>9}{r.crashes:>9}{r.slowest_ms:>12.0f}"
-            f"{r.memory_start_mb:>10.0f}{r.memory_end_mb:>9.0f}"
-        )
-    for r in results.values():
-        for example in r.examples:
-            print(f"{example['input']} ({example['times']} times): {example['kind']}: {example['message']}")
+TITLES = ("target", "inputs", "accepted", "refused", "crashes", "slowest ms", "MB start", "MB end", "seconds")
+
+
+def show(name: str, r: Result) -> None:
+    """A line of the table, and below it the crashes."""
+    print(
+        f"{name:<20}{r.inputs:>9}{r.accepted:>10}{r.refused:>9}{r.crashes:>9}{r.slowest_ms:>12.0f}"
+        f"{r.memory_start_mb:>10.0f}{r.memory_end_mb:>9.0f}{r.seconds:>9.0f}"
+    )
+    for example in r.examples:
+        print(f"    {example['input']} ({example['times']} times): {example['kind']}: {example['message']}")
+    sys.stdout.flush()
 
 
 def _hung(*_: Any) -> None:
@@ -723,13 +723,15 @@ def main() -> int:
             return 0
         results = {}
         chosen = {name: TARGETS[name][0] for name in args.targets or TARGETS}
+        print("{:<20}{:>9}{:>10}{:>9}{:>9}{:>12}{:>10}{:>9}{:>9}".format(*TITLES), flush=True)
         for wanted, share in chosen.items():
             count = round(args.inputs * share / sum(chosen.values()))
             results[wanted] = fuzz(wanted, count, args.seed, folder, args.limit)
-            print(f"{wanted}: {results[wanted].seconds:.0f} s", file=sys.stderr, flush=True)
-    show(results)
-    if args.output:
-        args.output.write_text(json.dumps({k: asdict(r) for k, r in results.items()}, indent=2) + "\n")
+            show(wanted, results[wanted])
+            if args.output:
+                args.output.write_text(
+                    json.dumps({k: asdict(r) for k, r in results.items()}, indent=2) + "\n"
+                )
     return int(any(result.crashes for result in results.values()))
 
 

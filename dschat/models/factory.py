@@ -51,6 +51,9 @@ CONSTANTS = (
 
 HEAD = "score.weight"
 
+MOST_LAYERS = 10_000
+"""More than any model has, by far."""
+
 
 def check_model_path(model_name_or_path: str, flag: str) -> None:
     """Raise `UserError` if a local folder holds no complete model; the message names `flag`.
@@ -307,6 +310,12 @@ def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any
             f"{model_name_or_path!r} is neither a model's folder nor a hub id that can be reached "
             f"({error_line}); check the name, or download the model and give its folder."
         ) from error
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > MOST_LAYERS:  # building them would not end
+        raise UserError(
+            f"the config.json of {model_name_or_path!r} asks for more than {MOST_LAYERS:,} layers; copy or "
+            "download the file again."
+        )
     for name, value in config.to_dict().items():
         if dropout is None or not isinstance(value, float | int) or isinstance(value, bool):
             continue

@@ -327,6 +327,15 @@ def test_a_name_too_long_for_a_path_is_no_model(tmp_path):
         check_language_model("x" * 300, "--model_name_or_path")
 
 
+@pytest.mark.parametrize("num_layers", [10**6, 10**30, 10**700])
+def test_a_number_of_layers_that_no_model_has_is_refused_before_they_are_built(num_layers, base):
+    edit_json(base / "config.json", num_hidden_layers=num_layers)
+    with pytest.raises(
+        UserError, match=r"--model_name_or_path: the config\.json of .* asks for more than 10,000 layers"
+    ):
+        check_language_model(str(base), "--model_name_or_path")
+
+
 def test_one_slash_is_a_path_below_a_folder_that_is_here_and_a_hub_id_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_model_path("output/reward", "--critic_model_name_or_path")
