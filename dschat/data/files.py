@@ -57,7 +57,13 @@ def file_rows(path: Path, flag: str) -> Rows:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with readable(path):
-        yield from arrow_rows(pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE), str(path))
+        try:
+            parts = pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: a name of a column is not UTF-8, so the Parquet file is damaged; write it again."
+            ) from error
+        yield from arrow_rows(parts, str(path))
 
 
 def arrow_rows(parts: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[tuple[str, Any]]:

@@ -220,6 +220,14 @@ def test_a_value_of_parquet_that_python_cannot_hold_is_named_by_its_row(tmp_path
         read(tmp_path / "x.parquet")
 
 
+def test_a_column_of_parquet_whose_name_is_no_text_is_named(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "zzzz": ["b"]}), tmp_path / "x.parquet", store_schema=False)
+    content = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(content.replace(b"zzzz", b"zz\xffz"))
+    with pytest.raises(UserError, match=r"x\.parquet: a name of a column is not UTF-8"):
+        read(tmp_path / "x.parquet")
+
+
 @pytest.mark.parametrize("entry", ["x" * 5000, "x" * 5000 + ":0.5"])
 def test_a_name_too_long_for_a_path_is_named(entry):
     with pytest.raises(UserError, match=r"x: it cannot be read \(File name too long\)|x:0.5: it cannot"):
