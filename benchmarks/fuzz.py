@@ -454,7 +454,8 @@ def manifests(chance: random.Random, folder: Path) -> None:
     (place / MANIFEST).write_bytes(broken_json(chance, model_folder(folder)[MANIFEST]))
     manifest = Manifest.read(place, "--model_name_or_path")
     changed = changed_files(manifest, place)
-    assert problem_with(changed or "none") is None, changed
+    if changed:
+        raise UserError(f"--model_name_or_path {place}: {changed}.")
     Handover(str(place), "--model_name_or_path", manifest).score_statistics()
 
 
@@ -579,14 +580,15 @@ def program_arguments(chance: random.Random, folder: Path) -> None:
         args = e2e_rlhf.parse(odd_flags(chance, names.split(), []))
         for step in args.step:
             e2e_rlhf.step_flags(args, step)
-        assert args.num_gpus is None or 0 < args.num_gpus < 2**31, f"{args.num_gpus} was accepted"
+        assert args.num_gpus is None or args.num_gpus > 0, f"{args.num_gpus} was accepted"
         return
     names = (
         "model data-path prompt num-prompts num-shown max-answer-seq-len batch-size greedy temperature seed"
     )
     names += " reference demo-task output"
     args = compare.parse(odd_flags(chance, names.split(), ["--model", "A=a", "--prompt", "Name a tea."]))
-    for value in (args.temperature, args.seed, args.num_prompts, args.num_shown, args.batch_size):
+    assert 0 < args.temperature < float("inf"), f"{args.temperature} was accepted"
+    for value in (args.seed, args.num_prompts, args.num_shown, args.batch_size):
         assert 0 <= value < 2**63, f"{value} was accepted: {args}"
 
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from dschat.errors import UserError
+from dschat.errors import ReadableParser, UserError
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
@@ -1119,11 +1119,8 @@ StepArguments = SftArguments | RewardArguments | DpoArguments | RlhfArguments
 SupervisedArguments = SftArguments | RewardArguments | DpoArguments
 
 
-class FlagParser(HfArgumentParser):
+class FlagParser(ReadableParser, HfArgumentParser):
     """argparse, with one readable line for an error instead of a screen of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
 
     def reject_unknown(self, remaining: Sequence[str]) -> None:
         """Raise `UserError` for flags that no group declares, with the name that was probably meant."""

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -49,7 +49,16 @@ class ReadableParser(argparse.ArgumentParser):
     """argparse whose errors are one line: a `UserError` instead of a screen of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. --help lists every flag.")
+        raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; but --flag=-- is an error, which there gives the flag an empty list."""
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
 
 
 @contextmanager

@@ -283,6 +283,7 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--reward_clip", "1e19"], ["--reward_clip", "2**63"]),
         (["--num_train_epochs", "9" * 30], ["--num_train_epochs", "2**63"]),
         (["--data_split", "1,1," + "9" * 400], ["--data_split needs three shares"]),
+        (["--actor_zero_stage=--"], ["argument --actor_zero_stage: expected a value, got '--'"]),
         (["--offload", "yes", ""], ["'' belongs to no flag"]),
         (["--per_device_training_batch_size", "0"], ["--per_device_training_batch_size", "at least 1"]),
     ],

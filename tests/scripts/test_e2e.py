@@ -104,6 +104,7 @@ def test_a_deployment_type_decides_what_starts_the_step(flags, start):
         (["--actor-model", "/nowhere/model"], "--actor-model /nowhere/model does not exist"),
         (["--data-path", "nowhere.jsonl"], "--data-path nowhere.jsonl does not exist"),
         (["--step", "3"], "step 3 needs the model of step 1 in .*; add 1 to --step"),
+        (["--output-dir=--"], "argument --output-dir: expected a value"),
         (["--num-gpus", "-1"], "--num-gpus must be at least 1, got -1"),
         (["--output-dir", "~nobody-of-this-name/x"], "--output-dir ~nobody-of-this-name/x is no path"),
         (["--num-gpus", "2"], "--num-gpus 2 needs --deployment-type"),
