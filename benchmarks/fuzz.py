@@ -451,6 +451,7 @@ def manifests(chance: random.Random, folder: Path) -> None:
 
     place = folder / "manifest"
     place.mkdir(exist_ok=True)
+    (place / "model.safetensors").write_bytes(model_folder(folder)["model.safetensors"])
     (place / MANIFEST).write_bytes(broken_json(chance, model_folder(folder)[MANIFEST]))
     manifest = Manifest.read(place, "--model_name_or_path")
     changed = changed_files(manifest, place)
