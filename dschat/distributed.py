@@ -246,8 +246,14 @@ def weights_gathered_for_generation(engine: DeepSpeedEngine) -> contextlib.Abstr
     return unwrap_model_for_generation(engine)
 
 
+def seed_ranks_apart(seed: int) -> None:
+    """Seed every rank with a number of its own, derived of both: ranks draw their dropout independently."""
+    derived = numpy.random.SeedSequence([seed, rank()]).generate_state(1, numpy.uint64)
+    seed_everything(int(derived[0]) % 2**63)
+
+
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch alike on every rank; sampling is keyed by prompt, not by rank."""
+    """Seed Python, NumPy and torch alike on every rank, as new weights must be; sampling has its own keys."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -23,7 +23,7 @@ from dschat.data.loaders import (
 )
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
-from dschat.distributed import is_main_process, rank, sum_across_ranks, world_size
+from dschat.distributed import is_main_process, rank, seed_ranks_apart, sum_across_ranks, world_size
 from dschat.engines import (
     DeepSpeedEngine,
     build_trained_engine,
@@ -137,6 +137,7 @@ def train_epochs(
     """
     steps_per_epoch = loaders.train.num_optimizer_steps
     num_steps = steps_per_epoch * args.optimizer.num_train_epochs
+    seed_ranks_apart(args.run.seed)
     begun = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
         args.run,

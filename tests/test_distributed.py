@@ -63,6 +63,16 @@ def test_equal_seeds_give_equal_draws():
     assert draws[0] == draws[1]
 
 
+def test_each_rank_draws_numbers_of_its_own_and_the_same_again(monkeypatch):
+    draws = {}
+    for rank in (0, 1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        distributed.seed_ranks_apart(2**63 - 1)
+        drawn = torch.rand(3).tolist()
+        assert draws.setdefault(rank, drawn) == drawn
+    assert draws[0] != draws[1]
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("give another file"), 2), (KeyboardInterrupt(), 130)])
 def test_an_error_for_people_is_one_line_and_an_exit_code(error, code, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
