@@ -1150,9 +1150,15 @@ def _flat_class(part: dataclasses.Field) -> type:
     return flat
 
 
+UNLIMITED = ("max_kl", "max_length_ratio")
+"""Limits that inf switches off."""
+
+
 def _check_numbers(flats: Sequence[Any]) -> None:
     """Raise `UserError` for nan, inf and numbers that no tensor holds."""
     for name, value in (item for flat in flats for item in vars(flat).items()):
+        if name in UNLIMITED and value == float("inf"):
+            continue
         if isinstance(value, int | float) and not abs(value) < 2**63:
             raise UserError(f"--{name} must be a finite number below 2**63, got {value}.")
 

@@ -366,3 +366,10 @@ def test_groups_check_themselves_without_a_parser():
     assert DataArguments(data_split="1, 0,2.5").shares == (1, 0, 2.5)
     with pytest.raises(UserError, match="--learning_rate"):
         ModelArguments(model_name_or_path="m", learning_rate=-1)
+
+
+@pytest.mark.parametrize("name", ["max_kl", "max_length_ratio"])
+def test_a_limit_is_switched_off_by_inf(name):
+    assert getattr(rlhf(f"--{name}", "inf").guard, name) == float("inf")
+    with pytest.raises(UserError, match=f"--{name} must be a finite number"):
+        rlhf(f"--{name}", "nan")
