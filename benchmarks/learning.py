@@ -82,6 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Few rows and steps: does everything run? The figures mean nothing.",
     )
+    add("--only-finished", action="store_true", help="Start nothing: report the runs that have finished.")
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     for part in args.parts:
@@ -108,6 +109,10 @@ def skipped(args: argparse.Namespace) -> dict[str, str]:
     if "d" in args.parts and args.trl_python is None:
         missing["d"] = "TRL was left out: no --trl-python was given."
     return missing
+
+
+class NotRun(Exception):
+    """The run has not finished, and --only-finished starts none."""
 
 
 class Benchmark:
@@ -171,13 +176,14 @@ class Benchmark:
         jobs += [lambda pair=pair: (pair, self.recipe(*pair)) for pair in pairs]
         done = self.parallel(lambda job: job(), jobs)
         preferences = [result for result in done if isinstance(result, dict)]
-        figures = dict(result for result in done if isinstance(result, tuple))
+        figures = {pair: found for pair, found in filter(is_recipe, done) if found}
         shown = [row for row in ROWS if row.part in parts] + sweep
         if with_trl:
             # The best of each trainer on the first seed, by the truth, which is generous, runs on the others.
-            best = [self._best(figures, method, seeds[0]) for method in TRL_SETTINGS]
+            best = [row for method in TRL_SETTINGS for row in self._best(figures, method, seeds[0])]
             again = [(row.recipe, seed) for row in best for seed in seeds[1:]]
-            figures |= dict(self.parallel(lambda pair: (pair, self.recipe(*pair)), again))
+            more = self.parallel(lambda pair: (pair, self.recipe(*pair)), again)
+            figures |= {pair: found for pair, found in more if found}
             shown = [row for row in shown if row not in best] + [best_of(row) for row in best]
         rows = [
             {"part": row.part, "label": row.label, "recipe": row.recipe, "seed": seed, **figures[pair]}
@@ -189,8 +195,10 @@ class Benchmark:
         return {"rows": rows, "sft": starts, "preferences": preferences}
 
     @staticmethod
-    def _best(figures: dict[tuple[str, int], dict[str, Any]], method: str, seed: int) -> Row:
-        return max(trl_rows(method), key=lambda row: figures[row.recipe, seed]["success"])
+    def _best(figures: dict[tuple[str, int], dict[str, Any]], method: str, seed: int) -> list[Row]:
+        """The best setting of those that have run, if one has."""
+        tried = [row for row in trl_rows(method) if (row.recipe, seed) in figures]
+        return [max(tried, key=lambda row: figures[row.recipe, seed]["success"])] if tried else []
 
     def _start(self, seed: int) -> dict[str, Any]:
         """What the runs of a seed start from: the SFT model's figures and the reward models' accuracies."""
@@ -204,18 +212,27 @@ class Benchmark:
                 found |= {"weak_score": figures["score"]} if weak else figures
         return found
 
-    def _preferences(self, seed: int) -> dict[str, Any]:
+    def _preferences(self, seed: int) -> dict[str, Any] | None:
         from learning_preferences import run_seed
 
         folder = self._args.output / "preferences"
-        return run_seed(self.step, self._args.hh_data, folder, seed, short=self._short)
+        try:
+            return run_seed(self.step, self._args.hh_data, folder, seed, short=self._short)
+        except NotRun:
+            return None
 
-    def recipe(self, name: str, seed: int) -> dict[str, Any]:
-        """Run a recipe unless it has been run. -> its held-out figures, `seconds` and `curve`."""
+    def recipe(self, name: str, seed: int) -> dict[str, Any] | None:
+        """Run a recipe unless it has been run. -> its held-out figures, `seconds` and `curve`.
+
+        None where it has not, and --only-finished starts none.
+        """
         from learning_preferences import read_curve
 
         recipe, folder = RECIPES[name], self._args.output / "runs" / name / f"seed{seed}"
-        summary = self._train(recipe, folder, seed)
+        try:
+            summary = self._train(recipe, folder, seed)
+        except NotRun:
+            return None
         actor = folder if recipe.trainer == "dpo" else folder / "actor"
         with self._measuring:
             figures = self._measured(actor, folder, seed, recipe.weak_reward)
@@ -284,6 +301,8 @@ class Benchmark:
         command = [str(python), str(ROOT / name), *flags]
         if summary.exists() and kept.exists() and json.loads(kept.read_text()) == command:
             return json.loads(summary.read_text())
+        if self._args.only_finished:
+            raise NotRun
         folder.mkdir(parents=True, exist_ok=True)
         for old in (summary, folder / FIGURES):
             old.unlink(missing_ok=True)
@@ -306,6 +325,11 @@ class Benchmark:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def is_recipe(result: Any) -> bool:
+    """Whether a job's result is a recipe's, with its name and seed, and not that of part c."""
+    return isinstance(result, tuple)
 
 
 def reward_name(weak: bool) -> str:
