@@ -68,6 +68,10 @@ class FakeEngine:
         self.optimizer, self.checks, self.steps = self, 0, []
         self.loss_scaler = SimpleNamespace(cur_scale=8.0, cur_iter=5)
         self._overflows, self._at_boundary = overflows, at_boundary
+        self.num_bad_losses, self.skip_reason = torch.zeros((), dtype=torch.int32), None
+
+    def was_step_applied(self) -> bool:
+        return self.steps[-1] == "taken"
 
     def is_gradient_accumulation_boundary(self) -> bool:
         return self._at_boundary

@@ -189,6 +189,7 @@ FREE = {
         "critic_gradient_checkpointing",
     ),
     *("export_actor", "max_kl", "min_entropy_ratio", "max_length_ratio", "min_eos_ratio", "patience"),
+    *("max_skipped_steps", "auto_micro_batch", "rollout_tolerance", "rollout_on_mismatch"),
     *("reward_batch_size", "reward_timeout", "reward_endpoint_timeout", "reward_endpoint_retries"),
 }
 DIVIDED = {

@@ -104,8 +104,8 @@ def test_every_flag_that_the_text_names_exists(capsys):
 
 # Added to a command, so that the test shows that it works and not how well it learns.
 SHORTER = {
-    "step1_sft": ["--num_train_epochs", "1"],
-    "step2_reward": ["--num_train_epochs", "1"],
+    "step1_sft": ["--num_train_epochs", "1", "--max_train_samples", "320"],
+    "step2_reward": ["--num_train_epochs", "1", "--max_train_samples", "320"],
     "step3_ppo": ["--enable_test_mode", "--test_stop_step", "3"],
     "compare.py": ["--num-prompts", "20"],
 }

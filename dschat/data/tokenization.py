@@ -62,11 +62,11 @@ class RowError(UserError):
     """A row cannot be tokenised: its number among the rows, and why. It can be pickled."""
 
     def __init__(self, number: int, reason: str) -> None:
-        super().__init__(number, reason)
+        super().__init__(f"row {number + 1} cannot be tokenised: {reason}")
         self.number, self.reason = number, reason
 
-    def __str__(self) -> str:
-        return f"row {self.number + 1} cannot be tokenised: {self.reason}"
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return RowError, (self.number, self.reason)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
         "largest": distributed.largest_across_ranks(5 - rank, device),
         "gathered": distributed.gather_rows(mine.unsqueeze(0)).tolist(),
         "flags": distributed.gather_rows(torch.tensor([rank == 0])).tolist(),
-        "texts": distributed.gather_texts("né" * (2 * rank) + str(rank)),
+        "texts": distributed.gather_json("né" * (2 * rank) + str(rank)),
         "arrived": arrived,
         "is_main": distributed.is_main_process(),
         "threads": torch.get_num_threads(),

@@ -24,6 +24,7 @@ def build(stage: int):
     config = get_train_ds_config(stage=stage, dtype="fp16", world_size=world_size(), max_grad_norm=0)
     config["fp16"]["hysteresis"] = 1  # the first overflow lowers the scale
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine.num_bad_losses, engine.skip_reason = 0, None  # as build_trained_engine leaves it
     return engine
 
 
