@@ -224,8 +224,7 @@ def test_the_deepspeed_launcher_starts_two_ranks_from_any_directory(one_rank, tm
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [
         launcher,
-        "--num_gpus",
-        "2",
+        *("--num_gpus", "2", "--master_port", "29732"),  # the default one is the README test's
         PPO,
         *ppo(one_rank, "ppo_launched", "sft", "reward", *ppo_batch(4)),
     ]
