@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import copyreg
 import io
 import os
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from dschat.distributed import barrier, is_main_process
 
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed's files hold besides tensors and plain values: numbers in classes of its own."""
+
+# Python 3.11.0 to 3.11.3 write an enum as a call of getattr, which no loader of tensors alone takes.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
