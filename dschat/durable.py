@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.data.cache import files_fingerprint
-
-COMPLETE = "complete.json"
-"""Written last: size and checksum (xxh3_128) of every other file. A folder without it is not finished."""
+from dschat.run_folder import COMPLETE
 
 Files = dict[str, tuple[int, str]]
 """Size in bytes and checksum of each file, by its path in the folder."""

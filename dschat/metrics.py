@@ -1,7 +1,6 @@
 """Where numbers go: the console, `metrics.jsonl` and TensorBoard on rank 0, nowhere on other ranks."""
 
 import json
-import math
 from pathlib import Path
 from typing import TextIO
 
@@ -9,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dschat.arguments import RunArguments
-from dschat.run_folder import METRICS, tensorboard_folder
+from dschat.run_folder import METRICS, tensorboard_folder, without_infinities
 
 
 class MetricsLogger:
@@ -53,8 +52,7 @@ class MetricsLogger:
         JSON has no infinities: a value that is not finite is written as null.
         """
         if self._lines:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            self._lines.write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
             self._lines.flush()
         if self._writer:
             for name, value in values.items():

@@ -17,6 +17,9 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 """The figures of every step, one JSON object a line."""
 
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: size and checksum (xxh3_128) of its other files. Without it, none."""
+
 EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
 
@@ -38,7 +41,7 @@ def checkpoints_folder(run: RunArguments) -> Path | None:
 def finished_checkpoints(run: RunArguments) -> list[str]:
     """The names of the checkpoints that are complete, in the order of their steps."""
     root = checkpoints_folder(run)
-    return sorted(path.parent.name for path in root.glob("step_*/complete.json")) if root else []
+    return sorted(path.parent.name for path in root.glob(f"step_*/{COMPLETE}")) if root else []
 
 
 def resumes(run: RunArguments) -> str | None:
@@ -109,14 +112,18 @@ def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
     write_arguments(arguments, folder / "arguments.json")
 
 
+def without_infinities(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures, those that are not finite as None: JSON has no infinities."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
+    }
+
+
 def write_summary(output_dir: str | None, summary: dict[str, Any]) -> None:
     """Write the final numbers of a finished step (rank 0); one that is not finite becomes null."""
     if output_dir:
-        values = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in summary.items()
-        }
-        (Path(output_dir) / SUMMARY).write_text(json.dumps(values, indent=2) + "\n")
+        (Path(output_dir) / SUMMARY).write_text(json.dumps(without_infinities(summary), indent=2) + "\n")
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, environment, python
-from tiny import save_tiny_model
+from tiny import save_counting_pairs, save_tiny_model
 
 WORKER = ROOT / "tests" / "workers" / "interrupted_runs.py"
 SFT = ROOT / "step1_sft" / "main.py"
@@ -51,16 +51,7 @@ RESHARDED = {f"stage{stage}": ("sft", "--dtype=fp32", f"--zero_stage={stage}") f
 def folder(tmp_path_factory) -> Path:
     """A model and sixty preferences."""
     folder = tmp_path_factory.mktemp("resume")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rows = [
-        {
-            "prompt": f"\n\nHuman: Count on from {words[i % 8]}, {'please ' * (i // 8)}friend.\n\nAssistant:",
-            "chosen": f" {words[i % 8 + 1]} {words[i % 8 + 2]}",
-            "rejected": f" {words[(i * 5) % 7]} {words[(i * 3) % 5]} no",
-        }
-        for i in range(60)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_counting_pairs(folder / "pairs.jsonl")
     save_tiny_model(folder / "base")
     return folder
 

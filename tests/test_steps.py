@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from processes import ROOT, environment, python
 from safetensors.torch import load_file
-from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
+from tiny import save_counting_pairs, save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 SFT, REWARD, PPO = (ROOT / name / "main.py" for name in ("step1_sft", "step2_reward", "step3_ppo"))
@@ -58,16 +58,7 @@ PROMISED_METRICS = {
 def folder(tmp_path_factory) -> Path:
     """A model and sixty preferences: the chosen answer counts on, the rejected one does not."""
     folder = tmp_path_factory.mktemp("steps")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rows = [
-        {
-            "prompt": f"\n\nHuman: Count on from {words[i % 8]}, {'please ' * (i // 8)}friend.\n\nAssistant:",
-            "chosen": f" {words[i % 8 + 1]} {words[i % 8 + 2]}",
-            "rejected": f" {words[(i * 5) % 7]} {words[(i * 3) % 5]} no",
-        }
-        for i in range(60)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_counting_pairs(folder / "pairs.jsonl")
     save_tiny_model(folder / "base")
     return folder
 

@@ -1,5 +1,6 @@
 """Small models and tokenizers for tests: real architectures, random weights, under a million parameters."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,3 +162,17 @@ def save_reward_model(base: Path, folder: Path) -> Path:
     tokenizer = load_tokenizer(str(base))
     export_model(create_critic_model(str(base), tokenizer, None), tokenizer, folder)
     return folder
+
+
+def save_counting_pairs(path: Path) -> None:
+    """Write sixty preferences: the chosen answer counts on, the rejected one does not."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [
+        {
+            "prompt": f"\n\nHuman: Count on from {words[i % 8]}, {'please ' * (i // 8)}friend.\n\nAssistant:",
+            "chosen": f" {words[i % 8 + 1]} {words[i % 8 + 2]}",
+            "rejected": f" {words[(i * 5) % 7]} {words[(i * 3) % 5]} no",
+        }
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,16 +1,19 @@
 """PPO that is stopped anywhere and resumed ends with the weights and figures of a run that was not."""
 
-import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from faults import outcome
+
 WORKER = ROOT / "tests" / "workers" / "interrupted_ppo.py"
-CHANGING = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 FLAGS = {
     "max_prompt_seq_len": 24,
@@ -102,22 +105,6 @@ def two_ranks(folder) -> str:
     return run_all(folder, TWO_RANKS, 2, HALF_A_RANK)
 
 
-def outcome(folder: Path) -> tuple[dict, list[dict], dict]:
-    """Checksums of all weights, and the figures that equal runs share."""
-
-    def lasting(figures: dict) -> dict:
-        return {name: value for name, value in figures.items() if not name.startswith(CHANGING)}
-
-    models = sorted(path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.parts)
-    weights = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in models}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return (
-        weights,
-        [lasting(line) for line in lines],
-        lasting(json.loads((folder / "summary.json").read_text())),
-    )
-
-
 def cases(table: dict) -> list[tuple[str, int]]:
     return [(name, moment) for name, (_, moments) in table.items() for moment in moments]
 
@@ -127,8 +114,8 @@ def check(folder: Path, name: str, ranks: int, moment: int, said: str) -> None:
     assert f"== {stopped} stopped: stopped after step {moment} as SIGUSR1 asked; saved in" in said
     assert f"going on from checkpoint {stopped}/checkpoints/step_{moment:08d}" in said
     expected, found = outcome(folder / f"{name} {ranks} straight"), outcome(stopped)
-    assert len(found[0]) >= 1
-    assert sum("score" in line for line in found[1]) >= 3
+    assert len(found["weights"]) >= 1
+    assert sum("score" in line for line in found["metrics"]) >= 3
     assert found == expected
 
 
@@ -158,9 +145,9 @@ def test_on_another_number_of_ranks_the_figures_go_on(folder, one_rank):
         run["flags"].append("--resume_from_checkpoint=latest")
     (folder / "moved2.json").write_text(json.dumps(runs))
     python(WORKER, folder / "moved2.json", ranks=2)
-    _, expected, _ = outcome(folder / "steered, with EMA 1 straight")
+    expected = outcome(folder / "steered, with EMA 1 straight")
     for moment in (4, 6):
-        _, found, _ = outcome(folder / f"moved {moment}")
-        for line, other in zip(found, expected, strict=True):
+        found = outcome(folder / f"moved {moment}")
+        for line, other in zip(found["metrics"], expected["metrics"], strict=True):
             for name in line.keys() & {"score", "kl", "answer_length", "kl_coef", "eval_score"}:
                 assert math.isclose(line[name], other[name], rel_tol=1e-3, abs_tol=1e-3), (moment, name)

@@ -5,18 +5,15 @@ MODELS_FOLDER holds an actor and the reward models reward/ and other_reward/. Th
 the figures before the step, after it, and after it again.
 """
 
-import json
-import sys
 from pathlib import Path
 
-import torch
-from ppo_steps import prompts
+from ppo_steps import prompts, run_all
 from tiny import comparison_rows
 
 from dschat.arguments import parse_arguments
 from dschat.data.comparisons import Comparison
 from dschat.data.tokenization import tokenize_prompts
-from dschat.distributed import is_main_process, leave, seed_everything, setup
+from dschat.distributed import seed_everything
 from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf.evaluation import Evaluator
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
@@ -51,9 +48,4 @@ def run(models: Path, flags: dict) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    setup()
-    torch.set_num_threads(1)
-    results = [run(Path(sys.argv[1]), flags) for flags in json.loads(sys.argv[3])]
-    if is_main_process():
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    leave()
+    run_all(run)

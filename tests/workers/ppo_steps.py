@@ -9,7 +9,9 @@ factor on the logits of the actor's forward passes with a KV cache. A run that a
 import json
 import sys
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -132,10 +134,15 @@ def exported(engine: DeepSpeedRLHFEngine, tokenizer, models: Path) -> dict:
     }
 
 
-if __name__ == "__main__":
+def run_all(run: Callable[[Path, dict], Any]) -> None:
+    """`run(models, flags)` for each of the settings on the command line; rank 0 writes what they return."""
     setup()
     torch.set_num_threads(1)
     results = [run(Path(sys.argv[1]), flags) for flags in json.loads(sys.argv[3])]
     if is_main_process():
         Path(sys.argv[2]).write_text(json.dumps(results))
     leave()
+
+
+if __name__ == "__main__":
+    run_all(run)
