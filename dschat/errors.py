@@ -17,11 +17,15 @@ LONGEST_MESSAGE = 2000
 class UserError(ValueError):
     """The input cannot work. The message names the flag or the file and line, the value, and the remedy.
 
-    It quotes what files and libraries say, so it is made one readable line here.
+    It quotes what files and libraries say, so it is made one readable line here. Further `details` are a line
+    each, with the spaces in front of them.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, message: str, *details: str) -> None:
+        super().__init__(one_line(message), *(_indent(line) + one_line(line) for line in details))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def one_line(message: str) -> str:
@@ -35,6 +39,10 @@ def one_line(message: str) -> str:
         return line
     half = LONGEST_MESSAGE // 2 - 25
     return f"{line[:half]} ... ({len(line) - 2 * half:,} characters) ... {line[-half:]}"
+
+
+def _indent(line: str) -> str:
+    return " " * (len(line) - len(line.lstrip(" ")))
 
 
 EXIT_TRY_AGAIN = 75

@@ -53,7 +53,7 @@ def phase(name: str) -> Iterator[None]:
         flags = halved(name, _arguments[0])
         if _arguments[0].run.auto_micro_batch and flags:
             _start_smaller(name, _arguments[0], flags)
-        raise UserError(message) from error
+        raise UserError(*message) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -65,14 +65,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def report(name: str, args: StepArguments, error: BaseException) -> str:
-    """The message: phase, consumers, the device's memory, and what helps."""
+def report(name: str, args: StepArguments, error: BaseException) -> list[str]:
+    """The lines of the message: phase, consumers, the device's memory, and what helps."""
     lines = [f"{_where()} out of memory while {name} ({str(error).splitlines()[0][:200] or 'MemoryError'})."]
     lines += [f"  {text}" for text in _consumers()]
     lines += ["What helps, the first thing first:", *(f"  {text}" for text in _remedies(name, args))]
     if halved(name, args) and not args.run.auto_micro_batch:
         lines.append("  --auto_micro_batch does the first by itself")
-    return "\n".join(lines)
+    return lines
 
 
 def _where() -> str:

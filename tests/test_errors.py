@@ -26,3 +26,9 @@ def test_of_a_long_message_beginning_and_end_are_kept_and_it_travels_between_pro
     assert str(error) == "--flag " + "x" * 968 + " ... (3,071 characters) ... " + "x" * 961 + " is no number."
     assert len(str(error)) <= LONGEST_MESSAGE
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_details_are_lines_of_their_own_and_travel_too():
+    error = UserError("out of\nmemory:", "  12 GiB  weights", "What helps:\nless")
+    assert str(error) == "out of memory:\n  12 GiB  weights\nWhat helps: less"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
