@@ -34,8 +34,8 @@ def flag(
     """A setting that is a command-line flag; without a default it is required.
 
     at_resume: whether a run that goes on from a checkpoint must have the same value (it decides what is
-    learned), is free to have another (it does not), or may divide the same batches in another way. `metadata`
-    are further settings of argparse.
+    learned), is free to have another (it does not, or what it names is compared by its content), or may
+    divide the same batches in another way. `metadata` are further settings of argparse.
     """
     metadata = {"help": help, "at_resume": at_resume, "argparse": metadata}
     if isinstance(default, list):
@@ -71,9 +71,12 @@ class DataArguments:
         ["Dahoas/rm-static"],
         "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders; "
         "NAME:0.3 gives one a weight: training prompts then stand in proportion to the weights (1 without).",
+        at_resume="free",
     )
     eval_data_path: list[str] = flag(
-        [], "Data sets for evaluation; without them what --data_path publishes for it or --eval_fraction."
+        [],
+        "Data sets for evaluation; without them what --data_path publishes for it or --eval_fraction.",
+        at_resume="free",
     )
     data_format: str | None = flag(
         None, "How rows are read: a layout or a known data set of docs/data.md; default: by their columns."
@@ -139,7 +142,7 @@ class ModelArguments:
     """One trained model. Step 3 has two of them, their flags prefixed with actor_ and critic_."""
 
     prefix: str = ""
-    model_name_or_path: str = flag(help="Folder or hub id of the model to start from.")
+    model_name_or_path: str = flag(help="Folder or hub id of the model to start from.", at_resume="free")
     learning_rate: float = flag(1e-5, "Peak learning rate.")
     weight_decay: float = flag(0.0, "AdamW's weight decay, not applied to biases and norms.")
     dropout: float = flag(0.0, "Dropout probability; the model's own setting is replaced by it.")
@@ -339,7 +342,9 @@ class BatchArguments:
 class SftOptions:
     """Step 1's own settings."""
 
-    sft_only_data_path: list[str] = flag([], "More data sets, used whole and in this step only.")
+    sft_only_data_path: list[str] = flag(
+        [], "More data sets, used whole and in this step only.", at_resume="free"
+    )
     train_on_prompt: bool = flag(False, "Take the loss over the prompt too, not over the answer alone.")
     print_loss: bool = flag(False, "Print the loss of every optimiser step.", at_resume="free")
 
@@ -643,6 +648,7 @@ class GuardArguments:
         None,
         "Folder or hub id of a second reward model, from which nothing is learned: it scores the held-out "
         "answers, and the guard warns where its score falls while the other's rises.",
+        at_resume="free",
     )
     max_kl: float | None = flag(
         None,
@@ -702,7 +708,9 @@ class RlhfOptions:
     """Step 3's other settings."""
 
     reward_model_name_or_path: str | None = flag(
-        None, "Folder or hub id of the reward model, where it is not the one that the critic starts from."
+        None,
+        "Folder or hub id of the reward model, where it is not the one that the critic starts from.",
+        at_resume="free",
     )
     offload_reference_model: bool = flag(
         False,

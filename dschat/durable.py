@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dschat.data.cache import files_fingerprint
-from dschat.run_folder import COMPLETE
+
+COMPLETE = "complete.json"
+"""Written last into a folder: size and checksum (xxh3_128) of its other files. Without it, none."""
 
 Files = dict[str, tuple[int, str]]
 """Size in bytes and checksum of each file, by its path in the folder."""

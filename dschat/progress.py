@@ -36,20 +36,14 @@ from dschat.distributed import (
     restore_random_state,
     world_size,
 )
-from dschat.durable import (
-    facts_of,
-    flushed,
-    names_of_files,
-    private_files,
-    put_in_place,
-)
+from dschat.durable import flushed, names_of_files, private_files, put_in_place
 from dschat.engine_files import load_engine, load_engine_resharded, save_engine
 from dschat.engines import DeepSpeedEngine
 from dschat.errors import Stopped
-from dschat.run_folder import METRICS, checkpoints_folder
+from dschat.run_folder import METRICS, checkpoints_folder, finished_checkpoints
 from dschat.signals import StopRequests
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when older checkpoints cannot be read any more."""
 
 PROGRESS, SHARED = "progress.json", "shared.safetensors"
@@ -70,6 +64,8 @@ class Progress:
     """What `save` was given."""
     tensors: dict[str, Tensor] | None = None
     """This rank's, on the CPU; None where the number of ranks is another now."""
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
+    """Then those of every rank that saved, in the order of the ranks."""
     shared_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -80,11 +76,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, arguments: StepArguments, data: str, chosen: Path | None = None, damaged: Sequence[str] = ()
+        self,
+        arguments: StepArguments,
+        identity: dict[str, Any],
+        chosen: Path | None = None,
+        damaged: Sequence[str] = (),
     ) -> None:
-        """`chosen` is the verified checkpoint that the run goes on from; `damaged` are named on rank 0."""
+        """`identity` is kept beside `chosen`, the verified checkpoint that the run goes on from, if any.
+
+        `damaged` are named on rank 0.
+        """
         self._run = arguments.run
-        self._identity = identity(arguments, data)
+        self._identity = identity
         self._root = checkpoints_folder(arguments.run)
         self._chosen = self._newest = chosen
         self._damaged = damaged
@@ -107,19 +110,28 @@ class Checkpoints:
                 load_engine(engine, self._chosen / name)
             else:
                 self._load_resharded(engine, self._chosen / name)
-        own = self._chosen / f"rank_{rank() % saved['world_size']:05d}"
-        tensors = load_file(own.with_suffix(".safetensors"))
+        self._restore_random_state(rank() % saved["world_size"])
         shared = self._chosen / SHARED
-        restore_random_state(
-            json.loads(own.with_suffix(".json").read_text()),
-            {name.removeprefix(RANDOM): tensors.pop(name) for name in list(tensors) if RANDOM in name},
-        )
         return Progress(
             step=saved["step"],
             state=saved["state"],
-            tensors=tensors if same_ranks else None,
+            tensors=self._tensors_of(rank()) if same_ranks else None,
+            parts=[] if same_ranks else [self._tensors_of(number) for number in range(saved["world_size"])],
             shared_tensors=load_file(shared) if shared.is_file() else {},
         )
+
+    def _restore_random_state(self, number: int) -> None:
+        own = _own_file(self._chosen, number)
+        tensors = load_file(own.with_suffix(".safetensors"))
+        random_tensors = {
+            name.removeprefix(RANDOM): t for name, t in tensors.items() if name.startswith(RANDOM)
+        }
+        restore_random_state(json.loads(own.with_suffix(".json").read_text()), random_tensors)
+
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
+        """What that rank gave to `save`."""
+        tensors = load_file(_own_file(self._chosen, number).with_suffix(".safetensors"))
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(RANDOM)}
 
     def _load_resharded(self, engine: DeepSpeedEngine, folder: Path) -> None:
         scratch = self._root / f".resharded-{folder.parent.name}"
@@ -223,7 +235,7 @@ class Checkpoints:
         shared_tensors: Mapping[str, Tensor],
     ) -> None:
         numbers, random_tensors = random_state()
-        own = folder / f"rank_{rank():05d}"
+        own = _own_file(folder, rank())
         named = {RANDOM + name: tensor for name, tensor in random_tensors.items()}
         _save_tensors({**named, **tensors}, own.with_suffix(".safetensors"))
         own.with_suffix(".json").write_text(json.dumps(numbers))
@@ -236,11 +248,11 @@ class Checkpoints:
                 shutil.copyfile(metrics, folder / METRICS)
 
     def _finish(self, temporary: Path, target: Path, files: dict) -> None:
-        others = serials(self._root)
+        others = finished_checkpoints(self._root)
         put_in_place(temporary, target, files, serial=1 + max(others.values(), default=0))
         limit = self._run.save_total_limit
         others.pop(target.name, None)
-        intact = sorted((name for name in others if name not in self._damaged), key=others.get)
+        intact = [name for name in others if name not in self._damaged]
         old = intact[: max(0, len(intact) - (limit - 1))] if limit else []
         for name in old + [name for name in self._damaged if name != target.name and limit]:
             shutil.rmtree(self._root / name, ignore_errors=True)
@@ -258,12 +270,16 @@ class Checkpoints:
         return f"{asked}; saved in {self._newest}. Go on with --resume_from_checkpoint latest."
 
 
-def identity(arguments: StepArguments, data: str) -> dict[str, Any]:
-    """What a run must have in common with the one that it goes on with, or may not."""
+def identity(arguments: StepArguments, data: str, models: Mapping[str, str]) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with, or may not.
+
+    `data` and `models` (by flag) are fingerprints.
+    """
     return {
         "format": FORMAT,
         "program": type(arguments).__name__.removesuffix("Arguments").lower(),
         "data": data,
+        "models": dict(models),
         "world_size": world_size(),
         "sizes": global_sizes(arguments, world_size()),
         "settings": {name: setting.value for name, setting in settings(arguments).items()},
@@ -276,10 +292,9 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
 
 
-def serials(root: Path) -> dict[str, int]:
-    """The finished checkpoints in the folder and in which order they were made."""
-    facts = {path.name: facts_of(path) for path in root.glob("step_*")}
-    return {name: known["serial"] for name, known in facts.items() if known is not None}
+def _own_file(folder: Path, number: int) -> Path:
+    """What a rank writes for itself, without the suffix."""
+    return folder / f"rank_{number:05d}"
 
 
 def _agreed(work: Callable[[], str | None]) -> str | None:

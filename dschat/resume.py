@@ -1,7 +1,7 @@
 """How a run goes on: which checkpoint is chosen, whether it is intact, and whether it is of the same run."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,28 @@ from dschat.arguments import Setting, StepArguments, settings
 from dschat.distributed import barrier, gather_json, is_main_process, print_once
 from dschat.durable import damage, flush
 from dschat.errors import UserError
-from dschat.progress import Checkpoints, identity, read_progress, serials
-from dschat.run_folder import METRICS, checkpoints_folder, resumes, start_run
+from dschat.manifest import Handover
+from dschat.progress import Checkpoints, identity, read_progress
+from dschat.run_folder import METRICS, checkpoints_folder, finished_checkpoints, resumes, start_run
 
 UNREMARKABLE = ("local_rank", "resume_from_checkpoint", "output_dir")
 """Flags whose change goes without saying."""
 
 
-def begin_run(arguments: StepArguments, *, data: str) -> Checkpoints:
+def begin_run(arguments: StepArguments, *, data: str, models: Sequence[Handover] = ()) -> Checkpoints:
     """Choose and verify the checkpoint to go on from, if any, and prepare the output folder for the run.
 
     Every rank calls it once the process group exists, before models are loaded. `data` is a fingerprint of
-    what is learned. Raises `UserError`, on every rank the same, where a checkpoint cannot be used.
+    what is learned, `models` are those that the run starts from. Raises `UserError`, on every rank the same,
+    where a checkpoint cannot be used.
     """
     choice: dict[str, Any] = {}
+    prints: dict[str, str] = {}
     if is_main_process():
         try:
-            choice = _choose(arguments, data)
+            if arguments.run.output_dir:
+                prints = {model.flag: model.fingerprint() for model in models}
+            choice = _choose(arguments, identity(arguments, data, prints))
         except UserError as error:
             choice = {"error": str(error)}
     choice = gather_json(choice)[0]
@@ -37,10 +42,10 @@ def begin_run(arguments: StepArguments, *, data: str) -> Checkpoints:
         if chosen is not None and (chosen / METRICS).is_file():
             _restore_metrics(chosen / METRICS, Path(arguments.run.output_dir) / METRICS)
     barrier()
-    return Checkpoints(arguments, data, chosen, choice["damaged"])
+    return Checkpoints(arguments, identity(arguments, data, prints), chosen, choice["damaged"])
 
 
-def _choose(arguments: StepArguments, data: str) -> dict[str, Any]:
+def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint that a run goes on from, verified and compared, and those that were found damaged."""
     asked, root = resumes(arguments.run), checkpoints_folder(arguments.run)
     if asked is None or root is None:
@@ -53,15 +58,15 @@ def _choose(arguments: StepArguments, data: str) -> dict[str, Any]:
                 f"--resume_from_checkpoint {folder} cannot be used: {problem}; name an intact checkpoint "
                 "(output_dir/checkpoints/step_...), or latest for the newest of them."
             )
-        _compare(folder, arguments, data)
+        _compare(folder, arguments, now)
         return {"chosen": str(folder), "damaged": []}
-    finished, damaged = serials(root), []
+    finished, damaged = finished_checkpoints(root), []
     for unfinished in sorted(path.name for path in root.glob("step_*") if path.name not in finished):
         print_once(f"note: checkpoint {root / unfinished} was never finished and is passed over.")
-    for name in sorted(finished, key=finished.get, reverse=True):
+    for name in reversed(finished):
         problem = damage(root / name)
         if problem is None:
-            _compare(root / name, arguments, data)
+            _compare(root / name, arguments, now)
             print_once(f"going on from checkpoint {root / name}")
             return {"chosen": str(root / name), "damaged": damaged}
         print_once(f"WARNING: checkpoint {root / name} is passed over: {problem}.")
@@ -75,9 +80,9 @@ def _choose(arguments: StepArguments, data: str) -> dict[str, Any]:
     return {"chosen": None, "damaged": []}
 
 
-def _compare(folder: Path, arguments: StepArguments, data: str) -> None:
+def _compare(folder: Path, arguments: StepArguments, now: dict[str, Any]) -> None:
     """Raise `UserError` where the run would not be the one that was saved; say what else is different."""
-    saved, now = read_progress(folder), identity(arguments, data)
+    saved = read_progress(folder)
     for name in ("format", "program"):
         if saved[name] != now[name]:
             raise UserError(
@@ -97,12 +102,27 @@ def _compare(folder: Path, arguments: StepArguments, data: str) -> None:
                 f"{name} x ranks is {now['sizes'][name]} and was {number} when {folder} was saved on "
                 f"{saved['world_size']} ranks; choose them so that the product is {number} again."
             )
-    if saved["data"] != data:
+    _compare_models(folder, saved["models"], now["models"])
+    if saved["data"] != now["data"]:
         raise UserError(
             f"--data_path: what it names has changed since {folder} was saved, so the run cannot go on in "
             "the middle of it; restore the data, or start anew in another --output_dir."
         )
     _say_differences(folder, saved, now, changed)
+
+
+def _compare_models(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:
+    """Raise `UserError` where the run starts from other models, whatever their folders are called."""
+    for flag in [*now, *(flag for flag in saved if flag not in now)]:
+        if saved.get(flag) == now.get(flag):
+            continue
+        problem = "names another model, or other weights, than"
+        if flag not in now or flag not in saved:
+            problem = "is missing and was given" if flag in saved else "is given and was not"
+        raise UserError(
+            f"{flag} {problem} when {folder} was saved: the run would not be the same; give the models that "
+            "it began with, or start anew in another --output_dir."
+        )
 
 
 def _changed_settings(

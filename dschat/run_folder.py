@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.arguments import RunArguments, StepArguments, write_arguments
+from dschat.durable import facts_of
 from dschat.errors import UserError
 
 SUMMARY = "summary.json"
@@ -16,9 +17,6 @@ SUMMARY = "summary.json"
 
 METRICS = "metrics.jsonl"
 """The figures of every step, one JSON object a line."""
-
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: size and checksum (xxh3_128) of its other files. Without it, none."""
 
 EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
@@ -38,10 +36,14 @@ def checkpoints_folder(run: RunArguments) -> Path | None:
     return Path(run.output_dir) / "checkpoints" if run.output_dir else None
 
 
-def finished_checkpoints(run: RunArguments) -> list[str]:
-    """The names of the checkpoints that are complete, in the order of their steps."""
-    root = checkpoints_folder(run)
-    return sorted(path.parent.name for path in root.glob(f"step_*/{COMPLETE}")) if root else []
+def finished_checkpoints(root: Path | None) -> dict[str, int]:
+    """The checkpoints in that folder that are complete, with their serial numbers, the oldest first.
+
+    A run that went back to an earlier one makes later ones of smaller steps.
+    """
+    facts = {path.name: facts_of(path) for path in (root.glob("step_*") if root else ())}
+    found = {name: known["serial"] for name, known in facts.items() if known is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def resumes(run: RunArguments) -> str | None:
@@ -56,9 +58,9 @@ def resumes(run: RunArguments) -> str | None:
 
 
 def newest_checkpoint(run: RunArguments) -> Path | None:
-    """The checkpoint of the largest step that is complete, if there is one."""
-    names = finished_checkpoints(run)
-    return checkpoints_folder(run) / names[-1] if names else None
+    """The checkpoint that was made last, if there is one."""
+    root = checkpoints_folder(run)
+    return next((root / name for name in reversed(finished_checkpoints(root))), None)
 
 
 def check_run_folder(run: RunArguments, *models: str) -> None:
@@ -67,11 +69,11 @@ def check_run_folder(run: RunArguments, *models: str) -> None:
     `models` are those the run starts from, which it must not overwrite: a run that fails would lose both.
     Neither is an unfinished run with checkpoints to be lost.
     """
-    unfinished = finished_checkpoints(run)
+    unfinished = newest_checkpoint(run)
     if unfinished and resumes(run) is None and read_summary(run.output_dir) is None:
         raise UserError(
             f"--output_dir {run.output_dir} holds a run that has not finished and can go on from its "
-            f"checkpoint {unfinished[-1]}: add --resume_from_checkpoint latest; or to start anew name "
+            f"checkpoint {unfinished.name}: add --resume_from_checkpoint latest; or to start anew name "
             f"another folder or delete {checkpoints_folder(run)}."
         )
     for path in models if run.output_dir else ():

@@ -1,6 +1,7 @@
 """Optimiser steps skipped because something was not finite: counted, told of, and too many end the run."""
 
 from collections import Counter
+from typing import Any
 
 from dschat.arguments import RunArguments
 from dschat.distributed import print_once
@@ -37,6 +38,14 @@ class SkippedSteps:
         if 0 < self._run.max_skipped_steps < self._in_a_row[model]:
             raise UserError(self._farewell(step, model, reason))
         return 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted, for JSON."""
+        return {"in_a_row": self._in_a_row, "total": self._total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self._in_a_row, self._total = Counter(state["in_a_row"]), state["total"]
 
     def _farewell(self, step: int, model: str, reason: str) -> str:
         checkpoint = newest_checkpoint(self._run)

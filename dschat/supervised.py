@@ -154,6 +154,8 @@ def train_epochs(
         return figures
 
     skipped = SkippedSteps(args.run)
+    if begun.step:
+        skipped.load_state_dict(begun.state["skipped"])
     start = time.perf_counter() - begun.state.get("seconds", 0.0)
     initial = begun.state.get("initial")
     if initial is None:
@@ -177,7 +179,7 @@ def train_epochs(
             final = report(step, moment, _evaluated(engine, loaders.evaluation, evaluate))
         if checkpoints.is_due(step, is_last=step == num_steps):
             seconds = time.perf_counter() - start
-            state = {"initial": initial, "final": final, "seconds": seconds}
+            state = {"initial": initial, "final": final, "seconds": seconds, "skipped": skipped.state_dict()}
             checkpoints.save(step, engines={ENGINE: engine}, state=state)
     metrics.close()
     seconds = time.perf_counter() - start

@@ -59,7 +59,7 @@ def main(args: SftArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     setup(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key)
+    checkpoints = begin_run(args, data=data.key, models=[base])
     seed_everything(args.run.seed)
     engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)

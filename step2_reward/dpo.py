@@ -64,7 +64,7 @@ def main(args: DpoArguments) -> None:
     store = ReferenceStore.open(args, base, data)
 
     distributed.setup(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key)
+    checkpoints = begin_run(args, data=data.key, models=[base])
     if column(data.train, "margin").any():
         distributed.print_once("note: the data has margins, which DPO does not use.")
     distributed.seed_everything(args.run.seed)

@@ -54,7 +54,7 @@ def main(args: RewardArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     distributed.setup(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key)
+    checkpoints = begin_run(args, data=data.key, models=[base])
     distributed.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
     figures, seconds = train_epochs(

@@ -61,7 +61,7 @@ def main(args: RlhfArguments) -> None:
     rewards = build_rewards(args, tokenizers, data, score_scale)
 
     distributed.setup(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key)
+    checkpoints = begin_run(args, data=data.key, models=handovers.all)
     distributed.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))

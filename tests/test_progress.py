@@ -10,11 +10,13 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset
+from tiny import save_tiny_model
 
 from dschat import progress
 from dschat.arguments import STEPS, parse_arguments, settings
 from dschat.data.loaders import build_train_loader
 from dschat.errors import Stopped, UserError
+from dschat.manifest import Handover
 from dschat.progress import Checkpoints
 from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder, write_summary
@@ -165,6 +167,24 @@ def test_other_data_end_the_run(tmp_path):
         resumed(tmp_path, data="other")
 
 
+def test_models_are_compared_by_content_wherever_they_lie(tmp_path, capsys):
+    for name in ("base", "moved", "other"):
+        save_tiny_model(tmp_path / name, seed=3 if name == "other" else 2)
+
+    def begin(model: str, *more: str, flag: str = "--model_name_or_path") -> Checkpoints:
+        args = arguments(tmp_path / "run", "--model_name_or_path", str(tmp_path / model), *more)
+        return begin_run(args, data="key", models=[Handover(str(tmp_path / model), flag, None)])
+
+    (tmp_path / "run").mkdir()
+    begin("base").save(1, engines={}, state={})
+    begin("moved", "--resume_from_checkpoint")
+    assert f"--model_name_or_path {tmp_path / 'moved'} (was " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--model_name_or_path names another model, or other weights, than"):
+        begin("other", "--resume_from_checkpoint")
+    with pytest.raises(UserError, match="--reward_model is given and was not when"):
+        begin("base", "--resume_from_checkpoint", flag="--reward_model")
+
+
 def test_harmless_differences_are_said(tmp_path, capsys):
     saved(tmp_path, 1)
     flags = ["--per_device_train_batch_size=8", "--gradient_accumulation_steps=2", "--eval_interval=3"]
@@ -190,6 +210,10 @@ FREE = {
     ),
     *("export_actor", "max_kl", "min_entropy_ratio", "max_length_ratio", "min_eos_ratio", "patience"),
     *("max_skipped_steps", "auto_micro_batch", "rollout_tolerance", "rollout_on_mismatch"),
+    # What these name is compared by its content.
+    *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
+    *("reward_model_name_or_path", "guard_reward_model_name_or_path"),
+    *("data_path", "eval_data_path", "sft_only_data_path"),
     *("reward_batch_size", "reward_timeout", "reward_endpoint_timeout", "reward_endpoint_retries"),
 }
 DIVIDED = {

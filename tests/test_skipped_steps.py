@@ -57,14 +57,25 @@ def test_only_too_many_in_a_row_of_one_model_end_the_run(tmp_path):
         skipped.note(engine("gradient"), step=1, model="actor")
 
 
+def test_a_run_that_goes_on_goes_on_counting():
+    run = RunArguments(max_skipped_steps=2)
+    skipped, resumed = SkippedSteps(run), SkippedSteps(run)
+    for _ in range(2):
+        skipped.note(engine("loss"), step=1, model="actor")
+    resumed.load_state_dict(json.loads(json.dumps(skipped.state_dict())))
+    with pytest.raises(UserError, match="in 3 optimiser steps in a row"):
+        resumed.note(engine("loss"), step=2, model="actor")
+
+
 def test_the_end_names_the_newest_whole_checkpoint(tmp_path):
     for name in ("step_00000004", "step_00000012", "step_00000020"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for name in ("step_00000004", "step_00000012"):
-        (tmp_path / "checkpoints" / name / "complete.json").touch()
+    for serial, name in enumerate(("step_00000012", "step_00000004")):  # the run went back
+        mark = {"serial": serial, "files": {}}
+        (tmp_path / "checkpoints" / name / "complete.json").write_text(json.dumps(mark))
     skipped = SkippedSteps(RunArguments(max_skipped_steps=1, output_dir=str(tmp_path)))
     skipped.note(engine("loss"), step=1)
     with pytest.raises(
-        UserError, match=r"checkpoint is .*step_00000012: go on .*--resume_from_checkpoint latest"
+        UserError, match=r"checkpoint is .*step_00000004: go on .*--resume_from_checkpoint latest"
     ):
         skipped.note(engine("loss"), step=2)

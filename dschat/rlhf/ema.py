@@ -1,11 +1,11 @@
 """A moving average of the actor's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dschat.distributed import current_device, gather_rows, is_zero3_parameter
+from dschat.distributed import current_device, gather_rows, is_zero3_parameter, rank
 
 
 def _held_weights(parameter: Tensor) -> Tensor:
@@ -51,6 +51,15 @@ class MovingAverage:
         """Go on from what `state_dict` gave on this rank."""
         for name, average in self._averages.items():
             average.copy_(averages[name])
+
+    @torch.no_grad()
+    def load_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from what `state_dict` gave on each of another number of ranks, where it is sharded."""
+        for name, average in self._averages.items():
+            whole = torch.cat([part[name].flatten() for part in parts])[: self._parameters[name].ds_numel]
+            own = whole[rank() * average.numel() :][: average.numel()]
+            average.zero_()  # the end of the last shard belongs to nothing
+            average[: own.numel()].copy_(own)
 
     def _whole(self, name: str) -> Tensor:
         parameter, average = self._parameters[name], self._averages[name]

@@ -19,6 +19,12 @@ class RlhfHandovers:
     reward: Handover | None  # None where other sources alone score
     guard_reward: Handover | None  # the second reward model
 
+    @property
+    def all(self) -> list[Handover]:
+        """Each model once."""
+        given = (self.actor, self.critic, self.reward, self.guard_reward)
+        return list({model.flag: model for model in given if model}.values())
+
     def check_templates(self, tokenizers: RlhfTokenizers) -> None:
         """Raise `UserError` where a model would read another template than it was trained with."""
         self.actor.check_template(tokenizers.actor)

@@ -34,10 +34,11 @@ from dschat.engines import (
     take_steps_together,
     train_on,
 )
-from dschat.errors import UserError
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.out_of_memory import phase
+from dschat.progress import Progress
+from dschat.rlhf.ema import MovingAverage
 from dschat.rlhf.experience import (
     Experience,
     Judgement,
@@ -353,6 +354,7 @@ class DeepSpeedPPOTrainer:
             "scores": asdict(self._scores) if self._scores else None,
             "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
             "seconds": self._seconds,
+            "skipped": self._skipped.state_dict(),
             "experience": self._experience.settings if self.unfinished else None,
         }
 
@@ -368,13 +370,8 @@ class DeepSpeedPPOTrainer:
             shared |= flat_tensors(self._experience.judgement, "judgement")
         return own, shared
 
-    def load_state(
-        self, state: dict[str, Any], own: dict[str, Tensor] | None, shared: dict[str, Tensor]
-    ) -> None:
-        """Go on from a checkpoint; `own` is None where the number of ranks was another.
-
-        Raises `UserError` where what is missing then cannot be made of the rest.
-        """
+    def load_state(self, state: dict[str, Any], begun: Progress) -> None:
+        """Go on from what `state_dict` and `tensors` gave, on as many ranks or on others."""
         self._at = Position(**state["position"])
         self._kl.coef = state["kl_coef"]
         self._rollout.uses_cache = state["rollout_uses_cache"]
@@ -385,21 +382,13 @@ class DeepSpeedPPOTrainer:
         for name, engine in self.engine.by_name.items():
             set_gradient_norm(engine, state["gradient_norms"][name])
         self._seconds = defaultdict(float, state["seconds"])
+        self._skipped.load_state_dict(state["skipped"])
         if self.engine.ema:
-            self._load_average(own, shared)
+            is_sharded = self.engine.ema.is_sharded
+            _load("average", self.engine.ema, begun, begun.tensors if is_sharded else begun.shared_tensors)
         if state["experience"]:
-            self._experience = self._rebuilt(state["experience"], shared)
-            self._statistics.load_state_dict(of_name("statistics", own or {}))
-
-    def _load_average(self, own: dict[str, Tensor] | None, shared: dict[str, Tensor]) -> None:
-        held = own if self.engine.ema.is_sharded else shared
-        average = of_name("average", held or {})
-        if not average:
-            raise UserError(
-                "--enable_ema: under ZeRO-3 each rank has saved its part of the moving average, so the run "
-                "can only go on with as many ranks, and the ZeRO stage, that it was saved with."
-            )
-        self.engine.ema.load_state_dict(average)
+            self._experience = self._rebuilt(state["experience"], begun.shared_tensors)
+            _load("statistics", self._statistics, begun, begun.tensors)
 
     def _rebuilt(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Experience:
         device = current_device()
@@ -448,3 +437,11 @@ class DeepSpeedPPOTrainer:
             "tokens_per_second": num_tokens / sum(seconds.values()),
             "peak_memory_gib": peak_memory_gib(),
         }
+
+
+def _load(name: str, part: MovingAverage | UpdateStatistics, begun: Progress, held: Any) -> None:
+    """Restore a part from what this rank holds of it, or else from what every rank of another number held."""
+    if held is not None:
+        part.load_state_dict(of_name(name, held))
+    else:
+        part.load_parts([of_name(name, tensors) for tensors in begun.parts])

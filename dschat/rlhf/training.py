@@ -77,7 +77,7 @@ def train_ppo(
     """
     begun = checkpoints.load(trainer.engine.by_name)
     if begun.step:
-        trainer.load_state(begun.state["trainer"], begun.tensors, begun.shared_tensors)
+        trainer.load_state(begun.state["trainer"], begun)
         watch.load_state_dict(begun.state["watch"])
     done = trainer.num_ppo_steps_done
     metrics = MetricsLogger(

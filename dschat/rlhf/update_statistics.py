@@ -1,12 +1,12 @@
 """What the optimiser steps of a PPO step did, over all ranks."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dschat.distributed import current_device, max_across_ranks, sum_across_ranks
+from dschat.distributed import current_device, is_main_process, max_across_ranks, sum_across_ranks
 
 
 class UpdateStatistics:
@@ -44,3 +44,13 @@ class UpdateStatistics:
         for name, value in state.items():
             kind, _, figure = name.partition(".")
             (self._sums if kind == "sum" else self._maxima)[figure] = value.to(current_device())
+
+    def load_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from what `state_dict` gave on each of another number of ranks: rank 0 takes the sums."""
+        for name in parts[0]:
+            kind, _, figure = name.partition(".")
+            values = torch.stack([part[name] for part in parts]).to(current_device())
+            if kind == "maximum":
+                self._maxima[figure] = values.max()
+            else:
+                self._sums[figure] = values.sum() if is_main_process() else torch.zeros_like(values[0])

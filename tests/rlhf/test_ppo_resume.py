@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, python
+from safetensors.torch import load_file
 from tiny import save_reward_model, save_tiny_model
+from torch.testing import assert_close as close
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -130,24 +132,30 @@ def test_on_two_ranks_too(folder, two_ranks, name, moment):
     check(folder, name, 2, moment, two_ranks)
 
 
-def test_on_another_number_of_ranks_the_figures_go_on(folder, one_rank):
-    """Stopped on one rank, resumed on two, in the middle of a PPO step and between two."""
-    runs = []
-    for moment in (4, 6):
-        options = STEERED | {"actor_zero_stage": 2}
-        flags = flags_of(folder, f"moved {moment}", options)
-        runs += [{"flags": flags, "stop_after": moment}]
-    (folder / "moved1.json").write_text(json.dumps(runs))
-    python(WORKER, folder / "moved1.json")
-    for run in runs:
-        del run["stop_after"]
-        run["flags"] += [f"--{name}={value}" for name, value in HALF_A_RANK.items()]
-        run["flags"].append("--resume_from_checkpoint=latest")
-    (folder / "moved2.json").write_text(json.dumps(runs))
-    python(WORKER, folder / "moved2.json", ranks=2)
-    expected = outcome(folder / "steered, with EMA 1 straight")
-    for moment in (4, 6):
-        found = outcome(folder / f"moved {moment}")
-        for line, other in zip(found["metrics"], expected["metrics"], strict=True):
-            for name in line.keys() & {"score", "kl", "answer_length", "kl_coef", "eval_score"}:
-                assert math.isclose(line[name], other[name], rel_tol=1e-3, abs_tol=1e-3), (moment, name)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_on_another_number_of_ranks_the_figures_go_on(folder, one_rank, before, after):
+    """Stopped in the middle of a PPO step and between two, the average whole or in a part a rank."""
+    runs = {}
+    for stage in (2, 3):
+        for moment in (7, 8):
+            options = STEERED | {"actor_zero_stage": stage}
+            runs[f"moved {before} {stage} {moment}"] = (options, moment)
+    for name, ranks in (("before", before), ("after", after)):
+        batches = HALF_A_RANK if ranks == 2 else {}
+        listed = [
+            {"flags": flags_of(folder, output, options | batches), "stop_after": moment}
+            for output, (options, moment) in runs.items()
+        ]
+        if name == "after":
+            listed = [{"flags": [*run["flags"], "--resume_from_checkpoint=latest"]} for run in listed]
+        (folder / f"{name}.json").write_text(json.dumps(listed))
+        python(WORKER, folder / f"{name}.json", ranks=ranks)
+    whole = folder / "steered, with EMA 1 straight"
+    expected, average = outcome(whole)["metrics"], load_file(whole / "actor_ema" / "model.safetensors")
+    compared = {"score", "kl", "answer_length", "kl_coef", "eval_score", "approx_kl", "value_loss"}
+    for output in runs:
+        found = outcome(folder / output)["metrics"]
+        for line, other in zip(found, expected, strict=True):
+            for name in line.keys() & compared:
+                assert math.isclose(line[name], other[name], rel_tol=1e-3, abs_tol=1e-3), (output, name)
+        close(load_file(folder / output / "actor_ema" / "model.safetensors"), average, rtol=1e-4, atol=1e-5)
