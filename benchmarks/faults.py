@@ -1,11 +1,12 @@
-"""Kill runs at random moments, resume them, and compare with runs that nothing happened to, bit by bit.
+"""Stop runs at random moments, resume them, and compare with runs that nothing happened to, bit by bit.
 
-python benchmarks/faults.py --kills 60
-One table at the end: kills by step and by what was going on, runs that ended with other weights or metrics
-(there must be none), and optimiser steps done twice. All of it is written to OUTPUT/faults.json as well.
+python benchmarks/faults.py --kills 60 --terms 20
+Two tables at the end. SIGKILLs: by step and by what was going on, with the optimiser steps that were done
+twice. SIGTERMs: the same, and how many left a whole checkpoint of the optimiser step that they came in. In
+both, runs that ended with other weights or metrics; there must be none. OUTPUT/faults.json has every trial.
 
-Half of the kills on two ranks hit one rank alone; the launcher and the other rank have to notice. What a
-process was doing is read from a stack that it writes on a signal, just before it is killed.
+Half of the SIGKILLs on two ranks hit one rank alone; the launcher and the other rank have to notice. What a
+process was doing is read from a stack that it writes on a signal, just before.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dschat.durable import damage
+from dschat.errors import EXIT_TRY_AGAIN
 from dschat.peers import is_gone
 
 SFT, REWARD, DPO, PPO = (
@@ -39,15 +43,18 @@ SFT, REWARD, DPO, PPO = (
     "step3_ppo/main.py",
 )
 
+SAVE_INTERVAL = 3
+"""Optimiser steps between checkpoints: no more may be lost."""
+
 SUPERVISED = (
     "--max_seq_len=64 --per_device_train_batch_size=8 --gradient_accumulation_steps=2 --num_train_epochs=2 "
-    "--eval_interval=4 --dropout=0.1 --save_interval=3 --learning_rate=1e-3"
+    "--eval_interval=4 --dropout=0.1 --learning_rate=1e-3"
 )
 RLHF = (
     "--max_prompt_seq_len=40 --max_answer_seq_len=16 --per_device_generation_batch_size=8 "
     "--generation_batches=2 --per_device_training_batch_size=4 --gradient_accumulation_steps=2 "
     "--ppo_epochs=2 --num_warmup_steps=2 --actor_learning_rate=1e-4 --critic_learning_rate=3e-4 "
-    "--kl_target=0.5 --score_normalization=running --enable_ema --save_interval=3 --eval_interval=3"
+    "--kl_target=0.5 --score_normalization=running --enable_ema --eval_interval=3"
 )
 UPDATES_PER_PPO_STEP = 4
 """Optimiser steps of a PPO step with these flags."""
@@ -93,7 +100,7 @@ CHANGING = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
 def main() -> int:
-    """Prepare, run every case without faults, then the kills. The exit code is 1 where anything differs."""
+    """Prepare, run every case without faults, then the trials. The exit code is 1 where anything is amiss."""
     args = parse()
     prepare(args.output_dir)
     references = {}
@@ -104,10 +111,13 @@ def main() -> int:
         code, log = finish(start_run(case, folder, args.output_dir), folder)
         if code != 0:
             sys.exit(f"{case.name} ended with {code} though nothing happened to it:\n{log[-3000:]}")
-        references[case.name] = (outcome(folder), time.monotonic() - start)
-        print(f"{case.name}: {references[case.name][1]:.1f} s without a fault", flush=True)
+        seconds = time.monotonic() - start
+        training = max(ended_steps(folder).values()) - min(ended_steps(folder).values())
+        references[case.name] = (outcome(folder), seconds, training)
+        print(f"{case.name}: {seconds:.1f} s without a fault, {training:.1f} s of them training", flush=True)
     rng = random.Random(args.seed)
-    trials = [(number, CASES[number % len(CASES)], rng.random()) for number in range(args.kills)]
+    kinds = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.terms
+    trials = [(n, CASES[n % len(CASES)], kind, rng.random()) for n, kind in enumerate(kinds)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda trial: run_trial(*trial, references, args), trials))
     (args.output_dir / "faults.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -121,6 +131,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--kills", type=int, default=60, help="SIGKILLs, dealt to the cases in turn (default 60).")
+    add("--terms", type=int, default=20, help="SIGTERMs (default 20).")
     add("--jobs", type=int, default=2, help="Runs at one time (default 2).")
     add("--seed", type=int, default=0, help="Decides the moments, as far as the clock lets it (default 0).")
     add("--output-dir", type=Path, default=Path("output/faults"), help="Folder of all runs.")
@@ -153,7 +164,8 @@ def command(case: Case, output: Path, folder: Path, *more: str) -> list[str]:
         models = {"actor": folder / "sft", "critic": folder / "reward"}
         flags = [f"--{name}_model_name_or_path={path}" for name, path in models.items()]
     flags += [f"--data_path={folder / 'demo/data'}", f"--data_output_path={folder / 'cache'}"]
-    flags += ["--data_split=1,1,1", f"--output_dir={output}", *case.flags.split(), *more]
+    flags += ["--data_split=1,1,1", f"--output_dir={output}", f"--save_interval={SAVE_INTERVAL}"]
+    flags += [*case.flags.split(), *more]
     launcher = [sys.executable]
     if case.ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
@@ -163,6 +175,11 @@ def command(case: Case, output: Path, folder: Path, *more: str) -> list[str]:
 def stacks(output: Path) -> Path:
     """Where the processes of a run write what they are doing, one file a process."""
     return output.parent / f"{output.name}.stacks"
+
+
+def steps_file(output: Path) -> Path:
+    """Where a run writes when each optimiser step ended."""
+    return output.parent / f"{output.name}.steps"
 
 
 def start_run(case: Case, output: Path, folder: Path, *more: str) -> subprocess.Popen:
@@ -188,44 +205,76 @@ def finish(process: subprocess.Popen, output: Path) -> tuple[int, str]:
 
 
 def child(folder: str, program: str, flags: list[str]) -> None:
-    """Run a step's program in this process, which writes its stack on SIGUSR2."""
-    with Path(folder, f"{os.environ.get('RANK', '0')}.{os.getpid()}").open("w") as stack:
+    """Run a step's program in this process, which writes its stack on SIGUSR2 and when each step ended."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        note_steps(steps_file(Path(folder).with_suffix("")))
+    with Path(folder, f"{rank}.{os.getpid()}").open("w") as stack:
         faulthandler.register(signal.SIGUSR2, file=stack, all_threads=False)
         sys.argv = [str(ROOT / program), *flags]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def note_steps(path: Path) -> None:
+    """From here on add a line to the file when an optimiser step has ended: the time and its number."""
+    from dschat.progress import Checkpoints
+
+    is_due = Checkpoints.is_due
+
+    def noting(self: Checkpoints, step: int, **how: Any) -> bool:
+        with path.open("a") as file:
+            file.write(f"{time.time()} {step}\n")
+        return is_due(self, step, **how)
+
+    Checkpoints.is_due = noting
+
+
+def ended_steps(output: Path) -> dict[int, float]:
+    """When each optimiser step ended."""
+    path = steps_file(output)
+    lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    return {int(step): float(moment) for moment, step in lines}
+
+
 def run_trial(
-    number: int, case: Case, moment: float, references: dict[str, tuple[Any, float]], args: argparse.Namespace
+    number: int,
+    case: Case,
+    kind: signal.Signals,
+    moment: float,
+    references: dict[str, tuple[Any, float, float]],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Start a case, kill it at a moment, resume it to the end, compare."""
+    """Start a case, stop it at a moment, resume it to the end, compare."""
     output = args.output_dir / "trials" / f"{number:03d}"
-    expected, seconds = references[case.name]
+    expected, *durations = references[case.name]
     rng = random.Random(moment)
-    while True:
+    phase = None
+    while phase is None:  # where it had finished: again
         shutil.rmtree(output, ignore_errors=True)
-        output.with_suffix(".log").unlink(missing_ok=True)
+        for beside in (output.with_suffix(".log"), steps_file(output)):
+            beside.unlink(missing_ok=True)
         process = start_run(case, output, args.output_dir)
-        aims_at_saving = rng.random() < 0.25
-        wait_for(process, output, rng, seconds, aims_at_saving=aims_at_saving)
-        phase, alone = kill(process, output, rng)
-        if phase is not None:
-            break  # otherwise it had finished: again
+        aims_at_saving = kind == signal.SIGKILL and rng.random() < 0.25
+        wait_for(process, output, rng, durations, aims_at_saving=aims_at_saving)
+        phase, figures = (kill if kind == signal.SIGKILL else terminate)(process, output, rng)
     before = last_step(output)
     updates = before * (UPDATES_PER_PPO_STEP if case.program == PPO else 1)
     code, log = finish(start_run(case, output, args.output_dir, "--resume_from_checkpoint=latest"), output)
     found = outcome(output) if code == 0 else None
+    lost = max(0, updates - resumed_step(log))
     result = {
         "trial": number,
+        "signal": kind.name,
         "case": case.name,
         "phase": phase,
-        "one rank alone": alone,
-        "step when killed": before,
-        "steps lost": max(0, updates - resumed_step(log)),
+        "step when stopped": before,
+        **figures,
+        "steps lost": lost,
         "exit code": code,
         "equal": found == expected,
     }
-    if result["equal"]:
+    result["amiss"] = not result["equal"] or lost > SAVE_INTERVAL or figures.get("whole") is False
+    if not result["amiss"]:
         shutil.rmtree(output)
     else:
         result |= {"differs in": differences(expected, found), "end of log": log[-1500:]}
@@ -234,11 +283,24 @@ def run_trial(
 
 
 def wait_for(
-    process: subprocess.Popen, output: Path, rng: random.Random, seconds: float, *, aims_at_saving: bool
+    process: subprocess.Popen,
+    output: Path,
+    rng: random.Random,
+    durations: Sequence[float],
+    *,
+    aims_at_saving: bool,
 ) -> None:
-    """Wait for a random moment of the run, or for one while a random checkpoint is being written."""
+    """Wait for a random moment of the run, or for one while a random checkpoint is being written.
+
+    `durations` are those of a whole run and of its training, in seconds. A third of the moments may lie
+    anywhere, the others after the first optimiser step: programs of tiny models mostly start.
+    """
     if not aims_at_saving:
-        moment = time.monotonic() + seconds * rng.random() ** 0.5  # later is likelier: starting takes long
+        whole, training = durations
+        after_first_step = rng.random() < 2 / 3
+        while after_first_step and not steps_file(output).is_file() and process.poll() is None:
+            time.sleep(0.01)
+        moment = time.monotonic() + rng.random() * (training if after_first_step else whole)
         while time.monotonic() < moment and process.poll() is None:
             time.sleep(0.01)
         return
@@ -249,26 +311,77 @@ def wait_for(
     time.sleep(rng.random() * 0.05)
 
 
-def kill(process: subprocess.Popen, output: Path, rng: random.Random) -> tuple[str | None, bool]:
-    """Kill all processes of a run, or one rank alone. Returns what it was doing, None where it had ended."""
-    files = {path: int(path.suffix[1:]) for path in sorted(stacks(output).iterdir())}
+def kill(process: subprocess.Popen, output: Path, rng: random.Random) -> tuple[str | None, dict[str, Any]]:
+    """SIGKILL for all processes of a run, or one rank alone.
+
+    Returns what it was doing, None where it had ended, and whether one rank alone was hit.
+    """
+    files = processes(output)
     alone = len(files) > 1 and rng.random() < 0.5
-    victim, pid = rng.choice(list(files.items())) if files else (None, process.pid)
+    victim = rng.choice(list(files)) if files else None
     if process.poll() is not None:
-        return None, alone
+        return None, {}
     try:
-        if victim:
-            os.kill(pid, signal.SIGUSR2)
-            time.sleep(0.02)
-        for target in [pid] if alone else [process.pid, *files.values()]:
+        phase = phase_now(victim, files)
+        for target in [files[victim]] if alone else [process.pid, *files.values()]:
             os.kill(target, signal.SIGKILL)
     except ProcessLookupError:
         process.wait(timeout=120)
-        return None, alone
+        return None, {}
     process.wait(timeout=120)
     while not all(map(is_gone, files.values())):  # a launcher that was killed leaves its children alone
         time.sleep(0.1)
-    return phase_of(victim.read_text() if victim else ""), alone
+    return phase, {"one rank alone": alone}
+
+
+def terminate(
+    process: subprocess.Popen, output: Path, rng: random.Random
+) -> tuple[str | None, dict[str, Any]]:
+    """SIGTERM for the launcher, or the process where there is none, which ends the run in its own time.
+
+    Returns what it was doing, None where it had ended, and what came of it. "whole": it ended no more than
+    the step it was in, and of that there is a whole checkpoint; None before and after training, where the
+    signal ends the program at once.
+    """
+    files = processes(output)
+    if process.poll() is not None:
+        return None, {}
+    try:
+        phase = phase_now(rng.choice(list(files)) if files else None, files)
+        moment = time.time()
+        process.send_signal(signal.SIGTERM)
+    except ProcessLookupError:
+        process.wait(timeout=120)
+        return None, {}
+    code = process.wait(timeout=120)
+    seconds = time.time() - moment
+    while not all(map(is_gone, files.values())):
+        time.sleep(0.1)
+    if (output / "summary.json").is_file():
+        return None, {}
+    steps = ended_steps(output)
+    ended = sum(end > moment for end in steps.values())
+    obeyed = code == EXIT_TRY_AGAIN or "as SIGTERM asked" in output.with_suffix(".log").read_text()
+    whole = None
+    if obeyed:
+        whole = ended <= 1 and damage(output / "checkpoints" / f"step_{max(steps):08d}") is None
+    elif phase not in ("starting", "loading", "evaluating", "exporting"):
+        whole = False
+    return phase, {"ended with": code, "seconds": seconds, "steps ended": ended, "whole": whole}
+
+
+def processes(output: Path) -> dict[Path, int]:
+    """The ranks of a run that have started: the file of each one's stack, and its process."""
+    return {path: int(path.suffix[1:]) for path in sorted(stacks(output).iterdir())}
+
+
+def phase_now(victim: Path | None, files: dict[Path, int]) -> str:
+    """What that rank is doing."""
+    if victim is None:
+        return "starting"
+    os.kill(files[victim], signal.SIGUSR2)
+    time.sleep(0.02)
+    return phase_of(victim.read_text())
 
 
 def phase_of(stack: str) -> str:
@@ -314,26 +427,44 @@ def differences(expected: dict[str, Any], found: dict[str, Any] | None) -> list[
 
 
 def report(results: list[dict[str, Any]]) -> int:
-    """Print the table; returns the exit code."""
+    """Print a table for each signal; returns the exit code."""
     from rich.console import Console
     from rich.table import Table
 
     phases = [name for name, _ in PHASES] + ["starting"]
-    table = Table(title="SIGKILLs by step and by what was going on")
-    for heading in ("case", *phases, "kills", "not equal"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in (*(case.name for case in CASES), "all"):
-        own = [result for result in results if case in (result["case"], "all")]
-        counts = Counter(result["phase"] for result in own)
-        unequal = sum(not result["equal"] for result in own)
-        table.add_row(case, *(str(counts[phase]) for phase in phases), str(len(own)), str(unequal))
-    Console(width=140).print(table)
-    survived = sum(result["equal"] for result in results)
-    alone = sum(result["one rank alone"] for result in results)
-    print(
-        f"{len(results)} kills ({alone} of one rank alone), {survived} resumed to equal weights and metrics"
-    )
-    return 0 if survived == len(results) else 1
+    for kind in ("SIGKILL", "SIGTERM"):
+        mine = [result for result in results if result["signal"] == kind]
+        if not mine:
+            continue
+        table = Table(title=f"{kind}s by step and by what was going on")
+        for heading in ("case", *phases, "all", "steps lost, at most", "amiss"):
+            table.add_column(heading, justify="left" if heading == "case" else "right")
+        for case in (*(case.name for case in CASES), "all"):
+            own = [result for result in mine if case in (result["case"], "all")]
+            counts = Counter(result["phase"] for result in own)
+            lost = max((result["steps lost"] for result in own), default=0)
+            amiss = sum(result["amiss"] for result in own)
+            numbers = [*(counts[phase] for phase in phases), len(own), lost, amiss]
+            table.add_row(case, *map(str, numbers))
+        Console(width=140).print(table)
+        print(f"{len(mine)} {kind}s: {summed_up(mine)}")
+    return int(any(result["amiss"] for result in results))
+
+
+def summed_up(mine: list[dict[str, Any]]) -> str:
+    """One line on the trials of one signal."""
+    parts = [f"{sum(result['equal'] for result in mine)} resumed to equal weights and metrics"]
+    alone = sum(result.get("one rank alone", False) for result in mine)
+    if alone:
+        parts.append(f"{alone} of one rank alone")
+    obeyed = [result for result in mine if result.get("whole") is not None]
+    if obeyed:
+        parts.append(
+            f"{len(obeyed)} in training, of which {sum(result['whole'] for result in obeyed)} left a whole "
+            f"checkpoint of the step they were in, {max(result['seconds'] for result in obeyed):.1f} s after "
+            "the signal at most"
+        )
+    return "; ".join([*parts, f"{sum(result['steps lost'] for result in mine)} optimiser steps done twice"])
 
 
 if __name__ == "__main__":

@@ -58,13 +58,7 @@ def main() -> int:
 
 def start(args: argparse.Namespace) -> subprocess.Popen:
     """The run under torchrun, in a group of processes of its own."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={args.ranks}",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     flags = [
         f"--actor_model_name_or_path={args.models / 'sft'}",
         f"--critic_model_name_or_path={args.models / 'reward'}",

@@ -54,6 +54,28 @@ def test_the_step_that_a_run_went_on_from():
     assert faults.resumed_step("starting from the beginning") == 0
 
 
+def test_when_steps_ended_stands_beside_the_output(tmp_path):
+    assert faults.ended_steps(tmp_path / "run") == {}
+    (tmp_path / "run.steps").write_text("12.5 1\n13.25 2\n")
+    assert faults.ended_steps(tmp_path / "run") == {1: 12.5, 2: 13.25}
+
+
+def result(kind: str, **more) -> dict:
+    fine = {"case": faults.CASES[0].name, "phase": "saving", "steps lost": 2, "equal": True, "amiss": False}
+    return {"signal": kind, **fine, **more}
+
+
+def test_the_report_counts_what_is_amiss(capsys):
+    kills = [result("SIGKILL", **{"one rank alone": True}), result("SIGKILL")]
+    term = result("SIGTERM", **{"whole": True, "seconds": 1.25, "steps lost": 0})
+    assert faults.report([*kills, term]) == 0
+    told = capsys.readouterr().out
+    for part in ("2 SIGKILLs: 2 resumed to equal weights and metrics", "1 of one rank alone", "4 optimiser"):
+        assert part in told
+    assert "1 in training, of which 1 left a whole checkpoint" in told
+    assert faults.report([*kills, term | {"equal": False, "amiss": True}]) == 1
+
+
 def test_equal_outcomes_leave_time_and_memory_aside(tmp_path):
     found = []
     for seconds in (1, 2):
