@@ -19,7 +19,15 @@ from transformers import (
 )
 
 from dschat.data.tokenization import tokenizer_fingerprint
-from dschat.distributed import barrier, gathered, is_main_process, local_world_size, print_once
+from dschat.distributed import (
+    barrier,
+    gathered,
+    is_main_process,
+    local_world_size,
+    print_once,
+    problem_anywhere,
+)
+from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.manifest import (
     MANIFEST,
     PRECISIONS,
@@ -63,7 +71,8 @@ def export_model(
     """
     module = getattr(engine_or_module, "module", engine_or_module)
     state = _whole_state(module, parameters or {})
-    if is_main_process():
+
+    def write() -> None:
         with replacing_export(Path(output_dir)) as folder:
             _save(module, state, folder)
             state.clear()  # the manifest reads the model back: one copy of the weights at a time
@@ -73,7 +82,10 @@ def export_model(
                 manifest.write(folder)
                 card = model_card(provenance, manifest.head, str(output_dir))
                 (folder / CARD).write_text(card, encoding="utf-8")
-    barrier()
+
+    problem = problem_anywhere(lambda: write() if is_main_process() else None)
+    if problem:
+        raise UserError(f"the model could not be written to {output_dir}: {problem}. {STORAGE_REMEDY}")
 
 
 def move_export(source: Path, target: Path, provenance: Provenance) -> None:

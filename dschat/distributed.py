@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
+from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from dschat import peers, restart
 from dschat.errors import UserError
@@ -53,9 +55,10 @@ def is_main_process() -> bool:
 
 
 def print_once(message: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0, on a line of its own also where a progress bar stands."""
     if is_main_process():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def check_precision(dtype: str, offload: bool) -> None:
@@ -185,6 +188,19 @@ def gather_json(value: Any) -> list[Any]:
     length = largest_across_ranks(len(text), current_device())
     row = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8).to(current_device())
     return [json.loads(bytes(other.tolist())) for other in gather_rows(row[None])]
+
+
+def problem_anywhere(work: Callable[[], str | None]) -> str | None:
+    """Do this rank's work on files, which says or raises what goes wrong; on every rank, that of any.
+
+    Every rank must call it. So none waits for one that could not write.
+    """
+    try:
+        problem = work()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    said = gather_json(problem)
+    return next((f"rank {number}: {text}" for number, text in enumerate(said) if text), None)
 
 
 def max_across_ranks(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,15 +46,44 @@ class Writer(TorchCheckpointEngine):
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Write one file."""
-        with self._noting_problems(), Path(path).open("wb") as file:
-            torch.save(state_dict, file)
+        with self._noting_problems(), Path(path).open("wb", buffering=0) as file:
+            told = _TellingFile(file)
+            try:
+                torch.save(state_dict, told)
+            except (
+                RuntimeError
+            ) as error:  # torch's zip writer turns a full disk into one, and says nothing of it
+                raise told.problem or error from error
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
             self.problem = self.problem or str(error)
+
+
+class _TellingFile:
+    """A file to write to that keeps the first error."""
+
+    problem: OSError | None = None
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        """Write all of it."""
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.problem = self.problem or error
+            raise
+        return done
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def save_engine(engine: DeepSpeedEngine, folder: Path) -> str | None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC, EROFS
 from typing import NoReturn
 
 from dschat.peers import report_lost_peers
@@ -103,8 +104,24 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        if debug:
+            raise
+        if _is_about_storage(error):
+            problem = f"nothing more can be written: {one_line(str(error))}. {STORAGE_REMEDY}"
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(2)
         # Where a rank is gone the collectives of the others fail, and a traceback of that says nothing.
-        if debug or not report_lost_peers():
+        if not report_lost_peers():
             raise
         sys.exit(1)
+
+
+STORAGE_REMEDY = (
+    "Make room or repair the disk; a run with checkpoints goes on with --resume_from_checkpoint latest."
+)
+
+
+def _is_about_storage(error: Exception) -> bool:
+    """Whether the disk is full, or cannot be written any more; libraries wrap the system's message."""
+    return any(os.strerror(number) in str(error) for number in (ENOSPC, EDQUOT, EROFS))

@@ -1,14 +1,22 @@
 """Where numbers go: the console, `metrics.jsonl` and TensorBoard on rank 0, nowhere on other ranks."""
 
 import json
+import threading
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dschat.arguments import RunArguments
 from dschat.run_folder import METRICS, tensorboard_folder, without_infinities
+
+
+def _quiet_about_storage(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread dies of a full disk with a traceback; `MetricsLogger.log` says it in a line."""
+    if not (isinstance(args.exc_value, OSError) and isinstance(args.thread, _AsyncWriterThread)):
+        threading.__excepthook__(args)
 
 
 class MetricsLogger:
@@ -27,7 +35,8 @@ class MetricsLogger:
         steps_done: int | None = None,
     ) -> None:
         """With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step."""
-        self._lines: TextIO | None = None
+        self._lines: FileIO | None = None
+        self._unwritten = b""
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(
             total=total_steps,
@@ -39,28 +48,48 @@ class MetricsLogger:
         if not is_main_process:
             return
         if run.output_dir:
-            mode = "w" if steps_done is None else "a"
-            self._lines = (Path(run.output_dir) / METRICS).open(mode, encoding="utf-8")
+            mode = "wb" if steps_done is None else "ab"
+            self._lines = (Path(run.output_dir) / METRICS).open(mode, buffering=0)
         folder = tensorboard_folder(run)
         if folder:
             purge_step = None if steps_done is None else steps_done + 1
+            threading.excepthook = _quiet_about_storage
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
         """Record the values of a step; those named in `show` stand beside the progress bar.
 
-        JSON has no infinities: a value that is not finite is written as null.
+        JSON has no infinities: a value that is not finite is written as null. What finds no room on the disk
+        is kept and tried again; TensorBoard is given up then.
         """
         if self._lines:
-            self._lines.write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
-            self._lines.flush()
+            self._write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
         if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+            except OSError as error:
+                self.say(f"WARNING: no more curves for TensorBoard: {error}.")
+                self._writer = None
         if show:
             self._bar.set_postfix(
                 {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False
             )
+
+    def flush(self) -> None:
+        """Try again to write the lines that found no room."""
+        if self._lines:
+            self._write("")
+
+    def _write(self, lines: str) -> None:
+        had_room = not self._unwritten
+        self._unwritten += lines.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
+        except OSError as error:
+            if had_room:
+                self.say(f"WARNING: {METRICS} cannot be written: {error}; its lines are kept until it can.")
 
     def advance(self) -> None:
         """One optimiser step (step 3: one PPO step) is done."""
@@ -74,6 +103,7 @@ class MetricsLogger:
     def close(self) -> None:
         """Finish the bar and the files."""
         self._bar.close()
+        self.flush()
         if self._lines:
             self._lines.close()
         if self._writer:

@@ -13,7 +13,7 @@ output_dir/checkpoints/step_00000120/
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from dschat.distributed import (
     is_main_process,
     max_across_ranks,
     print_once,
+    problem_anywhere,
     random_state,
     rank,
     restore_random_state,
@@ -197,10 +198,10 @@ class Checkpoints:
         """Write, flush, move, mark, delete older ones. Returns on every rank what went wrong on any."""
         target = self._root / f"step_{step:08d}"
         temporary = self._root / f".saving-{target.name}"
-        problem = _agreed(lambda: self._make(temporary) if is_main_process() else None)
+        problem = problem_anywhere(lambda: self._make(temporary) if is_main_process() else None)
         if problem is None:
             problems = [save_engine(engine, temporary / name) for name, engine in engines.items()]
-            problem = _agreed(
+            problem = problem_anywhere(
                 lambda: (
                     next(filter(None, problems), None)
                     or self._write_own(temporary, described, tensors, shared_tensors)
@@ -210,11 +211,13 @@ class Checkpoints:
         if problem is None:
             names = gather_json(names_of_files(temporary) if is_main_process() else None)[0]
             mine: dict = {}
-            problem = _agreed(lambda: mine.update(flushed(temporary, names[rank() :: world_size()])))
+            problem = problem_anywhere(lambda: mine.update(flushed(temporary, names[rank() :: world_size()])))
             found = gather_json(mine)
         if problem is None:
             files = {name: entry for part in found for name, entry in part.items()}
-            problem = _agreed(lambda: self._finish(temporary, target, files) if is_main_process() else None)
+            problem = problem_anywhere(
+                lambda: self._finish(temporary, target, files) if is_main_process() else None
+            )
         if problem is None:
             self._newest = target
         elif is_main_process():
@@ -295,16 +298,6 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def _own_file(folder: Path, number: int) -> Path:
     """What a rank writes for itself, without the suffix."""
     return folder / f"rank_{number:05d}"
-
-
-def _agreed(work: Callable[[], str | None]) -> str | None:
-    """Do this rank's work, which says or raises what goes wrong; returns that of any rank, on every rank."""
-    try:
-        problem = work()
-    except (OSError, RuntimeError) as error:
-        problem = str(error)
-    said = gather_json(problem)
-    return next((f"rank {number}: {text}" for number, text in enumerate(said) if text), None)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -18,6 +18,9 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 """The figures of every step, one JSON object a line."""
 
+BEST = "best.json"
+"""What step 3 knows of the actor in best/, while it runs."""
+
 EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
 
@@ -108,6 +111,7 @@ def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
     folder = Path(arguments.run.output_dir)
     (folder / SUMMARY).unlink(missing_ok=True)
     if not is_resumed:
+        (folder / BEST).unlink(missing_ok=True)
         shutil.rmtree(checkpoints_folder(arguments.run), ignore_errors=True)
     for old_curve in () if is_resumed else (folder / "tensorboard").glob("events.out.tfevents.*"):
         old_curve.unlink()

@@ -178,6 +178,7 @@ def train_epochs(
             moment = f"epoch {step // steps_per_epoch}"
             final = report(step, moment, _evaluated(engine, loaders.evaluation, evaluate))
         if checkpoints.is_due(step, is_last=step == num_steps):
+            metrics.flush()
             seconds = time.perf_counter() - start
             state = {"initial": initial, "final": final, "seconds": seconds, "skipped": skipped.state_dict()}
             checkpoints.save(step, engines={ENGINE: engine}, state=state)

@@ -1,9 +1,11 @@
+import errno
 import json
 import os
 
 import pytest
 import torch
 from processes import ROOT, python
+from safetensors import SafetensorError
 
 from dschat import distributed
 from dschat.errors import UserError, readable_errors
@@ -80,6 +82,32 @@ def test_an_error_for_people_is_one_line_and_an_exit_code(error, code, capsys, m
         raise error
     assert ended.value.code == code
     assert capsys.readouterr().err.strip() in ("error: give another file", "interrupted")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "out/summary.json"),
+        OSError(errno.EROFS, "Read-only file system"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_no_bug(error, capsys):
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise error
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: nothing more can be written: ")
+    assert "--resume_from_checkpoint latest" in told
+
+
+def test_what_goes_wrong_with_files_is_said_to_all_ranks():
+    def full() -> None:
+        raise SafetensorError("no room")
+
+    assert distributed.problem_anywhere(full) == "rank 0: no room"
+    assert distributed.problem_anywhere(lambda: None) is None
+    assert distributed.problem_anywhere(lambda: "a folder is missing") == "rank 0: a folder is missing"
 
 
 def test_debug_and_bugs_keep_their_traceback():

@@ -1,5 +1,6 @@
 """The models that step 3 writes: the best actor while it runs, and what there is in the end."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.checkpoint import export_model, move_export
+from dschat.data.cache import files_fingerprint
 from dschat.data.preparation import SplitData
-from dschat.distributed import print_once
+from dschat.distributed import gather_json, is_main_process, print_once
+from dschat.durable import write_json
+from dschat.errors import UserError
+from dschat.manifest import MANIFEST
 from dschat.model_card import Provenance, step_provenance
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.run_folder import BEST
 
 OBJECTIVE = "eval_score_minus_kl"
 """The best actor has the largest."""
@@ -36,14 +42,23 @@ class Exports:
         self.best_step: int | None = None
 
     def offer(self, step: int, evaluation: dict[str, float]) -> None:
-        """Write the actor into best/ where its evaluation is better than all before."""
+        """Write the actor into best/ where its evaluation is better than all before.
+
+        Where it cannot be written, the earlier one stays the best, and the run goes on.
+        """
         if self._best and not evaluation[OBJECTIVE] > self._best[OBJECTIVE]:
             return
-        self._best = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
-        self.best_step = step
-        if self._folder:
-            provenance = self._provenance(self._args.actor, {"ppo_step": step, **self._best})
-            self._export_actor("best", provenance)
+        best = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        try:
+            if self._folder:
+                self._export_actor("best", self._provenance(self._args.actor, {"ppo_step": step, **best}))
+        except UserError as error:
+            kept = "none" if self.best_step is None else f"that of PPO step {self.best_step}"
+            print_once(f"WARNING: PPO step {step} has the best actor so far, but {error} Kept is {kept}.")
+            return
+        self._best, self.best_step = best, step
+        if self._folder and is_main_process():
+            write_json(self._folder / BEST, {"manifest": self._kept_weights(), **self.state_dict()})
 
     def finish(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
         """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
@@ -53,6 +68,8 @@ class Exports:
         takes_best = self._args.guard.export_actor == "best" and self.best_step is not None
         if self._folder:
             of_actor = self._provenance(self._args.actor, {"ppo_step": step, **figures})
+            if is_main_process():
+                (self._folder / BEST).unlink(missing_ok=True)
             if takes_best:
                 of_best = replace(of_actor, figures={"ppo_step": self.best_step, **self._best})
                 move_export(self._folder / "best", self._folder / "actor", of_best)
@@ -98,5 +115,27 @@ class Exports:
         return {"best_step": self.best_step, "best": dict(self._best)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, with the best actor that best/ holds now.
+
+        It may be a later one than the state's, of steps that are made again, on some devices a little
+        differently. Every rank must call it.
+        """
+        is_known, held = gather_json(self._held() if is_main_process() else None)[0]
+        if held is not None:
+            state = held
+        if not is_known:
+            print_once("note: which actor best/ holds is not known; the next evaluation replaces it.")
+            state = {"best_step": None, "best": {}}
         self.best_step, self._best = state["best_step"], dict(state["best"])
+
+    def _held(self) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the actor in best/ is known, and what is said of it; a run may have been killed between."""
+        if self._folder is None or not (self._folder / BEST).is_file():
+            return True, None
+        held = json.loads((self._folder / BEST).read_text())
+        return held.pop("manifest") == self._kept_weights(), held
+
+    def _kept_weights(self) -> str | None:
+        """A fingerprint of the manifest in best/, which has the checksums of the weights."""
+        manifest = self._folder / "best" / MANIFEST
+        return files_fingerprint([manifest]) if manifest.is_file() else None

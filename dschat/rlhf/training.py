@@ -95,6 +95,7 @@ def train_ppo(
         if checkpoints.is_due(number, is_last=is_last):
             state = {"trainer": trainer.state_dict(), "watch": watch.state_dict(), "figures": figures}
             own, shared = trainer.tensors()
+            metrics.flush()
             checkpoints.save(
                 number,
                 engines=trainer.engine.by_name,

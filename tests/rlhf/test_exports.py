@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -108,6 +109,57 @@ def test_it_goes_on_from_its_state_as_json(base):
     again.offer(3, {OBJECTIVE: 2.5})
     assert again.finish(3, {})["actor_step"] == 1
     assert mark(output / "actor") == 2
+
+
+def test_a_run_that_goes_back_knows_the_later_actor_in_best(base):
+    kept, model, _ = exports(base)
+    kept.offer(0, {OBJECTIVE: 1.0})
+    saved = kept.state_dict()
+    move_to(model, 5)
+    kept.offer(1, {OBJECTIVE: 3.0})
+    again, other, output = exports(base)
+    again.load_state_dict(saved)
+    assert again.best_step == 1
+    move_to(other, 6)
+    again.offer(2, {OBJECTIVE: 2.0})
+    assert mark(output / "best") == 5
+    assert again.finish(2, {})["best_step"] == 1
+    assert not (output / "best.json").exists()
+
+
+def test_an_actor_in_best_that_nothing_is_known_of_is_replaced(base, capsys):
+    kept, model, output = exports(base)
+    kept.offer(0, {OBJECTIVE: 1.0})
+    said = (output / "best.json").read_text()
+    move_to(model, 5)
+    kept.offer(1, {OBJECTIVE: 3.0})
+    (output / "best.json").write_text(said)  # killed between the model and the note about it
+    again, other, _ = exports(base)
+    again.load_state_dict(kept.state_dict())
+    assert "which actor best/ holds is not known" in capsys.readouterr().out
+    move_to(other, 6)
+    again.offer(2, {OBJECTIVE: 0.5})
+    assert (again.best_step, mark(output / "best")) == (2, 6)
+
+
+def test_a_best_actor_that_finds_no_room_leaves_the_earlier_one(base, monkeypatch, capsys):
+    kept, model, output = exports(base)
+    kept.offer(0, {OBJECTIVE: 1.0})
+    marked = mark(output / "best")
+
+    def full(*_, **__) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", full)
+        move_to(model, 5)
+        kept.offer(1, {OBJECTIVE: 3.0})
+    told = capsys.readouterr().out
+    for part in ("WARNING: PPO step 1", "No space left", "Make room", "Kept is that of PPO step 0"):
+        assert part in told
+    assert (kept.best_step, mark(output / "best")) == (0, marked)
+    kept.offer(2, {OBJECTIVE: 2.0})
+    assert (kept.best_step, mark(output / "best")) == (2, 5)
 
 
 class Recorded:
