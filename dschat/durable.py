@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dschat.data.cache import files_fingerprint
+from dschat.data.cache import files_fingerprint, fingerprint
 
 COMPLETE = "complete.json"
 """Written last into a folder: size and checksum (xxh3_128) of its other files. Without it, none."""
@@ -74,24 +74,25 @@ def put_in_place(temporary: Path, target: Path, files: Files, **facts: Any) -> N
         target.replace(replaced)
     temporary.replace(target)
     flush(target.parent)
-    write_json(target / COMPLETE, {**facts, "files": files})
+    facts = {**facts, "files": files}
+    write_json(target / COMPLETE, {**facts, "checksum": fingerprint(facts)})
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:
-    """What the folder's mark says, None where there is none that can be read."""
+    """What the folder's mark says, None where there is none that is whole."""
     try:
         facts = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return facts if facts.pop("checksum") == fingerprint(facts) else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
-    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the folder, None for one that is complete and intact. Reads every byte."""
     facts = facts_of(folder)
     if facts is None:
-        return f"it was never finished: it has no readable {COMPLETE}"
+        return f"it was never finished, or its {COMPLETE} is corrupted"
     names = list(facts["files"])
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

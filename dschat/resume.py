@@ -62,7 +62,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
         return {"chosen": str(folder), "damaged": []}
     finished, damaged = finished_checkpoints(root), []
     for unfinished in sorted(path.name for path in root.glob("step_*") if path.name not in finished):
-        print_once(f"note: checkpoint {root / unfinished} was never finished and is passed over.")
+        print_once(f"WARNING: checkpoint {root / unfinished} is passed over: {damage(root / unfinished)}.")
     for name in reversed(finished):
         problem = damage(root / name)
         if problem is None:

@@ -15,6 +15,7 @@ from tiny import save_tiny_model
 from dschat import progress
 from dschat.arguments import STEPS, parse_arguments, settings
 from dschat.data.loaders import build_train_loader
+from dschat.durable import facts_of
 from dschat.errors import Stopped, UserError
 from dschat.manifest import Handover
 from dschat.progress import Checkpoints
@@ -98,6 +99,17 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(how, tmp_path, 
         resumed(tmp_path)
 
 
+def test_no_byte_of_the_mark_may_change(tmp_path):
+    saved(tmp_path, 1)
+    mark = tmp_path / "checkpoints" / "step_00000001" / "complete.json"
+    content = mark.read_bytes()
+    whole = facts_of(mark.parent)
+    assert whole["serial"] == 1
+    for place in range(len(content)):
+        mark.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert facts_of(mark.parent) in (None, whole), place  # a blank that became another changes nothing
+
+
 def test_a_damaged_checkpoint_is_not_counted_and_goes_when_a_new_one_is_complete(tmp_path):
     saved(tmp_path, 1, 2)
     corrupt(tmp_path / "checkpoints" / "step_00000002" / "progress.json")
@@ -121,7 +133,7 @@ def test_a_half_written_folder_is_never_chosen(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert names(tmp_path) == [".saving-step_00000003", "step_00000001", "step_00000002"]
     assert resumed(tmp_path).step == 1
-    assert "step_00000002 was never finished" in capsys.readouterr().out
+    assert "step_00000002 is passed over: it was never finished" in capsys.readouterr().out
     begin_run(arguments(tmp_path, "--resume_from_checkpoint"), data="key").save(2, engines={}, state={})
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 

@@ -7,6 +7,7 @@ import pytest
 from processes import ROOT, python
 
 from dschat.arguments import RunArguments
+from dschat.durable import put_in_place
 from dschat.errors import UserError
 from dschat.skipped_steps import SkippedSteps
 
@@ -68,11 +69,10 @@ def test_a_run_that_goes_on_goes_on_counting():
 
 
 def test_the_end_names_the_newest_whole_checkpoint(tmp_path):
-    for name in ("step_00000004", "step_00000012", "step_00000020"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000020").mkdir(parents=True)  # never finished
     for serial, name in enumerate(("step_00000012", "step_00000004")):  # the run went back
-        mark = {"serial": serial, "files": {}}
-        (tmp_path / "checkpoints" / name / "complete.json").write_text(json.dumps(mark))
+        (tmp_path / name).mkdir()
+        put_in_place(tmp_path / name, tmp_path / "checkpoints" / name, {}, serial=serial)
     skipped = SkippedSteps(RunArguments(max_skipped_steps=1, output_dir=str(tmp_path)))
     skipped.note(engine("loss"), step=1)
     with pytest.raises(
