@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dschat.arguments import STEPS, DataArguments, ModelArguments, fields, parse_arguments
+from dschat.arguments import STEPS, DataArguments, ModelArguments, parse_arguments
 from dschat.data.comparisons import write_comparisons
 from dschat.data.known_sets import KNOWN_SETS
 from dschat.data.layouts import LAYOUTS

@@ -83,8 +83,14 @@ def test_losses_know_no_model_rank_or_engine():
 
 
 def test_flags_are_declared_without_torch():
-    for name in ("arguments.py", "errors.py"):
-        assert not [n for n in imports(ROOT / "dschat" / name) if n.startswith(("torch", "deepspeed"))]
+    for path in [*sources("dschat/arguments"), ROOT / "dschat" / "errors.py"]:
+        assert not [n for n in imports(path) if n.startswith(("torch", "deepspeed"))], path
+
+
+def test_flags_are_declared_in_one_folder_and_taken_from_its_front():
+    for path in sources("dschat", *PROGRAMS, "tests"):
+        if path.parent != ROOT / "dschat" / "arguments":
+            assert not [name for name in imports(path) if name.startswith("dschat.arguments.")], path
 
 
 @pytest.mark.parametrize(

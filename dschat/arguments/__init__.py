@@ -1,0 +1,52 @@
+"""Every flag, declared once: small groups of settings, composed into one frozen object for each step.
+
+A group checks itself, a step's object checks across its groups, and `parse_arguments` turns the command line
+into that object. Importing this package does not import torch, so `--help` answers at once. The rest of the
+library imports from here alone.
+"""
+
+from dschat.arguments.data import DataArguments, TokenizerArguments
+from dschat.arguments.guard import GuardArguments
+from dschat.arguments.model import ModelArguments, OptimizerArguments
+from dschat.arguments.parsing import parse_arguments
+from dschat.arguments.ppo import PpoArguments
+from dschat.arguments.record import Setting, changed_flags, global_sizes, settings, write_arguments
+from dschat.arguments.rewards import REWARD_MODEL
+from dschat.arguments.rollout import RolloutArguments
+from dschat.arguments.run import RunArguments
+from dschat.arguments.steps import (
+    STEPS,
+    DpoArguments,
+    InspectArguments,
+    RewardArguments,
+    RlhfArguments,
+    SftArguments,
+    StepArguments,
+    SupervisedArguments,
+)
+
+__all__ = [
+    "REWARD_MODEL",
+    "STEPS",
+    "DataArguments",
+    "DpoArguments",
+    "GuardArguments",
+    "InspectArguments",
+    "ModelArguments",
+    "OptimizerArguments",
+    "PpoArguments",
+    "RewardArguments",
+    "RlhfArguments",
+    "RolloutArguments",
+    "RunArguments",
+    "Setting",
+    "SftArguments",
+    "StepArguments",
+    "SupervisedArguments",
+    "TokenizerArguments",
+    "changed_flags",
+    "global_sizes",
+    "parse_arguments",
+    "settings",
+    "write_arguments",
+]

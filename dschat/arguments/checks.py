@@ -1,0 +1,62 @@
+"""Checks across groups, and a note, that several steps share."""
+
+import os
+
+from dschat.arguments.flags import require
+from dschat.arguments.model import ModelArguments
+from dschat.arguments.run import RunArguments
+
+
+def check_offload(offload: bool, *models: ModelArguments) -> None:
+    """DeepSpeed offloads optimiser states only where ZeRO shards them."""
+    for model in models:
+        require(
+            not offload or model.zero_stage > 0,
+            f"--offload needs --{model.prefix}zero_stage 1, 2 or 3, got 0; add --{model.prefix}zero_stage 2.",
+        )
+
+
+def check_lora(only_optimize_lora: bool, *models: ModelArguments) -> None:
+    """Adapters alone can be trained where there are some."""
+    names = " or ".join(f"--{model.prefix}lora_dim" for model in models)
+    require(
+        not only_optimize_lora or any(model.uses_lora for model in models),
+        f"--only_optimize_lora needs adapters to train; add {names}, for example 64, or a LoRA file.",
+    )
+
+
+def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArguments) -> None:
+    """Weights in 4 bits are not trained, and DeepSpeed can neither shard nor offload nor halve them."""
+    for model in models:
+        p, given = model.prefix, f"--{model.prefix}load_in_4bit"
+        if not model.load_in_4bit:
+            continue
+        require(
+            model.uses_lora,
+            f"{given} needs adapters to train, as 4-bit weights cannot be; add --{p}lora_dim 64 or "
+            f"--{p}lora_config.",
+        )
+        require(
+            only_optimize_lora,
+            f"{given} trains the adapters alone; add --only_optimize_lora.",
+        )
+        require(
+            model.zero_stage < 3,
+            f"{given} cannot be combined with --{p}zero_stage 3, which would shard packed weights; use "
+            f"--{p}zero_stage 2.",
+        )
+        require(
+            not run.offload,
+            f"{given} cannot be combined with --offload, and adapters have small optimiser states; leave out "
+            "--offload.",
+        )
+        require(
+            run.dtype != "fp16",
+            f"{given} cannot be combined with --dtype fp16: such a model cannot be cast; use --dtype bf16.",
+        )
+
+
+def note_padding_flag(value: int | None) -> None:
+    """Say once that `--num_padding_at_beginning` changes nothing."""
+    if value is not None and int(os.environ.get("RANK", 0)) == 0:
+        print("note: --num_padding_at_beginning is not needed and ignored: padding is told by masks.")

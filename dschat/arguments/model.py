@@ -1,0 +1,111 @@
+"""Flags: a trained model, its LoRA adapters and its optimiser."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dschat.arguments.flags import flag, require, require_at_least
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """One trained model. Step 3 has two of them, their flags prefixed with actor_ and critic_."""
+
+    prefix: str = ""
+    model_name_or_path: str = flag(help="Folder or hub id of the model to start from.", at_resume="free")
+    learning_rate: float = flag(1e-5, "Peak learning rate.")
+    weight_decay: float = flag(0.0, "AdamW's weight decay, not applied to biases and norms.")
+    dropout: float = flag(0.0, "Dropout probability; the model's own setting is replaced by it.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations in the backward pass to save memory.", at_resume="free"
+    )
+    zero_stage: int = flag(
+        0,
+        "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
+    )
+    lora_dim: int = flag(0, "Rank of the LoRA adapters; 0 trains the weights themselves.")
+    # With Adam a scale and a learning rate do much the same, so the scale is left at 1 at any rank.
+    lora_alpha: float | None = flag(
+        None, "LoRA adds alpha / dim times B A to a weight; default: alpha = dim, so that the factor is 1."
+    )
+    lora_dropout: float = flag(0.0, "Dropout probability of what goes into the adapters.")
+    lora_module_name: str = flag(
+        "",
+        "Layers that get adapters: parts of their names, separated by commas; default: all linear layers.",
+    )
+    lora_config: str | None = flag(
+        None,
+        "JSON file of a PEFT LoraConfig, such as an adapter_config.json: all about the adapters but their "
+        "learning rate, in place of the flags for rank, alpha, dropout and layers.",
+    )
+    lora_learning_rate: float = flag(5e-4, "Peak learning rate of the adapters.")
+    load_in_4bit: bool = flag(
+        False,
+        "QLoRA: hold the weights under the adapters in 4 bits (NF4); needs bitsandbytes, which "
+        "pip install 'dschat[qlora]' brings. What is exported is in --dtype again.",
+    )
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether the model gets adapters."""
+        return self.lora_dim > 0 or self.lora_config is not None
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """What `create_hf_model` and `create_critic_model` take from here."""
+        return {"dropout": self.dropout, "load_in_4bit": self.load_in_4bit}
+
+    def __post_init__(self) -> None:
+        p = self.prefix
+        require(
+            self.zero_stage in (0, 1, 2, 3), f"--{p}zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}."
+        )
+        rates = ("learning_rate", "weight_decay", "lora_dim", "lora_learning_rate")
+        require_at_least(0, self, *rates, prefix=p)
+        require(
+            self.lora_alpha is None or self.lora_alpha > 0,
+            f"--{p}lora_alpha must be positive, got {self.lora_alpha}; the same as --{p}lora_dim is usual.",
+        )
+        require(
+            0 <= self.lora_dropout < 1,
+            f"--{p}lora_dropout must lie in [0, 1), got {self.lora_dropout}; RLHF uses 0.",
+        )
+        by_flag = {"lora_dim": 0, "lora_alpha": None, "lora_dropout": 0, "lora_module_name": ""}
+        doubled = [f"--{p}{name}" for name, default in by_flag.items() if getattr(self, name) != default]
+        require(
+            self.lora_config is None or not doubled,
+            f"--{p}lora_config {self.lora_config} and {', '.join(doubled)} exclude each other: the file "
+            "gives everything (r, lora_alpha, lora_dropout, target_modules); leave one of them out.",
+        )
+        require(0 <= self.dropout < 1, f"--{p}dropout must lie in [0, 1), got {self.dropout}; RLHF uses 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments:
+    """What the trained models of a step share."""
+
+    num_train_epochs: int = flag(1, "Passes over the training data.")
+    gradient_accumulation_steps: int = flag(
+        1, "Micro-batches a rank adds up for one optimiser step.", at_resume="divided"
+    )
+    lr_scheduler_type: Literal[SCHEDULES] = flag("cosine", "Shape of the learning rate over the run.")
+    num_warmup_steps: int = flag(0, "Optimiser steps in which the learning rate rises from 0.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients.")
+    adam_beta2: float = flag(0.95, "AdamW's decay of the mean of squared gradients.")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    only_optimize_lora: bool = flag(
+        False,
+        "Train the adapters (and a reward model's head) alone; without it also what they do not cover: "
+        "embeddings, norms, biases. A model without adapters is trained whole. In step 3 and in DPO a model "
+        "with nothing but adapters to train is its own reference.",
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "num_train_epochs", "gradient_accumulation_steps")
+        require_at_least(0, self, "num_warmup_steps", "max_grad_norm")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name} must lie in [0, 1), got {value}.")
+        require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, got {self.adam_epsilon}.")

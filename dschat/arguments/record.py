@@ -1,0 +1,59 @@
+"""What a run was started with, flag by flag: for its folder, its card, and a run that goes on from it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dschat.arguments.steps import RlhfArguments, StepArguments
+
+
+def write_arguments(arguments: StepArguments, path: Path) -> None:
+    """Keep what a run was started with, as JSON, one object a group."""
+    path.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of a run."""
+
+    value: Any
+    default: Any
+    at_resume: Literal["same", "free", "divided"]
+
+
+def settings(arguments: StepArguments) -> dict[str, Setting]:
+    """Every flag of a step, by name; the default of a required one is MISSING."""
+    found = {}
+    for part in fields(arguments):
+        for f in fields(part.metadata["group"]):
+            if "help" not in f.metadata:
+                continue
+            default = part.metadata["defaults"].get(f.name, f.default)
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            value = getattr(getattr(arguments, part.name), f.name)
+            found[part.metadata["prefix"] + f.name] = Setting(value, default, f.metadata["at_resume"])
+    return found
+
+
+def changed_flags(arguments: StepArguments) -> dict[str, Any]:
+    """The flags whose values are not their defaults, by name; those without a default are among them."""
+    return {
+        name: setting.value
+        for name, setting in settings(arguments).items()
+        if setting.value != setting.default and name not in ("local_rank", "resume_from_checkpoint")
+    }
+
+
+def global_sizes(arguments: StepArguments, world_size: int) -> dict[str, int]:
+    """What stays the same however ranks and micro-batches divide it, by the flags whose product it is."""
+    if isinstance(arguments, RlhfArguments):
+        return {
+            "--per_device_generation_batch_size x --generation_batches": arguments.rollout_size * world_size,
+            "--per_device_training_batch_size x --gradient_accumulation_steps": arguments.minibatch_size
+            * world_size,
+        }
+    rows = arguments.batch.per_device_train_batch_size * arguments.optimizer.gradient_accumulation_steps
+    return {"--per_device_train_batch_size x --gradient_accumulation_steps": rows * world_size}

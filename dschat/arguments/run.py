@@ -1,0 +1,80 @@
+"""Flags: where a run writes, its checkpoints, its precision, and what launchers pass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dschat.arguments.flags import flag, require, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """Precision, output and reproducibility."""
+
+    output_dir: str | None = flag(
+        None, "Folder for the trained model, logs and metrics; without it nothing is kept.", at_resume="free"
+    )
+    seed: int = flag(1234, "Decides the data split, the order of the data and every random draw.")
+    dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "Precision of weights and activations.")
+    offload: bool = flag(False, "Keep optimiser states (and at ZeRO stage 3 the weights) in CPU memory.")
+    enable_tensorboard: bool = flag(
+        True, "Write TensorBoard logs; needs --output_dir or --tensorboard_path.", at_resume="free"
+    )
+    tensorboard_path: str | None = flag(
+        None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir.", at_resume="free"
+    )
+    deterministic: bool = flag(
+        False,
+        "Let torch use deterministic algorithms alone: slower on a GPU, and an error where there is none.",
+    )
+    trust_remote_code: bool = flag(
+        False,
+        "Run Python code that comes with a model or tokenizer; read it first. Without the flag none runs.",
+        at_resume="free",
+    )
+    save_interval: int = flag(0, "Optimiser steps between checkpoints; 0 makes none.", at_resume="free")
+    save_minutes: float = flag(0.0, "Minutes between checkpoints; 0 makes none.", at_resume="free")
+    save_total_limit: int = flag(
+        2,
+        "Checkpoints kept, the newest; an older one goes when a newer is complete; 0 keeps all.",
+        at_resume="free",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Go on from a checkpoint: latest (also without a value) is the newest intact one in --output_dir, or "
+        "the beginning where there is none; or a checkpoint's folder.",
+        at_resume="free",
+        nargs="?",
+        const="latest",
+    )
+    max_skipped_steps: int = flag(
+        20,
+        "Optimiser steps in a row that may be skipped for a loss or gradient that is not finite; one more "
+        "ends the run. 0: never. The default is more than fp16 skips to find its loss scale.",
+        at_resume="free",
+    )
+    auto_micro_batch: bool = flag(
+        False,
+        "Where memory runs out, start again with half the micro-batch and twice the accumulation, which "
+        "gives the same gradient; from the newest checkpoint, where there is one.",
+        at_resume="free",
+    )
+    local_rank: int = flag(
+        -1, "Set by the deepspeed launcher; torchrun sets the environment instead.", at_resume="free"
+    )
+    deepspeed: bool = flag(False, "Accepted for old scripts: DeepSpeed is always used.", at_resume="free")
+    compute_fp32_loss: bool = flag(
+        False, "Accepted for old scripts: losses are always computed in fp32.", at_resume="free"
+    )
+    debug: bool = flag(False, "Show the traceback of an error in the input.", at_resume="free")
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.seed < 2**63,
+            f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",
+        )
+        require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit", "max_skipped_steps")
+        for name in ("save_interval", "save_minutes", "resume_from_checkpoint"):
+            require(
+                not getattr(self, name) or self.output_dir is not None,
+                f"--{name} {getattr(self, name)} needs --output_dir, below which checkpoints are.",
+            )

@@ -1,0 +1,238 @@
+"""Each step's object: the groups that it is composed of, and the checks across them."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from dschat.arguments.checks import check_4bit, check_lora, check_offload, note_padding_flag
+from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArguments
+from dschat.arguments.flags import group, require
+from dschat.arguments.guard import GuardArguments
+from dschat.arguments.model import ModelArguments, OptimizerArguments
+from dschat.arguments.ppo import PpoArguments, TextArguments
+from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
+from dschat.arguments.rlhf import RlhfOptions
+from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
+from dschat.arguments.run import RunArguments
+from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions, SftOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftArguments:
+    """Step 1."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    sft: SftOptions = group(SftOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArguments:
+    """Step 2."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments, learning_rate=9e-6)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    reward: RewardOptions = group(RewardOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        note_padding_flag(self.reward.num_padding_at_beginning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoArguments:
+    """DPO on the pairs of step 2, in place of steps 2 and 3."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    model: ModelArguments = group(ModelArguments, learning_rate=5e-7, lora_learning_rate=5e-6)
+    batch: BatchArguments = group(BatchArguments)
+    optimizer: OptimizerArguments = group(OptimizerArguments)
+    dpo: DpoOptions = group(DpoOptions)
+    run: RunArguments = group(RunArguments)
+
+    def __post_init__(self) -> None:
+        check_offload(self.run.offload, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        require(
+            not self.dpo.offload_reference_model or self.model.zero_stage == 3,
+            "--offload_reference_model needs --zero_stage 3: a smaller stage shards no weights.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfArguments:
+    """Step 3."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    actor: ModelArguments = group(ModelArguments, "actor_", learning_rate=1e-6)
+    critic: ModelArguments = group(ModelArguments, "critic_", learning_rate=9e-6, model_name_or_path=None)
+    optimizer: OptimizerArguments = group(OptimizerArguments, num_warmup_steps=100, adam_epsilon=1e-5)
+    rollout: RolloutArguments = group(RolloutArguments)
+    ppo: PpoArguments = group(PpoArguments)
+    text: TextArguments = group(TextArguments)
+    guard: GuardArguments = group(GuardArguments)
+    rewards: RewardSourceArguments = group(RewardSourceArguments)
+    rlhf: RlhfOptions = group(RlhfOptions)
+    run: RunArguments = group(RunArguments)
+
+    @property
+    def rollout_size(self) -> int:
+        """Answers a rank samples before each training phase."""
+        return self.rollout.per_device_generation_batch_size * self.rollout.generation_batches
+
+    @property
+    def rollout_tolerance(self) -> float:
+        """The mean difference in nats that passes the rollout check, 0 without one.
+
+        The defaults are a few times what rounding makes of deep models. A temperature below 1 enlarges it.
+        """
+        if self.rollout.rollout_tolerance is not None:
+            return self.rollout.rollout_tolerance
+        return ROLLOUT_TOLERANCES[self.run.dtype] / min(1, self.rollout.temperature)
+
+    @property
+    def records_rollout_logprobs(self) -> bool:
+        """Whether anything needs the log-probabilities with which tokens were sampled."""
+        return self.rollout_tolerance > 0 or self.ppo.rollout_correction != "none"
+
+    @property
+    def aligns_overflow(self) -> bool:
+        """Whether actor and critic skip optimiser steps together."""
+        return self.rlhf.align_overflow and self.run.dtype == "fp16" and self.ppo.has_critic
+
+    @property
+    def reward_path(self) -> str | None:
+        """Where the reward model is, None where other sources alone score."""
+        return self.rlhf.reward_model_name_or_path or self.critic.model_name_or_path
+
+    @property
+    def model_paths(self) -> list[str]:
+        """Where the models are that step 3 starts from."""
+        guard = self.guard.guard_reward_model_name_or_path
+        paths = (self.actor.model_name_or_path, self.critic.model_name_or_path, self.reward_path, guard)
+        return [path for path in paths if path]
+
+    @property
+    def starting_critic(self) -> ModelArguments:
+        """The critic's settings; without a model of its own it starts from the actor's."""
+        path = self.critic.model_name_or_path or self.actor.model_name_or_path
+        return dataclasses.replace(self.critic, model_name_or_path=path)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of every source of scores, by name."""
+        names = [*([REWARD_MODEL] if self.reward_path else []), *self.rewards.names]
+        return {**dict.fromkeys(names, 1.0), **self.rewards.given_weights}
+
+    def _check_scores(self) -> None:
+        has_model = self.reward_path is not None
+        require(
+            has_model or self.rewards.has_sources,
+            "nothing scores the answers: give the reward model of step 2 with --critic_model_name_or_path, "
+            "a Python function with --reward_function FILE.py:NAME, or --reward_endpoint URL.",
+        )
+        known = [*([REWARD_MODEL] if has_model else []), *self.rewards.names]
+        unknown = [name for name in self.rewards.given_weights if name not in known]
+        require(
+            not unknown,
+            f"--reward_weights: no source of scores is called {', '.join(unknown)}; there are "
+            f"{', '.join(known)}.",
+        )
+        require(
+            has_model or self.ppo.score_scale != "step2",
+            "--score_normalization step2 (--normalize_scores) is for the scores of a reward model, and there "
+            "is none; use running, or leave it out.",
+        )
+
+    @property
+    def reward_flag(self) -> str:
+        """The flag that says so."""
+        return f"--{'reward' if self.rlhf.reward_model_name_or_path else 'critic'}_model_name_or_path"
+
+    @property
+    def minibatch_size(self) -> int:
+        """Answers a rank contributes to each optimiser step."""
+        return self.ppo.per_device_training_batch_size * self.optimizer.gradient_accumulation_steps
+
+    @property
+    def updates_per_ppo_step(self) -> int:
+        """Optimiser steps that learn from one rollout batch."""
+        return self.ppo.ppo_epochs * (self.rollout_size // self.minibatch_size)
+
+    def __post_init__(self) -> None:
+        self._check_scores()
+        trained = (self.actor, self.critic) if self.ppo.has_critic else (self.actor,)
+        check_offload(self.run.offload, *trained)
+        check_lora(self.optimizer.only_optimize_lora, *trained)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, *trained)
+        require(
+            not self.ppo.compares_answers or self.rollout.num_samples_per_prompt > 1,
+            f"--advantage_estimator {self.ppo.advantage_estimator} compares the answers to one prompt and "
+            f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
+        )
+        note_padding_flag(self.rlhf.num_padding_at_beginning)
+        if self.rlhf.align_overflow and not self.aligns_overflow and int(os.environ.get("RANK", 0)) == 0:
+            print("note: --align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
+        for model in (self.actor, self.critic):
+            require(
+                model.dropout == 0 and model.lora_dropout == 0,
+                f"--{model.prefix}dropout and --{model.prefix}lora_dropout must be 0: PPO compares the "
+                "probabilities of one set of weights, and dropout would change them from pass to pass.",
+            )
+        require(
+            self.rollout_size % self.minibatch_size == 0,
+            f"a rank samples {self.rollout_size} answers (--per_device_generation_batch_size times "
+            f"--generation_batches) but an optimiser step takes {self.minibatch_size} "
+            "(--per_device_training_batch_size times --gradient_accumulation_steps): the first must be a "
+            f"multiple of the second; --generation_batches {self.minibatch_size} always is.",
+        )
+        require(
+            not self.rlhf.offload_reference_model or self.actor.zero_stage == 3,
+            "--offload_reference_model needs --actor_zero_stage 3: a smaller stage shards no weights.",
+        )
+        require(
+            not self.rlhf.offload_reward_model or self.critic.zero_stage == 3,
+            "--offload_reward_model needs --critic_zero_stage 3: a smaller stage shards no weights.",
+        )
+        require(
+            not self.rlhf.enable_test_mode or self.rlhf.test_stop_step > 0,
+            "--enable_test_mode needs --test_stop_step, the number of PPO steps to run.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """scripts/inspect_data.py."""
+
+    data: DataArguments = group(DataArguments)
+    tokenizer: TokenizerArguments = group(TokenizerArguments)
+    inspect: InspectOptions = group(InspectOptions)
+
+
+STEPS: dict[str, type] = {
+    "sft": SftArguments,
+    "reward": RewardArguments,
+    "dpo": DpoArguments,
+    "rlhf": RlhfArguments,
+    "inspect": InspectArguments,
+}
+StepArguments = SftArguments | RewardArguments | DpoArguments | RlhfArguments
+SupervisedArguments = SftArguments | RewardArguments | DpoArguments
