@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -323,13 +325,14 @@ def kill(process: subprocess.Popen, output: Path, rng: random.Random) -> tuple[s
         return None, {}
     try:
         phase = phase_now(victim, files)
-        for target in [files[victim]] if alone else [process.pid, *files.values()]:
+        everyone = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
+        for target in [files[victim]] if alone else everyone:
             os.kill(target, signal.SIGKILL)
-    except ProcessLookupError:
+    except (ProcessLookupError, psutil.NoSuchProcess):
         process.wait(timeout=120)
         return None, {}
     process.wait(timeout=120)
-    while not all(map(is_gone, files.values())):  # a launcher that was killed leaves its children alone
+    while not all(map(is_gone, everyone)):
         time.sleep(0.1)
     return phase, {"one rank alone": alone}
 

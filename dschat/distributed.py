@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dschat import peers, restart
+from dschat.build_locks import clear_build_locks
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
@@ -98,6 +99,9 @@ def setup(local_rank: int = -1) -> torch.device:
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # `dschat.restart` brings its own
     if attempt > 0 and keeps_store:
         _join_again(attempt)
+    peers.end_with_launcher()
+    for lock in clear_build_locks(on_one_machine=world_size() == local_world_size()):
+        print(f"note: {lock} was left behind by a process that was killed, and is deleted.", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dschat.arguments import RunArguments, StepArguments, write_arguments
 from dschat.durable import facts_of
 from dschat.errors import UserError
@@ -20,6 +22,14 @@ METRICS = "metrics.jsonl"
 
 BEST = "best.json"
 """What step 3 knows of the actor in best/, while it runs."""
+
+LOCK = ".run.lock"
+"""Held by rank 0 of the run that writes into the folder."""
+
+PATIENCE = 60.0
+"""Seconds that a run waits for another's end: torchrun kills after 30."""
+
+_claims: dict[Path, FileLock] = {}
 
 EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
@@ -70,7 +80,7 @@ def check_run_folder(run: RunArguments, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 
     `models` are those the run starts from, which it must not overwrite: a run that fails would lose both.
-    Neither is an unfinished run with checkpoints to be lost.
+    Neither is an unfinished run with checkpoints to be lost, nor may another run still write there.
     """
     unfinished = newest_checkpoint(run)
     if unfinished and resumes(run) is None and read_summary(run.output_dir) is None:
@@ -94,10 +104,33 @@ def check_run_folder(run: RunArguments, *models: str) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            if flag == "--output_dir" and int(os.environ.get("RANK", 0)) == 0:
+                _claim(Path(folder))
         except OSError as error:
             raise UserError(
                 f"{flag} {folder} cannot be written ({error.strerror}); name a folder you may write to."
             ) from error
+
+
+def _claim(folder: Path) -> None:
+    """Keep other runs out of the folder until this process ends, however it does.
+
+    A run that is being stopped may need a moment. Raises `UserError` where it goes on.
+    """
+    lock = _claims.setdefault(folder.resolve(), FileLock(folder / LOCK))
+    if lock.is_locked:
+        return
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"note: another run is writing into {folder}; waiting for its end.", flush=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise UserError(
+                f"--output_dir {folder}: another run has been writing into it for the last {PATIENCE:.0f} "
+                "seconds; stop that one first, or name another folder."
+            ) from None
 
 
 def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:

@@ -38,6 +38,23 @@ def test_the_deepspeed_launcher_too():
     assert "error: rank 1 (process " in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen([*launcher, str(WORKER), str(tmp_path)], env=environment())
+    while len(list(tmp_path.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    ranks = [int(path.name) for path in tmp_path.iterdir()]
+    assert not any(map(peers.is_gone, ranks))
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while not all(map(peers.is_gone, ranks)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_process_is_gone_once_it_has_ended_though_nobody_waited_for_it():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert not peers.is_gone(process.pid)

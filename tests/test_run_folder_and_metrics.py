@@ -1,9 +1,12 @@
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dschat import run_folder
 from dschat.arguments import RunArguments, parse_arguments
 from dschat.errors import UserError
 from dschat.metrics import MetricsLogger
@@ -33,6 +36,28 @@ def test_a_folder_that_cannot_be_made_is_named(flag, tmp_path):
     args = parse_arguments("sft", ["--model_name_or_path", "m", flag, str(tmp_path / "file" / "out")])
     with pytest.raises(UserError, match=rf"{flag} .*file/out cannot be written"):
         check_run_folder(args.run)
+
+
+HOLD = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print(1, flush=True)
+input()
+"""
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / run_folder.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"--output_dir .* another run has been writing into it"):
+            check_run_folder(arguments(tmp_path).run)
+        assert "note: another run is writing into" in capsys.readouterr().out
+        other.kill()
+    check_run_folder(arguments(tmp_path).run)
+    check_run_folder(arguments(tmp_path).run)  # a process that runs twice is no other
 
 
 def logger(folder, *, is_main_process=True) -> MetricsLogger:

@@ -1,12 +1,14 @@
 """Rank 1 is killed while rank 0 waits for it: in a collective, or where nothing would ever tell it.
 
-torchrun --nproc_per_node 2 lose_a_rank.py collective|sleep
+torchrun --nproc_per_node 2 lose_a_rank.py collective|sleep|FOLDER
+With a folder no rank is killed; each leaves its process number there and waits.
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,9 @@ def main(waiting: str) -> None:
     """Lose rank 1."""
     peers.GRACE = 3.0
     distributed.setup(int(os.environ["LOCAL_RANK"]))
-    if distributed.rank() == 1:
+    if waiting not in ("collective", "sleep"):
+        Path(waiting, str(os.getpid())).touch()
+    elif distributed.rank() == 1:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     if waiting == "collective":
@@ -27,6 +31,7 @@ def main(waiting: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits in a collective does not hear it
+    if sys.argv[-1] in ("collective", "sleep"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits in a collective does not hear it
     with readable_errors():
-        main(sys.argv[1])
+        main(sys.argv[-1])

@@ -1,0 +1,69 @@
+"""Locks of extension builds: deleted where nobody holds them, waited for where somebody does."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dschat import build_locks
+
+pytestmark = pytest.mark.skipif(not build_locks.OPEN_FILES.is_dir(), reason="Linux alone tells")
+
+BUILD = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(1, flush=True); input()"
+DIES, ENDS = "", "; os.remove(sys.argv[1])"
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build_locks, "QUIET", 0.3)
+    (tmp_path / "py311_cpu" / "cpu_adam").mkdir(parents=True)
+    return tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+
+
+def building(lock, end: str) -> subprocess.Popen:
+    """Another process that builds, as torch's `FileBaton` does it, until it is told to go on."""
+    command = [sys.executable, "-c", BUILD + end, str(lock)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_a_lock_that_nobody_holds_is_deleted(lock):
+    with building(lock, DIES) as other:
+        other.kill()
+    assert lock.exists()
+    assert build_locks.clear_build_locks(on_one_machine=True) == [lock]
+    assert not lock.exists()
+    assert build_locks.clear_build_locks(on_one_machine=True) == []
+
+
+def test_one_that_somebody_holds_is_waited_for(lock):
+    with building(lock, ENDS) as other:
+        assert build_locks.is_open(lock)
+        waiter = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiter.wait(timeout=10)
+        other.communicate(b"go on\n")
+    assert waiter.communicate(timeout=30)[0] == "[]\n"
+
+
+WAIT = (
+    "from dschat import build_locks; build_locks.QUIET = 0.3; "
+    "print(build_locks.clear_build_locks(on_one_machine=True))"
+)
+
+
+def test_another_machine_may_hold_a_young_one(lock, monkeypatch):
+    lock.touch()
+    monkeypatch.setattr(build_locks, "ELSEWHERE", 1.5)
+    start = time.monotonic()
+    assert build_locks.clear_build_locks(on_one_machine=False) == [lock]
+    assert time.monotonic() - start > 1
+    lock.touch()
+    os.utime(lock, (1, 1))
+    start = time.monotonic()
+    assert build_locks.clear_build_locks(on_one_machine=False) == [lock]
+    assert time.monotonic() - start < 1
