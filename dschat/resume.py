@@ -11,7 +11,14 @@ from dschat.durable import damage, flush
 from dschat.errors import UserError
 from dschat.manifest import Handover
 from dschat.progress import Checkpoints, identity, read_progress
-from dschat.run_folder import METRICS, checkpoints_folder, finished_checkpoints, resumes, start_run
+from dschat.run_folder import (
+    METRICS,
+    STEP_FOLDERS,
+    checkpoints_folder,
+    finished_checkpoints,
+    resumes,
+    start_run,
+)
 
 UNREMARKABLE = ("local_rank", "resume_from_checkpoint", "output_dir")
 """Flags whose change goes without saying."""
@@ -61,7 +68,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
         _compare(folder, arguments, now)
         return {"chosen": str(folder), "damaged": []}
     finished, damaged = finished_checkpoints(root), []
-    for unfinished in sorted(path.name for path in root.glob("step_*") if path.name not in finished):
+    for unfinished in sorted(path.name for path in root.glob(STEP_FOLDERS) if path.name not in finished):
         print_once(f"WARNING: checkpoint {root / unfinished} is passed over: {damage(root / unfinished)}.")
     for name in reversed(finished):
         problem = damage(root / name)

@@ -20,6 +20,9 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 """The figures of every step, one JSON object a line."""
 
+STEP_FOLDERS = "step_" + 8 * "[0-9]"
+"""What checkpoints are called; a copy that someone made of one is left alone."""
+
 BEST = "best.json"
 """What step 3 knows of the actor in best/, while it runs."""
 
@@ -54,7 +57,7 @@ def finished_checkpoints(root: Path | None) -> dict[str, int]:
 
     A run that went back to an earlier one makes later ones of smaller steps.
     """
-    facts = {path.name: facts_of(path) for path in (root.glob("step_*") if root else ())}
+    facts = {path.name: facts_of(path) for path in (root.glob(STEP_FOLDERS) if root else ())}
     found = {name: known["serial"] for name, known in facts.items() if known is not None}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

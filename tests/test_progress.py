@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import stat
 
 import numpy
@@ -76,6 +77,16 @@ def test_only_the_newest_are_kept_and_all_are_private(tmp_path):
     root = tmp_path / "checkpoints"
     for path in (root, *root.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
+def test_copies_that_someone_made_are_left_alone(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step_00000001", root / "step_00000001.good")
+    for step in (2, 3):
+        checkpoints.save(step, engines={}, state={})
+    assert names(tmp_path) == ["step_00000001.good", "step_00000002", "step_00000003"]
+    assert resumed(tmp_path).step == 3
 
 
 def corrupt(path) -> None:
