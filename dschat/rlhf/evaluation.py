@@ -14,7 +14,7 @@ from dschat.distributed import current_device, gather_rows, print_once, rank, sy
 from dschat.losses import kl_estimate, masked_mean
 from dschat.models.factory import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
-from dschat.rlhf.experience import Judgement
+from dschat.rlhf.experience import Judgement, finite_scores
 from dschat.rlhf.judging import Judges, scores_of_answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.reading import Reading
@@ -75,7 +75,7 @@ class Evaluator:
         judged = self._judges.judge(rollout, rows, with_values=False)
         values = self._of_answers(rollout, judged, real)
         if self._engine.guard_reward is not None:
-            guard_scores = self._guard_scores(rollout, rows)[real]
+            guard_scores, _ = finite_scores(self._guard_scores(rollout, rows)[real])
             values["guard_score"] = guard_scores.mean()
             values["guard_score_stderr"] = standard_error(guard_scores)
         synchronize()
@@ -83,10 +83,11 @@ class Evaluator:
         return figures | {"seconds_evaluation": time.perf_counter() - start}
 
     def _of_answers(self, rollout: RolloutBatch, judged: Judgement, real: Tensor) -> dict[str, Tensor]:
-        mask, scores, ended = rollout.answer_mask[real], judged.scores[real], rollout.ended[real]
+        mask, ended = rollout.answer_mask[real], rollout.ended[real]
+        scores, num_bad = finite_scores(judged.scores[real])
         log_ratio = judged.log_ratio(rollout.answer_mask)[real]
         kl = log_ratio.sum(dim=1)
-        if self._needs_scale:  # of the first evaluation, so that all compare
+        if self._needs_scale and scores.isfinite().all():  # of the first evaluation, so that all compare
             std = scores.std(correction=0).item()
             self._shaping = replace(self._shaping, mean=scores.mean().item(), std=std if std > 0 else 1.0)
             self._needs_scale = False
@@ -99,6 +100,7 @@ class Evaluator:
             "entropy": masked_mean(judged.entropy[real], mask),
             "answer_length": mask.sum(dim=1).float().mean(),
             "eos_share": ended.float().mean(),
+            "nonfinite_scores": torch.tensor(num_bad),
             **{f"score_{name}": scores[real].mean() for name, scores in judged.by_source.items()},
         }
 

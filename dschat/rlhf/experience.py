@@ -135,12 +135,17 @@ class Judgement:
         So one answer whose score overflowed is about neutral, instead of making every advantage of the
         rollout batch not finite. Where no score is finite they stay, and no update will be taken.
         """
-        is_bad = ~self.scores.isfinite()
-        num_bad = int(is_bad.sum())
-        if num_bad in (0, len(self.scores)):
-            return self, num_bad
-        mean = self.scores[~is_bad].mean()
-        return replace(self, scores=torch.where(is_bad, mean, self.scores)), num_bad
+        scores, num_bad = finite_scores(self.scores)
+        return replace(self, scores=scores), num_bad
+
+
+def finite_scores(scores: Tensor) -> tuple[Tensor, int]:
+    """The mean of the finite scores in place of each that is not, where one is, and how many were not. [B]"""
+    is_bad = ~scores.isfinite()
+    num_bad = int(is_bad.sum())
+    if num_bad in (0, len(scores)):
+        return scores, num_bad
+    return torch.where(is_bad, scores[~is_bad].mean(), scores), num_bad
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The models that step 3 writes: the best actor while it runs, and what there is in the end."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Exports:
 
         Where it cannot be written, the earlier one stays the best, and the run goes on.
         """
-        if self._best and not evaluation[OBJECTIVE] > self._best[OBJECTIVE]:
+        if not evaluation[OBJECTIVE] > self._best.get(OBJECTIVE, -math.inf):  # nor is NaN
             return
         best = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
         try:

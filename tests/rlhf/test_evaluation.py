@@ -3,19 +3,28 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
 from dschat.arguments import parse_arguments
-from dschat.rlhf.evaluation import build_evaluator
+from dschat.rlhf.evaluation import Evaluator, build_evaluator
+from dschat.rlhf.experience import Judgement, ScoreShaping
 
 WORKER = ROOT / "tests" / "workers" / "evaluations.py"
 FIGURES = {
     *("eval_score", "eval_score_stderr", "eval_kl", "eval_k3", "eval_score_minus_kl", "eval_entropy"),
-    *("eval_answer_length", "eval_eos_share", "eval_guard_score", "eval_guard_score_stderr"),
+    *(
+        "eval_answer_length",
+        "eval_eos_share",
+        "eval_nonfinite_scores",
+        "eval_guard_score",
+        "eval_guard_score_stderr",
+    ),
 }
 # Seven prompts fill no batch of 8, and on two ranks no equal parts: fillers are at work.
 COMMON = {"num_eval_prompts": 7, "kl_coef": 0.5, "reward_clip": 0}
@@ -105,6 +114,29 @@ def test_a_second_reward_model_scores_the_same_answers(one_rank):
         assert figures["eval_guard_score"] == pytest.approx(figures["eval_score"], abs=1e-6)
         assert figures["eval_guard_score_stderr"] == pytest.approx(figures["eval_score_stderr"], abs=1e-6)
     assert one_rank["plain"][0]["eval_guard_score"] != pytest.approx(one_rank["plain"][0]["eval_score"])
+
+
+def test_a_score_that_is_not_finite_spoils_no_figure():
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator._kl_coef, evaluator._shaping, evaluator._needs_scale = (
+        0.5,
+        ScoreShaping(clip=0, missing_eos_penalty=0),
+        True,
+    )
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    rollout = SimpleNamespace(answer_mask=mask, ended=torch.ones(4, dtype=torch.bool))
+    logprobs = torch.zeros(4, 2)
+
+    def figures(*scores: float) -> dict[str, torch.Tensor]:
+        judged = Judgement(logprobs, logprobs, logprobs, None, torch.tensor(scores))
+        return evaluator._of_answers(rollout, judged, torch.tensor([True, True, True, False]))
+
+    nothing = figures(math.nan, math.nan, math.inf, 1.0)
+    assert nothing["nonfinite_scores"] == 3
+    assert evaluator._needs_scale  # there is nothing yet to bring scores to a scale by
+    some = figures(1.0, math.nan, 3.0, math.inf)
+    assert (some["score"], some["nonfinite_scores"]) == (2.0, 1)  # the last is a filler
+    assert math.isfinite(some["score_minus_kl"])
 
 
 def test_the_size_of_passes_changes_no_figure(one_rank):

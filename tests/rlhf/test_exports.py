@@ -71,6 +71,15 @@ def test_an_equal_evaluation_replaces_nothing(base):
     assert mark(output / "best") == 2
 
 
+def test_an_evaluation_without_a_number_is_never_the_best(base):
+    kept, _, output = exports(base)
+    kept.offer(0, {OBJECTIVE: math.nan})
+    assert kept.best_step is None
+    assert not (output / "best").exists()
+    kept.offer(1, {OBJECTIVE: -5.0})
+    assert kept.best_step == 1
+
+
 def test_the_actor_is_the_best_by_default_moved_there_over_an_older_one(base):
     kept, model, output = exports(base)
     (output / "actor").mkdir(parents=True)
