@@ -7,16 +7,20 @@ Each step writes OUTPUT/step1_sft, OUTPUT/step2_reward or OUTPUT/step3_ppo, its 
 Step 3 trains what step 1 wrote against what step 2 wrote. Flags of a step's own go in one quoted string:
 
     --sft-args "--num_train_epochs 2 --learning_rate 1e-5"
+
+With --common-args "--save_interval 100" the same command and --resume goes on where a run was interrupted.
 """
 
 import argparse
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.errors import ReadableParser, UserError, readable_errors
+from dschat.errors import EXIT_TRY_AGAIN, ReadableParser, UserError, readable_errors
 from dschat.run_folder import SUMMARY, read_summary
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
@@ -147,8 +151,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--reward-args", default="", metavar="FLAGS", help="More flags of step 2, as one string.")
     add("--ppo-args", default="", metavar="FLAGS", help="More flags of step 3, as one string.")
     add("--skip-finished", action="store_true", help="Leave out steps whose summary.json is there.")
+    add(
+        "--resume",
+        action="store_true",
+        help="--skip-finished, and the step that was interrupted goes on from its newest checkpoint.",
+    )
     args = parser.parse_args(argv)
     args.step = sorted(set(args.step))
+    args.skip_finished |= args.resume
     try:
         args.output_dir = args.output_dir.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # the second: ~name of nobody
@@ -182,7 +192,9 @@ def step_flags(args: argparse.Namespace, step: int) -> list[str]:
     name = {1: "sft", 2: "reward", 3: "ppo"}[step]
     extra = words(f"--{name}-args", getattr(args, f"{name}_args"))
     common = words("--common-args", args.common_args)
-    return ["--data_path", *args.data_path, "--output_dir", str(out / FOLDERS[step]), *own, *common, *extra]
+    resume = ["--resume_from_checkpoint", "latest"] if args.resume else []
+    paths = ["--data_path", *args.data_path, "--output_dir", str(out / FOLDERS[step])]
+    return [*paths, *own, *resume, *common, *extra]
 
 
 def launcher(args: argparse.Namespace) -> list[str]:
@@ -261,12 +273,13 @@ def run(command: Command) -> int:
     # DeepSpeed finds ninja, which belongs to this environment, through PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
-    with (command.folder / LOG).open("wb") as log:
+    with (command.folder / LOG).open("ab" if "--resume_from_checkpoint" in command.flags else "wb") as log:
         log.write((shlex.join(command.argv) + "\n").encode())
+        log.flush()
         process = subprocess.Popen(
             command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
-        try:
+        with passing_signals_on(process), process.stdout:
             # Whatever has arrived, not whole lines: progress bars rewrite theirs.
             while chunk := os.read(process.stdout.fileno(), 65536):
                 log.write(chunk)
@@ -274,12 +287,31 @@ def run(command: Command) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
             return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            process.stdout.close()
+
+
+@contextmanager
+def passing_signals_on(process: subprocess.Popen) -> Iterator[None]:
+    """Inside, a request to stop goes to the step, which ends in its own time; a failure here ends it, too."""
+    before = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def was_stopped(command: Command, code: int) -> bool:
+    """Whether a step obeyed a request to stop; launchers have exit codes of their own."""
+    asked = r"^stopped after step \d+ as \w+ asked"
+    return code == EXIT_TRY_AGAIN or any(
+        re.match(asked, line) for line in last_lines(command.folder / LOG, 200)
+    )
 
 
 def last_lines(log: Path, count: int = SHOWN_LINES) -> list[str]:
@@ -312,7 +344,7 @@ def report_failure(command: Command, code: int) -> None:
         f"log: {log}",
         *(f"  | {line}" for line in lines),
         f"likely remedy: {advice}",
-        "Finished steps need not run again: add --skip-finished.",
+        "Finished steps need not run again: add --resume.",
     ]
     print("\n".join(message), file=sys.stderr, flush=True)
 
@@ -362,10 +394,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in todo:
         print(f"== step {command.step}, {TITLES[command.step]}: {command.folder}", flush=True)
         code = run(command)
-        if code != 0:
-            report_failure(command, code)
-            return 1
-        if read_summary(command.folder) is None:
+        if read_summary(command.folder) is None and was_stopped(command, code):
+            print("the same command with --resume goes on.", file=sys.stderr, flush=True)
+            return EXIT_TRY_AGAIN
+        if code != 0 or read_summary(command.folder) is None:
             report_failure(command, code)
             return 1
     print_table(args.output_dir, args.step)

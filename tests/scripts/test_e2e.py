@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +25,12 @@ print("flags", flags)
 if "--seed" in flags:
     sys.stderr.write("10%|#  | 1/10\\r20%|## | 2/10\\n")
     sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+if "--tensorboard_path" in flags:  # one that is stopped on the way, and may go on
+    import signal, time
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped after step 3 as SIGTERM asked") or 75))
+    if "--resume_from_checkpoint" not in flags:
+        print("training", flush=True)
+        time.sleep(60)
 (folder / "config.json").write_text("{}")
 figures = {"eval_accuracy": 0.75, "eval_accuracy_stderr": 0.01, "seconds": 3}
 (folder / "summary.json").write_text(json.dumps(figures))
@@ -151,6 +160,30 @@ def test_finished_steps_are_skipped_only_when_asked(fake_steps, tmp_path, capfd)
     assert "== step 2, reward model" in second
     assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
     assert "skipped" not in capfd.readouterr().out
+
+
+def test_a_signal_goes_to_the_step_and_resume_goes_on(fake_steps, tmp_path, capfd):
+    flags = [*fake_steps, "--reward-args", "--tensorboard_path x"]
+    start = time.monotonic()
+
+    def ask_to_stop() -> None:
+        log = tmp_path / "out" / "step2_reward" / "training.log"
+        while not (log.is_file() and "training" in log.read_text().splitlines()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_to_stop).start()
+    assert e2e_rlhf.main(flags) == 75
+    assert time.monotonic() - start < 30
+    told = capfd.readouterr()
+    assert "the same command with --resume goes on" in told.err
+    assert not (tmp_path / "out" / "step3_ppo").exists()
+    assert e2e_rlhf.main([*flags, "--resume"]) == 0
+    told = capfd.readouterr().out
+    assert "step 1 has finished before: skipped" in told
+    assert "'--resume_from_checkpoint', 'latest'" in told
+    log = (tmp_path / "out" / "step2_reward" / "training.log").read_text()
+    assert "stopped after step 3" in log  # the log goes on, too
 
 
 def test_a_step_that_fails_leaves_no_summary_of_an_older_run(fake_steps, tmp_path):
