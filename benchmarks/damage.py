@@ -53,7 +53,7 @@ class Trials:
         is_wrong = not is_code or missing or own_traceback
         self.num_wrong += bool(is_wrong)
         print(f"\n{self.number}. {what} -> exit code {found}{' WRONG' if is_wrong else ''}", flush=True)
-        for line in said[:3]:
+        for line in dict.fromkeys([*said[:2], *said[-1:]]):
             print(f"    {line.replace(str(self.folder), 'OUTPUT')}", flush=True)
         if is_wrong:
             print(f"    not said: {missing}\n{log[-2000:]}", flush=True)

@@ -1,14 +1,14 @@
 """The output folder of a step: made and tried before any work, its summary written last."""
 
+import fcntl
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import IO, Any
 
 from dschat.arguments import RunArguments, StepArguments, write_arguments
 from dschat.durable import facts_of
@@ -32,7 +32,7 @@ LOCK = ".run.lock"
 PATIENCE = 60.0
 """Seconds that a run waits for another's end: torchrun kills after 30."""
 
-_claims: dict[Path, FileLock] = {}
+_claims: dict[Path, IO[bytes]] = {}
 
 EXPORTED = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models."""
@@ -120,20 +120,31 @@ def _claim(folder: Path) -> None:
 
     A run that is being stopped may need a moment. Raises `UserError` where it goes on.
     """
-    lock = _claims.setdefault(folder.resolve(), FileLock(folder / LOCK))
-    if lock.is_locked:
+    # A record lock: unlike that of flock, it is not shared with forked processes, which may outlive this one.
+    place = folder.resolve()
+    if place in _claims:  # opening it once more, and closing that, would give the lock back
         return
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"note: another run is writing into {folder}; waiting for its end.", flush=True)
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
+    file = (folder / LOCK).open("ab")
+    start, has_told = time.monotonic(), False
+    while not _is_mine(file):
+        if not has_told:
+            has_told = True
+            print(f"note: another run is writing into {folder}; waiting for its end.", flush=True)
+        if time.monotonic() - start > PATIENCE:
             raise UserError(
                 f"--output_dir {folder}: another run has been writing into it for the last {PATIENCE:.0f} "
                 "seconds; stop that one first, or name another folder."
-            ) from None
+            )
+        time.sleep(0.1)
+    _claims[place] = file
+
+
+def _is_mine(file: IO[bytes]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:

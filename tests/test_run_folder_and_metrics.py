@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -39,11 +41,14 @@ def test_a_folder_that_cannot_be_made_is_named(flag, tmp_path):
 
 
 HOLD = """
-import sys, filelock
-lock = filelock.FileLock(sys.argv[1])
-lock.acquire()
-print(1, flush=True)
-input()
+import fcntl, os, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+if os.fork() == 0:  # a process that outlives the run, as those of a pool may
+    os.write(1, b"%d\\n" % os.getpid())
+    sys.stdin.read()
+os.write(1, b"%d\\n" % os.getpid())
+sys.stdin.read()
 """
 
 
@@ -51,12 +56,15 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
     command = [sys.executable, "-c", HOLD, str(tmp_path / run_folder.LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+        processes = [int(other.stdout.readline()) for _ in range(2)]
         with pytest.raises(UserError, match=r"--output_dir .* another run has been writing into it"):
             check_run_folder(arguments(tmp_path).run)
         assert "note: another run is writing into" in capsys.readouterr().out
         other.kill()
-    check_run_folder(arguments(tmp_path).run)
+        other.wait()
+        check_run_folder(arguments(tmp_path).run)
+        (left,) = set(processes) - {other.pid}
+        os.kill(left, signal.SIGKILL)
     check_run_folder(arguments(tmp_path).run)  # a process that runs twice is no other
 
 
