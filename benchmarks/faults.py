@@ -440,7 +440,7 @@ def report(results: list[dict[str, Any]]) -> int:
         if not mine:
             continue
         table = Table(title=f"{kind}s by step and by what was going on")
-        for heading in ("case", *phases, "all", "steps lost, at most", "amiss"):
+        for heading in ("case", *phases, "all", "most lost", "amiss"):
             table.add_column(heading, justify="left" if heading == "case" else "right")
         for case in (*(case.name for case in CASES), "all"):
             own = [result for result in mine if case in (result["case"], "all")]
@@ -449,7 +449,7 @@ def report(results: list[dict[str, Any]]) -> int:
             amiss = sum(result["amiss"] for result in own)
             numbers = [*(counts[phase] for phase in phases), len(own), lost, amiss]
             table.add_row(case, *map(str, numbers))
-        Console(width=140).print(table)
+        Console(width=150).print(table)
         print(f"{len(mine)} {kind}s: {summed_up(mine)}")
     return int(any(result["amiss"] for result in results))
 

@@ -21,11 +21,15 @@ FLAGS = (
     "--data_split=1,1,1 --dtype=bf16 --max_prompt_seq_len=40 --max_answer_seq_len=16 "
     "--num_train_epochs=100000 --per_device_generation_batch_size=8 --per_device_training_batch_size=8 "
     "--ppo_epochs=2 --kl_target=0.5 --score_normalization=running --enable_ema "
-    "--eval_interval=20 --save_interval=50 --save_total_limit=2 "
+    "--eval_interval=20 --save_interval=10 --save_total_limit=2 "
     "--actor_learning_rate=1e-6 --critic_learning_rate=1e-6"
 )
 WARM_UP = 0.2
-"""Share of the time before which growth does not count."""
+"""Share of the time before which growth does not count.
+
+In it fall about a hundred checkpoints, after which the C library's heap has its size: with a checkpoint every
+PPO step, resident memory rose by 30 MiB within the first hundred and not in the next 130.
+"""
 
 
 def main() -> int:
