@@ -25,11 +25,7 @@ FLAGS = (
     "--actor_learning_rate=1e-6 --critic_learning_rate=1e-6"
 )
 WARM_UP = 0.2
-"""Share of the time before which growth does not count.
-
-In it fall about a hundred checkpoints, after which the C library's heap has its size: with a checkpoint every
-PPO step, resident memory rose by 30 MiB within the first hundred and not in the next 130.
-"""
+"""Share of the time before which growth does not count."""
 
 
 def main() -> int:

@@ -53,14 +53,16 @@ def names_of_files(folder: Path) -> list[str]:
 
 
 def flushed(folder: Path, names: Iterable[str]) -> Files:
-    """Size and checksum of these files, which are on the disk after that."""
+    """Size and checksum of these files, which are on the disk after that.
 
-    def look(name: str) -> tuple[str, tuple[int, str]]:
+    One after the other: threads that are made anew for every checkpoint leave the C library's heap larger,
+    5 % of resident memory after 300 checkpoints of a tiny model. Each rank has its own part of the files.
+    """
+    found = {}
+    for name in names:
         flush(folder / name)
-        return name, _measured(folder / name)
-
-    with ThreadPoolExecutor() as pool:
-        return dict(pool.map(look, names))
+        found[name] = _measured(folder / name)
+    return found
 
 
 def put_in_place(temporary: Path, target: Path, files: Files, **facts: Any) -> None:
