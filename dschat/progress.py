@@ -273,16 +273,16 @@ class Checkpoints:
         return f"{asked}; saved in {self._newest}. Go on with --resume_from_checkpoint latest."
 
 
-def identity(arguments: StepArguments, data: str, models: Mapping[str, str]) -> dict[str, Any]:
+def identity(arguments: StepArguments, data: str) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with, or may not.
 
-    `data` and `models` (by flag) are fingerprints.
+    `data` is a fingerprint; those of the models, by flag, are for the caller to fill in.
     """
     return {
         "format": FORMAT,
         "program": type(arguments).__name__.removesuffix("Arguments").lower(),
         "data": data,
-        "models": dict(models),
+        "models": {},
         "world_size": world_size(),
         "sizes": global_sizes(arguments, world_size()),
         "settings": {name: setting.value for name, setting in settings(arguments).items()},

@@ -32,12 +32,12 @@ def begin_run(arguments: StepArguments, *, data: str, models: Sequence[Handover]
     where a checkpoint cannot be used.
     """
     choice: dict[str, Any] = {}
-    prints: dict[str, str] = {}
+    now = identity(arguments, data)
     if is_main_process():
         try:
             if arguments.run.output_dir:
-                prints = {model.flag: model.fingerprint() for model in models}
-            choice = _choose(arguments, identity(arguments, data, prints))
+                now["models"] = {model.flag: model.fingerprint() for model in models}
+            choice = _choose(arguments, now)
         except UserError as error:
             choice = {"error": str(error)}
     choice = gather_json(choice)[0]
@@ -49,7 +49,7 @@ def begin_run(arguments: StepArguments, *, data: str, models: Sequence[Handover]
         if chosen is not None and (chosen / METRICS).is_file():
             _restore_metrics(chosen / METRICS, Path(arguments.run.output_dir) / METRICS)
     barrier()
-    return Checkpoints(arguments, identity(arguments, data, prints), chosen, choice["damaged"])
+    return Checkpoints(arguments, now, chosen, choice["damaged"])
 
 
 def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:

@@ -121,20 +121,18 @@ class Exports:
         It may be a later one than the state's, of steps that are made again, on some devices a little
         differently. Every rank must call it.
         """
-        is_known, held = gather_json(self._held() if is_main_process() else None)[0]
-        if held is not None:
-            state = held
-        if not is_known:
-            print_once("note: which actor best/ holds is not known; the next evaluation replaces it.")
-            state = {"best_step": None, "best": {}}
+        state = gather_json(self._true_state(state) if is_main_process() else None)[0]
         self.best_step, self._best = state["best_step"], dict(state["best"])
 
-    def _held(self) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the actor in best/ is known, and what is said of it; a run may have been killed between."""
+    def _true_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state that fits what best/ holds; a run may have been killed before it noted that."""
         if self._folder is None or not (self._folder / BEST).is_file():
-            return True, None
+            return state
         held = json.loads((self._folder / BEST).read_text())
-        return held.pop("manifest") == self._kept_weights(), held
+        if held.pop("manifest") == self._kept_weights():
+            return held
+        print_once("note: which actor best/ holds is not known; the next evaluation replaces it.")
+        return {"best_step": None, "best": {}}
 
     def _kept_weights(self) -> str | None:
         """A fingerprint of the manifest in best/, which has the checksums of the weights."""
