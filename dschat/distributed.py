@@ -170,11 +170,6 @@ def sum_across_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean_across_ranks(tensor: Tensor) -> Tensor:
-    """The plain mean over ranks; for token means reduce sums and counts instead."""
-    return sum_across_ranks(tensor) / world_size()
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all ranks in rank order; the same shape on each. [B, ...] -> [world * B, ...]."""
     if world_size() == 1:

@@ -82,7 +82,8 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
     """
     rank = int(os.environ.get("RANK", 0))
     try:
-        yield
+        with _storage_errors_told(debug):
+            yield
     except KeyboardInterrupt:
         if debug:
             raise
@@ -104,13 +105,9 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except Exception as error:
+    except Exception:
         if debug:
             raise
-        if _is_about_storage(error):
-            problem = f"nothing more can be written: {one_line(str(error))}. {STORAGE_REMEDY}"
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-            sys.exit(2)
         # Where a rank is gone the collectives of the others fail, and a traceback of that says nothing.
         if not report_lost_peers():
             raise
@@ -120,6 +117,19 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
 STORAGE_REMEDY = (
     "Make room or repair the disk; a run with checkpoints goes on with --resume_from_checkpoint latest."
 )
+
+
+@contextmanager
+def _storage_errors_told(debug: bool) -> Iterator[None]:
+    """A full or broken disk as a `UserError`, unless `debug`."""
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        if debug or not _is_about_storage(error):
+            raise
+        raise UserError(f"nothing more can be written: {error}. {STORAGE_REMEDY}") from error
 
 
 def _is_about_storage(error: Exception) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -64,17 +66,21 @@ class MetricsLogger:
         """
         if self._lines:
             self._write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
-        if self._writer:
-            try:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-            except OSError as error:
-                self.say(f"WARNING: no more curves for TensorBoard: {error}.")
-                self._writer = None
+        with self._gives_up_curves():
+            for name, value in values.items() if self._writer else ():
+                self._writer.add_scalar(name, value, step)
         if show:
             self._bar.set_postfix(
                 {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False
             )
+
+    @contextmanager
+    def _gives_up_curves(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.say(f"WARNING: no more curves for TensorBoard: {error}.")
+            self._writer = None
 
     def flush(self) -> None:
         """Try again to write the lines that found no room."""
@@ -102,9 +108,10 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Finish the bar and the files."""
-        self._bar.close()
         self.flush()
         if self._lines:
             self._lines.close()
-        if self._writer:
-            self._writer.close()
+        with self._gives_up_curves():
+            if self._writer:
+                self._writer.close()
+        self._bar.close()

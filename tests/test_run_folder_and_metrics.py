@@ -116,19 +116,20 @@ def test_lines_that_find_no_room_are_kept_until_there_is_some(tmp_path, capsys):
     assert lines == [{"step": step, "loss": 2.5} for step in (1, 2, 3, 4)]
 
 
-def test_a_full_disk_ends_tensorboard_alone_and_in_one_line(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("num_steps", [1, 3])  # told when the file is closed, or at a later step
+def test_a_full_disk_ends_tensorboard_alone_and_in_one_line(tmp_path, capsys, monkeypatch, num_steps):
     (tmp_path / "tensorboard").mkdir()
     metrics = logger(tmp_path)
     worker = metrics._writer._get_file_writer().event_writer._async_writer._worker
     monkeypatch.setattr(worker._record_writer._writer, "write", Room(tmp_path / "full", room=0).write)
-    for step in (1, 2, 3):
+    for step in range(1, num_steps + 1):
         metrics.log(step, loss=2.5)
         worker.join(timeout=5 if step == 1 else 0)
     metrics.close()
     told = capsys.readouterr()
     assert told.out.count("WARNING: no more curves for TensorBoard: [Errno 28] No space left on device") == 1
     assert "Traceback" not in told.err
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == num_steps
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -23,7 +23,6 @@ def main(folder: Path) -> None:
         time.sleep(0.5)
     results = {
         "sum": distributed.sum_across_ranks(mine).tolist(),
-        "mean": distributed.mean_across_ranks(mine).tolist(),
         "max": distributed.max_across_ranks(-mine).tolist(),
         "largest": distributed.largest_across_ranks(5 - rank, device),
         "gathered": distributed.gather_rows(mine.unsqueeze(0)).tolist(),

@@ -56,7 +56,7 @@ def train(model: RewardModel, tokenizer, config: dict) -> tuple[deepspeed.DeepSp
             loss = engine.module.forward_value(**batch(tokenizer), return_value_only=True).pow(2).mean()
         engine.backward(loss)
         engine.step()
-        losses.append(distributed.mean_across_ranks(loss).item())
+        losses.append(distributed.sum_across_ranks(loss).item() / distributed.world_size())
     return engine, losses
 
 
