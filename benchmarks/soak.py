@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = (
-    "--data_split=1,1,1 --dtype=bf16 --max_prompt_seq_len=40 --max_answer_seq_len=16 "
+    "--data_split=1,1,1 --max_prompt_seq_len=40 --max_answer_seq_len=16 "
     "--num_train_epochs=100000 --per_device_generation_batch_size=8 --per_device_training_batch_size=8 "
     "--ppo_epochs=2 --kl_target=0.5 --score_normalization=running --enable_ema "
     "--eval_interval=20 --save_interval=10 --save_total_limit=2 "
@@ -37,6 +37,7 @@ def main() -> int:
     add("--minutes", type=float, default=30, help="Length of the run (default 30).")
     add("--ranks", type=int, default=2, help="Processes (default 2).")
     add("--zero", type=int, default=2, choices=range(4), help="ZeRO stage of actor and critic (default 2).")
+    add("--dtype", default="bf16", choices=("bf16", "fp32"), help="Precision of the models (default bf16).")
     add("--interval", type=float, default=5, help="Seconds between samples (default 5).")
     add("--models", type=Path, default=Path("output/faults"), help="What benchmarks/faults.py prepared.")
     add("--output-dir", type=Path, default=Path("output/soak"), help="Folder of the run.")
@@ -52,7 +53,7 @@ def main() -> int:
     code = end(process)
     (args.output_dir / "soak.json").write_text(json.dumps(samples) + "\n")
     steps = len((args.output_dir / "run" / "metrics.jsonl").read_text().splitlines())
-    print(f"{steps} lines of metrics, exit code {code} after SIGTERM")
+    print(f"{steps} lines of metrics; torchrun, whose ranks got SIGTERM, ended with {code}")
     return report(samples)
 
 
@@ -67,6 +68,7 @@ def start(args: argparse.Namespace) -> subprocess.Popen:
         f"--output_dir={args.output_dir / 'run'}",
         f"--actor_zero_stage={args.zero}",
         f"--critic_zero_stage={args.zero}",
+        f"--dtype={args.dtype}",
         *FLAGS.split(),
     ]
     with (args.output_dir / "training.log").open("wb") as log:
