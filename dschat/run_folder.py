@@ -82,8 +82,9 @@ def newest_checkpoint(run: RunArguments) -> Path | None:
 def check_run_folder(run: RunArguments, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 
-    `models` are those the run starts from, which it must not overwrite: a run that fails would lose both.
-    Neither is an unfinished run with checkpoints to be lost, nor may another run still write there.
+    New ones are private to the user. `models` are those the run starts from, which it must not overwrite: a
+    run that fails would lose both. Neither is an unfinished run with checkpoints to be lost, nor may another
+    run still write there.
     """
     unfinished = newest_checkpoint(run)
     if unfinished and resumes(run) is None and read_summary(run.output_dir) is None:
@@ -104,7 +105,7 @@ def check_run_folder(run: RunArguments, *models: str) -> None:
         if not folder:
             continue
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             if flag == "--output_dir" and int(os.environ.get("RANK", 0)) == 0:

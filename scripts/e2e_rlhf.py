@@ -268,7 +268,7 @@ def _check_path(flag: str, value: str) -> None:
 
 def run(command: Command) -> int:
     """Run a step, its output on the console and in its log; returns the exit code."""
-    command.folder.mkdir(parents=True, exist_ok=True)
+    command.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (command.folder / SUMMARY).unlink(missing_ok=True)
     # DeepSpeed finds ninja, which belongs to this environment, through PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
