@@ -76,9 +76,9 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
 
     Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
     for the launcher to end them, and speak only if it does not, as they then are the ones that failed.
-    With `debug` the traceback is left alone. Any other error is a bug and keeps its traceback, except that of
-    a collective that failed because another rank is gone: then the exit code is 1. A run that was asked
-    to stop ends with exit code 75.
+    A full or broken disk counts as one. With `debug` the traceback is left alone. Any other error is a bug
+    and keeps its traceback, except that of a collective that failed because another rank is gone: then the
+    exit code is 1. A run that was asked to stop ends with exit code 75.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
