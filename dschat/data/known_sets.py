@@ -10,26 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dschat.data.cells import BadRow, DroppedRow, Row, describe, finite_number, sound_text, text, value_of
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.layouts import (
     ASSISTANT,
-    BadRow,
-    DroppedRow,
     ReadRow,
-    Row,
     a_prompt,
     alpaca,
     answers_to_a_prompt,
-    describe,
-    finite_number,
     question_answer,
-    sound_text,
-    text,
     text_prompt,
-    turns,
-    value_of,
     whole_dialogues,
 )
+from dschat.data.messages import turns
 
 PARQUET_COPY = "refs/convert/parquet"
 """The branch on which the hub keeps a Parquet copy of a data set, with a folder for each config."""

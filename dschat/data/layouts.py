@@ -6,32 +6,18 @@ what --data_format takes.
 """
 
 import re
-import reprlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dschat.data.cells import BadRow, DroppedRow, Row, describe, finite_number, sound_text, text, value_of
 from dschat.data.comparisons import MARK, Comparison, Prompt, Turn, parse_dialogue
+from dschat.data.messages import asked, prompt_and_answer, turns
 
-Row = dict[str, Any]
 ReadRow = Callable[[Row], Comparison]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 WINDOWS_MARK = re.compile(r"\r\n\r\n(Human|Assistant):")
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-}
-"""What the field calls the parties of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +31,6 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {}
 """The known layouts by name, in the order in which they are tried."""
-
-
-class BadRow(ValueError):
-    """A row that cannot be read. The message says what is wrong; the reader adds file and line."""
-
-
-class DroppedRow(Exception):
-    """A sound row that is of no use here; the message is the reason it is counted under."""
 
 
 def layout(name: str, *columns: str) -> Callable[[ReadRow], ReadRow]:
@@ -90,98 +68,6 @@ def _half_a_pair(known: Layout, row: Row) -> bool:
     return "chosen" not in known.columns and ("chosen" in row) != ("rejected" in row)
 
 
-def value_of(row: Row, column: str) -> Any:
-    """What is in that column. Raises `BadRow` where there is none: rows need not be like the first."""
-    if column not in row:
-        raise BadRow(f'the row has no "{column}"')
-    return row[column]
-
-
-def text(row: Row, column: str) -> str:
-    """The string in that column, which must hold more than white space. Raises `BadRow` for anything else."""
-    return sound_text(value_of(row, column), f'"{column}"')
-
-
-def sound_text(value: Any, name: str) -> str:
-    """`value`, if it is a string with something in it; `name` says in a message what it is."""
-    if not isinstance(value, str):
-        raise BadRow(f"{name} must be a string, but is {describe(value)}")
-    if not value.strip():
-        raise BadRow(f"{name} is empty" + (" but for white space" if value else ""))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name} holds half of a surrogate pair at character {error.start + 1}") from error
-    return value
-
-
-def finite_number(value: Any, name: str) -> float:
-    """`value`, if it is a number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"{name} must be a number, but is {describe(value)}")
-    # An int compares with any float, but is not always one: float(10**400) is an OverflowError.
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise BadRow(f"{name} must be a finite number, but is {describe(value)}")
-    return float(value)
-
-
-def describe(value: Any) -> str:
-    """What a value is, for a message."""
-    if value is None:
-        return "null"
-    names = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
-    shown = repr(value)
-    return f"{names.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"
-
-
-def turns(value: Any, name: str) -> tuple[Turn, ...]:
-    """A conversation from a list of {"role", "content"} or {"from", "value"}; neighbours of one role merge.
-
-    Raises `BadRow` for anything else and `DroppedRow` where a tool speaks.
-    """
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} must be a list of messages, but is {describe(value)}")
-    merged: list[Turn] = []
-    for number, message in enumerate(value, start=1):
-        turn = _turn(message, f"message {number} of {name}")
-        if merged and merged[-1].role == turn.role:
-            turn = Turn(turn.role, f"{merged.pop().content}\n\n{turn.content}")
-        merged.append(turn)
-    return tuple(merged)
-
-
-def _turn(message: Any, name: str) -> Turn:
-    if not isinstance(message, dict):
-        raise BadRow(f'{name} must be an object {{"role", "content"}}, but is {describe(message)}')
-    if message.get("tool_calls") or message.get("function_call"):  # such a message may have no content
-        raise DroppedRow("conversations with tools")
-    role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in message:
-            raise BadRow(f'{name} has no "{key}"')
-    role = str(message[role_key]).lower()
-    if role in ("tool", "function", "function_call", "observation", "ipython"):
-        raise DroppedRow("conversations with tools")
-    if role not in ROLES:
-        raise BadRow(f"{name} is by {reprlib.repr(message[role_key])}; known are {', '.join(ROLES)}")
-    return Turn(ROLES[role], sound_text(message[content_key], name).strip())
-
-
-def prompt_and_answer(conversation: tuple[Turn, ...], name: str) -> tuple[Prompt, str]:
-    """A conversation cut before its last turn, which must be the assistant's."""
-    *before, last = conversation
-    if last.role != "assistant":
-        raise DroppedRow("conversations that end with a question")
-    return _asked(tuple(before), name), last.content
-
-
-def _asked(prompt: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
-    """The same turns, if there is a question among them."""
-    if not any(turn.role == "user" for turn in prompt):
-        raise BadRow(f"{name} has an answer but no question before it")
-    return prompt
-
-
 def text_prompt(value: str) -> str:
     """A prompt that is text. Raises `DroppedRow` where it ends with no question that an answer fits."""
     value = _unix_marks(value)
@@ -205,7 +91,7 @@ def a_prompt(row: Row, column: str = "prompt") -> Prompt:
         prompt = turns(row[column], f'"{column}"')
         if prompt[-1].role == "assistant":
             raise DroppedRow("prompts that end with an answer")
-        return _asked(prompt, f'"{column}"')
+        return asked(prompt, f'"{column}"')
     return text_prompt(text(row, column))
 
 
@@ -260,8 +146,8 @@ def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], str]:
 
 def _whole_prompt(before: tuple[Turn, ...], prompt: Prompt, column: str) -> tuple[Turn, ...]:
     """The messages before an answer, which may say more than the prompt, such as a system message."""
-    asked = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
-    if not set(asked) <= set(before):
+    question = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
+    if not set(question) <= set(before):
         raise BadRow(f'"{column}" has messages before its answer, and they are not the prompt')
     return before
 

@@ -19,10 +19,11 @@ import datasets
 
 from dschat.arguments import DataArguments
 from dschat.data.cache import files_fingerprint
+from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison
 from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, arrow_rows, file_rows, readable, user_path
 from dschat.data.known_sets import KNOWN_SETS, KnownSet
-from dschat.data.layouts import LAYOUTS, BadRow, DroppedRow, ReadRow, recognise
+from dschat.data.layouts import LAYOUTS, ReadRow, recognise
 from dschat.errors import UserError
 
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.known_sets import KNOWN_SETS
-from dschat.data.layouts import BadRow, DroppedRow
 
 DIALOGUE = "\n\nHuman: Tea?\n\nAssistant: Yes.\n\nHuman: Milk?\n\nAssistant:"
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, Turn
-from dschat.data.layouts import LAYOUTS, ROLES, BadRow, DroppedRow, layout, recognise
+from dschat.data.layouts import LAYOUTS, layout, recognise
+from dschat.data.messages import ROLES
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared")) / "data"
 TURN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sum?\n\nAssistant:"

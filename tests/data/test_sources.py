@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dschat.arguments import DataArguments
+from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.known_sets import KNOWN_SETS
-from dschat.data.layouts import BadRow
 from dschat.data.sources import Format, open_source, read_comparisons
 from dschat.errors import UserError
 
