@@ -4,7 +4,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def model_card(provenance: Provenance, head: Head, folder: str) -> str:
     used = ", ".join(f"{number} rows for {part}" for part, number in provenance.num_used.items())
     sections = [
         f"# {name}\n\n{kind}, made by {TITLES[provenance.step]} from `{provenance.base_model}` "
-        f"with dschat on {datetime.now(timezone.utc).date()}.",
+        f"with dschat on {datetime.now(UTC).date()}.",
         f'```python\nmodel = transformers.{auto_class}.from_pretrained({folder!r}, dtype="auto")\n```',
         _table("Data", ("source", "rows"), provenance.num_rows) + (f"\n\nOf these: {used}." if used else ""),
         _table("Flags that are not at their defaults", ("flag", "value"), _named(provenance.flags)),

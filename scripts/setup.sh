@@ -6,31 +6,113 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-usable() { # is this a Python 3.10 to 3.12 that starts? (a version manager's shim may exist and not start)
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+oldest=11 newest=14 # of Python 3: what torch, transformers and pyarrow support in the versions of requirements.txt
+needed="Python 3.11, 3.12, 3.13 or 3.14"
+candidates=(python3 python3.13 python3.12 python3.11 python3.14) # the user's own first
+
+version_of() { # what a command answers: "3.12", or "3.12 without venv", or nothing (a version manager's shim may not start)
+    "$1" -c 'import sys, sysconfig
+version = "%d.%d" % sys.version_info[:2]
+if sysconfig.get_config_var("Py_GIL_DISABLED"): version += " free-threaded"
+try: import venv, ensurepip
+except ImportError: version += " without venv"
+print(version)' 2>/dev/null
+}
+
+usable() { # is this a supported Python that can make environments?
+    local version
+    version="$(version_of "$1")" || return 1
+    [[ "$version" =~ ^3\.([0-9]+)$ ]] && ((BASH_REMATCH[1] >= oldest && BASH_REMATCH[1] <= newest))
 }
 
 choose_python() {
-    if [[ -n "${PYTHON:-}" ]]; then
-        usable "$PYTHON" && echo "$PYTHON" && return
-        echo "error: PYTHON=$PYTHON is no Python 3.10, 3.11 or 3.12 with venv." >&2
-        return 1
-    fi
-    local candidate
-    for candidate in python3.11 python3 python3.12 python3.10; do
+    local candidate version found=""
+    for candidate in ${PYTHON:+"$PYTHON"} "${candidates[@]}"; do
         usable "$candidate" && echo "$candidate" && return
+        version="$(version_of "$candidate")" || version=""
+        if [[ "$candidate" == "${PYTHON:-}" ]]; then
+            echo "error: PYTHON=$PYTHON is ${version:+Python }${version:-no Python that starts}, and $needed with" \
+                "its venv module is needed. Nothing was downloaded." >&2
+            return 1
+        fi
+        [[ -z "$version" ]] || found+="${found:+, }$candidate is $version"
     done
-    echo "error: Python 3.10, 3.11 or 3.12 with venv is needed and was not found (python3 is" \
-        "$(python3 --version 2>/dev/null || echo missing)); install one, or set PYTHON to its path." >&2
+    cat >&2 <<END
+error: $needed with its venv module is needed; found: ${found:-none}. Nothing was downloaded.
+Install one, then run this again:
+  Debian, Ubuntu:  sudo apt install python3 python3-venv
+  Fedora:          sudo dnf install python3
+  anywhere:        uv python install 3.12, pyenv install 3.12 or conda create -n dschat python=3.12,
+                   and PYTHON=/path/to/python3.12 bash scripts/setup.sh
+END
     return 1
 }
 
+has_gpu() { # judged without torch, which is not there yet
+    [[ -e /dev/nvidiactl ]] || command -v nvidia-smi >/dev/null
+}
+
+tell_of_cpu_build() {
+    if has_gpu || "$python" -m pip config list | grep -q 'index-url' || "$python" -c 'import torch' 2>/dev/null; then
+        return 0
+    fi
+    cat <<'END'
+== no NVIDIA GPU is here, but pip's default torch for Linux on x86-64 brings gigabytes of CUDA. To take the CPU build
+   press Ctrl-C and give pip the CPU index that pytorch.org's "Get Started" page shows (pip's other settings apply too):
+       PIP_EXTRA_INDEX_URL=ADDRESS bash scripts/setup.sh
+END
+}
+
+pip_install() { # what it is, and pip's arguments
+    echo "== installing $1"
+    if ! "$python" -m pip install "${@:2}" 2>&1 | follow_pip; then
+        explain_failure "$1" >&2
+        exit 1
+    fi
+}
+
+follow_pip() { # keep pip's output in the log, and show every few seconds what it is doing
+    local line start=$SECONDS shown=$SECONDS doing="asking the package index"
+    while true; do
+        if IFS= read -r -t 5 line; then
+            printf '%s\n' "$line" >>"$log"
+            case "$line" in
+            *Downloading* | *"Using cached"* | *"Building wheel"*) doing="${line#"${line%%[![:space:]]*}"}" ;;
+            "Installing collected packages"*) doing="unpacking" ;;
+            esac
+        elif (($? <= 128)); then # the end; above 128 there was no line for 5 seconds
+            return 0
+        fi
+        if ((SECONDS - shown >= 5)); then
+            shown=$SECONDS
+            echo "   $((shown - start)) s: ${doing:0:100}"
+        fi
+    done
+}
+
+explain_failure() {
+    local problem remedy
+    problem="$(grep -E '^ *ERROR: ' "$log" | tail -n 1 | sed 's/^ *ERROR: //')"
+    case "$(tail -n 60 "$log")" in
+    *"No space left"*) remedy="Make room on the disk (.venv takes 2 GiB with torch's CPU build, several more with CUDA)." ;;
+    *"Temporary failure in name resolution"* | *"Name or service not known"* | *"timed out"* | *"Connection refused"* | \
+        *ProxyError* | *SSLError* | *"Network is unreachable"*)
+        remedy="See that pip's package index can be reached: https_proxy names a proxy, PIP_INDEX_URL an index of your own." ;;
+    *"No matching distribution"*)
+        remedy="The index has no such version for $("$python" --version): see PIP_INDEX_URL and 'pip config list', or set PYTHON to another of $needed." ;;
+    *) remedy="$log has pip's whole output." ;;
+    esac
+    echo "error: $1 could not be installed: ${problem:-pip ended without a message}. $remedy" \
+        "Running this again goes on with what was downloaded; the log is $log."
+}
+
 install() {
-    echo "== installing into .venv (minutes; only this once)"
-    "$python" -m pip install --quiet "$(grep -E '^torch==' requirements.txt)"
-    "$python" -m pip install --quiet -r requirements.txt
+    tell_of_cpu_build
+    : >"$log"
+    pip_install "torch" "$(grep -E '^torch==' requirements.txt)"
+    pip_install "everything else" -r requirements.txt
     # setuptools is pinned above: no second, isolated environment is needed to build our few files.
-    "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+    pip_install "dschat" --no-deps --no-build-isolation --editable .
 }
 
 build_operators() {
@@ -62,23 +144,30 @@ get_accelerator().create_op_builder('$builder').load()" >"$log/$builder" 2>&1 &
 }
 
 main() {
-    local base stamp
-    base="$(choose_python)"
-    if [[ -x .venv/bin/python ]] && ! usable .venv/bin/python; then
-        echo "== .venv belongs to a Python that is gone or too old or new: it is made again"
-        rm -rf .venv
-    fi
-    python="$PWD/.venv/bin/python"
+    local stamp
+    python="$PWD/.venv/bin/python" log="$PWD/.venv/install.log"
     # The folder belongs to it: what is installed points back here.
     stamp="$(cat requirements.txt pyproject.toml | cksum) $PWD"
-    if [[ -x "$python" && -f .venv/installed && "$(cat .venv/installed)" == "$stamp" ]]; then
+    if [[ -f .venv/installed && "$(cat .venv/installed)" == "$stamp" ]] && usable "$python" && is_asked_for; then
         return 0
     fi
+    echo "== setting up dschat in .venv (minutes; only this once)"
+    local base
+    base="$(choose_python)"
+    if [[ -d .venv ]] && ! { usable "$python" && is_asked_for && "$python" -m pip --version >/dev/null 2>&1; }; then
+        echo "== .venv belongs to another Python, or to one that is gone: it is made again"
+        rm -rf .venv
+    fi
     [[ -x "$python" ]] || "$base" -m venv .venv
+    echo "== $("$python" --version), $base"
     install
     build_operators
     echo "$stamp" >.venv/installed
-    echo "== ready: .venv/bin/python is $("$python" --version)"
+    echo "== ready: .venv/bin/python is $("$python" --version) with torch $("$python" -c 'import torch; print(torch.__version__)')"
+}
+
+is_asked_for() { # has .venv the version of PYTHON, if that is given?
+    [[ -z "${PYTHON:-}" || "$(version_of "$python")" == "$(version_of "$PYTHON")" ]]
 }
 
 main
