@@ -43,7 +43,8 @@ from learning_recipes import (
     trl_rows,
 )
 
-from dschat.errors import ReadableParser, UserError, readable_errors
+from dschat.command_line import ReadableParser
+from dschat.errors import UserError, readable_errors
 
 PARTS = ("a", "b", "c", "d", "e")
 QUICK_STEPS, QUICK_ROWS = 6, 320

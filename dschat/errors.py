@@ -1,14 +1,12 @@
 """Errors a person can act on, and how a program shows them."""
 
-import argparse
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC, EROFS
-from typing import NoReturn
 
 from dschat.peers import report_lost_peers
 
@@ -52,22 +50,6 @@ EXIT_TRY_AGAIN = 75
 
 class Stopped(Exception):
     """The run was asked to stop and has; the message says what is kept. Every rank raises it."""
-
-
-class ReadableParser(argparse.ArgumentParser):
-    """argparse whose errors are one line: a `UserError` instead of a screen of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
-
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; but --flag=-- is an error, which there gives the flag an empty list."""
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--") and word.endswith("=--"):
-                self.error(f"argument {word[:-3]}: expected a value, got '--'")
-        return super().parse_known_args(args, namespace)
 
 
 @contextmanager

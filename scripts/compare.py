@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from dschat.errors import ReadableParser, UserError, readable_errors
+from dschat.command_line import ReadableParser
+from dschat.errors import UserError, readable_errors
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.errors import ReadableParser, UserError, readable_errors
+from dschat.command_line import ReadableParser
+from dschat.errors import UserError, readable_errors
 
 THEIR_WEIGHTS = "pytorch_model.bin"
 FORMATS = ("deepspeed-chat", "dschat")

@@ -28,7 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.errors import EXIT_TRY_AGAIN, ReadableParser, UserError, readable_errors
+from dschat.command_line import ReadableParser
+from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
 from dschat.run_folder import SUMMARY, read_summary
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}

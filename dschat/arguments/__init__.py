@@ -6,9 +6,10 @@ library imports from here alone.
 """
 
 from dschat.arguments.data import DataArguments, TokenizerArguments
+from dschat.arguments.foreign import FOREIGN
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
-from dschat.arguments.parsing import parse_arguments
+from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments
 from dschat.arguments.record import Setting, changed_flags, global_sizes, settings, write_arguments
 from dschat.arguments.rewards import REWARD_MODEL
@@ -26,6 +27,8 @@ from dschat.arguments.steps import (
 )
 
 __all__ = [
+    "FOREIGN",
+    "PROGRAMS",
     "REWARD_MODEL",
     "STEPS",
     "DataArguments",
@@ -45,6 +48,7 @@ __all__ = [
     "SupervisedArguments",
     "TokenizerArguments",
     "changed_flags",
+    "flags_of",
     "global_sizes",
     "parse_arguments",
     "settings",

@@ -2,27 +2,60 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from dschat.arguments.foreign import FOREIGN, foreign
 from dschat.arguments.steps import STEPS, InspectArguments, StepArguments
-from dschat.errors import ReadableParser, UserError
+from dschat.command_line import LIKENESS, ReadableParser
+from dschat.errors import UserError
+
+PROGRAMS = {
+    "sft": "step1_sft/main.py",
+    "reward": "step2_reward/main.py",
+    "dpo": "step2_reward/dpo.py",
+    "rlhf": "step3_ppo/main.py",
+    "inspect": "scripts/inspect_data.py",
+}
 
 
 class FlagParser(ReadableParser, HfArgumentParser):
-    """argparse, with one readable line for an error instead of a screen of usage."""
+    """The parser of a step, which also knows the names of other programs and of the other steps."""
 
-    def reject_unknown(self, remaining: Sequence[str]) -> None:
-        """Raise `UserError` for flags that no group declares, with the name that was probably meant."""
-        if remaining:
-            name = remaining[0].split("=")[0]
-            if not name.startswith("-"):
-                self.error(f"{remaining[0]!r} belongs to no flag")
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+    def __init__(self, step: str) -> None:
+        super().__init__([_flat_class(part) for part in fields(STEPS[step])])
+        self._step = step
+
+    def explain(self, name: str) -> str | None:
+        """What to write in place of a flag that this step does not have."""
+        known = flags_of(self._step)
+        name = name.lower().replace("-", "_")
+        everywhere = {flag for step in STEPS for flag in flags_of(step)}
+        close = difflib.get_close_matches(name, sorted({*FOREIGN, *everywhere}), n=1, cutoff=LIKENESS)
+        for spelt in [name, *close]:
+            explanation = super().explain(spelt) if spelt in known else foreign(spelt, known)
+            if explanation:
+                return explanation
+            for step, program in PROGRAMS.items():
+                explanation = foreign(spelt, flags_of(step))
+                if explanation:
+                    return f"not of this step; in {program}: {explanation.removeprefix('here: ')}"
+        return None
+
+
+@functools.cache
+def flags_of(step: str) -> frozenset[str]:
+    """The names of a step's flags."""
+    return frozenset(
+        part.metadata["prefix"] + f.name
+        for part in fields(STEPS[step])
+        for f in fields(part.metadata["group"])
+        if "help" in f.metadata
+    )
 
 
 def _flat_class(part: dataclasses.Field) -> type:
@@ -64,11 +97,7 @@ def parse_arguments(
     Raises `UserError` for an unknown flag, a value of the wrong type, and settings that cannot work together.
     """
     parts = fields(STEPS[step])
-    parser = FlagParser([_flat_class(part) for part in parts], allow_abbrev=False)
-    *flats, remaining = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
-    parser.reject_unknown(remaining)
+    flats = FlagParser(step).parse_args_into_dataclasses(argv, look_for_args_file=False)
     _check_numbers(flats)
     groups = {}
     for part, flat in zip(parts, flats, strict=True):

@@ -122,7 +122,7 @@ def test_a_deployment_type_decides_what_starts_the_step(flags, start):
         (["--sft-args", "--dtype fp8"], "flags of step 1: .*fp8"),
         (["--sft-args", "--dtype 'fp32"], "--sft-args .* cannot be split"),
         (["--actor-zero-stage", "4"], "invalid choice: 4"),
-        (["--actor", "a"], "unrecognized arguments: --actor"),
+        (["--actor", "a"], "unknown flag --actor"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(fake_steps, tmp_path, flags, message):
