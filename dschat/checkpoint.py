@@ -39,6 +39,7 @@ from dschat.manifest import (
     weight_checksums,
 )
 from dschat.model_card import CARD, Provenance, model_card
+from dschat.models.end_tokens import end_token_ids
 from dschat.models.factory import HEAD, create_critic_model, create_hf_model
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
 from dschat.models.quantization import unpacked
@@ -141,6 +142,7 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
         tokenizers_version=tokenizers.__version__,
         chat_template=template_fingerprint(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=list(end_token_ids(tokenizer, model)),
         pad_token_id=tokenizer.pad_token_id,
         num_tokens=len(tokenizer),
         dtype=PRECISIONS[next(model.parameters()).dtype],

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 import xxhash
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from dschat.data.cache import files_fingerprint, fingerprint
 from dschat.data.files import is_local
@@ -25,14 +25,17 @@ from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.distributed import current_device, is_main_process, max_across_ranks, print_once
 from dschat.errors import UserError
 from dschat.losses import masked_mean, token_logprobs
+from dschat.models.end_tokens import written_ids
 from dschat.models.factory import check_backbone, check_language_model, check_reward_model
 from dschat.models.quantization import is_packed
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raise it when the fields of `Manifest` or their meaning change."""
+READABLE = (1, FORMAT)
+"""An older format lacks fields, which have defaults."""
 
 WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")
 
@@ -85,6 +88,8 @@ class Manifest:
     """Rows of token ids,"""
     golden_outputs: list[float]
     """and for each the mean log-probability of a token after the first, or the score at the last one."""
+    end_token_ids: list[int] | None = None
+    """All that end an answer, `eos_token_id` first; None in format 1."""
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -105,7 +110,7 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = _version(values)
-            if version == FORMAT:
+            if version in READABLE:
                 return _checked_types(cls(**values))
         except (OSError, ValueError, RecursionError) as error:  # the last: JSON that is nested too deep
             raise UserError(f"{by_flag}{path} is no manifest of this program ({error}); {remedy}.") from error
@@ -120,9 +125,13 @@ def _version(values: Any) -> Any:
     if not isinstance(values, dict) or "format" not in values:
         raise ValueError('it is no JSON object with a "format"')
     version = values.pop("format")
-    if version == FORMAT:
-        names = {f.name for f in dataclasses.fields(Manifest)}
-        for problem, found in (("lacks", names - values.keys()), ("has an unknown", values.keys() - names)):
+    if version in READABLE:
+        fields = dataclasses.fields(Manifest)
+        names, needed = (
+            {f.name for f in fields},
+            {f.name for f in fields if f.default is dataclasses.MISSING},
+        )
+        for problem, found in (("lacks", needed - values.keys()), ("has an unknown", values.keys() - names)):
             if found:
                 raise ValueError(f"it {problem} {', '.join(sorted(found))}")
     return version
@@ -137,10 +146,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (_is_count(abs(value), 2**63) if isinstance(value, int) else False)
 
 
+def _are_tokens(ids: Any, num_tokens: int) -> bool:
+    return isinstance(ids, list) and bool(ids) and all(_is_count(token, num_tokens) for token in ids)
+
+
 def _are_golden_inputs(rows: Any, num_tokens: int) -> bool:
     if not isinstance(rows, list):
         return False
-    return all(isinstance(row, list) and row and all(_is_count(t, num_tokens) for t in row) for row in rows)
+    return all(_are_tokens(row, num_tokens) for row in rows)
 
 
 def _checked_types(manifest: Manifest) -> Manifest:
@@ -153,6 +166,8 @@ def _checked_types(manifest: Manifest) -> Manifest:
     for name in ("score_mean", "score_std"):
         value = getattr(manifest, name)
         _check_holds(manifest, name, value is None or (_is_number(value) and math.isfinite(value)))
+    ends = manifest.end_token_ids
+    _check_holds(manifest, "end_token_ids", ends is None or _are_tokens(ends, manifest.num_tokens))
     files, outputs = manifest.files, manifest.golden_outputs
     _check_holds(manifest, "head", manifest.head in HEADS)
     _check_holds(manifest, "dtype", manifest.dtype in NATS)
@@ -306,14 +321,21 @@ class Handover:
         if len(tokenizer) != self.manifest.num_tokens:
             problem = f"num_tokens is {len(tokenizer)} in the tokenizer and {self.manifest.num_tokens} there"
             raise self._broken("its vocabulary", f"{problem}; restore the file")
-        config = PretrainedConfig.get_config_dict(self.path)[0]
-        for name in ("eos_token_id", "pad_token_id"):
-            promised = getattr(self.manifest, name)
-            found = {"the tokenizer": getattr(tokenizer, name), "config.json": config.get(name)}
-            for where, value in found.items():
-                if value != promised:
-                    problem = f"{name} is {value} in {where} and {promised} in the manifest"
-                    raise self._broken("its special tokens", f"{problem}; restore the file")
+        manifest, config = self.manifest, PretrainedConfig.get_config_dict(self.path)[0]
+        ends = written_ids(manifest.end_token_ids or [manifest.eos_token_id])
+        promises = [
+            ("eos_token_id", "the tokenizer", tokenizer.eos_token_id, manifest.eos_token_id),
+            ("eos_token_id", "config.json", config.get("eos_token_id"), ends),
+            ("pad_token_id", "the tokenizer", tokenizer.pad_token_id, manifest.pad_token_id),
+            ("pad_token_id", "config.json", config.get("pad_token_id"), manifest.pad_token_id),
+        ]
+        if manifest.end_token_ids and is_local(Path(self.path) / GENERATION_CONFIG_NAME):
+            generation = GenerationConfig.from_pretrained(self.path)
+            promises.append(("eos_token_id", GENERATION_CONFIG_NAME, generation.eos_token_id, ends))
+        for name, where, found, promised in promises:
+            if found != promised:
+                problem = f"{name} is {found} in {where} and {promised} in the manifest"
+                raise self._broken("its special tokens", f"{problem}; restore the file")
 
     def _broken(self, promise: str, problem: str) -> UserError:
         return UserError(

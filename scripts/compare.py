@@ -129,7 +129,8 @@ def load(path: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dschat.models.factory import check_model_path, create_hf_model
+    from dschat.models.factory import create_hf_model
+    from dschat.models.model_folder import check_model_path
     from dschat.models.tokenizer import load_tokenizer
 
     check_model_path(path, flag)

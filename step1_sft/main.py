@@ -38,7 +38,7 @@ from dschat.engines import DeepSpeedEngine
 from dschat.losses import masked_mean
 from dschat.manifest import receive_model
 from dschat.model_card import step_provenance
-from dschat.models.factory import check_positions
+from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.resume import begin_run

@@ -33,7 +33,7 @@ from dschat.engines import DeepSpeedEngine
 from dschat.losses import dpo_figures
 from dschat.manifest import Handover, receive_model
 from dschat.model_card import step_provenance
-from dschat.models.factory import check_positions
+from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters, will_train_adapters_only
 from dschat.models.tokenizer import load_tokenizer
 from dschat.reference import (

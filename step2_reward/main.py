@@ -31,7 +31,8 @@ from dschat.data.preparation import reward_data
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.manifest import receive_model
 from dschat.model_card import step_provenance
-from dschat.models.factory import check_positions, create_critic_model
+from dschat.models.config import check_positions
+from dschat.models.factory import create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.out_of_memory import phase

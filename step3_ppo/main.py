@@ -22,7 +22,7 @@ from dschat import distributed
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
-from dschat.models.factory import check_positions
+from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
 from dschat.resume import begin_run

@@ -242,6 +242,28 @@ def test_another_special_token_is_named(name, copy):
     assert f"its special tokens: {name} is {config[name]} in the tokenizer and 7 in" in broken(copy)
 
 
+def test_an_end_token_that_went_is_named(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
+    model.generation_config.eos_token_id = model.config.eos_token_id = [0, 5]
+    export_model(model, tokenizer, tmp_path / "sft", provenance=provenance("sft"))
+    assert Manifest.read(tmp_path / "sft").end_token_ids == [0, 5]
+    receive_model(str(tmp_path / "sft"), FLAG, "language_model")
+    settings = tmp_path / "sft" / "generation_config.json"
+    settings.write_text(settings.read_text().replace("5", "6"))
+    problem = r"eos_token_id is \[0, 6\] in generation_config.json and \[0, 5\] in the manifest"
+    with pytest.raises(UserError, match=problem):
+        receive_model(str(tmp_path / "sft"), FLAG, "language_model")
+
+
+def test_a_manifest_of_format_1_is_read(copy):
+    path = copy / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["end_token_ids"]
+    path.write_text(json.dumps({**values, "format": 1}))
+    assert receive_model(str(copy), FLAG, "score").manifest.end_token_ids is None
+
+
 def test_a_critic_is_no_reward_model_and_a_language_model_is_neither(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     critic = create_critic_model(str(base), tokenizer, None)
@@ -320,7 +342,7 @@ def test_a_manifest_that_cannot_be_read_is_an_error_and_says_what_to_do(text, pr
             {"num_tokens": 10**30},
             {"score_std": "1"},
         ),
-        *({"score_std": float("nan")}, {"score_mean": 10**400}, {"eos_token_id": [1]}),
+        *({"score_std": float("nan")}, {"score_mean": 10**400}, {"eos_token_id": [1]}, {"end_token_ids": []}),
     ],
 )
 def test_a_manifest_with_other_contents_is_one_too(values, copy):

@@ -139,9 +139,17 @@ def _check_shown(text: str) -> None:
         ) from error
 
 
+def _leading_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The id of the added token, such as <|im_end|>, that the text begins with; None without one."""
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    leading = [token for token in added if text.lstrip().startswith(token)]
+    return added[max(leading, key=len)] if leading else None
+
+
 class ChatTemplate:
     """What the tokenizer's template makes of prompts and answers.
 
+    `turn_end` is the id of the token of its own that the template writes right after an answer, if any.
     Raises `UserError` for a template that cannot serve.
     """
 
@@ -160,6 +168,7 @@ class ChatTemplate:
                 "--chat_template."
             )
         self._ending = ending
+        self.turn_end = _leading_token(tokenizer, ending)
         # The end token is added to the tokens; what follows it is between this turn and the next.
         before_end, end, _ = ending.partition(tokenizer.eos_token or "\0")
         self._close = before_end if end else ending.rstrip()

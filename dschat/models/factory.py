@@ -1,6 +1,5 @@
 """Every model is born here: read from a folder or the hub, checked by key, sharded at once under ZeRO-3."""
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -9,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -27,15 +22,14 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
-from dschat.data.files import is_local
 from dschat.distributed import gathered, is_main_process, print_once
 from dschat.errors import UserError
+from dschat.models.config import check_classifiable, check_generates, read_config
+from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import four_bit_options, settle_4bit
-from dschat.models.remote_code import loading_consent, remedy
+from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-WEIGHT_INDEXES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+from dschat.models.vocabulary import grow_vocabulary, settle_config
 
 BACKBONE_NAMES = ("rwtransformer.", "rwtranrsformer.")
 """What DeepSpeed-Chat calls the backbone of a reward model; its releases of 2023 misspelt it."""
@@ -51,70 +45,13 @@ CONSTANTS = (
 
 HEAD = "score.weight"
 
-MOST_LAYERS = 10_000
-"""More than any model has, by far."""
-
-
-def check_model_path(model_name_or_path: str, flag: str) -> None:
-    """Raise `UserError` if a local folder holds no complete model; the message names `flag`.
-
-    Reads file names and a shard index only. What does not look like a path is left to the hub.
-    """
-    folder = Path(model_name_or_path)
-    if not is_local(folder):
-        if _is_path(model_name_or_path):
-            raise UserError(
-                f"{flag} {model_name_or_path!r}: there is no such folder, seen from {Path.cwd()}; "
-                "give a model's folder or hub id."
-            )
-        return
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{flag} {model_name_or_path!r} has no config.json, so it is not the folder of a saved model; "
-            "give the folder that holds config.json beside the weights."
-        )
-    if any((folder / name).is_file() for name in WEIGHT_FILES):
-        return
-    indexes = [folder / name for name in WEIGHT_INDEXES if (folder / name).is_file()]
-    if not indexes:
-        raise UserError(
-            f"{flag} {model_name_or_path!r} has no weights ({', '.join(WEIGHT_FILES)}, whole or in shards); "
-            "if the step that writes them did not finish, run it again."
-        )
-    shards = _shards(indexes[0], flag)
-    missing = sorted(name for name in shards if not (folder / name).is_file())
-    if missing:
-        raise UserError(
-            f"{flag} {model_name_or_path!r} lacks {len(missing)} of the {len(shards)} weight files that "
-            f"{indexes[0].name} names: {', '.join(missing)}. Copy or download them again."
-        )
-
-
-def _shards(index: Path, flag: str) -> set[str]:
-    """The names of the weight files in a shard index."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return {str(Path(name)) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{flag}: {index} is no index of weight files ({type(error).__name__}: {error}); "
-            "copy or download it again."
-        ) from error
-
-
-def _is_path(model_name_or_path: str) -> bool:
-    """Whether it cannot be meant as a hub id, which is "name" or "owner/name"."""
-    first, *rest = Path(model_name_or_path).parts
-    is_below_a_folder_here = bool(rest) and Path(first).is_dir()
-    return model_name_or_path.startswith((".", "/", "~")) or len(rest) > 1 or is_below_a_folder_here
-
 
 def check_language_model(model_name_or_path: str, flag: str) -> None:
     """Raise `UserError` naming `flag` unless this is a whole causal language model. Takes no memory."""
     check_model_path(model_name_or_path, flag)
     with _named(flag):
-        config = _read_config(model_name_or_path, dropout=None)
-        _check_generates(config, model_name_or_path)
+        config = read_config(model_name_or_path, dropout=None)
+        check_generates(config, model_name_or_path)
         _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
 
 
@@ -133,66 +70,16 @@ def check_reward_model(model_name_or_path: str, flag: str) -> None:
         _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
 
 
-def _check_generates(config: PretrainedConfig, model_name_or_path: str) -> None:
-    """Raise `UserError` for architectures that do not predict each token from those before it alone."""
-    _check_decoder(config, model_name_or_path)
-    brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_its_own:
-        raise UserError(
-            f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no causal "
-            "language model, so it cannot generate; choose another architecture."
-        )
-
-
-def _check_decoder(config: PretrainedConfig, model_name_or_path: str) -> None:
-    """Raise `UserError` for encoders, which transformers loads as language models that see the answer."""
-    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
-    if config.is_encoder_decoder or (fills_gaps and not getattr(config, "is_decoder", False)):
-        kind = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder: it reads both ways"
-        raise UserError(
-            f"{model_name_or_path!r} is a {config.model_type!r} model, {kind}; "
-            "every step needs a decoder, such as Llama, Qwen or GPT-2."
-        )
-
-
-def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: str) -> None:
-    """Raise `UserError` where `num_tokens` are more than the positions the model has learned.
-
-    `where` says whose length it is, `flag` what bounds it. Rotary positions go on, though the model may not
-    follow: that is said once.
-    """
-    config = _read_config(model_name_or_path, dropout=None)
-    limit = getattr(config, "max_position_embeddings", None) or num_tokens
-    if num_tokens <= limit:
-        return
-    problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
-    if not _has_learned_positions(config):
-        print_once(f"note: {problem}: what comes after those is new to it.")
-        return
-    raise UserError(f"{problem}; lower {flag}.")
-
-
-def learned_positions(model_name_or_path: str) -> int | None:
-    """The longest input in tokens, None where positions are computed and go on."""
-    config = _read_config(model_name_or_path, dropout=None)
-    return getattr(config, "max_position_embeddings", None) if _has_learned_positions(config) else None
-
-
-def _has_learned_positions(config: PretrainedConfig) -> bool:
-    # GPT-J and CodeGen rotate too, but by a table that ends with their last position.
-    return not (getattr(config, "rope_parameters", None) or getattr(config, "alibi", False))
-
-
 def skeleton(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedModel | RewardModel:
     """The model that would be trained, without weights: on the meta device, from its configuration alone.
 
     Raises `UserError` where there is no configuration, or none that can become a reward model.
     """
     settings = {"num_labels": 1, "problem_type": None} if is_reward_model else {}
-    config = _read_config(model_name_or_path, dropout=None, **settings)
+    config = read_config(model_name_or_path, dropout=None, **settings)
     model_class = AutoModelForCausalLM
     if is_reward_model:
-        _check_classifiable(config, model_name_or_path)
+        check_classifiable(config, model_name_or_path)
         model_class = AutoModelForSequenceClassification
     with torch.device("meta"):
         model = model_class.from_config(config, **loading_consent())
@@ -226,15 +113,15 @@ def create_hf_model(
     be read or do not match the model.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
-    config = _read_config(model_name_or_path, dropout)
+    config = read_config(model_name_or_path, dropout)
     if model_class is AutoModelForCausalLM:
-        _check_generates(config, model_name_or_path)
+        check_generates(config, model_name_or_path)
     load = _loader(model_class, model_name_or_path, config)
     _check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
         model = _load(load, _dtype(ds_config), load_in_4bit)
-        _grow_vocabulary(model, tokenizer)
-    _settle_config(model, tokenizer)
+        grow_vocabulary(model, tokenizer)
+    settle_config(model, tokenizer)
     return model
 
 
@@ -263,71 +150,20 @@ def create_critic_model(
     stage = max(zero_stage, _zero_stage(ds_config))
     with _construction(ds_config, stage):
         classifier = _load(load, _dtype(ds_config), load_in_4bit)
-        _grow_vocabulary(classifier, tokenizer)
+        grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
             _draw_head(classifier.score)
-    _settle_config(classifier, tokenizer)
+    settle_config(classifier, tokenizer)
     return RewardModel(classifier.base_model, classifier.score, classifier.config)
 
 
 def _reward_model_loader(model_name_or_path: str, dropout: float | None) -> Callable[..., Any]:
     """What reads a sequence classifier of one label from here. Raises `UserError` for other architectures."""
-    config = _read_config(model_name_or_path, dropout, num_labels=1, problem_type=None)
-    _check_classifiable(config, model_name_or_path)
+    config = read_config(model_name_or_path, dropout, num_labels=1, problem_type=None)
+    check_classifiable(config, model_name_or_path)
     model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
     return _loader(model_class, model_name_or_path, config, state)
-
-
-def _check_classifiable(config: PretrainedConfig, model_name_or_path: str) -> None:
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{model_name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
-            "sequence classifier, so it cannot become a reward model; choose another architecture."
-        )
-    _check_decoder(config, model_name_or_path)
-
-
-def _read_config(model_name_or_path: str, dropout: float | None, **settings: Any) -> PretrainedConfig:
-    """The model's configuration, `dropout` in place of every dropout probability that the family has.
-
-    Other noise of training is switched off with it: dropped layers, an expert router's jitter.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path, **settings, **loading_consent())
-    except Exception as error:  # a family's own checks raise what they like
-        if needed := remedy(error):
-            raise UserError(f"{model_name_or_path!r}: {needed}.") from error
-        error_line = " ".join(str(error).split())
-        path = Path(model_name_or_path) / "config.json"
-        if is_local(path):
-            raise UserError(
-                f"{path} describes no model that transformers {transformers.__version__} knows "
-                f"({error_line}); copy or download the file again, or update transformers."
-            ) from error
-        error_line = str(error).partition("\n")[0]
-        raise UserError(
-            f"{model_name_or_path!r} is neither a model's folder nor a hub id that can be reached "
-            f"({error_line}); check the name, or download the model and give its folder."
-        ) from error
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(num_layers, int) and num_layers > MOST_LAYERS:  # building them would not end
-        raise UserError(
-            f"the config.json of {model_name_or_path!r} asks for more than {MOST_LAYERS:,} layers; copy or "
-            "download the file again."
-        )
-    for name, value in config.to_dict().items():
-        if dropout is None or not isinstance(value, float | int) or isinstance(value, bool):
-            continue
-        if "dropout" in name or "pdrop" in name:
-            setattr(config, name, dropout)
-        elif name == "layerdrop":
-            # Skips whole layers, which ranks under ZeRO-3 would have to agree on.
-            setattr(config, name, 0.0)
-        elif name == "router_jitter_noise" and config.model_type != "phimoe":
-            # Chooses other experts in training than in evaluation. (Phi-MoE's also sets who may be chosen.)
-            setattr(config, name, 0.0)
-    return config
 
 
 def _loader(
@@ -450,46 +286,12 @@ def _quiet_transformers(progress: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows for tokens that the tokenizer has and the model does not, each the mean of the others.
-
-    No random draw, so that actor and reference agree when both grow.
-    """
-    old = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= old:
-        return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-        rows = [layer.weight] if getattr(layer, "bias", None) is None else [layer.weight, layer.bias]
-        with gathered(rows, modifier_rank=0), torch.no_grad():
-            for row in rows:
-                row[old:] = row[:old].float().mean(dim=0).to(row.dtype)
-
-
 def _draw_head(head: nn.Linear) -> None:
     """Normal(0, 1 / sqrt(d + 1)) as in Stiennon et al. 2020, https://arxiv.org/abs/2009.01325."""
     with gathered([head.weight], modifier_rank=0), torch.no_grad():
         generator = torch.Generator().manual_seed(torch.initial_seed())
         std = 1 / math.sqrt(head.in_features + 1)
         head.weight.copy_(torch.normal(0.0, std, (1, head.in_features), generator=generator))
-
-
-def _settle_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer's special tokens in the configurations; caches off except while generating."""
-    # Masks tell padding; with an index here the end token would not learn where it is the padding token too.
-    model.get_input_embeddings().padding_idx = None
-    generation = getattr(model, "generation_config", None)
-    for config in filter(None, (model.config, generation)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
-    model.config.use_cache = False
-    if generation is not None:
-        generation.use_cache = True
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            # Some models carry a temperature without the switch, and transformers refuses to save that.
-            generation.do_sample = True
 
 
 def _dtype(ds_config: dict[str, Any] | None) -> torch.dtype:

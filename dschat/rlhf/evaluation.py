@@ -12,7 +12,7 @@ from dschat.arguments import RlhfArguments
 from dschat.data.loaders import build_eval_prompts
 from dschat.distributed import current_device, gather_rows, print_once, rank, synchronize, world_size
 from dschat.losses import kl_estimate, masked_mean
-from dschat.models.factory import learned_positions
+from dschat.models.config import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import Judgement, finite_scores
 from dschat.rlhf.judging import Judges, scores_of_answers

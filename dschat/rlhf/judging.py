@@ -9,7 +9,7 @@ from torch import Tensor
 from dschat.arguments import RlhfArguments
 from dschat.engines import DeepSpeedEngine
 from dschat.losses import token_entropy, token_logprobs
-from dschat.models.factory import learned_positions
+from dschat.models.config import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.out_of_memory import phase
 from dschat.rlhf.experience import Judgement, at_answers

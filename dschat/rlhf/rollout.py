@@ -22,6 +22,7 @@ from dschat.distributed import (
     world_size,
 )
 from dschat.engines import DeepSpeedEngine
+from dschat.models.end_tokens import end_token_ids, is_end, names
 from dschat.rlhf.keyed_sampling import LogprobRecorder, row_keys, sampling_processors
 
 
@@ -87,10 +88,10 @@ class RolloutBatch:
         )
 
 
-def mask_up_to_first_end(answers: Tensor, eos_token_id: int) -> Tensor:
+def mask_up_to_first_end(answers: Tensor, end_ids: tuple[int, ...]) -> Tensor:
     """True up to and including a row's first end token; all True without one. [B, T] -> bool [B, T]."""
-    is_end = answers == eos_token_id
-    return (is_end.cumsum(dim=1) - is_end.long()) == 0
+    ends = is_end(answers, end_ids)
+    return (ends.cumsum(dim=1) - ends.long()) == 0
 
 
 def gather_rollouts(batches: list[RolloutBatch], pad_token_id: int) -> RolloutBatch:
@@ -133,10 +134,12 @@ class Rollout:
         self._args = args
         self._seed = seed
         self._records_logprobs = records_logprobs
-        self._eos_token_id = tokenizer.eos_token_id
+        self._end_ids = end_token_ids(tokenizer, actor.module)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._shards_weights = any(is_zero3_parameter(p) for p in actor.module.parameters())
+        if len(self._end_ids) > 1:
+            print_once(f"answers end at any of {names(tokenizer, self._end_ids)}")
         self._gathers = self._shards_weights and self._decide_to_gather()
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
@@ -144,7 +147,7 @@ class Rollout:
             use_cache=True,
             max_new_tokens=args.max_answer_seq_len,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(self._end_ids),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
@@ -215,14 +218,15 @@ class Rollout:
             synced_gpus=self._shards_weights and not self._gathers,
         )
         answers = sequences[:, prompt_length:]
-        answer_mask = mask_up_to_first_end(answers, self._eos_token_id)
+        answer_mask = mask_up_to_first_end(answers, self._end_ids)
+        ended = is_end(answers, self._end_ids).any(dim=1)
         logprobs = None if recorder is None else recorder.of(answers).masked_fill(~answer_mask, 0)
         answers = answers.masked_fill(~answer_mask, self._pad_token_id)
         return RolloutBatch(
             input_ids=torch.cat([prompts.input_ids, answers], dim=1),
             attention_mask=torch.cat([prompts.attention_mask.long(), answer_mask.long()], dim=1),
             answer_mask=answer_mask,
-            ended=(answers == self._eos_token_id).any(dim=1),
+            ended=ended,
             prompt_rows=prompts.rows,
             prompt_length=prompt_length,
             logprobs=logprobs,

@@ -6,7 +6,7 @@ from dschat import distributed
 from dschat.arguments import RlhfArguments
 from dschat.data.loaders import TextLoader
 from dschat.data.text_blocks import text_blocks
-from dschat.models.factory import check_positions
+from dschat.models.config import check_positions
 
 
 def build_text_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> TextLoader | None:

@@ -20,14 +20,14 @@ from transformers import (
 
 from dschat.checkpoint import export_model
 from dschat.errors import UserError
+from dschat.models.config import check_positions
 from dschat.models.factory import (
     check_language_model,
-    check_model_path,
-    check_positions,
     check_reward_model,
     create_critic_model,
     create_hf_model,
 )
+from dschat.models.model_folder import check_model_path
 
 DS_CONFIG = {
     "zero_optimization": {"stage": 0},

@@ -54,7 +54,32 @@ def answers(rollout: RolloutBatch) -> list[list[int]]:
 
 def test_mask_reaches_the_first_end_token_and_no_further():
     tokens = torch.tensor([[5, END, 6, END], [END, 5, 5, 5], [5, 6, 7, 8]])
-    assert mask_up_to_first_end(tokens, END).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert mask_up_to_first_end(tokens, (END,)).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_any_end_token_ends_an_answer(tmp_path, capsys):
+    """The padding token is one of them, as in Qwen's generation_config.json."""
+    folder = save_tiny_model(tmp_path)
+    engine = PlainEngine(AutoModelForCausalLM.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = prompt_batch(tokenizer, TEXTS * 4)
+
+    def sampled() -> RolloutBatch:
+        rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=40), seed=3)
+        with rollout.phase():
+            return rollout.generate(prompts, ppo_step=1)
+
+    engine.module.generation_config.eos_token_id = [END]
+    before = answers(sampled())
+    ends = {END, PAD, *(row[5] for row in before[:3])}
+    engine.module.generation_config.eos_token_id = [*ends]
+    after = sampled()
+    assert "answers end at any of '<|endoftext|>' (0)" in capsys.readouterr().out
+    for row, longer, ended in zip(answers(after), before, after.ended.tolist(), strict=True):
+        first = next((n for n, token in enumerate(longer) if token in ends), None)
+        assert row == (longer if first is None else longer[: first + 1])
+        assert ended == (first is not None)
+    assert after.ended.sum() >= 3
 
 
 def test_an_answer_does_not_depend_on_its_batch(actor):

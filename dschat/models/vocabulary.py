@@ -1,0 +1,42 @@
+"""A model's vocabulary and special tokens brought in line with its tokenizer's."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.distributed import gathered
+from dschat.models.end_tokens import end_token_ids, written_ids
+
+
+def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for tokens that the tokenizer has and the model does not, each the mean of the others.
+
+    No random draw, so that actor and reference agree when both grow.
+    """
+    old = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= old:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        rows = [layer.weight] if getattr(layer, "bias", None) is None else [layer.weight, layer.bias]
+        with gathered(rows, modifier_rank=0), torch.no_grad():
+            for row in rows:
+                row[old:] = row[:old].float().mean(dim=0).to(row.dtype)
+
+
+def settle_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The special tokens in the configurations, every end token too; caches off except while generating."""
+    # Masks tell padding; with an index here the end token would not learn where it is the padding token too.
+    model.get_input_embeddings().padding_idx = None
+    generation = getattr(model, "generation_config", None)
+    ends = end_token_ids(tokenizer, model)
+    for config in filter(None, (model.config, generation)):
+        config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        config.eos_token_id = written_ids(ends)
+    model.config.use_cache = False
+    if generation is not None:
+        generation.use_cache = True
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Some models carry a temperature without the switch, and transformers refuses to save that.
+            generation.do_sample = True
