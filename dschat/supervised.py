@@ -23,7 +23,13 @@ from dschat.data.loaders import (
 )
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
-from dschat.distributed import is_main_process, rank, seed_ranks_apart, sum_across_ranks, world_size
+from dschat.distributed import (
+    is_main_process,
+    rank,
+    seed_ranks_apart,
+    sum_across_ranks,
+    world_size,
+)
 from dschat.engines import (
     DeepSpeedEngine,
     build_trained_engine,

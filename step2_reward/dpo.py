@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
         ARGS = parse_arguments("dpo")
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ from dschat.reference import (
 from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
+from dschat.statistics import MeanOverRanks
 from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
 
 
@@ -126,19 +126,20 @@ def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArgument
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) -> dict[str, float]:
     """The loss, weighted as in training, and the other figures over all pairs of all ranks."""
-    sums = torch.zeros(10, device=engine.device, dtype=torch.float64)
+    accuracy = MeanOverRanks()
+    sums = torch.zeros(9, device=engine.device, dtype=torch.float64)
     for batch in loader:
         batch = batch.to(engine.device)
         judged = judge(engine, batch, args)
         sums[:2] += torch.stack([(judged.pop("loss") * batch.weights).sum(), batch.weights.sum()])
-        columns = [batch.pair_mask, judged["accuracy"] ** 2, *judged.values()]
+        accuracy.add(judged["accuracy"], groups=batch.groups, mask=batch.pair_mask)
+        columns = [batch.pair_mask, *judged.values()]
         sums[2:] += (torch.stack(columns).double() * batch.pair_mask).sum(dim=1)
-    loss, weight, num_pairs, squares, *totals = distributed.sum_across_ranks(sums).tolist()
+    loss, weight, num_pairs, *totals = distributed.sum_across_ranks(sums).tolist()
     if num_pairs == 0:
         return {}
     means = {f"eval_{name}": total / num_pairs for name, total in zip(judged, totals, strict=True)}
-    variance = max(squares / num_pairs - means["eval_accuracy"] ** 2, 0.0)
-    return {"eval_loss": loss / weight, **means, "eval_accuracy_stderr": math.sqrt(variance / num_pairs)}
+    return {"eval_loss": loss / weight, **means, "eval_accuracy_stderr": accuracy.standard_error()}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from dschat.out_of_memory import phase
 from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder, write_summary
 from dschat.startup import prepare
+from dschat.statistics import MeanOverRanks
 from dschat.supervised import Loaders, build_loaders, train_epochs
 
 
@@ -115,7 +116,7 @@ def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArgum
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments) -> dict[str, float]:
     """Loss, accuracy with its standard error, and the scores' statistics, over all pairs of all ranks."""
-    sums = torch.zeros(7, device=engine.device, dtype=torch.float64)
+    sums, is_right = torch.zeros(7, device=engine.device, dtype=torch.float64), MeanOverRanks()
     for batch in loader:
         batch = batch.to(engine.device)
         judged = judge(engine, batch, args, denominator=1.0)
@@ -123,6 +124,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
         columns = (torch.ones_like(chosen), chosen > rejected, chosen, rejected, chosen**2 + rejected**2)
         sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
         sums[5:] += torch.stack([judged["loss"], batch.weights.sum()])
+        is_right.add(chosen > rejected, groups=batch.groups, mask=batch.pair_mask)
     totals = distributed.sum_across_ranks(sums).tolist()
     num_pairs, num_right, chosen, rejected, squares, loss, weight = totals
     if num_pairs == 0:
@@ -131,7 +133,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
     return {
         "eval_loss": loss / weight,
         "eval_accuracy": accuracy,
-        "eval_accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / num_pairs),
+        "eval_accuracy_stderr": is_right.standard_error(),
         "chosen_mean_score": chosen / num_pairs,
         "rejected_mean_score": rejected / num_pairs,
         "score_mean": mean,

@@ -28,6 +28,8 @@ def test_collectives_on_two_ranks(two_ranks):
         assert result["gathered"] == [[1, 10], [2, 20]]
         assert result["flags"] == [True, False]
         assert result["texts"] == ["0", "néné1"]
+        # The values of tests/test_statistics.py, dealt to two ranks: clustered there as on one.
+        assert result["standard_error"] == pytest.approx((1.04 * 3 / 2) ** 0.5 / 5)
     assert [result["is_main"] for result in two_ranks] == [True, False]
 
 

@@ -125,8 +125,8 @@ def test_sft_lowers_the_perplexity_and_reports_it_before_during_and_after(one_ra
 
 def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
     result = summary(one_rank / "reward")
-    p, n = result["eval_accuracy"], result["num_eval_rows"]
-    assert result["eval_accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / n))
+    p, n = result["eval_accuracy"], result["num_eval_rows"]  # a pair a prompt
+    assert result["eval_accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
     assert result["score_mean"] == pytest.approx(
         (result["chosen_mean_score"] + result["rejected_mean_score"]) / 2
     )
@@ -201,7 +201,7 @@ def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank
     assert_close(lines(one_rank / "sft2"), lines(one_rank / "sft"), ("loss", "eval_loss"))
     half = batch(2, gradient_accumulation_steps=2, eval_interval=2)
     python(REWARD, *supervised(one_rank, "reward2", split, "--zero_stage=3", *half), ranks=2)
-    names = ("loss", "accuracy", "eval_loss", "eval_accuracy", "chosen_mean_score")
+    names = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_accuracy_stderr", "chosen_mean_score")
     assert_close(lines(one_rank / "reward2"), lines(one_rank / "reward"), names)
     zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
     python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)

@@ -50,6 +50,8 @@ class PairBatch:
     """[B] float32: 1 for a pair, 0 for a filler."""
     weights: Tensor
     """[B] float32: what a pair counts in the loss; those of one prompt count 1 together. 0 for a filler."""
+    groups: Tensor
+    """[B] int64: a number that the pairs of one prompt have in common; -1 for a filler."""
     margins: Tensor
     """[B] float32: by how much the chosen answer is to be better."""
     denominator: float
@@ -114,6 +116,7 @@ def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: 
         answer_mask=torch.from_numpy(answer_mask),
         pair_mask=(torch.arange(num_rows) < rows.num_rows).float(),
         weights=numbers("weight"),
+        groups=_integers(_extended(rows["group"], num_rows, -1)),
         margins=numbers("margin"),
         denominator=denominator,
         ref_logprobs=torch.cat([numbers(name) for name in REFERENCE_COLUMNS]) if has_reference else None,

@@ -44,7 +44,7 @@ from dschat.data.tokenization import (
 )
 from dschat.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
 REASONS = {

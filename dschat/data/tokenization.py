@@ -112,7 +112,7 @@ def tokenize_pairs(
     num_proc: int = 1,
 ) -> Tokenized:
     """Columns chosen_ids, rejected_ids (the same prompt and an answer each), prompt_length (the tokens before
-    both answers), margin, length, of the longer one, and weight: a row for every pair of answers.
+    both answers), margin, length, of the longer one, group and weight: a row for every pair of answers.
 
     Shortened as in `tokenize_sft`; pairs whose answers are then equal are dropped. What is left of the pairs
     of one group weighs 1 together; `groups` [N] numbers each row's from 0, by default a row is a group.
@@ -254,16 +254,16 @@ def _killed_workers_named(num_proc: int) -> Iterator[None]:
 
 
 def _weighed(pairs: Dataset, kept: np.ndarray) -> Dataset:
-    """The pairs with a weight in place of their group: those that are kept of one group weigh 1 together."""
+    """The pairs with their weights: those that are kept of one group weigh 1 together."""
     group = column(pairs, "group")
     sizes = np.bincount(group[kept], minlength=group.max(initial=0) + 1)
     weights = np.where(kept, 1 / np.maximum(sizes[group], 1), 0).astype(np.float32)
-    return pairs.remove_columns(["group"]).add_column("weight", weights)
+    return pairs.add_column("weight", weights)
 
 
 def _empty(columns: dict[str, Any]) -> Dataset:
-    renamed = {"weight" if name == "group" else name: kind for name, kind in columns.items()}
-    features = Features(**renamed, length=Value("int32"))
+    weight = {"weight": Value("float32")} if "group" in columns else {}
+    features = Features(**columns, length=Value("int32"), **weight)
     return Dataset.from_dict({name: [] for name in features}, features=features)
 
 

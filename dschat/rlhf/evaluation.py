@@ -19,15 +19,11 @@ from dschat.rlhf.judging import Judges, scores_of_answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.reading import Reading
 from dschat.rlhf.rollout import RolloutBatch
+from dschat.statistics import standard_error
 
 EVALUATION = -1
 """The PPO step in the key of an evaluation's noise: no real one, and the same each time. So two evaluations
 differ by what the policy has learned, not by luck."""
-
-
-def standard_error(values: Tensor) -> Tensor:
-    """Of the mean of [B] values; 0 of one value, which tells nothing of it. -> scalar."""
-    return values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
 
 
 class Evaluator:
@@ -77,7 +73,7 @@ class Evaluator:
         if self._engine.guard_reward is not None:
             guard_scores, _ = finite_scores(self._guard_scores(rollout, rows)[real])
             values["guard_score"] = guard_scores.mean()
-            values["guard_score_stderr"] = standard_error(guard_scores)
+            values["guard_score_stderr"] = standard_error(guard_scores, rollout.prompt_rows[real])
         synchronize()
         figures = {f"eval_{name}": value.item() for name, value in values.items()}
         return figures | {"seconds_evaluation": time.perf_counter() - start}
@@ -93,7 +89,7 @@ class Evaluator:
             self._needs_scale = False
         return {
             "score": scores.mean(),
-            "score_stderr": standard_error(scores),
+            "score_stderr": standard_error(scores, rollout.prompt_rows[real]),
             "kl": kl.mean(),
             "k3": kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean(),
             "score_minus_kl": (self._shaping(scores, ended) - self._kl_coef * kl).mean(),

@@ -33,6 +33,7 @@ def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
             "rejected_ids": tokens([1, 5], [1, 6, 7, 8]),
             "prompt_length": pa.array([1, 0], pa.int32()),
             "weight": pa.array([1.0, 0.5], pa.float32()),
+            "group": pa.array([4, 0], pa.int32()),
             "margin": pa.array([0.0, 2.0], pa.float32()),
         }
     )
@@ -42,6 +43,7 @@ def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
     assert batch.attention_mask.sum(1).tolist() == [3, 2, 1, 2, 4, 1]
     assert batch.pair_mask.tolist() == [1.0, 1.0, 0.0]
     assert batch.weights.tolist() == [1.0, 0.5, 0.0]
+    assert batch.groups.tolist() == [4, 0, -1]
     assert batch.margins.tolist() == [0.0, 2.0, 0.0]
     answers = [[0, 1, 1, 0], [0, 1, 0, 0], [0] * 4, [0, 1, 0, 0], [0, 1, 1, 1], [0] * 4]
     assert batch.answer_mask.int().tolist() == answers, "not on a first token, nor on a filler"
@@ -52,6 +54,7 @@ def test_pairs_carry_the_reference_models_logprobs_where_the_rows_have_them():
     numbers = pa.array([0.5, 1.5], pa.float32())
     columns = {"chosen_ids": tokens([1, 2], [3, 4]), "rejected_ids": tokens([1, 5], [3, 6])}
     columns |= {"prompt_length": pa.array([1, 1], pa.int32()), "weight": numbers, "margin": numbers}
+    columns |= {"group": pa.array([0, 1], pa.int32())}
     columns |= {"chosen_ref_logprob": numbers, "rejected_ref_logprob": pa.array([-2.0, -3.0], pa.float32())}
     batch = collate_pairs(pa.table(columns), 3, 1.0, pad_id=PAD).to("cpu")
     assert batch.ref_logprobs.tolist() == [0.5, 1.5, 0.0, -2.0, -3.0, 0.0]
@@ -127,6 +130,7 @@ def test_collated_pairs_stand_in_two_halves_of_one_width(rows):
             "rejected_ids": tokens(*rejected),
             "prompt_length": pa.array([1] * len(rows), pa.int32()),
             "weight": numbers,
+            "group": pa.array(range(len(rows)), pa.int32()),
             "margin": numbers,
         }
     )

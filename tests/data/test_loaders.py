@@ -100,7 +100,7 @@ def test_the_denominator_is_the_targets_of_the_whole_step():
 
 def test_the_denominator_of_pairs_is_the_sum_of_their_weights():
     columns = {"chosen_ids": [[1, 2]] * 3, "rejected_ids": [[1]] * 3, "length": [2] * 3}
-    numbers = {"prompt_length": [1] * 3, "weight": [0.25] * 3, "margin": [0.0] * 3}
+    numbers = {"prompt_length": [1] * 3, "weight": [0.25] * 3, "margin": [0.0] * 3, "group": [0] * 3}
     dataset = Dataset.from_dict(columns | numbers)
     loader = build_train_loader(
         dataset,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dschat import distributed
+from dschat.statistics import MeanOverRanks
 
 
 def main(folder: Path) -> None:
@@ -29,10 +30,22 @@ def main(folder: Path) -> None:
         "flags": distributed.gather_rows(torch.tensor([rank == 0])).tolist(),
         "texts": distributed.gather_json("né" * (2 * rank) + str(rank)),
         "arrived": arrived,
+        "standard_error": standard_error_over_ranks(rank, device),
         "is_main": distributed.is_main_process(),
         "threads": torch.get_num_threads(),
     }
     (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def standard_error_over_ranks(rank: int, device: torch.device) -> float:
+    """Of the values 1 0 | 1 of groups 7 2 | 7 on rank 0, and 0 1 | filler of groups 5 2 | -1 on rank 1."""
+    values = torch.tensor([[1.0, 0, 1], [0, 1, 1]], device=device)[rank]
+    groups = torch.tensor([[7, 2, 7], [5, 2, -1]], device=device)[rank]
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=device)[rank]
+    mean = MeanOverRanks()
+    for part in (slice(0, 2), slice(2, 3)):
+        mean.add(values[part], groups=groups[part], mask=mask[part])
+    return mean.standard_error()
 
 
 if __name__ == "__main__":
