@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data import splits
 from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, write_comparisons
-from dschat.data.preparation import listed
+from dschat.data.report import listed
 from dschat.data.sources import Format, Source, open_source, read_rows
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.models.tokenizer import load_tokenizer

@@ -13,7 +13,8 @@ class DataArguments:
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
         "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders; "
-        "NAME:0.3 gives one a weight: training prompts then stand in proportion to the weights (1 without).",
+        "NAME:0.3 gives one a weight: training prompts (not rows) then stand in proportion to the weights (1 "
+        "without).",
         at_resume="free",
     )
     eval_data_path: list[str] = flag(
@@ -38,6 +39,11 @@ class DataArguments:
     )
     eval_fraction: float = flag(
         0.05, "Share of the prompts held out for evaluation, in every step the same, where a source has none."
+    )
+    unique_prompts: bool = flag(
+        False,
+        "Steps 1 and 3 take a prompt of several rows once, with the first row's answer; default: step 1 "
+        "learns every different answer and step 3 meets the prompt as often as the data has it.",
     )
     max_train_samples: int | None = flag(
         None, "Train on this many rows of the step's share, chosen at random by --seed; default: all."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -108,6 +108,8 @@ class ComparisonIndex:
     """A hash of each prompt, uint64 [N]; equal prompts have equal keys."""
     row_keys: np.ndarray
     """A hash of each row, prompt and answers, uint64 [N]."""
+    example_keys: np.ndarray
+    """A hash of what step 1 learns of each, the prompt with the best answer, uint64 [N]."""
     sources: np.ndarray
     """The number of the source each comes from, int32 [N]."""
     in_evaluation: np.ndarray
@@ -124,7 +126,12 @@ def prompt_key(prompt: Prompt) -> int:
     That two of ten million share one has a chance of 3e-6.
     """
     turns = (parse_dialogue(prompt) or prompt.strip()) if isinstance(prompt, str) else prompt
-    return xxhash.xxh3_64_intdigest(json.dumps(turns).encode())
+    return _hashed(turns)
+
+
+def _hashed(value: Any) -> int:
+    """A 64-bit hash of a JSON value."""
+    return xxhash.xxh3_64_intdigest(json.dumps(value).encode())
 
 
 def pack_prompt(prompt: Prompt) -> str:
@@ -147,7 +154,7 @@ def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) 
             writer.write_batch(_record_batch([row[0] for row in some]))
             for parts, values in zip(columns, _index_columns(some), strict=True):
                 parts.append(values)
-    types = (np.uint64, np.uint64, np.int32, bool, np.int32, np.int32)
+    types = (np.uint64, np.uint64, np.uint64, np.int32, bool, np.int32, np.int32)
     return ComparisonIndex(
         *(np.concatenate([np.empty(0, t), *parts]) for t, parts in zip(types, columns, strict=True))
     )
@@ -168,10 +175,13 @@ def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
 
 def _index_columns(rows: list[tuple[Comparison, int, bool]]) -> list[np.ndarray]:
     comparisons = [row[0] for row in rows]
+    keys = [prompt_key(c.prompt) for c in comparisons]
     whole = [(c.prompt, c.answers, c.ranks, c.margin) for c in comparisons]
+    examples = [(key, c.answers[:1], c.learn_all_turns) for key, c in zip(keys, comparisons, strict=True)]
     return [
-        np.array([prompt_key(c.prompt) for c in comparisons], dtype=np.uint64),
-        np.array([xxhash.xxh3_64_intdigest(json.dumps(row).encode()) for row in whole], dtype=np.uint64),
+        np.array(keys, dtype=np.uint64),
+        np.array([_hashed(row) for row in whole], dtype=np.uint64),
+        np.array([_hashed(row) for row in examples], dtype=np.uint64),
         np.array([row[1] for row in rows], dtype=np.int32),
         np.array([row[2] for row in rows], dtype=bool),
         np.array([len(c.answers) for c in comparisons], dtype=np.int32),

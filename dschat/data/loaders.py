@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dschat.data.collate import PromptBatch, collate_prompts
+from dschat.data.splits import number_among_equals
 from dschat.data.tokenization import column
 from dschat.errors import UserError
 
@@ -103,7 +104,8 @@ class EvalLoader:
 class PromptLoader:
     """One rank's prompts for each PPO step: one endless stream of shuffled epochs, cut into steps.
 
-    Each prompt stands in its step as often as it is to be answered. Batches are counted in answers.
+    Each prompt stands in its step as often as it is to be answered. Batches are counted in answers. A prompt
+    of several rows is one of the stream for each row, with samples of its own.
     """
 
     dataset: Dataset
@@ -115,6 +117,10 @@ class PromptLoader:
     seed: int
     num_epochs: float
     lengths: np.ndarray
+    number_among_equals: np.ndarray
+    """How many rows before each have the same tokens,"""
+    num_equals: np.ndarray
+    """and how many rows there are of those: such rows are further samples of one prompt."""
     samples_per_prompt: int = 1
 
     @property
@@ -135,7 +141,8 @@ class PromptLoader:
         stream = _shuffled_epochs(len(self.dataset), self.step_size // times, self.seed)
         for prompts, epochs in islice(stream, num_done, len(self)):
             rows = prompts.repeat(times)
-            samples = epochs.repeat(times) * times + np.tile(np.arange(times), len(prompts))
+            rounds = epochs * self.num_equals[prompts] + self.number_among_equals[prompts]
+            samples = rounds.repeat(times) * times + np.tile(np.arange(times), len(prompts))
             order = _longest_first(np.arange(len(rows)), self.lengths[rows])
             yield [
                 collate_prompts(
@@ -251,6 +258,8 @@ def build_prompt_loader(
             f"--generation_batches times ranks), which --num_samples_per_prompt {samples_per_prompt} does "
             "not divide; change one of them."
         )
+    keys = column(dataset, "key")
+    _, group, group_sizes = np.unique(keys, return_inverse=True, return_counts=True)
     return PromptLoader(
         dataset=dataset.with_format("arrow"),
         pad_id=pad_id,
@@ -261,6 +270,8 @@ def build_prompt_loader(
         seed=seed,
         num_epochs=num_epochs,
         lengths=column(dataset, "length"),
+        number_among_equals=number_among_equals(keys),
+        num_equals=group_sizes[group],
         samples_per_prompt=samples_per_prompt,
     )
 

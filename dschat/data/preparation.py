@@ -6,13 +6,12 @@ Called on every rank before the process group exists; the first to come does the
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +30,12 @@ from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
 from dschat.data.files import Rows
+from dschat.data.report import describe, listed, rows_report, source_report
+from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.sources import Format, Source, open_source, read_comparisons, read_rows
 from dschat.data.tokenization import (
     RowError,
     Tokenized,
-    column,
     default_num_proc,
     tokenize_pairs,
     tokenize_prompts,
@@ -46,13 +46,6 @@ from dschat.errors import UserError
 
 FORMAT = 6
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
-
-REASONS = {
-    splits.REPEATED: "repeated prompt",
-    splits.ALSO_EVALUATION: "prompt in an evaluation split",
-    splits.OUTWEIGHED: "over its weight in the blend",
-}
-"""Why a comparison is in no part."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +60,6 @@ class SplitData:
     """The fingerprint of all that shaped the rows and their order."""
     columns: tuple[str, ...] = ()
     """The columns of the data rows, where those are kept."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What one step wants done with its comparisons."""
-
-    step: int
-    """1, 2 or 3."""
-    tokenize: Callable[..., Tokenized]
-    limit: str
-    """The flag that bounds a prompt's length,"""
-    max_tokens: int
-    """and its value."""
-    settings: dict[str, Any]
-    """What shapes the tokens beside the text and the tokenizer."""
-    keep_rows: bool = False
-    """Whether the data rows stand beside the tokens."""
-    lacks: str = ""
-    """What a row that the step cannot use lacks."""
-
-    def can_use(self, index: ComparisonIndex) -> np.ndarray:
-        """Which comparisons the step can use, bool [N]: those with an answer, with a pair, or all."""
-        return {1: index.num_answers > 0, 2: index.num_pairs > 0}.get(self.step, index.num_answers >= 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +107,15 @@ def sft_data(
     """
     settings = {"max_seq_len": max_seq_len, "train_on_prompt": train_on_prompt}
     tokenize = partial(tokenize_sft, tokenizer=tokenizer, **settings)
-    task = _Task(1, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no answer to learn")
+    task = Task(
+        1,
+        tokenize,
+        "--max_seq_len",
+        max_seq_len,
+        settings,
+        lacks="no answer to learn",
+        unique_prompts=data.unique_prompts,
+    )
     return _prepare(task, data, tokenizer, seed, sft_only_data_path)
 
 
@@ -150,7 +128,7 @@ def reward_data(
     """
     settings = {"max_seq_len": max_seq_len}
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **settings)
-    task = _Task(2, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no two answers to compare")
+    task = Task(2, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no two answers to compare")
     return _prepare(task, data, tokenizer, seed)
 
 
@@ -170,7 +148,15 @@ def prompt_data(
         settings["reader"] = _text_fingerprint(reader)
     if keep_rows:
         settings["keep_rows"] = True
-    task = _Task(3, tokenize, "--max_prompt_seq_len", max_prompt_seq_len, settings, keep_rows=keep_rows)
+    task = Task(
+        3,
+        tokenize,
+        "--max_prompt_seq_len",
+        max_prompt_seq_len,
+        settings,
+        keep_rows=keep_rows,
+        unique_prompts=data.unique_prompts,
+    )
     return _prepare(task, data, tokenizer, seed)
 
 
@@ -180,7 +166,7 @@ def _text_fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 
 
 def _prepare(
-    task: _Task,
+    task: Task,
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -205,6 +191,7 @@ def _prepare(
             "shares": data.shares,
             "eval_fraction": data.eval_fraction,
             "max_train_samples": data.max_train_samples,
+            "unique_prompts": data.unique_prompts,
             "seed": seed,
         }
     )
@@ -221,33 +208,34 @@ def _prepare(
             f"the tokens kept in {folder} cannot be read ({error}); remove that folder."
         ) from error
     if int(os.environ.get("RANK", 0)) == 0:
-        print(_describe(report, task, sources.all, folder), flush=True)
+        print(describe(report, task, sources.all, folder), flush=True)
     counts = zip(sources.all, report["sources"], strict=True)
     num_rows = {source.name: count["rows"] for source, count in counts}
     return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())))
 
 
-def _build(
-    folder: Path, task: _Task, data: DataArguments, seed: int, sources: _Sources, form: Format
-) -> None:
+def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _Sources, form: Format) -> None:
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
     text = folder / "comparisons.arrow"
     dropped = [Counter() for _ in sources.all]
     comparisons = _all_comparisons(sources, form, dropped)
     bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
-    parts = _assign(index, sources, data, seed)
+    first = _assign(index, sources, data, seed)
     _check_sources(sources, index, dropped)
-    _check_share(parts, task, data)
+    _check_share(first, task, data)
+    parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
     rows = Dataset.from_file(str(text))
     report = {
-        "sources": [_source_report(number, index, parts, drops, task) for number, drops in enumerate(dropped)]
+        "sources": [
+            source_report(number, index, first, parts, drops, task) for number, drops in enumerate(dropped)
+        ]
     }
     for name, part in (("train", task.step - 1), ("evaluation", splits.EVALUATION)):
-        chosen, left_out = _rows_of(part, index, parts, task)
+        chosen, left_out = rows_of_part(part, index, parts, task)
         if name == "train" and data.max_train_samples is not None:
             left_out["over --max_train_samples"] = max(len(chosen) - data.max_train_samples, 0)
-            chosen = chosen[splits.some_rows(index.row_keys[chosen], data.max_train_samples, seed)]
+            chosen = some_of(chosen, index, data.max_train_samples, seed)
         try:
             tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
         except RowError as error:
@@ -259,27 +247,13 @@ def _build(
         with _without_progress_bar():
             # By itself `datasets` gives no rows no file, and cannot load that.
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
-        report[name] = _rows_report(tokenized, +left_out)
+        report[name] = rows_report(tokenized, +left_out)
         if task.keep_rows:
             report["columns"] = sorted({*report.get("columns", ()), *_columns_of(tokenized.rows)})
     text.unlink()
     for scratch in folder.glob("cache-*.arrow"):
         scratch.unlink()
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _rows_of(
-    part: int, index: ComparisonIndex, parts: np.ndarray, task: _Task
-) -> tuple[np.ndarray, Counter[str]]:
-    """The comparisons of a part that the step uses, ascending, and why prompts of it are left out.
-
-    Steps 1 and 3 take a prompt once, step 2 takes every different row of it.
-    """
-    mine = splits.parts_of_prompts(index.keys, index.in_evaluation, parts) == part
-    usable = mine & task.can_use(index)
-    identity = index.row_keys if task.step == 2 else index.keys
-    num_unusable = len(np.setdiff1d(index.keys[mine], index.keys[usable]))
-    return splits.first_of_each(identity, np.flatnonzero(usable)), Counter({task.lacks: num_unusable})
 
 
 def _place_of(number: int, sources: _Sources, form: Format) -> str:
@@ -295,7 +269,7 @@ def _place_of(number: int, sources: _Sources, form: Format) -> str:
 
 
 def _tokenized(
-    rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: _Task, data: DataArguments
+    rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: Task, data: DataArguments
 ) -> Tokenized:
     num_proc = data.preprocessing_num_workers or default_num_proc()
     if task.step != 2:
@@ -340,7 +314,7 @@ def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed
     """The part of each comparison, as `splits.assign` numbers them.
 
     The other steps do not know step 1's own sources, so they must not change the split of the shared ones:
-    they give up prompts that those have, in any step.
+    a prompt that those have stays in its part.
     """
     shared = index.sources < len(sources.shared) + len(sources.evaluation)
     own = ~shared & ~np.isin(index.keys, index.keys[shared])
@@ -369,7 +343,7 @@ def _check_sources(sources: _Sources, index: ComparisonIndex, dropped: list[Coun
             raise UserError(f"{problem}{why}; leave it out or give another file.")
 
 
-def _check_share(parts: np.ndarray, task: _Task, data: DataArguments) -> None:
+def _check_share(parts: np.ndarray, task: Task, data: DataArguments) -> None:
     """Raise `UserError` where the split leaves the step nothing to train on."""
     sizes = np.bincount(parts[(parts >= 0) & (parts < splits.NUM_STEPS)], minlength=splits.NUM_STEPS)
     if sizes.sum() == 0:  # every source has rows to train on, or `_check_sources` would have spoken
@@ -387,7 +361,7 @@ def _check_share(parts: np.ndarray, task: _Task, data: DataArguments) -> None:
         )
 
 
-def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: _Task) -> None:
+def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: Task) -> None:
     """Raise `UserError` where no training row is left."""
     if len(tokenized.rows) > 0:
         return
@@ -400,71 +374,7 @@ def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: _Task) 
     )
 
 
-def _source_report(
-    number: int, index: ComparisonIndex, parts: np.ndarray, dropped: Counter[str], task: _Task
-) -> dict[str, Any]:
-    mine = index.sources == number
-    reasons, num_further = dict(dropped), 0
-    for part, reason in REASONS.items():
-        rows = np.flatnonzero(mine & (parts == part))
-        if part == splits.REPEATED and task.step == 2:  # further pairs of a prompt are used
-            first = splits.first_of_each(index.row_keys, np.arange(len(parts)))
-            num_repeated, rows, reason = len(rows), np.setdiff1d(rows, first), "repeated row"
-            num_further = num_repeated - len(rows)
-        if len(rows):
-            reasons[reason] = len(rows)
-    parts = parts[mine]
-    return {
-        "rows": len(parts) + sum(dropped.values()),
-        "further": num_further,
-        "dropped": reasons,
-        "shares": [int(np.sum(parts == step)) for step in range(splits.NUM_STEPS)],
-        "evaluation": int(np.sum(parts == splits.EVALUATION)),
-    }
-
-
 def _columns_of(rows: Dataset) -> set[str]:
     """The names of the columns that any of the kept data rows has."""
     tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
     return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}
-
-
-def _rows_report(tokenized: Tokenized, left_out: Counter[str]) -> dict[str, Any]:
-    lengths = column(tokenized.rows, "length")
-    return {
-        "rows": len(lengths),
-        "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
-        "fewer_turns": tokenized.num_fewer_turns,
-        "cut": tokenized.num_cut,
-        "dropped": dict(left_out),
-    }
-
-
-def _describe(report: dict[str, Any], task: _Task, sources: list[Source], folder: Path) -> str:
-    """What became of the data, a line a source and two for the step."""
-    lines = [f"data of step {task.step} (tokens kept in {folder})"]
-    for source, counts in zip(sources, report["sources"], strict=True):
-        shares = " + ".join(map(str, counts["shares"]))
-        lines.append(
-            f"  {source.name}: {counts['rows']} rows; {shares} prompts for steps 1 + 2 + 3"
-            f" and {counts['evaluation']} for evaluation"
-            + (f"; {counts['further']} rows are more answers to them" if counts["further"] else "")
-            + listed("; dropped", counts["dropped"])
-            + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
-        )
-    for name in ("train", "evaluation"):
-        counts = report[name]
-        lines.append(
-            f"  {name}: {counts['rows']} rows of {counts['mean_length']:.0f} tokens on average"
-            + (f", {counts['fewer_turns']} without their first turns" if counts["fewer_turns"] else "")
-            + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
-            + listed("; dropped", counts["dropped"])
-        )
-    return "\n".join(lines)
-
-
-def listed(intro: str, counts: Mapping[str, int]) -> str:
-    """The intro and each count with its reason, or nothing where nothing was counted."""
-    return (
-        f"{intro} " + ", ".join(f"{number} ({reason})" for reason, number in counts.items()) if counts else ""
-    )

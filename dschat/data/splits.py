@@ -1,4 +1,4 @@
-"""Which comparison goes where: one step's training, or evaluation. Pure functions of prompt keys.
+"""Which prompt goes where: one step's training, or evaluation. Pure functions of prompt keys.
 
 Everything follows from hashes of the prompts, never from their order, so that each step comes to the same
 split by itself.
@@ -125,6 +125,16 @@ def share_sizes(num_prompts: int, shares: Sequence[float]) -> list[int]:
 def first_of_each(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` (ascending) whose key no earlier one of them has, ascending."""
     return rows[np.sort(np.unique(keys[rows], return_index=True)[1])]
+
+
+def number_among_equals(keys: np.ndarray) -> np.ndarray:
+    """How many equal keys come before each of N, int64 [N]."""
+    order = np.argsort(keys, kind="stable")
+    is_first = np.append(True, keys[order][1:] != keys[order][:-1])[: len(keys)]
+    positions = np.arange(len(keys))
+    numbers = np.empty(len(keys), dtype=np.int64)
+    numbers[order] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+    return numbers
 
 
 def _shuffled(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:

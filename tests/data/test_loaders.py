@@ -261,6 +261,23 @@ def test_a_step_larger_than_the_data_numbers_the_samples_of_a_prompt():
     assert [sample for row, sample in step if row == 0][:2] == [0, 1]
 
 
+def test_two_rows_of_one_prompt_have_samples_of_their_own():
+    # Rows 0 to 3 are one prompt, 4 and 5 another: no two answers of a step or a run may share (key, sample).
+    keys = [7, 7, 7, 7, 8, 8, 9]
+    ids = [[key] * 3 for key in keys]
+    dataset = Dataset.from_dict({"input_ids": ids, "key": keys, "length": [3] * 7})
+    settings = {"pad_id": PAD, "batches_per_step": 1, "rank": 0, "world_size": 1, "seed": 5}
+    loader = build_prompt_loader(dataset, batch_size=14, num_epochs=3, samples_per_prompt=2, **settings)
+    answers = [
+        pair for (batch,) in loader for pair in zip(batch.keys.tolist(), batch.samples.tolist(), strict=True)
+    ]
+    # Three epochs of two samples for each row: 4 x 6, 2 x 6 and 1 x 6, counted on without a gap.
+    expected = [(7, n) for n in range(24)] + [(8, n) for n in range(12)] + [(9, n) for n in range(6)]
+    assert sorted(answers) == expected
+    groups = [row for (batch,) in loader for row in batch.rows.tolist()]
+    assert sorted(groups) == sorted(list(range(7)) * 6)  # a row is a group of its own
+
+
 def test_a_ppo_step_has_the_same_prompts_on_any_number_of_ranks():
     assert prompt_steps(50, 8, 2, 1) == prompt_steps(50, 4, 2, 2) == prompt_steps(50, 4, 1, 4)
 

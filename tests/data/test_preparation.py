@@ -71,7 +71,8 @@ def test_the_steps_share_the_prompts_and_hold_the_same_ones_out(tmp_path, tokeni
 def test_overlapping_sources_share_no_prompt_between_steps(tmp_path, tokenizer):
     one, two = write_rows(tmp_path / "a.jsonl", range(60)), write_rows(tmp_path / "b.jsonl", range(40, 100))
     (sft, held_out), (reward, _), (ppo, _) = all_steps(arguments(tmp_path, one, two), tokenizer)
-    assert sorted(held_out + sft + reward + ppo) == list(range(100))
+    assert sorted(held_out + sft + reward + sorted(set(ppo))) == list(range(100))
+    assert len(ppo) - len(set(ppo)) == sum(40 <= prompt < 60 for prompt in set(ppo)) > 0  # in both files
 
 
 def test_a_published_evaluation_split_is_used_whole_and_leaves_training(tmp_path, tokenizer):
@@ -119,13 +120,16 @@ def test_a_second_start_reads_what_the_first_one_wrote(tmp_path, tokenizer, monk
         {"train_on_prompt": True},
         {"data_split": "1,1,1"},
         {"eval_fraction": 0.2},
+        {"unique_prompts": True},
     ],
 )
 def test_what_shapes_the_result_makes_another_result(tmp_path, tokenizer, change):
     path = write_rows(tmp_path / "a.jsonl", range(20))
     settings = {"max_seq_len": 64, "seed": 1}
     sft_data(arguments(tmp_path, path), tokenizer, **settings)
-    shape = {name: change[name] for name in change if name in ("data_split", "eval_fraction")}
+    shape = {
+        name: change[name] for name in change if name in ("data_split", "eval_fraction", "unique_prompts")
+    }
     rest = {name: change[name] for name in change if name not in shape}
     sft_data(arguments(tmp_path, path, **shape), tokenizer, **{**settings, **rest})
     assert len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
@@ -147,8 +151,9 @@ def test_counts_are_told_on_rank_0_only(tmp_path, tokenizer, monkeypatch, capsys
     sft_data(data, tokenizer, max_seq_len=64, seed=1)
     told = capsys.readouterr().out
     counts = "a.jsonl: 8 rows; 5 + 0 + 0 prompts for steps 1 + 2 + 3 and 2 for evaluation"
-    assert f"{counts}; dropped 1 (repeated prompt)" in told
+    assert f"{counts}; dropped 1 (repeated row)" in told
     assert "train: 5 rows of" in told
+    assert "; --num_train_epochs counts passes over them" in told
     monkeypatch.setenv("RANK", "1")
     sft_data(data, tokenizer, max_seq_len=64, seed=1)
     assert "rows" not in capsys.readouterr().out
@@ -386,17 +391,84 @@ def test_all_pairs_of_a_prompt_weigh_1_and_exact_repeats_are_dropped(tmp_path, t
         by_prompt[text[:4]] += weight
     assert by_prompt == pytest.approx({"Q 1:": 1.0, "Q 2:": 1.0})
     assert (
-        "4 rows; 0 + 2 + 0 prompts for steps 1 + 2 + 3 and 0 for evaluation; 1 rows are more answers to them"
+        "4 rows; 0 + 2 + 0 prompts for steps 1 + 2 + 3 and 0 for evaluation; 1 rows repeat one of these"
         in (capsys.readouterr().out)
     )
 
 
-@pytest.mark.parametrize(("prepare", "split"), [(sft_data, "1,0,0"), (prompt_data, "0,0,1")])
-def test_a_prompt_of_several_rows_appears_once_in_steps_1_and_3(tmp_path, tokenizer, prepare, split, capsys):
-    data = arguments(tmp_path, repeated_pairs(tmp_path), data_split=split, eval_fraction=0)
+def told_rows(data, tokenizer, prepare, capsys):
+    """The texts of the step's training and evaluation rows, and what it tells."""
     length = "max_prompt_seq_len" if prepare is prompt_data else "max_seq_len"
-    assert prompts_of(tokenizer, prepare(data, tokenizer, seed=1, **{length: 64}).train) == [1, 2]
-    assert "dropped 2 (repeated prompt)" in capsys.readouterr().out
+    split = prepare(data, tokenizer, seed=1, **{length: 64})
+    texts = [[tokenizer.decode(ids) for ids in part["input_ids"]] for part in (split.train, split.evaluation)]
+    return *map(sorted, texts), capsys.readouterr().out
+
+
+def test_step_1_learns_every_different_answer_to_a_prompt_once(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": f"Q {p}:", "completion": f" {a}"} for p in range(20) for a in (0, 1, 2, 1)]
+    data = arguments(tmp_path, write_json(tmp_path / "a.jsonl", rows), data_split="1,0,0", eval_fraction=0.1)
+    train, evaluation, told = told_rows(data, tokenizer, sft_data, capsys)
+    learned = Counter(text.split(":")[0] for text in train)
+    assert (set(learned.values()), len(learned)) == ({3}, 18)
+    assert len(set(train)) == len(train)
+    # The answers to a held-out prompt are all held out.
+    assert Counter(text.split(":")[0] for text in evaluation).keys().isdisjoint(learned)
+    assert (len(evaluation), len(set(evaluation))) == (6, 6)
+    assert "80 rows; 18 + 0 + 0 prompts for steps 1 + 2 + 3 and 2 for evaluation; 40 rows repeat one" in told
+    assert "dropped 20 (repeated row)" in told
+
+
+def test_step_1_learns_a_best_answer_once_whatever_it_is_compared_with(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": "Q 1:", "answers": [" a", other]} for other in (" b", " c")]
+    data = arguments(tmp_path, write_json(tmp_path / "a.jsonl", rows), data_split="1,0,0", eval_fraction=0)
+    train, _, told = told_rows(data, tokenizer, sft_data, capsys)
+    assert train == ["Q 1: a<|endoftext|>"]
+    assert "dropped 1 (repeated row)" in told
+
+
+def test_step_3_meets_a_prompt_as_often_as_the_data_has_it_and_is_evaluated_on_it_once(
+    tmp_path, tokenizer, capsys
+):
+    rows = [{"prompt": f"Q {p}:", "completion": " a"} for p in range(10) for _ in range(p + 1)]
+    data = arguments(tmp_path, write_json(tmp_path / "a.jsonl", rows), data_split="0,0,1", eval_fraction=0.2)
+    train, evaluation, told = told_rows(data, tokenizer, prompt_data, capsys)
+    counts = Counter(int(text.removeprefix("Q ").rstrip(":")) for text in train)
+    assert len(counts) == 8
+    assert all(count == prompt + 1 for prompt, count in counts.items())
+    assert len(evaluation) == len(set(evaluation)) == 2
+    num_repeated = 55 - len(train) - 2
+    assert (f"dropped {num_repeated} (repeated prompt)" in told) == (num_repeated > 0)
+    assert f"{len(train) - 8} rows repeat one of these prompts" in told
+
+
+@pytest.mark.parametrize(("prepare", "split"), [(sft_data, "1,0,0"), (prompt_data, "0,0,1")])
+def test_unique_prompts_take_a_prompt_of_several_rows_once(tmp_path, tokenizer, prepare, split, capsys):
+    settings = {"data_split": split, "eval_fraction": 0, "unique_prompts": True}
+    data = arguments(tmp_path, repeated_pairs(tmp_path), **settings)
+    train, _, told = told_rows(data, tokenizer, prepare, capsys)
+    assert [text[:4] for text in train] == ["Q 1:", "Q 2:"]
+    assert prepare is prompt_data or train[0] == "Q 1: a<|endoftext|>"  # the first row's answer
+    assert "dropped 2 (repeated prompt)" in told
+
+
+def test_repeated_prompts_are_not_in_two_parts_whatever_the_step(tmp_path, tokenizer):
+    rows = [
+        {"prompt": f"Q {p}:", "chosen": f" yes {a}", "rejected": " no"} for p in range(60) for a in range(3)
+    ]
+    data = arguments(tmp_path, write_json(tmp_path / "a.jsonl", rows))
+    parts = [[set(part) for part in step] for step in all_steps(data, tokenizer)]
+    held_out = [evaluation for _, evaluation in parts]
+    assert held_out == [held_out[0]] * 3
+    assert sorted([*held_out[0], *(prompt for train, _ in parts for prompt in train)]) == list(range(60))
+
+
+def test_max_train_samples_of_repeated_prompts_are_rows(tmp_path, tokenizer):
+    path = write_json(tmp_path / "a.jsonl", [{"prompt": f"Q {p}:"} for p in range(10) for _ in range(20)])
+    settings = {"data_split": "0,0,1", "eval_fraction": 0, "max_train_samples": 30}
+    data = arguments(tmp_path, path, **settings)
+    train = prompts_of(tokenizer, prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1).train)
+    assert len(train) == 30
+    assert len(set(train)) >= 8  # not all rows of a prompt before any of the next
 
 
 def test_a_later_row_gives_the_answer_that_the_first_of_a_prompt_lacks(tmp_path, tokenizer):
@@ -415,7 +487,8 @@ def test_one_conversation_as_text_and_as_messages_is_one_prompt(tmp_path):
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": content} for role, content in zip(roles, "123", strict=True)]
     other = write_json(tmp_path / "b.jsonl", [{"prompt": messages}])
-    data = arguments(tmp_path, text, other, data_split="0,0,1", eval_fraction=0)
+    settings = {"data_split": "0,0,1", "eval_fraction": 0, "unique_prompts": True}
+    data = arguments(tmp_path, text, other, **settings)
     assert len(prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1).train) == 1
 
 
@@ -523,8 +596,8 @@ def test_data_rows_stand_beside_the_prompts_where_they_are_wanted(tmp_path):
     data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0.25)
     tokenizer = tiny_tokenizer()
     split = prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1, keep_rows=True)
-    kept = [json.loads(row) for part in (split.train, split.evaluation) for row in part["row"]]
-    assert sorted(kept, key=lambda row: int(row["answer"])) == rows[:12] + rows[13:]  # the first of a prompt
+    kept = [row for part in (split.train, split.evaluation) for row in part["row"]]
+    assert sorted(kept) == sorted(map(json.dumps, rows))  # each with its prompt, also where that came before
     assert split.columns == ("answer", "level", "note", "question")
     for row in split.train:
         assert f" {json.loads(row['row'])['question']}\n" in tokenizer.decode(row["input_ids"])

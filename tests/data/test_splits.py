@@ -11,6 +11,7 @@ from dschat.data.splits import (
     assign,
     blend_sizes,
     held_out_size,
+    number_among_equals,
     parts_of_prompts,
     share_sizes,
     some_rows,
@@ -234,3 +235,10 @@ def test_rows_of_one_prompt_are_of_one_part(rows, weights, seed):
         assert set(whole[mine & in_evaluation].tolist()) <= {EVALUATION}
         if np.any(mine & in_evaluation):
             assert set(whole[mine & ~in_evaluation].tolist()) <= {ALSO_EVALUATION}
+
+
+@pytest.mark.parametrize(
+    ("keys", "numbers"), [([], []), ([5], [0]), ([5, 3, 5, 5, 3, 9], [0, 0, 1, 2, 1, 0])]
+)
+def test_equal_keys_are_counted_on_in_their_order(keys, numbers):
+    assert number_among_equals(np.array(keys, dtype=np.uint64)).tolist() == numbers

@@ -1,0 +1,90 @@
+"""What a step tells of its data before it starts: a line a source, one for training, one for evaluation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dschat.data import splits
+from dschat.data.comparisons import ComparisonIndex
+from dschat.data.share import Task
+from dschat.data.sources import Source
+from dschat.data.tokenization import Tokenized, column
+
+REASONS = {
+    splits.REPEATED: "prompt of --data_path",
+    splits.ALSO_EVALUATION: "prompt in an evaluation split",
+    splits.OUTWEIGHED: "over its weight in the blend",
+}
+"""Why a comparison's prompt is in no part."""
+
+
+def source_report(
+    number: int,
+    index: ComparisonIndex,
+    first: np.ndarray,
+    parts: np.ndarray,
+    dropped: Mapping[str, int],
+    task: Task,
+) -> dict[str, Any]:
+    """What became of the rows of the source of that number, for `report.json`.
+
+    `first` are the parts as `splits.assign` gives them, of each prompt's first comparison alone; `parts`
+    those of the prompts, as `splits.parts_of_prompts` gives them; `dropped` what was dropped on reading.
+    """
+    mine = index.sources == number
+    repeats = mine & task.repeats(index, parts)
+    what = "prompt" if task.step == 3 or (task.step == 1 and task.unique_prompts) else "row"
+    counts = {f"repeated {what}": repeats}
+    counts |= {reason: mine & (parts == part) for part, reason in REASONS.items()}
+    return {
+        "rows": int(mine.sum() + sum(dropped.values())),
+        "further": int(np.sum(mine & (parts >= 0) & (first < 0) & ~repeats)),
+        "dropped": {**dropped, **{reason: int(rows.sum()) for reason, rows in counts.items() if rows.any()}},
+        "shares": [int(np.sum(mine & (first == step))) for step in range(splits.NUM_STEPS)],
+        "evaluation": int(np.sum(mine & (first == splits.EVALUATION))),
+    }
+
+
+def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, Any]:
+    """What became of the rows of training, or of evaluation, for `report.json`."""
+    lengths = column(tokenized.rows, "length")
+    return {
+        "rows": len(lengths),
+        "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
+        "fewer_turns": tokenized.num_fewer_turns,
+        "cut": tokenized.num_cut,
+        "dropped": dict(left_out),
+    }
+
+
+def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], folder: Path) -> str:
+    """What became of the data, a line a source and two for the step."""
+    lines = [f"data of step {task.step} (tokens kept in {folder})"]
+    for source, counts in zip(sources, report["sources"], strict=True):
+        shares = " + ".join(map(str, counts["shares"]))
+        lines.append(
+            f"  {source.name}: {counts['rows']} rows; {shares} prompts for steps 1 + 2 + 3"
+            f" and {counts['evaluation']} for evaluation"
+            + (f"; {counts['further']} rows repeat one of these prompts" if counts["further"] else "")
+            + listed("; dropped", counts["dropped"])
+            + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
+        )
+    for name in ("train", "evaluation"):
+        counts = report[name]
+        lines.append(
+            f"  {name}: {counts['rows']} rows of {counts['mean_length']:.0f} tokens on average"
+            + (f", {counts['fewer_turns']} without their first turns" if counts["fewer_turns"] else "")
+            + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
+            + listed("; dropped", counts["dropped"])
+            + ("; --num_train_epochs counts passes over them" if name == "train" else "")
+        )
+    return "\n".join(lines)
+
+
+def listed(intro: str, counts: Mapping[str, int]) -> str:
+    """The intro and each count with its reason, or nothing where nothing was counted."""
+    return (
+        f"{intro} " + ", ".join(f"{number} ({reason})" for reason, number in counts.items()) if counts else ""
+    )
