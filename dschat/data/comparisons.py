@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from dschat.data.families import Families
+
 SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
@@ -110,6 +112,8 @@ class ComparisonIndex:
     """A hash of each row, prompt and answers, uint64 [N]."""
     example_keys: np.ndarray
     """A hash of what step 1 learns of each, the prompt with the best answer, uint64 [N]."""
+    families: np.ndarray
+    """As `Families.keys`, uint64 [N]: equal where one prompt goes on from the other."""
     sources: np.ndarray
     """The number of the source each comes from, int32 [N]."""
     in_evaluation: np.ndarray
@@ -125,8 +129,11 @@ def prompt_key(prompt: Prompt) -> int:
 
     That two of ten million share one has a chance of 3e-6.
     """
-    turns = (parse_dialogue(prompt) or prompt.strip()) if isinstance(prompt, str) else prompt
-    return _hashed(turns)
+    return _hashed(_turns(prompt) or prompt.strip())
+
+
+def _turns(prompt: Prompt) -> tuple[Turn, ...]:
+    return parse_dialogue(prompt) if isinstance(prompt, str) else prompt
 
 
 def _hashed(value: Any) -> int:
@@ -147,17 +154,22 @@ def unpack_prompt(packed: str) -> Prompt:
 
 def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) -> ComparisonIndex:
     """Stream (comparison, source, in evaluation) to an Arrow file of `SCHEMA`, and index them."""
-    columns: list[list[np.ndarray]] = [[] for _ in ComparisonIndex.__dataclass_fields__]
+    types = {"keys": np.uint64, "row_keys": np.uint64, "example_keys": np.uint64, "sources": np.int32}
+    types |= {"in_evaluation": bool, "num_answers": np.int32, "num_pairs": np.int32}
+    columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, kind)] for name, kind in types.items()}
+    families = Families()
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while some := list(islice(rows, ROWS_AT_ONCE)):
             writer.write_batch(_record_batch([row[0] for row in some]))
-            for parts, values in zip(columns, _index_columns(some), strict=True):
-                parts.append(values)
-    types = (np.uint64, np.uint64, np.uint64, np.int32, bool, np.int32, np.int32)
-    return ComparisonIndex(
-        *(np.concatenate([np.empty(0, t), *parts]) for t, parts in zip(types, columns, strict=True))
-    )
+            for name, values in _index_columns([row[0] for row in some]).items():
+                columns[name].append(np.array(values, dtype=types[name]))
+            columns["sources"].append(np.array([source for _, source, _ in some], dtype=np.int32))
+            columns["in_evaluation"].append(np.array([held_out for _, _, held_out in some], dtype=bool))
+            for comparison, _, _ in some:
+                families.add(_turns(comparison.prompt) or [("user", comparison.prompt.strip())])
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return ComparisonIndex(families=families.keys(), **joined)
 
 
 def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
@@ -173,17 +185,13 @@ def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=SCHEMA)
 
 
-def _index_columns(rows: list[tuple[Comparison, int, bool]]) -> list[np.ndarray]:
-    comparisons = [row[0] for row in rows]
+def _index_columns(comparisons: list[Comparison]) -> dict[str, list[int]]:
     keys = [prompt_key(c.prompt) for c in comparisons]
-    whole = [(c.prompt, c.answers, c.ranks, c.margin) for c in comparisons]
     examples = [(key, c.answers[:1], c.learn_all_turns) for key, c in zip(keys, comparisons, strict=True)]
-    return [
-        np.array(keys, dtype=np.uint64),
-        np.array([_hashed(row) for row in whole], dtype=np.uint64),
-        np.array([_hashed(row) for row in examples], dtype=np.uint64),
-        np.array([row[1] for row in rows], dtype=np.int32),
-        np.array([row[2] for row in rows], dtype=bool),
-        np.array([len(c.answers) for c in comparisons], dtype=np.int32),
-        np.array([len(c.pairs) for c in comparisons], dtype=np.int32),
-    ]
+    return {
+        "keys": keys,
+        "row_keys": [_hashed((c.prompt, c.answers, c.ranks, c.margin)) for c in comparisons],
+        "example_keys": [_hashed(example) for example in examples],
+        "num_answers": [len(c.answers) for c in comparisons],
+        "num_pairs": [len(c.pairs) for c in comparisons],
+    }

@@ -30,7 +30,7 @@ from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
 from dschat.data.files import Rows
-from dschat.data.report import describe, listed, rows_report, source_report
+from dschat.data.report import describe, listed, num_related, rows_report, source_report
 from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.sources import Format, Source, open_source, read_comparisons, read_rows
 from dschat.data.tokenization import (
@@ -229,7 +229,8 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
     report = {
         "sources": [
             source_report(number, index, first, parts, drops, task) for number, drops in enumerate(dropped)
-        ]
+        ],
+        "related": num_related(index.families, first),
     }
     for name, part in (("train", task.step - 1), ("evaluation", splits.EVALUATION)):
         chosen, left_out = rows_of_part(part, index, parts, task)
@@ -329,6 +330,7 @@ def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed
             shares=shares,
             seed=seed,
             weights=weights if any(source.weight is not None for source in some) else None,
+            families=index.families[rows],
         )
     return parts
 

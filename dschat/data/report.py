@@ -47,6 +47,12 @@ def source_report(
     }
 
 
+def num_related(families: np.ndarray, first: np.ndarray) -> int:
+    """The evaluation prompts that training prompts begin with, or that begin with one; `first` as above."""
+    training = (first >= 0) & (first < splits.NUM_STEPS)
+    return int(np.isin(families[first == splits.EVALUATION], families[training]).sum())
+
+
 def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, Any]:
     """What became of the rows of training, or of evaluation, for `report.json`."""
     lengths = column(tokenized.rows, "length")
@@ -79,6 +85,10 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
             + listed("; dropped", counts["dropped"])
             + ("; --num_train_epochs counts passes over them" if name == "train" else "")
+        )
+    if report["related"]:
+        lines.append(
+            f"  {report['related']} prompts for evaluation begin a training dialogue or go on from one"
         )
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ def assign(
     shares: Sequence[float],
     seed: int,
     weights: Mapping[int, float] | None = None,
+    families: np.ndarray | None = None,
 ) -> np.ndarray:
     """The part of each of N comparisons, int8 [N].
 
@@ -34,7 +35,10 @@ def assign(
     the others are `REPEATED`. A source without published evaluation rows gives `eval_fraction` of its prompts
     to evaluation; the rest of each source is cut by `shares`. `weights` are the sources' by number: their
     training prompts then stand in that proportion, none is used twice, and as many are used as can be.
+    Prompts of equal `families` (default: of none) are held out together, as far as that leaves the numbers
+    what they are.
     """
+    families = keys if families is None else families
     part = np.full(len(keys), REPEATED, dtype=np.int8)
     part[first_of_each(keys, np.flatnonzero(in_evaluation))] = EVALUATION
     also_evaluation = ~in_evaluation & np.isin(keys, keys[in_evaluation])
@@ -49,7 +53,12 @@ def assign(
     quotas = blend_sizes({n: len(rows) - held_out[n] for n, rows in rows_of.items()}, weights or {})
     for number, rows in rows_of.items():
         part[rows] = split_prompts(
-            keys[rows], num_held_out=held_out[number], num_used=quotas[number], shares=shares, seed=seed
+            keys[rows],
+            families[rows],
+            num_held_out=held_out[number],
+            num_used=quotas[number],
+            shares=shares,
+            seed=seed,
         )
     return part
 
@@ -75,21 +84,49 @@ def blend_sizes(sizes: Mapping[int, int], weights: Mapping[int, float]) -> dict[
 
 
 def split_prompts(
-    keys: np.ndarray, *, num_held_out: int, num_used: int, shares: Sequence[float], seed: int
+    keys: np.ndarray,
+    families: np.ndarray,
+    *,
+    num_held_out: int,
+    num_used: int,
+    shares: Sequence[float],
+    seed: int,
 ) -> np.ndarray:
     """The part of N different prompts, int8 [N], in exact sizes: `num_held_out` for evaluation, `num_used`
     cut by `shares`, the others `OUTWEIGHED`.
 
     Which prompts are held out depends on neither shares nor weights.
     """
-    order = _shuffled(keys, seed, "evaluation")
-    part = np.full(len(keys), EVALUATION, dtype=np.int8)
-    training = order[num_held_out:]
-    part[training] = OUTWEIGHED
+    part = np.full(len(keys), OUTWEIGHED, dtype=np.int8)
+    is_held_out = _held_out(keys, families, num_held_out, seed)
+    part[is_held_out] = EVALUATION
+    training = np.flatnonzero(~is_held_out)
     training = training[_shuffled(keys[training], seed, "steps")]
     training = training[np.sort(_shuffled(keys[training], seed, "blend")[:num_used])]
     part[training] = np.repeat(np.arange(len(shares), dtype=np.int8), share_sizes(len(training), shares))
     return part
+
+
+def _held_out(keys: np.ndarray, families: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which `count` of N prompts are held out, bool [N]: whole families, the next that has room at a time.
+
+    Where no family has, as in a set of one conversation's turns, single prompts complete the number.
+    """
+    _, family, sizes = np.unique(families, return_inverse=True, return_counts=True)
+    smallest = np.full(len(sizes), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(smallest, family, keys)
+    is_held_out = np.zeros(len(sizes), dtype=bool)
+    left = count
+    for number in _shuffled(smallest, seed, "evaluation"):
+        if left == 0:
+            break
+        if sizes[number] <= left:
+            is_held_out[number] = True
+            left -= sizes[number]
+    of_prompts = is_held_out[family]
+    others = _shuffled(keys, seed, "evaluation")
+    of_prompts[others[~of_prompts[others]][:left]] = True
+    return of_prompts
 
 
 def some_rows(keys: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -214,6 +214,25 @@ def padding_share(dataset, collate, tokenizer):
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
+def test_published_evaluation_dialogues_that_go_on_from_training_ones_are_counted(
+    tmp_path, tokenizer, capsys
+):
+    def row(*turns):
+        roles = ("user", "assistant") * 3
+        return {
+            "prompt": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=False)],
+            "completion": "z",
+        }
+
+    path = write_json(tmp_path / "a.jsonl", [row("a"), row("x", "b", "c"), row("v")])
+    evaluation = write_json(tmp_path / "b.jsonl", [row("a", "b", "c"), row("x"), row("w")])
+    data = arguments(tmp_path, path, data_split="1,0,0", eval_data_path=[evaluation])
+    tokenizer = tiny_tokenizer()
+    assert len(sft_data(data, tokenizer, max_seq_len=64, seed=1).train) == 3
+    told = "2 prompts for evaluation begin a training dialogue or go on from one"
+    assert told in capsys.readouterr().out
+
+
 def test_real_dialogues_pass_and_pad_less_than_15_percent_at_batch_8(tmp_path, hh_tokenizer, capsys):
     data = arguments(tmp_path, str(HH))
     sft = sft_data(data, hh_tokenizer, max_seq_len=512, seed=1234)

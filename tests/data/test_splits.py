@@ -113,23 +113,24 @@ def test_only_sources_without_an_evaluation_split_give_prompts_to_evaluation():
 
 def test_the_evaluation_prompts_do_not_depend_on_the_shares_or_on_the_order_of_rows():
     keys = keys_of(*range(200))
-    one = split_prompts(keys, **SIZES, shares=(2, 4, 4), seed=5)
-    other = split_prompts(keys, **SIZES, shares=(0, 1, 0), seed=5)
-    backwards = split_prompts(keys[::-1], **SIZES, shares=(2, 4, 4), seed=5)
+    one = split_prompts(keys, keys, **SIZES, shares=(2, 4, 4), seed=5)
+    other = split_prompts(keys, keys, **SIZES, shares=(0, 1, 0), seed=5)
+    backwards = split_prompts(keys[::-1], keys[::-1], **SIZES, shares=(2, 4, 4), seed=5)
     assert np.array_equal(one == EVALUATION, other == EVALUATION)
     assert np.array_equal(one, backwards[::-1])
 
 
 def test_another_seed_is_another_split():
     keys = keys_of(*range(200))
-    one, other = (split_prompts(keys, **SIZES, shares=(2, 4, 4), seed=seed) for seed in (1, 2))
+    one, other = (split_prompts(keys, keys, **SIZES, shares=(2, 4, 4), seed=seed) for seed in (1, 2))
     assert not np.array_equal(one == EVALUATION, other == EVALUATION)
     assert not np.array_equal(one == 0, other == 0)
 
 
 def test_the_split_of_a_known_input_never_changes():
     # Other results here would mix prompts between the steps of runs made before and after: raise FORMAT then.
-    part = split_prompts(keys_of(*range(12)), num_held_out=2, num_used=10, shares=(2, 4, 4), seed=1234)
+    keys = keys_of(*range(12))
+    part = split_prompts(keys, keys, num_held_out=2, num_used=10, shares=(2, 4, 4), seed=1234)
     assert part.tolist() == [2, 2, 2, 1, 1, 1, 0, 1, 2, 3, 3, 0]
 
 
@@ -242,3 +243,29 @@ def test_rows_of_one_prompt_are_of_one_part(rows, weights, seed):
 )
 def test_equal_keys_are_counted_on_in_their_order(keys, numbers):
     assert number_among_equals(np.array(keys, dtype=np.uint64)).tolist() == numbers
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_families_are_held_out_whole_and_the_numbers_stay(size):
+    families = np.arange(200) // size
+    families[150:] = np.arange(150, 200)  # some prompts have no relatives
+    part = split_prompts(
+        keys_of(*range(200)), families, **{**SIZES, "num_held_out": 20}, shares=(1, 1, 1), seed=5
+    )
+    held_out = part == EVALUATION
+    assert held_out.sum() == 20
+    assert not set(families[held_out]) & set(families[~held_out])
+    backwards = slice(None, None, -1)
+    settings = {**SIZES, "num_held_out": 20, "shares": (1, 1, 1), "seed": 5}
+    again = split_prompts(keys_of(*range(200))[backwards], families[backwards] + 1000, **settings)
+    assert np.array_equal(again[backwards], part)  # neither order nor numbers of families matter
+
+
+def test_one_family_of_all_prompts_is_held_out_by_prompts():
+    keys = keys_of(*range(20))
+    one, none = (
+        split_prompts(keys, families, num_held_out=3, num_used=17, shares=(1, 0, 0), seed=5)
+        for families in (np.zeros(20), keys)
+    )
+    assert np.array_equal(one, none)
+    assert np.sum(one == EVALUATION) == 3
