@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dschat import peers, restart
 from dschat.build_locks import clear_build_locks
+from dschat.ending import end
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
@@ -117,16 +118,18 @@ def setup(local_rank: int = -1) -> torch.device:
     return device
 
 
-def leave() -> None:
-    """Leave the process group: the last call of a program, on every rank.
+def leave(exit_code: int = 0) -> None:
+    """Leave the process group: the last call of a program, on every rank. Of several, each ends here.
 
-    The group's threads end here. Where they are left to the interpreter's teardown, one that is still freeing
-    the last collective's tensors aborts the process ("terminate called without an active exception").
+    The group's threads end first, as far as they can: an engine at ZeRO-3 keeps some of gloo's.
     """
     barrier()
     peers.unwatch()
+    restart.forget()
     deepspeed.comm.destroy_process_group()
     gc.collect()  # what else refers to the group, in cycles, keeps its threads alive
+    if world_size() > 1:
+        end(exit_code)
 
 
 def _join_again(attempt: int) -> None:

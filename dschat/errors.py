@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC, EROFS
 
+from dschat.ending import errors_end_ranks
 from dschat.peers import report_lost_peers
 
 LONGEST_MESSAGE = 2000
@@ -54,6 +55,13 @@ class Stopped(Exception):
 
 @contextmanager
 def readable_errors(debug: bool = False) -> Iterator[None]:
+    """As `_errors_told`; where several ranks run, their watch ends before the process does."""
+    with errors_end_ranks(), _errors_told(debug):
+        yield
+
+
+@contextmanager
+def _errors_told(debug: bool) -> Iterator[None]:
     """End the program with one message, on one rank, and exit code 2 when a `UserError` is raised inside.
 
     Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
@@ -77,7 +85,7 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
 
         if rank == 0:
             print(stop, file=sys.stderr, flush=True)
-        leave()
+        leave(EXIT_TRY_AGAIN)
         sys.exit(EXIT_TRY_AGAIN)
     except UserError as error:
         if debug:

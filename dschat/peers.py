@@ -25,6 +25,9 @@ INTERVAL = 1.0
 NUM_LOOKS = 5
 """Looks within one interval after an error: a connection may break before its process counts as ended."""
 
+JOIN = 10.0
+"""Seconds that a look may still take when the watch ends: it may wait for the store of the process group."""
+
 GRACE = 20.0
 """Seconds that this rank has to notice by itself, in a collective that fails, and to end in good order."""
 
@@ -67,11 +70,13 @@ class PeerWatch:
         """`each_time` is called before each look."""
         self._peers, self._rank, self.each_time = peers, rank, each_time
         self._stopped = threading.Event()
-        threading.Thread(target=self._look, name="peer watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="peer watch", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Look no more: from here on ranks may end."""
+        """Look no more: from here on ranks may end. The thread has ended then, or `JOIN` has passed."""
         self._stopped.set()
+        self._thread.join(JOIN)
 
     def message(self) -> str | None:
         """What to say of the ranks that are gone, None where all are there."""
@@ -118,10 +123,12 @@ def watch(
     _watch.append(PeerWatch(peers, rank=rank, each_time=each_time))
 
 
-def unwatch() -> None:
-    """From here on ranks may end."""
-    while _watch:
-        _watch.pop().stop()
+def unwatch() -> bool:
+    """From here on ranks may end. False where none was watched."""
+    watches, _watch[:] = [*_watch], []
+    for watch in watches:
+        watch.stop()
+    return bool(watches)
 
 
 def report_lost_peers() -> bool:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 ORDER, PORT, READY = "restart/order", "restart/port", "restart/ready"
+LEAVING, LEFT = "leave/leaving", "leave/left"
 WAIT = 60.0
 """Seconds that a rank waits for the others to be ready."""
 
@@ -67,15 +68,36 @@ def _agreed_port(store: dist.Store, rank: int, world_size: int) -> int | None:
             store.set(PORT, str(probe.getsockname()[1]))
     port = int(store.get(PORT))
     store.add(READY, 1)
+    return port if _all_are_at(READY, store, world_size) else None
+
+
+def _all_are_at(key: str, store: dist.Store, world_size: int) -> bool:
+    """Wait until every rank has counted itself under the key; False where one has not in time."""
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
         try:
-            if store.add(READY, 0) >= world_size:
-                return port
+            if store.add(key, 0) >= world_size:
+                return True
         except RuntimeError:  # rank 0, which held the store, has seen them all and gone ahead
-            return port
-        time.sleep(0.05)
-    return None
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def forget() -> None:
+    """Let go of the store, on every rank: once all are here, or one has not come in time.
+
+    The last collective is over on every rank then, and no thread uses the store, which rank 0 may hold.
+    """
+    if not _store:
+        return
+    store, world_size = _store.pop(), int(os.environ["WORLD_SIZE"])
+    with contextlib.suppress(RuntimeError):  # the rank that held the store has ended
+        store.add(LEAVING, 1)
+        _all_are_at(LEAVING, store, world_size)
+        store.add(LEFT, 1)
+        if os.environ["RANK"] == "0":  # or the others' last look at the store would fail
+            _all_are_at(LEFT, store, world_size)
 
 
 def _start_again(flags: Mapping[str, object], message: str, port: int) -> None:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
     0: ("errors", "arguments", "losses", "distributed", "peers", "restart", "throughput", "signals")
-    + ("build_locks", "command_line", "statistics"),
+    + ("build_locks", "command_line", "statistics")
+    + ("ending",),
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
     + ("out_of_memory",),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
