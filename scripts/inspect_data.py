@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data import splits
 from dschat.data.cells import BadRow, DroppedRow
-from dschat.data.comparisons import Comparison, write_comparisons
+from dschat.data.comparisons import Comparison, text_of, write_comparisons
 from dschat.data.report import listed
 from dschat.data.sources import Format, Source, open_source, read_rows
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
@@ -162,10 +162,11 @@ def count_answers(row: Comparison, counts: Counts) -> None:
     else:
         counts.several_turns += sum(turn.role == "user" for turn in row.prompt) > 1
     for better, worse in row.pairs:
+        chosen, rejected = text_of(better).strip(), text_of(worse).strip()
         counts.pairs += 1
-        counts.equal_pairs += better.strip() == worse.strip()
-        counts.chosen_longer += len(better.strip()) > len(worse.strip())
-        counts.chosen_shorter += len(better.strip()) < len(worse.strip())
+        counts.equal_pairs += chosen == rejected and (better == worse or isinstance(better, str))
+        counts.chosen_longer += len(chosen) > len(rejected)
+        counts.chosen_shorter += len(chosen) < len(rejected)
 
 
 def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from dschat.checkpoint import export_model
-from dschat.data.comparisons import SCHEMA, Comparison, pack_prompt
+from dschat.data.comparisons import Comparison, record_batch
 from dschat.models.factory import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
 
@@ -87,9 +87,7 @@ def tiny_tokenizer(
 
 def comparison_rows(*comparisons: Comparison) -> Dataset:
     """The comparisons as the data set that tokenisation reads."""
-    columns = {name: [getattr(c, name) for c in comparisons] for name in SCHEMA.names}
-    columns["prompt"] = [pack_prompt(c.prompt) for c in comparisons]
-    return Dataset(pa.table(columns, schema=SCHEMA))
+    return Dataset(pa.Table.from_batches([record_batch(comparisons)]))
 
 
 def tiny_config(family: str, vocab_size: int, **ids: int | None) -> PretrainedConfig:

@@ -1,5 +1,6 @@
 """What is in the columns of a row, checked: text, numbers, and what is wrong with them."""
 
+import math
 import sys
 from typing import Any
 
@@ -19,6 +20,13 @@ def value_of(row: Row, column: str) -> Any:
     if column not in row:
         raise BadRow(f'the row has no "{column}"')
     return row[column]
+
+
+def is_blank(value: Any) -> bool:
+    """Whether an optional value says nothing: null, NaN (as pandas has it), white space, an empty list."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
 
 
 def text(row: Row, column: str) -> str:

@@ -19,6 +19,7 @@ SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
         ("answers", pa.list_(pa.string())),
+        ("answer_turns", pa.list_(pa.string())),
         ("ranks", pa.list_(pa.float64())),
         ("margin", pa.float64()),
         ("learn_all_turns", pa.bool_()),
@@ -34,14 +35,30 @@ Answer = TypeVar("Answer")
 
 
 class Turn(NamedTuple):
-    """One message of a conversation."""
+    """One message of a conversation; or, by "tools" and before all others, what tools it may call."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["tools", "system", "user", "assistant", "tool"]
     content: str
+    """Its text; by "tools" a JSON list of function schemas."""
+    learn: bool | None = None
+    """Whether step 1 learns it, where the data say so; None leaves that to the layout."""
+    fields: str = ""
+    """What else the message says, such as its reasoning and its tool calls, as a JSON object; or nothing."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether role and content are all of it."""
+        return self.learn is None and not self.fields
+
+
+NAMED_FIELDS = ("reasoning", "tool_calls", "tool_call_id", "name")
+"""The fields of a message that make it another one. Any other may be what nobody shows, such as an id."""
 
 Prompt = str | tuple[Turn, ...]
 """What an answer continues: a conversation; or text, which is one message or a dialogue with its marks."""
+
+Reply = str | Turn
+"""An answer: its text, or a turn of the assistant with more to it."""
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
@@ -75,7 +92,7 @@ class Comparison:
     """
 
     prompt: Prompt
-    answers: tuple[str, ...] = ()
+    answers: tuple[Reply, ...] = ()
     ranks: tuple[float, ...] | None = None
     """One number an answer, ascending; answers of equal rank are a tie. None: 0, 1, 2, ..."""
     margin: float = 0.0
@@ -91,7 +108,7 @@ class Comparison:
         assert math.isfinite(self.margin)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[tuple[Reply, Reply]]:
         """Every (better, worse) pair of answers: K choose 2 of them, less the ties."""
         return answer_pairs(self.answers, self.ranks)
 
@@ -127,9 +144,11 @@ class ComparisonIndex:
 def prompt_key(prompt: Prompt) -> int:
     """A 64-bit hash that stands for the prompt, the same for a conversation as text and as messages.
 
-    That two of ten million share one has a chance of 3e-6.
+    Marks that say what is learned, and fields that nobody knows, make no other prompt. That two of ten
+    million share one has a chance of 3e-6.
     """
-    return _hashed(_turns(prompt) or prompt.strip())
+    known = [_identity(turn) for turn in _turns(prompt)]
+    return _hashed(known or prompt.strip())
 
 
 def _turns(prompt: Prompt) -> tuple[Turn, ...]:
@@ -141,15 +160,62 @@ def _hashed(value: Any) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(value).encode())
 
 
+def _identity(turn: Turn) -> list:
+    fields = json.loads(turn.fields) if turn.fields else {}
+    known = {name: fields[name] for name in NAMED_FIELDS if name in fields}
+    return [turn.role, turn.content, known] if known else [turn.role, turn.content]
+
+
+def _said(prompt: Prompt) -> list[tuple[str, str]]:
+    """Who says what in the prompt, for `Families`: whatever else differs, one conversation goes on from the
+    other."""
+    return [turn[:2] for turn in _turns(prompt) if turn.role != "tools"] or [("user", prompt.strip())]
+
+
+def _marks(prompt: Prompt) -> list[list[bool | None]]:
+    """Which turns are marked as to be learned or not, where any is."""
+    marks = [] if isinstance(prompt, str) else [turn.learn for turn in prompt]
+    return [marks] if any(mark is not None for mark in marks) else []
+
+
+def text_of(reply: Reply) -> str:
+    """The answer's text, without its reasoning and its tool calls."""
+    return reply if isinstance(reply, str) else reply.content
+
+
 def pack_prompt(prompt: Prompt) -> str:
     """The prompt as JSON, for a column of text."""
-    return json.dumps(prompt, ensure_ascii=False)
+    return json.dumps(_packed(prompt), ensure_ascii=False)
+
+
+def _packed(prompt: Prompt) -> str | list[list]:
+    """The prompt as JSON has it. What is plain has the form, and so the hash, that it had before there was
+    anything but role and content."""
+    return prompt if isinstance(prompt, str) else [_packed_turn(turn) for turn in prompt]
+
+
+def _packed_turn(turn: Turn) -> list:
+    return list(turn[:2] if turn.is_plain else turn)
 
 
 def unpack_prompt(packed: str) -> Prompt:
     """The reverse of `pack_prompt`."""
     prompt = json.loads(packed)
     return prompt if isinstance(prompt, str) else tuple(Turn(*turn) for turn in prompt)
+
+
+def pack_answers(answers: Sequence[Reply]) -> tuple[list[str], list[str | None] | None]:
+    """The answers' texts; and where one is more than text, for each the whole turn as JSON or None."""
+    texts = [text_of(answer) for answer in answers]
+    turns = [None if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+    return texts, turns if any(turns) else None
+
+
+def unpack_answers(texts: Sequence[str], turns: Sequence[str | None] | None) -> list[Reply]:
+    """The reverse of `pack_answers`."""
+    if turns is None:
+        return list(texts)
+    return [Turn(*json.loads(turn)) if turn else text for text, turn in zip(texts, turns, strict=True)]
 
 
 def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) -> ComparisonIndex:
@@ -161,21 +227,24 @@ def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) 
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_batch(_record_batch([row[0] for row in some]))
+            writer.write_batch(record_batch([row[0] for row in some]))
             for name, values in _index_columns([row[0] for row in some]).items():
                 columns[name].append(np.array(values, dtype=types[name]))
             columns["sources"].append(np.array([source for _, source, _ in some], dtype=np.int32))
             columns["in_evaluation"].append(np.array([held_out for _, _, held_out in some], dtype=bool))
             for comparison, _, _ in some:
-                families.add(_turns(comparison.prompt) or [("user", comparison.prompt.strip())])
+                families.add(_said(comparison.prompt))
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return ComparisonIndex(families=families.keys(), **joined)
 
 
-def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
+def record_batch(comparisons: Sequence[Comparison]) -> pa.RecordBatch:
+    """The comparisons as a batch of `SCHEMA`."""
+    answers = [pack_answers(c.answers) for c in comparisons]
     columns = [
         [pack_prompt(c.prompt) for c in comparisons],
-        [c.answers for c in comparisons],
+        [texts for texts, _ in answers],
+        [turns for _, turns in answers],
         [c.ranks for c in comparisons],
         [c.margin for c in comparisons],
         [c.learn_all_turns for c in comparisons],
@@ -187,10 +256,13 @@ def _record_batch(comparisons: list[Comparison]) -> pa.RecordBatch:
 
 def _index_columns(comparisons: list[Comparison]) -> dict[str, list[int]]:
     keys = [prompt_key(c.prompt) for c in comparisons]
-    examples = [(key, c.answers[:1], c.learn_all_turns) for key, c in zip(keys, comparisons, strict=True)]
+    examples = [
+        (key, c.answers[:1], c.learn_all_turns, *_marks(c.prompt))
+        for key, c in zip(keys, comparisons, strict=True)
+    ]
     return {
         "keys": keys,
-        "row_keys": [_hashed((c.prompt, c.answers, c.ranks, c.margin)) for c in comparisons],
+        "row_keys": [_hashed((_packed(c.prompt), c.answers, c.ranks, c.margin)) for c in comparisons],
         "example_keys": [_hashed(example) for example in examples],
         "num_answers": [len(c.answers) for c in comparisons],
         "num_pairs": [len(c.pairs) for c in comparisons],

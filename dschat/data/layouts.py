@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dschat.data.cells import BadRow, DroppedRow, Row, describe, finite_number, sound_text, text, value_of
-from dschat.data.comparisons import MARK, Comparison, Prompt, Turn, parse_dialogue
-from dschat.data.messages import asked, prompt_and_answer, turns
+from dschat.data.comparisons import MARK, Comparison, Prompt, Reply, Turn, parse_dialogue
+from dschat.data.messages import asked, prompt_and_answer, reply, turns
 
 ReadRow = Callable[[Row], Comparison]
 
@@ -131,7 +131,7 @@ def _continued(row: Row, prompt: Prompt, *columns: str, **settings: Any) -> Comp
     return Comparison(prompt, answers, **settings)
 
 
-def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], str]:
+def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], Reply]:
     """An answer, and the messages before it if there are any."""
     value = row.get(column)
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], str]:
     *before, last = turns(value, f'"{column}"')
     if last.role != "assistant":
         raise DroppedRow("conversations that end with a question")
-    return tuple(before), last.content
+    return tuple(before), reply(last)
 
 
 def _whole_prompt(before: tuple[Turn, ...], prompt: Prompt, column: str) -> tuple[Turn, ...]:
@@ -206,7 +206,7 @@ def whole_dialogues(row: Row) -> Comparison:
     return Comparison(prompt, (chosen, rejected), margin=margin(row))
 
 
-def _cut_messages(row: Row, column: str) -> tuple[Prompt, str]:
+def _cut_messages(row: Row, column: str) -> tuple[Prompt, Reply]:
     return prompt_and_answer(turns(value_of(row, column), f'"{column}"'), f'"{column}"')
 
 

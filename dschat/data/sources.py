@@ -24,6 +24,7 @@ from dschat.data.comparisons import Comparison
 from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, arrow_rows, file_rows, readable, user_path
 from dschat.data.known_sets import KNOWN_SETS, KnownSet
 from dschat.data.layouts import LAYOUTS, ReadRow, recognise
+from dschat.data.tools import with_tools
 from dschat.errors import UserError
 
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
@@ -172,7 +173,7 @@ def read_rows(
                     "layout is prompt_only; put rows with answers into another file, or give --data_format "
                     "prompt_only to use their prompts alone"
                 )
-            found = read(row)
+            found = with_tools(read(row), row)
             yield place, replace(found, row=kept) if form.keep_rows else found
         except (BadRow, DroppedRow) as problem:
             yield place, problem

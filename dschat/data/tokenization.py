@@ -23,7 +23,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as Tokens
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.comparisons import Prompt, answer_pairs, unpack_prompt
+from dschat.data.comparisons import Prompt, answer_pairs, unpack_answers, unpack_prompt
 from dschat.data.templates import ChatTemplate
 from dschat.errors import UserError
 
@@ -419,7 +419,7 @@ def _cut(row: _Row, max_tokens: int, num_start: int, num_marks: int) -> _Row:
 
 def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prompt: bool) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
-    answers = [texts[0] for texts in batch["answers"]]
+    answers = [unpack_answers(*some)[0] for some in zip(batch["answers"], batch["answer_turns"], strict=True)]
 
     def read(numbers: list[int], prompts: list[Prompt], all_turns: bool) -> list[_Row]:
         texts = [answers[number] for number in numbers]
@@ -454,7 +454,7 @@ def _pair_batch(
     batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, groups: np.ndarray
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
-    texts = batch["answers"]
+    texts = [unpack_answers(*some) for some in zip(batch["answers"], batch["answer_turns"], strict=True)]
     rows = encoder.rows(prompts, texts)
     fitted_rows = encoder.fitted(
         rows,

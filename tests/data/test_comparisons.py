@@ -15,11 +15,13 @@ from dschat.data.comparisons import (
     answer_pairs,
     pack_prompt,
     prompt_key,
+    unpack_answers,
     unpack_prompt,
     write_comparisons,
 )
 
 CONVERSATION = (Turn("system", "Be brief."), Turn("user", "Grüße 😀?"))
+CALL = Turn("assistant", "", False, '{"tool_calls": [{"function": {"name": "f"}}]}')
 
 
 def written(path):
@@ -68,7 +70,14 @@ def test_a_comparison_that_contradicts_itself_is_a_bug(settings):
         Comparison("p", ("a", "b"), **settings)
 
 
-TURNS = st.builds(Turn, st.sampled_from(["system", "user", "assistant"]), st.text(min_size=1))
+FIELDS = st.sampled_from(["", '{"name": "Bo"}', '{"id": 7}'])
+TURNS = st.builds(
+    Turn,
+    st.sampled_from(["system", "user", "assistant", "tool"]),
+    st.text(min_size=1),
+    st.sampled_from([None, False, True]),
+    FIELDS,
+)
 PROMPTS = st.text(min_size=1) | st.lists(TURNS, min_size=1, max_size=4).map(tuple)
 
 
@@ -81,7 +90,8 @@ def test_a_prompt_survives_packing(prompt):
 
 CONTENT = st.text(min_size=1).filter(lambda text: text == text.strip() and "Assistant:" not in text)
 QUESTIONS = CONTENT | CONTENT.map(lambda text: (Turn("user", text),))
-CONVERSATIONS = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), CONTENT), min_size=2)
+SAID = st.builds(Turn, st.sampled_from(["user", "assistant"]), CONTENT, st.none(), st.just(""))
+CONVERSATIONS = st.lists(SAID, min_size=2)
 
 
 @given(*[QUESTIONS | CONVERSATIONS.map(tuple)] * 2)
@@ -111,12 +121,33 @@ def test_a_dialogue_in_text_has_the_key_of_its_turns(text, turns):
     assert prompt_key(text) != prompt_key(text + "\n\nHuman: D?")
 
 
+def test_plain_prompts_keep_the_keys_and_the_form_that_they_had_before_turns_said_more(tmp_path):
+    # Numbers of the version before: the split of data that have no such fields must not change.
+    index = write_comparisons(
+        [(Comparison(CONVERSATION, (" ja", " nein")), 0, False)], tmp_path / "rows.arrow"
+    )
+    assert prompt_key(CONVERSATION) == index.keys[0] == 0x323DBAB21F860DC3
+    assert index.row_keys[0] == 0xA2EA9CECC9C9B238
+    assert pack_prompt(CONVERSATION) == '[["system", "Be brief."], ["user", "Grüße 😀?"]]'
+    assert pack_prompt("What?") == '"What?"'
+
+
+def test_what_a_turn_says_makes_another_prompt_and_marks_and_unknown_fields_do_not():
+    question = Turn("user", "What?")
+    said = [question, Turn("user", "What?", None, '{"name": "Bo"}'), Turn("tool", "What?")]
+    assert len({prompt_key((turn,)) for turn in said}) == 3
+    for learn, fields in ((True, ""), (None, '{"emotion": "calm"}')):
+        assert prompt_key((Turn("user", "What?", learn, fields),)) == prompt_key((question,))
+    assert prompt_key((Turn("tools", "[]"), question)) != prompt_key((question,))
+
+
 def test_rows_survive_the_file(tmp_path):
     rows = [
         Comparison(CONVERSATION, (" ja", " nein", "\u2028"), (-1.5, -1.5, 0.0)),
         Comparison("What?", (" x\u2028y", " z\n"), margin=0.25),
         Comparison("What?", ("all\0",), learn_all_turns=True),
         Comparison(CONVERSATION),
+        Comparison((CALL, *CONVERSATION), ("text", CALL), learn_all_turns=True),
     ]
     write_comparisons([(row, 0, False) for row in rows], tmp_path / "rows.arrow")
     table = written(tmp_path / "rows.arrow")
@@ -124,7 +155,7 @@ def test_rows_survive_the_file(tmp_path):
     for row, kept in zip(rows, table.to_pylist(), strict=True):
         kept |= {
             "prompt": unpack_prompt(kept["prompt"]),
-            "answers": tuple(kept["answers"]),
+            "answers": tuple(unpack_answers(kept["answers"], kept.pop("answer_turns"))),
             "ranks": kept["ranks"] and tuple(kept["ranks"]),
         }
         assert Comparison(**kept) == row

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dschat.data import splits
-from dschat.data.comparisons import Comparison, write_comparisons
+from dschat.data.comparisons import Comparison, Turn, write_comparisons
 from dschat.data.families import Families
 from dschat.data.sources import Format, open_source, read_comparisons
 
@@ -47,7 +47,12 @@ def test_nothing_has_no_families():
 
 def test_text_and_messages_and_a_system_message_are_told_apart_as_in_prompts(tmp_path):
     asked = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    prompts = ["a", asked, f"Be brief.{asked}", (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    prompts = [
+        "a",
+        asked,
+        f"Be brief.{asked}",
+        (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")),
+    ]
     index = write_comparisons(((Comparison(prompt), 0, False) for prompt in prompts), tmp_path / "rows.arrow")
     assert [index.families.tolist().index(family) for family in index.families] == [0, 0, 2, 0]
 

@@ -261,7 +261,7 @@ def test_neighbours_of_one_role_merge():
         (["text"], 'message 1 of "messages" must be an object'),
         (
             [*said("a"), {"role": "wizard", "content": "b"}],
-            "message 2 of .* is by 'wizard'; known are system, user",
+            "message 2 of .* is by 'wizard'; known are system, developer, user",
         ),
         ([*said("a"), {"role": None, "content": "b"}], "is by None"),
         (said("a", ""), 'message 2 of "messages" is empty'),
@@ -279,13 +279,7 @@ def test_messages_that_cannot_be_read_are_named(messages, message):
     ("row", "reason"),
     [
         ({"messages": said("a", "b", "c")}, "end with a question"),
-        ({"messages": [*said("a"), {"role": "tool", "content": "5"}, *said("b", "c")]}, "with tools"),
-        # In this form of call the content is null, which is no error of the user's.
-        (
-            {"messages": [*said("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "with tools",
-        ),
-        ({"conversations": [*shared_gpt("a"), {"from": "observation", "value": "5"}]}, "with tools"),
+        ({"conversations": [*shared_gpt("a"), {"from": "observation", "value": "5"}]}, "end with a question"),
         ({**PAIR, "prompt": said("a", "b")}, "prompts that end with an answer"),
         ({**PAIR, "prompt": TURN + " Two."}, "prompts that end inside an answer"),
         ({"prompt": "Assistant: Hm"}, "prompts that end inside an answer"),
