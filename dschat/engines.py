@@ -96,10 +96,7 @@ def build_trained_engine(
         num_warmup_steps=min(args.num_warmup_steps, num_training_steps),
         num_training_steps=num_training_steps,
     )
-    with _no_decay(optimizer):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
-        )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     if model_args.zero_stage == 0:
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
@@ -113,19 +110,6 @@ def build_trained_engine(
     if engine.optimizer is optimizer:
         optimizer.register_step_pre_hook(_drop_overflow)
     return engine
-
-
-@contextlib.contextmanager
-def _no_decay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, a step with zero gradients, such as DeepSpeed's first one, leaves the weights as they are."""
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
-    try:
-        yield
-    finally:
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
 
 
 def build_frozen_engine(model: nn.Module, *, config: dict, role: str = "reference model") -> DeepSpeedEngine:
@@ -162,35 +146,23 @@ def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
 
     `loss` is this micro-batch's share of the optimiser step's loss: shares are to be ADDED over micro-batches
     and ranks. DeepSpeed averages over both, which the factor undoes.
-    A step of which a loss or the gradient is not finite on any rank is skipped on all: weights, moments and
-    schedule stay as they are, and `skipped_because` says why.
+    A step whose gradient is not finite on any rank is skipped on all: weights, moments and schedule stay as
+    they are, and `skipped_because` says why.
     """
     engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
     engine.backward(loss * (world_size() * engine.gradient_accumulation_steps()))
 
 
 def take_step(engine: DeepSpeedEngine) -> None:
-    """The optimiser step, at the accumulation boundary. Every rank must call it."""
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return
-    has_bad_loss = _has_bad_loss(engine)
-    if isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
-        _measure(engine, skips=has_bad_loss)
-        engine.step()
-    else:
-        with _skipping(engine) if has_bad_loss else contextlib.nullcontext():
-            engine.step()
-    engine.skip_reason = None if engine.was_step_applied() else ("loss" if has_bad_loss else "gradient")
-    engine.num_bad_losses = 0
-
-
-def _has_bad_loss(engine: DeepSpeedEngine) -> bool:
-    """Whether a loss of the present optimiser step was not finite on any rank.
-
-    Its gradient may be finite all the same, or 0: that of log(1 + exp(inf)) is 1.
-    """
-    return bool(max_across_ranks(engine.num_bad_losses) > 0)
+    """The optimiser step, at the accumulation boundary."""
+    is_last = engine.is_gradient_accumulation_boundary()
+    if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
+        _measure(engine)
+    engine.step()
+    if is_last:
+        was_loss = not engine.was_step_applied() and max_across_ranks(engine.num_bad_losses) > 0
+        engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")
+        engine.num_bad_losses = 0
 
 
 def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | None:
@@ -199,15 +171,14 @@ def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | No
     return engine.skip_reason
 
 
-def _measure(engine: DeepSpeedEngine, *, skips: bool) -> None:
+def _measure(engine: DeepSpeedEngine) -> None:
     """fp32 without ZeRO: DeepSpeed clips the gradients, but keeps no norm and takes any for an update.
 
-    They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step, one
-    whose norm is not finite or that `skips` for another reason.
+    They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
     """
     norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine._global_grad_norm = norm
-    engine.optimizer.overflow = skips or not norm.isfinite()
+    engine.optimizer.overflow = not norm.isfinite()
 
 
 def _drop_overflow(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -222,10 +193,7 @@ def take_steps_together(engines: list[DeepSpeedEngine]) -> None:
     Each has had its `backward_on`. One that is skipped for another's sake keeps its loss scale, and its
     schedule waits with the other's. Every rank must call it.
     """
-    overflows = [
-        engine.is_gradient_accumulation_boundary() and (has_overflow(engine) or _has_bad_loss(engine))
-        for engine in engines
-    ]
+    overflows = [engine.is_gradient_accumulation_boundary() and has_overflow(engine) for engine in engines]
     for engine, overflowed in zip(engines, overflows, strict=True):
         waits = any(overflows) and not overflowed
         with _skipping(engine) if waits else contextlib.nullcontext():
@@ -249,21 +217,11 @@ def _skipping(engine: DeepSpeedEngine) -> Iterator[None]:
     optimizer, checker = engine.optimizer, _overflow_checker(engine)
     scaler = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
     scale = dict(vars(scaler))
-    overridden = {(checker, "has_overflow"): lambda *args, **kwargs: True}
-    if hasattr(optimizer, "check_grad_overflow"):  # stages 1 and 2, which in fp32 look at the norm alone
-        overridden[optimizer, "check_grad_overflow"] = True
-    if hasattr(optimizer, "_get_norm_groups"):  # stage 3, which in bf16 and fp32 looks at the norm alone
-        overridden[optimizer, "_get_norm_groups"] = lambda: [torch.tensor(torch.inf)]
-    own = [(part, name, vars(part)[name]) for part, name in overridden if name in vars(part)]
-    for (part, name), value in overridden.items():
-        setattr(part, name, value)
+    checker.has_overflow = lambda *args, **kwargs: True
     try:
         yield
     finally:
-        for part, name in overridden:
-            delattr(part, name)
-        for part, name, value in own:
-            setattr(part, name, value)
+        del checker.has_overflow
         vars(scaler).update(scale)
 
 

@@ -30,6 +30,7 @@ from dschat.models.factory import check_backbone, check_language_model, check_re
 from dschat.models.quantization import is_packed
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
+from dschat.verdict import is_good
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -90,6 +91,8 @@ class Manifest:
     """and for each the mean log-probability of a token after the first, or the score at the last one."""
     end_token_ids: list[int] | None = None
     """All that end an answer, `eos_token_id` first; None in format 1."""
+    verdict: str | None = None
+    """On a reward model, as dschat/verdict.py words it; None where step 2 made none."""
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -166,6 +169,8 @@ def _checked_types(manifest: Manifest) -> Manifest:
     for name in ("score_mean", "score_std"):
         value = getattr(manifest, name)
         _check_holds(manifest, name, value is None or (_is_number(value) and math.isfinite(value)))
+    verdict = manifest.verdict
+    _check_holds(manifest, "verdict", verdict is None or isinstance(verdict, str))
     ends = manifest.end_token_ids
     _check_holds(manifest, "end_token_ids", ends is None or _are_tokens(ends, manifest.num_tokens))
     files, outputs = manifest.files, manifest.golden_outputs
@@ -269,6 +274,15 @@ class Handover:
                 f"{self.flag} {self.path} has none; leave the flag out."
             )
         return self.manifest.score_mean, self.manifest.score_std
+
+    def warn_of_verdict(self) -> None:
+        """Repeat on rank 0 what step 2 found wrong with the reward model."""
+        verdict = self.manifest.verdict if self.manifest else None
+        if verdict and not is_good(verdict):
+            print_once(
+                f"WARNING: {self.flag} {self.path}: the verdict of step 2 on this reward model is {verdict}. "
+                "PPO learns what it rewards, right or wrong."
+            )
 
     def check_outputs(self, *engines: Any) -> None:
         """Raise `UserError` where an engine does not compute the golden outputs. Every rank must call it.

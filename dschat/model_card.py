@@ -64,6 +64,8 @@ class Provenance:
     """None where the model tells its own."""
     figures: dict[str, Any] = field(default_factory=dict)
     """The final metrics; a reward model's score_mean and score_std go into its manifest."""
+    verdict: str | None = None
+    """On a reward model (dschat/verdict.py); it goes into its manifest too."""
     flags: dict[str, Any] = field(default_factory=dict)
     num_rows: dict[str, int] = field(default_factory=dict)
     """Rows of each source of data,"""
@@ -78,6 +80,7 @@ def step_provenance(
     figures: dict[str, Any],
     *,
     head: Head | None = None,
+    verdict: str | None = None,
 ) -> Provenance:
     """The provenance of the model that a step started as `trained` says, and ended with `figures`."""
     steps = {SftArguments: "sft", RewardArguments: "reward", DpoArguments: "dpo"}
@@ -87,6 +90,7 @@ def step_provenance(
         golden_inputs=golden_rows(data.train),
         head=head,
         figures=figures,
+        verdict=verdict,
         flags=changed_flags(arguments),
         num_rows=data.num_rows,
         num_used={"training": len(data.train), "evaluation": len(data.evaluation)},
@@ -117,6 +121,7 @@ def model_card(provenance: Provenance, head: Head, folder: str) -> str:
         f"# {name}\n\n{kind}, made by {TITLES[provenance.step]} from `{provenance.base_model}` "
         f"with dschat on {datetime.now(UTC).date()}.",
         f'```python\nmodel = transformers.{auto_class}.from_pretrained({folder!r}, dtype="auto")\n```',
+        f"## Verdict\n\n{provenance.verdict}" if provenance.verdict else "",
         _table("Data", ("source", "rows"), provenance.num_rows) + (f"\n\nOf these: {used}." if used else ""),
         _table("Flags that are not at their defaults", ("flag", "value"), _named(provenance.flags)),
         _table("Final metrics", ("metric", "value"), provenance.figures),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dschat import restart
-from dschat.arguments import DpoArguments, ModelArguments, RlhfArguments, StepArguments
+from dschat.arguments import ModelArguments, RlhfArguments, StepArguments
 from dschat.distributed import current_device, local_world_size, rank, world_size
 from dschat.errors import UserError
 from dschat.run_folder import newest_checkpoint
@@ -40,10 +40,9 @@ def consumes(role: str, engine: Any) -> None:
 def phase(name: str) -> Iterator[None]:
     """Where memory runs out inside, end the run with a `UserError` that names this phase, or start it again.
 
-    `name` is "loading ...", "training ..." or "evaluating ..." with the model's role behind it, "sampling
-    answers", "exporting", or "judging ..." for what passes in the micro-batches of training. With
-    --auto_micro_batch every rank starts again with half the micro-batch, where that is more than 1; this call
-    does not return then.
+    `name` is "loading ...", "training ..." or "evaluating" with the model's role behind it, or "sampling
+    answers", "judging answers", "exporting". With --auto_micro_batch every rank starts again with half the
+    micro-batch, where that is more than 1; this call does not return then.
     """
     try:
         yield
@@ -68,8 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def report(name: str, args: StepArguments, error: BaseException) -> list[str]:
     """The lines of the message: phase, consumers, the device's memory, and what helps."""
-    cause = (str(error).splitlines() or [type(error).__name__])[0]  # a MemoryError most often says nothing
-    lines = [f"{_where()} out of memory while {name} ({cause[:200]})."]
+    lines = [f"{_where()} out of memory while {name} ({str(error).splitlines()[0][:200] or 'MemoryError'})."]
     lines += [f"  {text}" for text in _consumers()]
     lines += ["What helps, the first thing first:", *(f"  {text}" for text in _remedies(name, args))]
     if halved(name, args) and not args.run.auto_micro_batch:
@@ -85,12 +83,12 @@ def halved(name: str, args: StepArguments) -> dict[str, int]:
     """Flags for half the micro-batch and the same global batch; empty where a micro-batch is one row."""
     is_rlhf = isinstance(args, RlhfArguments)
     if name.startswith("evaluating"):
-        size = args.batch.per_device_eval_batch_size
+        size = 1 if is_rlhf else args.batch.per_device_eval_batch_size
         return {"per_device_eval_batch_size": size // 2} if size > 1 else {}
     if name == "sampling answers":
         names = ("per_device_generation_batch_size", "generation_batches")
         sizes = (args.rollout.per_device_generation_batch_size, args.rollout.generation_batches)
-    elif name.startswith(("training", "judging")):
+    elif name.startswith("training") or name == "judging answers":
         group, rows = (args.ppo, TRAINING_ROWS) if is_rlhf else (args.batch, "per_device_train_batch_size")
         names = (rows, "gradient_accumulation_steps")
         sizes = (getattr(group, rows), args.optimizer.gradient_accumulation_steps)
@@ -186,74 +184,48 @@ def _remedies(name: str, args: StepArguments) -> list[str]:
     }
     flags = halved(name, args)
     told = [" with ".join(f"--{flag} {present[flag]} -> {value}" for flag, value in flags.items())]
-    told[0] += " (the same gradient)" if name.startswith(("training", "judging")) and flags else ""
+    told[0] += " (the same gradient)" if name.startswith("training") and flags else ""
     told += [text for model in _models(name, args) for text in _model_remedies(name, model, args)]
     if isinstance(args, RlhfArguments):
         told += _rlhf_remedies(name, args)
     elif not name.startswith(("loading", "exporting")):
         told.append(f"--max_seq_len {args.batch.max_seq_len} -> {max(args.batch.max_seq_len // 2, 4)}")
-    if isinstance(args, DpoArguments) and _is_frozen(name):
-        told += _offload(args.model, args.dpo.offload_reference_model, "reference")
     if args.run.dtype == "fp32":
         told.append("--dtype fp32 -> bf16")
     return [text for text in told if text] or ["a smaller model, or a device with more memory"]
 
 
 def _models(name: str, args: StepArguments) -> list[ModelArguments]:
-    """The trained models, or those that frozen ones are copies of, that the phase is about."""
+    """The trained models that the phase is about."""
     if not isinstance(args, RlhfArguments):
         return [args.model]
     if name.endswith(("the critic", "the reward model")):
         return [args.critic]
-    if name.endswith(("the actor", "the reference model")) or not (args.ppo.has_critic or args.reward_path):
-        return [args.actor]
-    return [args.actor, args.critic]
-
-
-def _is_frozen(name: str) -> bool:
-    """Whether the phase is about a model that is not trained."""
-    return name.endswith(("the reference model", "the reward model"))
+    return [args.actor] if name.endswith(("the actor", "the reference model")) else [args.actor, args.critic]
 
 
 def _model_remedies(name: str, model: ModelArguments, args: StepArguments) -> list[str]:
     p, told = model.prefix, []
-    if _is_frozen(name):
-        if world_size() > 1 and model.zero_stage < 3 and not model.load_in_4bit:
-            told.append(f"--{p}zero_stage {model.zero_stage} -> 3 (a smaller stage shards no frozen model)")
-        if name.endswith("the reference model") and not _trains_adapters(model, args):
-            told.append(f"--{p}lora_dim 64 --only_optimize_lora (then no copy of the model is needed)")
-        return told
     if name.startswith("training") and not model.gradient_checkpointing:
         told.append(f"--{p}gradient_checkpointing")
     if world_size() > 1 and model.zero_stage < 3 and not model.load_in_4bit:
         told.append(f"--{p}zero_stage {model.zero_stage} -> {2 if model.zero_stage < 2 else 3}")
-    takes_offload = not args.run.offload and not model.load_in_4bit and current_device().type != "cpu"
-    if name.startswith(("training", "loading")) and takes_offload:
+    if name.startswith(("training", "loading")) and current_device().type != "cpu" and not args.run.offload:
         told.append("--offload" + (f" with --{p}zero_stage 2" if model.zero_stage == 0 else ""))
     if name.startswith(("training", "loading")) and not model.uses_lora:
         told.append(f"--{p}lora_dim 64 --only_optimize_lora")
     return told
 
 
-def _trains_adapters(model: ModelArguments, args: StepArguments) -> bool:
-    """Whether adapters alone are trained, so that the model without them is its own reference."""
-    return model.uses_lora and args.optimizer.only_optimize_lora
-
-
-def _offload(original: ModelArguments, is_offloaded: bool, role: str) -> list[str]:
-    """The flag that keeps a frozen model in CPU memory, where it may be given."""
-    is_possible = original.zero_stage == 3 and not is_offloaded and current_device().type != "cpu"
-    return [f"--offload_{role}_model"] if is_possible else []
-
-
 def _rlhf_remedies(name: str, args: RlhfArguments) -> list[str]:
     told = []
     if name == "sampling answers" and args.actor.zero_stage == 3 and args.rollout.rollout_gather != "never":
         told.append(f"--rollout_gather {args.rollout.rollout_gather} -> never")
-    if not _trains_adapters(args.actor, args):
-        told += _offload(args.actor, args.rlhf.offload_reference_model, "reference")
-    if args.reward_path:
-        told += _offload(args.critic, args.rlhf.offload_reward_model, "reward")
+    if current_device().type != "cpu":
+        offloads = {"reference": args.actor.zero_stage, "reward": args.critic.zero_stage}
+        for which, stage in offloads.items():
+            if stage == 3 and not getattr(args.rlhf, f"offload_{which}_model"):
+                told.append(f"--offload_{which}_model")
     if not name.startswith(("loading", "exporting")):
         length = args.rollout.max_answer_seq_len
         told.append(f"--max_answer_seq_len {length} -> {max(length // 2, 1)}")

@@ -44,7 +44,7 @@ from dschat.errors import Stopped
 from dschat.run_folder import METRICS, checkpoints_folder, finished_checkpoints
 from dschat.signals import StopRequests
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when older checkpoints cannot be read any more."""
 
 PROGRESS, SHARED = "progress.json", "shared.safetensors"

@@ -136,6 +136,7 @@ def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Lo
         return logprob_table(engine, loaders)
 
 
+@phase("evaluating the reference model")
 @torch.no_grad()
 def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     """The model's log-probabilities of all training and evaluation pairs, fp32 [pairs, 2] on every rank.
@@ -144,11 +145,8 @@ def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     products then have the same shapes, starts from exactly these numbers. Every rank must call it.
     """
     engine.eval()
-    with phase("judging the training pairs with the reference model"):  # in the batches of training
-        train = _logprobs(engine, loaders.train)
-    with phase("evaluating the reference model"):
-        evaluation = _logprobs(engine, loaders.evaluation)
-    return sum_across_ranks(torch.cat([train, evaluation])).float().cpu()
+    parts = [_logprobs(engine, loader) for loader in (loaders.train, loaders.evaluation)]
+    return sum_across_ranks(torch.cat(parts)).float().cpu()
 
 
 def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tensor:

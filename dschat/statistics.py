@@ -36,6 +36,10 @@ class MeanOverRanks:
 
     def standard_error(self) -> float:
         """`standard_error` over the values of all ranks. Every rank must call it."""
+        return self.error_and_counts()[0]
+
+    def error_and_counts(self) -> tuple[float, int, int]:
+        """The standard error, and how many values and groups it is of. Every rank must call it."""
         table = gather_rows(torch.cat(self._batches))
         values, groups, _ = table[table[:, 2] > 0].unbind(dim=1)
-        return standard_error(values, groups.long()).item()
+        return standard_error(values, groups.long()).item(), len(values), len(groups.unique())

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
+from dschat.checkpoint import export_model
 from dschat.data.loaders import (
     Collate,
     EvalLoader,
@@ -38,14 +39,15 @@ from dschat.engines import (
     train_config,
     train_on,
 )
+from dschat.evaluations import Evaluation, Evaluations, Figures
 from dschat.losses import token_logprobs
 from dschat.metrics import MetricsLogger
+from dschat.model_card import step_provenance
 from dschat.models.factory import create_hf_model
 from dschat.out_of_memory import phase
 from dschat.progress import Checkpoints
+from dschat.run_folder import write_summary
 from dschat.skipped_steps import SkippedSteps
-
-Figures = dict[str, float]
 
 ENGINE = "model"
 """The engine's name in checkpoints."""
@@ -69,6 +71,28 @@ class Loaders:
         return max(
             column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
         )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run went."""
+
+    evaluations: list[Evaluation]
+    """In order, the first before training; empty without evaluation data."""
+    seconds: float
+
+    @property
+    def exported(self) -> Evaluation | None:
+        """That of the model which is exported."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def figures(self) -> Figures:
+        """Those of the exported model and, named initial_*, those of the start."""
+        if not self.evaluations:
+            return {}
+        initial = {f"initial_{name}": value for name, value in self.evaluations[0].figures.items()}
+        return {**initial, **self.exported.figures}
 
 
 def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) -> Loaders:
@@ -134,10 +158,9 @@ def train_epochs(
     evaluate: Callable[[EvalLoader], Figures],
     checkpoints: Checkpoints,
     print_loss: bool = False,
-) -> tuple[Figures, float]:
+) -> Trained:
     """Train, evaluate, log, save; go on from a checkpoint where there is one.
 
-    Returns the final evaluation's figures and, named initial_*, those of the start; and the seconds it took.
     Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
     are no figures.
     """
@@ -152,21 +175,16 @@ def train_epochs(
         is_main_process=is_main_process(),
         steps_done=begun.step or None,
     )
-
-    def report(step: int, moment: str, figures: Figures) -> Figures:
-        if figures:
-            metrics.log(step, **figures)
-            metrics.say(f"{moment}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        return figures
-
+    interval = args.batch.eval_interval
+    short = loaders.short_evaluation if interval else None
+    evaluations = Evaluations(engine, evaluate, metrics, whole=loaders.evaluation, short=short)
     skipped = SkippedSteps(args.run)
+    start = time.perf_counter() - begun.state.get("seconds", 0.0)
     if begun.step:
         skipped.load_state_dict(begun.state["skipped"])
-    start = time.perf_counter() - begun.state.get("seconds", 0.0)
-    initial = begun.state.get("initial")
-    if initial is None:
-        initial = report(0, "before training", _evaluated(engine, loaders.evaluation, evaluate))
-    final = begun.state.get("final", initial)
+        evaluations.load_state_dict(begun.state["evaluations"])
+    else:
+        evaluations.make(0, "before training")
     steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
     for step, shares in steps:
         values = {
@@ -176,21 +194,40 @@ def train_epochs(
         }
         metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
         metrics.advance()
+        evaluations.take_in(shares["loss"])
         if print_loss:
             metrics.say(f"step {step}: loss {shares['loss']:.4f}")
-        if args.batch.eval_interval and step % args.batch.eval_interval == 0:
-            report(step, f"step {step}", _evaluated(engine, loaders.short_evaluation, evaluate))
         if step % steps_per_epoch == 0:
-            moment = f"epoch {step // steps_per_epoch}"
-            final = report(step, moment, _evaluated(engine, loaders.evaluation, evaluate))
+            evaluations.make(step, f"epoch {step // steps_per_epoch}")
+        elif interval and step % interval == 0:
+            evaluations.make(step, f"step {step}", is_short=True)
         if checkpoints.is_due(step, is_last=step == num_steps):
             metrics.flush()
-            seconds = time.perf_counter() - start
-            state = {"initial": initial, "final": final, "seconds": seconds, "skipped": skipped.state_dict()}
+            state = {"evaluations": evaluations.state_dict(), "skipped": skipped.state_dict()}
+            state["seconds"] = time.perf_counter() - start
             checkpoints.save(step, engines={ENGINE: engine}, state=state)
     metrics.close()
-    seconds = time.perf_counter() - start
-    return {**{f"initial_{name}": value for name, value in initial.items()}, **final}, seconds
+    return Trained(evaluations.all, time.perf_counter() - start)
+
+
+def hand_on(
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SupervisedArguments,
+    data: SplitData,
+    trained: Trained,
+    *,
+    verdict: str | None = None,
+) -> None:
+    """Write the model and, last of all, the summary. Every rank must call it."""
+    provenance = step_provenance(args, args.model, data, trained.figures, verdict=verdict)
+    if args.run.output_dir:
+        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
+    if is_main_process():
+        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
+        told = {"verdict": verdict} if verdict else {}
+        summary = {"step": provenance.step, **trained.figures, **told, **counts, "seconds": trained.seconds}
+        write_summary(args.run.output_dir, summary)
 
 
 def _steps(
@@ -224,12 +261,3 @@ def _optimizer_steps(
             totals = sum_across_ranks(torch.stack(micro_batches).sum(dim=0)).tolist()
             micro_batches.clear()
             yield dict(zip(shares, totals, strict=True))
-
-
-@phase("evaluating")
-@torch.no_grad()
-def _evaluated(
-    engine: DeepSpeedEngine, loader: EvalLoader, evaluate: Callable[[EvalLoader], Figures]
-) -> Figures:
-    engine.eval()
-    return evaluate(loader)

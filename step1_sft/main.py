@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.checkpoint import export_model
 from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed import (
-    is_main_process,
     leave,
     seed_everything,
     setup,
@@ -37,14 +35,13 @@ from dschat.distributed import (
 from dschat.engines import DeepSpeedEngine
 from dschat.losses import masked_mean
 from dschat.manifest import receive_model
-from dschat.model_card import step_provenance
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder, write_summary
+from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
-from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
+from dschat.supervised import build_language_model, build_loaders, hand_on, logprobs_at, train_epochs
 
 
 def main(args: SftArguments) -> None:
@@ -63,7 +60,7 @@ def main(args: SftArguments) -> None:
     seed_everything(args.run.seed)
     engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)
-    figures, seconds = train_epochs(
+    trained = train_epochs(
         engine,
         loaders,
         args,
@@ -73,12 +70,7 @@ def main(args: SftArguments) -> None:
         checkpoints=checkpoints,
         print_loss=args.sft.print_loss,
     )
-    if args.run.output_dir:
-        provenance = step_provenance(args, args.model, data, figures)
-        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
-    if is_main_process():
-        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
-        write_summary(args.run.output_dir, {"step": "sft", **figures, **counts, "seconds": seconds})
+    hand_on(engine, tokenizer, args, data, trained)
 
 
 def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitData:

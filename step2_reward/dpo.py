@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat import distributed
-from dschat.checkpoint import export_model
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, reward_data
@@ -31,7 +30,6 @@ from dschat.data.tokenization import column
 from dschat.engines import DeepSpeedEngine
 from dschat.losses import dpo_figures
 from dschat.manifest import Handover, receive_model
-from dschat.model_card import step_provenance
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters, will_train_adapters_only
 from dschat.models.tokenizer import load_tokenizer
@@ -43,10 +41,10 @@ from dschat.reference import (
     with_reference,
 )
 from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder, write_summary
+from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
 from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
+from dschat.supervised import Loaders, build_language_model, build_loaders, hand_on, train_epochs
 
 
 def main(args: DpoArguments) -> None:
@@ -70,7 +68,7 @@ def main(args: DpoArguments) -> None:
     distributed.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
-    figures, seconds = train_epochs(
+    trained = train_epochs(
         engine,
         build_loaders(data, collate, args),
         args,
@@ -80,12 +78,7 @@ def main(args: DpoArguments) -> None:
         checkpoints=checkpoints,
         print_loss=args.dpo.print_loss,
     )
-    if args.run.output_dir:
-        provenance = step_provenance(args, args.model, data, figures)
-        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
-    if distributed.is_main_process():
-        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
-        write_summary(args.run.output_dir, {"step": "dpo", **figures, **counts, "seconds": seconds})
+    hand_on(engine, tokenizer, args, data, trained)
 
 
 def build_policy(

@@ -24,23 +24,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat import distributed
-from dschat.checkpoint import export_model
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.manifest import receive_model
-from dschat.model_card import step_provenance
 from dschat.models.config import check_positions
 from dschat.models.factory import create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.out_of_memory import phase
 from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder, write_summary
+from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
 from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_loaders, train_epochs
+from dschat.supervised import Loaders, build_loaders, hand_on, train_epochs
+from dschat.verdict import tell_reward_verdict
 
 
 def main(args: RewardArguments) -> None:
@@ -59,7 +58,7 @@ def main(args: RewardArguments) -> None:
     checkpoints = begin_run(args, data=data.key, models=[base])
     distributed.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
-    figures, seconds = train_epochs(
+    trained = train_epochs(
         engine,
         loaders,
         args,
@@ -68,12 +67,8 @@ def main(args: RewardArguments) -> None:
         evaluate=lambda loader: evaluate(engine, loader, args),
         checkpoints=checkpoints,
     )
-    if args.run.output_dir:
-        provenance = step_provenance(args, args.model, data, figures)
-        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
-    if distributed.is_main_process():
-        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
-        write_summary(args.run.output_dir, {"step": "reward", **figures, **counts, "seconds": seconds})
+    verdict = tell_reward_verdict(trained.evaluations, trained.exported)
+    hand_on(engine, tokenizer, args, data, trained, verdict=verdict)
 
 
 @phase("loading the model")
@@ -129,11 +124,14 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
     num_pairs, num_right, chosen, rejected, squares, loss, weight = totals
     if num_pairs == 0:
         return {}
+    stderr, eval_pairs, eval_prompts = is_right.error_and_counts()
     accuracy, mean = num_right / num_pairs, (chosen + rejected) / (2 * num_pairs)
     return {
         "eval_loss": loss / weight,
         "eval_accuracy": accuracy,
-        "eval_accuracy_stderr": is_right.standard_error(),
+        "eval_accuracy_stderr": stderr,
+        "eval_pairs": eval_pairs,
+        "eval_prompts": eval_prompts,
         "chosen_mean_score": chosen / num_pairs,
         "rejected_mean_score": rejected / num_pairs,
         "score_mean": mean,

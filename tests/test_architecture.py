@@ -15,7 +15,7 @@ LAYERS = {
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
     + ("out_of_memory",),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
-    + ("engine_files", "resume", "skipped_steps"),
+    + ("engine_files", "evaluations", "resume", "skipped_steps", "verdict"),
     3: ("rlhf",),
     4: ("utils",),
 }

@@ -103,15 +103,6 @@ def test_steps_are_taken_or_skipped_together_and_only_the_guilty_scale_falls(ove
     assert [engine.has_overflow() for engine in engines] == list(overflows)  # its own answer again
 
 
-def test_a_loss_that_is_not_finite_skips_the_steps_of_both_and_leaves_both_scales():
-    engines = [FakeEngine(overflows=False), FakeEngine(overflows=False)]
-    engines[0].num_bad_losses += 1
-    take_steps_together(engines)
-    assert [engine.steps for engine in engines] == [["skipped"], ["skipped"]]
-    assert [engine.loss_scaler.cur_scale for engine in engines] == [8, 8]
-    assert [engine.skip_reason for engine in engines] == ["loss", "gradient"]
-
-
 def test_between_boundaries_nobody_looks_for_overflow():
     engines = [FakeEngine(True, at_boundary=False), FakeEngine(False, at_boundary=False)]
     take_steps_together(engines)

@@ -467,3 +467,19 @@ def test_step_3_refuses_a_reward_model_that_is_not_what_step_2_wrote(sabotage, s
     assert SABOTAGE[sabotage] in message
     assert ("Loading weights" in result.stderr) is (sabotage is forged)
     assert seconds < 30
+
+
+@pytest.mark.parametrize("verdict", ["not better than chance: 0.45", "too few pairs to say: 0.9", None])
+def test_a_bad_verdict_on_a_reward_model_is_repeated(verdict, copy, capsys):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": verdict}))
+    receive_model(str(copy), FLAG, "score").warn_of_verdict()
+    warning = f"WARNING: {FLAG} {copy}: the verdict of step 2 on this reward model is {verdict}. PPO learns"
+    assert (warning in capsys.readouterr().out) == (verdict is not None)
+
+
+def test_a_good_verdict_is_not_repeated(copy, capsys):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "better than chance: 0.7"}))
+    receive_model(str(copy), FLAG, "score").warn_of_verdict()
+    assert "verdict" not in capsys.readouterr().out

@@ -2,9 +2,7 @@
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from dschat import out_of_memory, reference, restart
+from dschat import out_of_memory, restart
 from dschat.arguments import parse_arguments
 
 WORKER = ROOT / "tests" / "workers" / "out_of_memory.py"
@@ -114,90 +112,6 @@ def test_what_is_halved_in_step_3(phase, flags):
         ],
     )
     assert out_of_memory.halved(phase, args) == flags
-
-
-DPO = ["--model_name_or_path=m", "--data_path=d", "--per_device_train_batch_size=8"]
-DPO += ["--per_device_eval_batch_size=2"]
-
-
-@pytest.mark.parametrize(
-    ("phase", "flags"),
-    [
-        ("judging the training pairs with the reference model",
-         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
-        ("evaluating the reference model", {"per_device_eval_batch_size": 1}),
-        ("training the model", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
-        ("evaluating", {"per_device_eval_batch_size": 1}),
-        ("loading the reference model", {}),
-    ],
-)  # fmt: skip
-def test_what_is_halved_in_dpo(phase, flags):
-    assert out_of_memory.halved(phase, parse_arguments("dpo", DPO)) == flags
-
-
-def test_dpos_reference_pass_is_in_the_phases_whose_batches_it_takes(monkeypatch):
-    phases = []
-
-    @contextmanager
-    def noted(name):
-        phases.append(name)
-        yield
-
-    monkeypatch.setattr(reference, "phase", noted)
-    monkeypatch.setattr(
-        reference, "_logprobs", lambda engine, loader: phases.append(loader) or torch.ones(1, 2)
-    )
-    reference.logprob_table(
-        SimpleNamespace(eval=lambda: None), SimpleNamespace(train="train", evaluation="eval")
-    )
-    judging, evaluating = (
-        "judging the training pairs with the reference model",
-        "evaluating the reference model",
-    )
-    assert phases == [judging, "train", evaluating, "eval"]
-
-
-def remedies(step: str, phase: str, *argv: str) -> str:
-    return "\n".join(out_of_memory.report(phase, parse_arguments(step, argv), MemoryError()))
-
-
-@pytest.mark.parametrize(
-    ("step", "phase", "more", "helps", "does_not"),
-    [
-        # A frozen model is sharded by stage 3 alone, and training fewer weights of another model is no help.
-        ("dpo", "loading the reference model", (), "--zero_stage 0 -> 3", "--zero_stage 0 -> 2"),
-        ("dpo", "loading the reference model", (), "--lora_dim 64 --only_optimize_lora", "--offload\n"),
-        ("dpo", "evaluating the reference model", ("--zero_stage=3",), "--offload_reference_model", "-> 3"),
-        (
-            "dpo",
-            "evaluating the reference model",
-            (),
-            "--max_seq_len 512 -> 256",
-            "--offload_reference_model",
-        ),
-        ("rlhf", "loading the reward model", (), "--critic_zero_stage 0 -> 3", "--critic_lora_dim"),
-        ("rlhf", "loading the reward model", (), "--critic_zero_stage 0 -> 3", "--offload\n"),
-        ("rlhf", "training the actor", (), "--offload with --actor_zero_stage 2", "--critic_zero_stage"),
-        ("rlhf", "judging answers", ("--critic_zero_stage=3",), "--offload_reward_model", "_reference_model"),
-    ],
-)
-def test_what_helps_is_what_the_phase_needs(monkeypatch, step, phase, more, helps, does_not):
-    monkeypatch.setattr(out_of_memory, "world_size", lambda: 2)
-    monkeypatch.setattr(out_of_memory, "current_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(out_of_memory, "_consumers", list)
-    models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=c"]
-    said = remedies(step, phase, *(DPO if step == "dpo" else models), *more)
-    assert helps in said
-    assert does_not not in said
-
-
-def test_no_remedy_is_for_a_model_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(out_of_memory, "world_size", lambda: 2)
-    monkeypatch.setattr(out_of_memory, "_consumers", list)
-    argv = ["--actor_model_name_or_path=a", "--reward_function=r.py:f", "--advantage_estimator=reinforce++"]
-    said = remedies("rlhf", "judging answers", *argv)
-    assert "--actor_zero_stage 0 -> 2" in said
-    assert "critic" not in said
 
 
 @pytest.mark.parametrize(

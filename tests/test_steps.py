@@ -134,6 +134,17 @@ def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
     assert evaluations[:2] == [0, 2]
 
 
+def test_the_verdict_on_the_reward_model_travels_with_it(one_rank):
+    result = summary(one_rank / "reward")
+    assert result["eval_pairs"] == result["eval_prompts"] == result["num_eval_rows"]  # a pair a prompt
+    numbers = (
+        f"{result['eval_accuracy']:.3f} +- {result['eval_accuracy_stderr']:.3f} of {result['eval_pairs']}"
+    )
+    assert numbers in result["verdict"]
+    assert json.loads((one_rank / "reward" / "manifest.json").read_text())["verdict"] == result["verdict"]
+    assert f"## Verdict\n\n{result['verdict']}" in (one_rank / "reward" / "README.md").read_text()
+
+
 def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank):
     before, *steps = lines(one_rank / "ppo")
     assert before["step"] == before["eval_kl"] == 0

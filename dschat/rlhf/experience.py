@@ -10,7 +10,6 @@ advantages, whitening, permutations and statistics are the same on any number of
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -84,9 +83,8 @@ class Schedule:
         assert len(lengths) % step_size == 0, (
             f"{len(lengths)} rows do not fill optimiser steps of {step_size}"
         )
-        # NumPy's SeedSequence promises the same stream in every version; Python's hash() promises nothing.
-        generator = np.random.default_rng([self.seed % 2**64, ppo_step, epoch])
-        permutation = torch.from_numpy(generator.permutation(len(lengths)))
+        generator = torch.Generator().manual_seed(hash((self.seed, ppo_step, epoch)) % 2**63)
+        permutation = torch.randperm(len(lengths), generator=generator)
         return [rows[lengths[rows].argsort(stable=True)] for rows in permutation.split(step_size)]
 
     def micro_batches(self, step_rows: Tensor) -> list[Tensor]:

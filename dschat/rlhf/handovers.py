@@ -57,4 +57,6 @@ def receive_models(args: RlhfArguments) -> RlhfHandovers:
         critic = receive_model(path, "--critic_model_name_or_path", "score", "value")
     path = args.guard.guard_reward_model_name_or_path
     guard_reward = receive_model(path, GUARD_FLAG, "score") if path else None
+    for model in filter(None, (reward, guard_reward)):
+        model.warn_of_verdict()
     return RlhfHandovers(actor, critic, reward, guard_reward)

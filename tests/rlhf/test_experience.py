@@ -68,13 +68,6 @@ def test_every_row_is_learned_from_exactly_once_a_pass(epoch):
     assert [len(rows) for rows in steps] == [3, 3, 3, 3]
 
 
-def test_a_permutation_is_the_same_in_every_version_of_python():
-    schedule = Schedule(micro_batch_size=8, accumulation_steps=1, world_size=1, rank=0, seed=1234)
-    # Of equal lengths the step keeps the permutation's order: numpy.random.default_rng([1234, 3, 1]).
-    (rows,) = schedule.optimizer_steps(torch.ones(8), ppo_step=3, epoch=1)
-    assert rows.tolist() == [1, 4, 2, 0, 7, 6, 3, 5]
-
-
 def test_every_pass_and_every_ppo_step_has_a_permutation_of_its_own():
     orders = {
         tuple(torch.cat(schedule().optimizer_steps(LENGTHS, ppo_step=s, epoch=e)).tolist())

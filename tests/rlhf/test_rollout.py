@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
-from dschat.data.tokenization import content_key
 from dschat.rlhf.judging import answer_logits
 from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts, mask_up_to_first_end
 
@@ -41,7 +40,7 @@ def actor(request, tmp_path_factory):
 
 def prompt_batch(tokenizer, texts: list[str]) -> PromptBatch:
     batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    keys = torch.tensor([content_key(tokenizer(text)["input_ids"]) for text in texts])
+    keys = torch.tensor([hash(tuple(tokenizer(text)["input_ids"])) for text in texts])
     zeros = torch.zeros(len(texts), dtype=torch.long)
     return PromptBatch(batch["input_ids"], batch["attention_mask"], keys, rows=zeros, samples=zeros)
 
