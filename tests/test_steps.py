@@ -160,7 +160,7 @@ def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank)
 def test_ppo_ends_with_the_actor_of_its_best_evaluation(one_rank):
     evaluations = {line["step"]: line for line in lines(one_rank / "ppo") if "eval_score" in line}
     assert evaluations.keys() == {0, 3}
-    best = max(evaluations, key=lambda step: evaluations[step]["eval_score_minus_kl"])
+    best = max(evaluations, key=lambda step: evaluations[step]["eval_objective"])
     result = summary(one_rank / "ppo")
     assert result["actor_step"] == result["best_step"] == best
     assert result["best_eval_score"] == evaluations[best]["eval_score"]
@@ -217,7 +217,7 @@ def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank
     zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
     python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)
     names = ("score", "kl", "entropy", "policy_loss", "value_loss", "answer_length", "approx_kl")
-    names += ("eval_score", "eval_kl", "eval_score_minus_kl", "eval_answer_length")
+    names += ("eval_score", "eval_kl", "eval_objective", "eval_score_minus_kl", "eval_answer_length")
     assert_close(lines(one_rank / "ppo2"), lines(one_rank / "ppo"), names)
 
 

@@ -47,7 +47,7 @@ class Evaluator:
         )
         self._trainer, self._engine = trainer, trainer.engine
         self._judges = Judges(trainer.engine, tokenizers, args, prompts, trainer.rewards)
-        self._kl_coef = args.ppo.kl_coef
+        self._first_kl_coef = args.ppo.kl_coef
         self._shaping = trainer.shaping
         self._needs_scale = args.ppo.score_scale == "running"
         self._guard_reading = None
@@ -92,7 +92,8 @@ class Evaluator:
             "score_stderr": standard_error(scores, rollout.prompt_rows[real]),
             "kl": kl.mean(),
             "k3": kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean(),
-            "score_minus_kl": (self._shaping(scores, ended) - self._kl_coef * kl).mean(),
+            "score_minus_kl": scores.mean() - self._trainer.kl_coef * kl.mean(),
+            "objective": (self._shaping(scores, ended) - self._first_kl_coef * kl).mean(),
             "entropy": masked_mean(judged.entropy[real], mask),
             "answer_length": mask.sum(dim=1).float().mean(),
             "eos_share": ended.float().mean(),

@@ -20,8 +20,8 @@ from dschat.model_card import Provenance, step_provenance
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.run_folder import BEST
 
-OBJECTIVE = "eval_score_minus_kl"
-"""The best actor has the largest."""
+OBJECTIVE = "eval_objective"
+"""The best actor has the largest. Its beta is the first, lest a beta that is steered choose the actor."""
 
 
 class Exports:

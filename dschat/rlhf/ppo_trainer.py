@@ -171,6 +171,11 @@ class DeepSpeedPPOTrainer:
         return self._experience if self._at.minibatches_done < self._args.updates_per_ppo_step else None
 
     @property
+    def kl_coef(self) -> float:
+        """beta of the present PPO step, or between two of the last one; --kl_coef before the first."""
+        return self._experience.kl_coef if self._experience else self._kl.coef
+
+    @property
     def num_ppo_steps_done(self) -> int:
         """PPO steps that have been learned from to their end."""
         return self._at.ppo_step - (self.unfinished is not None)

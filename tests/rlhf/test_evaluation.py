@@ -18,6 +18,7 @@ from dschat.rlhf.experience import Judgement, ScoreShaping
 WORKER = ROOT / "tests" / "workers" / "evaluations.py"
 FIGURES = {
     *("eval_score", "eval_score_stderr", "eval_kl", "eval_k3", "eval_score_minus_kl", "eval_entropy"),
+    "eval_objective",
     *(
         "eval_answer_length",
         "eval_eos_share",
@@ -90,23 +91,33 @@ def test_the_noise_of_all_evaluations_is_the_same(one_rank):
     assert untimed(after) == untimed(again)
 
 
-def test_score_minus_kl_takes_the_first_kl_coef(one_rank):
-    for figures in one_rank["plain"]:
-        expected = figures["eval_score"] - 0.5 * figures["eval_kl"]
-        assert figures["eval_score_minus_kl"] == pytest.approx(expected, abs=1e-6)
+def test_score_minus_kl_takes_the_beta_of_the_last_ppo_step_and_the_objective_the_first(one_rank):
+    before, after, _ = one_rank["plain"]
+    assert before["eval_score_minus_kl"] == before["eval_objective"] == before["eval_score"]
+    for name in ("eval_score_minus_kl", "eval_objective"):  # a beta that is held
+        assert after[name] == pytest.approx(after["eval_score"] - 0.5 * after["eval_kl"], abs=1e-6)
 
 
-def test_score_minus_kl_is_in_the_unit_that_ppo_learns_from(one_rank):
+def test_a_steered_beta_moves_score_minus_kl_and_not_the_objective():
+    kl, scores = torch.tensor([[0.5, 0.5], [2.0, 1.0]]), torch.tensor([3.0, 5.0])  # 1 and 3 nats, mean 2
+    figures = {coef: evaluated(coef, scores, log_ratio=kl) for coef in (0.5, 4.0)}
+    assert {coef: values["score_minus_kl"].item() for coef, values in figures.items()} == {
+        0.5: 3.0,
+        4.0: -4.0,
+    }
+    assert figures[0.5]["objective"] == figures[4.0]["objective"] == 4 - 0.5 * 2
+
+
+def test_the_objective_is_in_the_unit_that_ppo_learns_from(one_rank):
     before, after, _ = one_rank["shaped"]
     # Normalised by the first evaluation: its mean is 0, and what is left are the answers cut at the limit.
-    assert before["eval_score_minus_kl"] == pytest.approx(-3 * (1 - before["eval_eos_share"]), abs=1e-5)
-    std = before["eval_score_stderr"] * math.sqrt(
-        6
-    )  # sample std / sqrt 7; population std = that x sqrt(6 / 7)
+    assert before["eval_objective"] == pytest.approx(-3 * (1 - before["eval_eos_share"]), abs=1e-5)
+    # The sample's std over sqrt 7; the population's is that of the sample times sqrt(6 / 7).
+    std = before["eval_score_stderr"] * math.sqrt(6)
     moved = (after["eval_score"] - before["eval_score"]) / std
     penalty = 3 * (1 - after["eval_eos_share"])
     expected = moved - penalty - 0.5 * after["eval_kl"]
-    assert after["eval_score_minus_kl"] == pytest.approx(expected, abs=1e-4)
+    assert after["eval_objective"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_second_reward_model_scores_the_same_answers(one_rank):
@@ -116,27 +127,47 @@ def test_a_second_reward_model_scores_the_same_answers(one_rank):
     assert one_rank["plain"][0]["eval_guard_score"] != pytest.approx(one_rank["plain"][0]["eval_score"])
 
 
-def test_a_score_that_is_not_finite_spoils_no_figure():
+def plain_evaluator(kl_coef: float) -> Evaluator:
+    """One whose first beta is 0.5 and whose present one is `kl_coef`."""
     evaluator = Evaluator.__new__(Evaluator)
-    evaluator._kl_coef, evaluator._shaping, evaluator._needs_scale = (
-        0.5,
-        ScoreShaping(clip=0, missing_eos_penalty=0),
-        True,
-    )
-    mask = torch.ones(4, 2, dtype=torch.bool)
-    rollout = SimpleNamespace(answer_mask=mask, ended=torch.ones(4, dtype=torch.bool))
-    logprobs = torch.zeros(4, 2)
+    evaluator._first_kl_coef, evaluator._trainer = 0.5, SimpleNamespace(kl_coef=kl_coef)
+    evaluator._shaping, evaluator._needs_scale = ScoreShaping(clip=0, missing_eos_penalty=0), False
+    return evaluator
+
+
+def evaluated(
+    kl_coef: float,
+    scores: torch.Tensor,
+    *,
+    log_ratio: torch.Tensor | None = None,
+    real: list[bool] | None = None,
+    evaluator: Evaluator | None = None,
+) -> dict[str, torch.Tensor]:
+    """The figures of answers of two tokens with these scores, each to a prompt of its own."""
+    count = len(scores)
+    mask = torch.ones(count, 2, dtype=torch.bool)
+    rollout = SimpleNamespace(answer_mask=mask, ended=mask.all(dim=1), prompt_rows=torch.arange(count))
+    reference = torch.zeros(count, 2)
+    logprobs = reference if log_ratio is None else log_ratio
+    judged = Judgement(logprobs, reference, reference, None, scores)
+    real = torch.tensor(real or [True] * count)
+    return (evaluator or plain_evaluator(kl_coef))._of_answers(rollout, judged, real)
+
+
+def test_a_score_that_is_not_finite_spoils_no_figure():
+    evaluator = plain_evaluator(0.5)
+    evaluator._needs_scale = True
 
     def figures(*scores: float) -> dict[str, torch.Tensor]:
-        judged = Judgement(logprobs, logprobs, logprobs, None, torch.tensor(scores))
-        return evaluator._of_answers(rollout, judged, torch.tensor([True, True, True, False]))
+        real = [True, True, True, False]
+        return evaluated(0.5, torch.tensor(scores), real=real, evaluator=evaluator)
 
     nothing = figures(math.nan, math.nan, math.inf, 1.0)
     assert nothing["nonfinite_scores"] == 3
     assert evaluator._needs_scale  # there is nothing yet to bring scores to a scale by
     some = figures(1.0, math.nan, 3.0, math.inf)
     assert (some["score"], some["nonfinite_scores"]) == (2.0, 1)  # the last is a filler
-    assert math.isfinite(some["score_minus_kl"])
+    assert math.isfinite(some["objective"])
 
 
 def test_the_size_of_passes_changes_no_figure(one_rank):

@@ -63,7 +63,7 @@ def test_the_score_rose_to_the_end(run):
     assert evaluations[0]["step"] == 0
     assert evaluations[-1]["step"] == json.loads((run[0] / "summary.json").read_text())["ppo_steps"]
     assert evaluations[-1]["eval_score"] > 1.5 * evaluations[0]["eval_score"]
-    assert evaluations[-1]["eval_score_minus_kl"] > evaluations[0]["eval_score_minus_kl"]
+    assert evaluations[-1]["eval_objective"] > evaluations[0]["eval_objective"]
 
 
 def test_the_best_actor_is_from_before_the_first_warning(run):
@@ -72,7 +72,7 @@ def test_the_best_actor_is_from_before_the_first_warning(run):
     first_warning = int(told.partition("guard: PPO step ")[2].partition(":")[0])
     assert summary["actor_step"] == summary["best_step"] < first_warning
     best = {line["step"]: line for line in lines(folder) if "eval_score" in line}[summary["best_step"]]
-    assert summary["best_eval_score_minus_kl"] == best["eval_score_minus_kl"]
+    assert summary["best_eval_objective"] == best["eval_objective"]
     assert summary["best_eval_answer_length"] < summary["eval_answer_length"]
 
 
