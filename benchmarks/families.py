@@ -149,7 +149,7 @@ def run(base: Path, ranks: int, stage: int, args: argparse.Namespace) -> dict[st
     command += ["--actor-model", str(base), "--reward-model", str(base), "--output-dir", str(output)]
     command += ["--actor-zero-stage", str(stage), "--reward-zero-stage", str(stage)]
     command += ["--deployment-type", *deployment, "--common-args", f"--dtype {args.dtype}"]
-    command += ["--sft-args", train, "--reward-args", train, "--ppo-args", ppo]
+    command += ["--overwrite-output-dir", "--sft-args", train, "--reward-args", train, "--ppo-args", ppo]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         sys.exit(f"{output} failed:\n{result.stderr}")

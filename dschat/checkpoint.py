@@ -1,7 +1,5 @@
 """Models on disk, in the form that transformers loads anywhere."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from transformers import (
 
 from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.distributed import (
-    barrier,
     gathered,
     is_main_process,
     local_world_size,
@@ -28,10 +25,9 @@ from dschat.distributed import (
     problem_anywhere,
 )
 from dschat.errors import STORAGE_REMEDY, UserError
+from dschat.export_files import ADAPTER_FOLDER, link_export, remove_export, replacing_export
 from dschat.manifest import (
-    MANIFEST,
     PRECISIONS,
-    WEIGHT_PATTERNS,
     Manifest,
     golden_outputs,
     head_of,
@@ -47,9 +43,6 @@ from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
 from dschat.out_of_memory import phase
-
-ADAPTER_FOLDER = "adapter"
-"""Where an export keeps LoRA's adapters, in PEFT's format; the weights beside it have them merged in."""
 
 
 @phase("exporting")
@@ -92,35 +85,21 @@ def export_model(
 def move_export(source: Path, target: Path, provenance: Provenance) -> None:
     """Let the model in `source` take the place of an older one in `target`; every rank calls it.
 
-    Its weights and promises stay; its card is written anew, as it names the folder. What a run that was
-    killed has moved already stays moved.
+    Its weights and promises stay; its card is written anew, as it names the folder. `source` goes when
+    `target` is whole.
     """
-    if is_main_process():
-        if source.is_dir():
-            target.mkdir(exist_ok=True)
-            if any(source.iterdir()):
-                _move_into_place(source, target)
-            source.rmdir()
-        card = model_card(provenance, provenance.head or Manifest.read(target).head, str(target))
-        (target / CARD).write_text(card, encoding="utf-8")
-    barrier()
 
+    def move() -> None:
+        with replacing_export(target) as folder:
+            link_export(source, folder)
+            (folder / CARD).unlink(missing_ok=True)  # a link to that in `source`
+            card = model_card(provenance, provenance.head or Manifest.read(source).head, str(target))
+            (folder / CARD).write_text(card, encoding="utf-8")
+        remove_export(source)
 
-@contextmanager
-def replacing_export(output_dir: Path) -> Iterator[Path]:
-    """A folder to fill with a model, which then takes the place of an older one in `output_dir`.
-
-    Where the block fails, the older one stays.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for left_behind in output_dir.glob(".export-*"):  # by a run that was killed
-        shutil.rmtree(left_behind)
-    temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir))
-    try:
-        yield temporary
-        _move_into_place(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary)
+    problem = problem_anywhere(lambda: move() if is_main_process() else None)
+    if problem:
+        raise UserError(f"{source} could not be moved to {target}: {problem}. {STORAGE_REMEDY}")
 
 
 def _manifest(folder: Path, provenance: Provenance) -> Manifest:
@@ -224,20 +203,3 @@ def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: P
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.config.use_cache = use_cache
-
-
-def _move_into_place(temporary: Path, output_dir: Path) -> None:
-    """Replace the export in `output_dir`; goes on where a run that was killed has begun to."""
-    begun = temporary / ".moving"
-    if not begun.exists():
-        (output_dir / "config.json").unlink(missing_ok=True)
-        (output_dir / MANIFEST).unlink(missing_ok=True)
-        for pattern in WEIGHT_PATTERNS:
-            for old in output_dir.glob(pattern):
-                old.unlink()
-        shutil.rmtree(output_dir / ADAPTER_FOLDER, ignore_errors=True)
-        begun.touch()
-    new = [path for path in temporary.iterdir() if path != begun]
-    for path in sorted(new, key=lambda path: path.name == "config.json"):
-        path.replace(output_dir / path.name)
-    begun.unlink()

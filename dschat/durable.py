@@ -61,7 +61,7 @@ def flushed(folder: Path, names: Iterable[str]) -> Files:
     found = {}
     for name in names:
         flush(folder / name)
-        found[name] = _measured(folder / name)
+        found[name] = measured(folder / name)
     return found
 
 
@@ -100,7 +100,7 @@ def damage(folder: Path) -> str | None:
     if missing:
         return f"{missing[0]} is missing"
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _measured(folder / name), names)
+        found = pool.map(lambda name: measured(folder / name), names)
         for name, (size, checksum) in zip(names, found, strict=True):
             promised_size, promised = facts["files"][name]
             if size != promised_size:
@@ -110,5 +110,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _measured(path: Path) -> tuple[int, str]:
+def measured(path: Path) -> tuple[int, str]:
+    """Size and checksum of a file."""
     return path.stat().st_size, files_fingerprint([path])

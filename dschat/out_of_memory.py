@@ -110,7 +110,7 @@ def _start_smaller(name: str, args: StepArguments, flags: dict[str, int]) -> Non
     begin = "from the beginning, as there is no checkpoint (--save_interval makes some)"
     if newest_checkpoint(args.run):
         begin = "from its newest checkpoint"
-        more["resume_from_checkpoint"] = "latest"
+        more |= {"resume_from_checkpoint": "latest", "overwrite_output_dir": False}
     restart.order(
         more,
         f"note: rank {rank()} ran out of memory while {name}: --auto_micro_batch starts the run again with "

@@ -42,6 +42,7 @@ from dschat.engine_files import load_engine, load_engine_resharded, save_engine
 from dschat.engines import DeepSpeedEngine
 from dschat.errors import Stopped
 from dschat.run_folder import METRICS, checkpoints_folder, finished_checkpoints
+from dschat.run_lock import note_stopping
 from dschat.signals import StopRequests
 
 FORMAT = 3
@@ -92,7 +93,7 @@ class Checkpoints:
         self._root = checkpoints_folder(arguments.run)
         self._chosen = self._newest = chosen
         self._damaged = damaged
-        self._requests = StopRequests()
+        self._requests = StopRequests(note_stopping)
         self._saved_at = time.monotonic()
 
     def load(self, engines: Mapping[str, DeepSpeedEngine]) -> Progress:
@@ -153,6 +154,7 @@ class Checkpoints:
         stop, late = max_across_ranks(asked.to(current_device())).tolist()
         if stop and self._requests.received is None:
             self._requests.received = "another rank's signal"
+            note_stopping()
         if is_last:
             self._requests.release()
         on_schedule = run.save_interval > 0 and step % run.save_interval == 0

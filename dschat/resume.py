@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dschat.arguments import Setting, StepArguments, settings
+from dschat.arguments import STARTING, Setting, StepArguments, settings
 from dschat.distributed import barrier, gather_json, is_main_process, print_once
 from dschat.durable import damage, flush
 from dschat.errors import UserError
@@ -20,7 +20,7 @@ from dschat.run_folder import (
     start_run,
 )
 
-UNREMARKABLE = ("local_rank", "resume_from_checkpoint", "output_dir")
+UNREMARKABLE = (*STARTING, "output_dir")
 """Flags whose change goes without saying."""
 
 
@@ -81,7 +81,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
     if damaged:
         raise UserError(
             f"--resume_from_checkpoint latest: no checkpoint in {root} is intact; to start from the "
-            "beginning, delete that folder."
+            "beginning, give --overwrite_output_dir in its place."
         )
     print_once(f"--resume_from_checkpoint latest: there is none in {root}; starting from the beginning.")
     return {"chosen": None, "damaged": []}

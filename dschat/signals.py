@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,10 +15,12 @@ FORWARDED_AT_ONCE = 1.0
 class StopRequests:
     """Notes the first request; a second Ctrl-C stops at once. Listens between `listen` and `release`."""
 
-    def __init__(self) -> None:
+    def __init__(self, when_asked: Callable[[], None] = lambda: None) -> None:
+        """`when_asked` is called in the handler of the first signal."""
         self.received: str | None = None
         """The name of the signal that asked for an end."""
         self._time = 0.0
+        self._when_asked = when_asked
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
@@ -36,3 +39,4 @@ class StopRequests:
             raise KeyboardInterrupt
         if self.received is None:
             self.received, self._time = name, now
+            self._when_asked()

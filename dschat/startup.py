@@ -8,11 +8,16 @@ from dschat.arguments import StepArguments
 from dschat.distributed import check_precision
 from dschat.models.remote_code import set_consent
 from dschat.out_of_memory import remember
+from dschat.run_folder import check_finished
 
 
 def prepare(arguments: StepArguments) -> None:
-    """Precision, foreign code and determinism. Raises `UserError` for what this machine cannot run."""
+    """Precision, foreign code and determinism. Raises `UserError` for what this machine cannot run.
+
+    A finished run in the output folder ends the program here, as `check_finished` says.
+    """
     run = arguments.run
+    check_finished(run)
     remember(arguments)
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)

@@ -120,7 +120,7 @@ def to_deepspeed_chat(folder: Path, output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from dschat.checkpoint import replacing_export
+    from dschat.export_files import replacing_export
     from dschat.manifest import receive_model
 
     if not _is_ours(folder):

@@ -49,7 +49,7 @@ def main(args: SftArguments) -> None:
     prepare(args)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
-    check_run_folder(args.run, args.model.model_name_or_path)
+    check_run_folder(args, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     data = load_data(args, tokenizer)
     loaders = build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)

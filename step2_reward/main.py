@@ -47,7 +47,7 @@ def main(args: RewardArguments) -> None:
     prepare(args)
     base = receive_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
-    check_run_folder(args.run, args.model.model_name_or_path)
+    check_run_folder(args, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)

@@ -44,7 +44,7 @@ def main(args: RlhfArguments) -> None:
     prepare(args)
     handovers = receive_models(args)
     check_adapters(language=args.actor, reward=args.starting_critic)
-    check_run_folder(args.run, *args.model_paths)
+    check_run_folder(args, *args.model_paths)
     tokenizers = load_rlhf_tokenizers(args)
     handovers.check_templates(tokenizers)
     score_scale = handovers.reward.score_statistics() if args.ppo.score_scale == "step2" else (0.0, 1.0)

@@ -13,7 +13,7 @@ LAYERS = {
     + ("build_locks", "command_line", "statistics")
     + ("ending",),
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
-    + ("out_of_memory",),
+    + ("out_of_memory", "export_files", "run_lock"),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
     + ("engine_files", "evaluations", "resume", "skipped_steps", "verdict"),
     3: ("rlhf",),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from dschat import checkpoint
 from dschat.arguments import ModelArguments
 from dschat.checkpoint import export_model
 from dschat.errors import UserError
@@ -70,12 +69,11 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path):
     model = create_hf_model(AutoModelForCausalLM, str(save_tiny_model(tmp_path / "base")), tokenizer)
     output = tmp_path / "output"
     output.mkdir()
-    for name in ("metrics.jsonl", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
-        (output / name).write_text("{}")
-    (output / "pytorch_model.bin").write_text("an older run's")
+    (output / "metrics.jsonl").write_text("{}")
     export_model(model, tokenizer, output)
     export_model(model, tokenizer, output)
     assert sorted(path.name for path in output.iterdir()) == [
+        ".export.json",
         "config.json",
         "generation_config.json",
         "metrics.jsonl",
@@ -83,6 +81,25 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_weights_and_files_of_others_are_set_aside_and_said(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    model = create_hf_model(AutoModelForCausalLM, str(save_tiny_model(tmp_path / "base")), tokenizer)
+    output, others = tmp_path / "output", ("model.safetensors.index.json", "pytorch_model.bin", "config.json")
+    output.mkdir()
+    for number in (1, 2):
+        for name in others:
+            (output / name).write_text(f"someone's {number}")
+        (output / ".export.json").unlink(missing_ok=True)
+        export_model(model, tokenizer, output)
+        AutoModelForCausalLM.from_pretrained(output)
+    assert (
+        "config.json is no file of this run; it is kept as set-aside-config.json" in capsys.readouterr().out
+    )
+    for name in others:
+        assert (output / f"set-aside-{name}").read_text() == "someone's 1"
+        assert (output / f"set-aside-set-aside-{name}").read_text() == "someone's 2"
 
 
 def test_a_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
@@ -305,33 +322,3 @@ def test_a_critic_trains_in_bf16_with_zero_2(without_padding_token, tmp_path):
     assert seen["losses"][1] < seen["losses"][0]
     assert seen["losses"][3] < seen["losses"][2]
     assert seen["reload_error"] == 0
-
-
-def test_a_move_that_was_interrupted_is_finished_by_the_next(tmp_path, monkeypatch):
-    source, target = tmp_path / "best", tmp_path / "actor"
-    for folder, text in ((source, "new"), (target, "old")):
-        folder.mkdir()
-        for name in ("model.safetensors", "config.json", "manifest.json"):
-            (folder / name).write_text(text)
-    (target / "notes.txt").write_text("mine")
-    replace, moved = Path.replace, []
-
-    def dying(path, to):
-        if moved:
-            raise KeyboardInterrupt
-        moved.append(path.name)
-        return replace(path, to)
-
-    monkeypatch.setattr(Path, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint._move_into_place(source, target)
-    assert not (target / "config.json").exists()  # a folder without it is not complete
-    monkeypatch.setattr(Path, "replace", replace)
-    checkpoint._move_into_place(source, target)
-    assert {path.name: path.read_text() for path in target.iterdir()} == {
-        "model.safetensors": "new",
-        "config.json": "new",
-        "manifest.json": "new",
-        "notes.txt": "mine",
-    }
-    assert not list(source.iterdir())

@@ -223,6 +223,7 @@ FREE = {
     *("data_output_path", "preprocessing_num_workers", "gradient_checkpointing", "output_dir", "debug"),
     *("enable_tensorboard", "tensorboard_path", "local_rank", "deepspeed", "compute_fp32_loss"),
     *("save_interval", "save_minutes", "save_total_limit", "resume_from_checkpoint", "print_loss"),
+    "overwrite_output_dir",
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "num_padding_at_beginning"),
     *("offload_reference_model", "offload_reward_model", "rollout_gather", "print_answers"),
     *(
@@ -257,19 +258,42 @@ def test_a_flag_may_change_at_resume_only_where_that_is_intended(step):
         assert setting.at_resume == intended, name
 
 
-def test_an_unfinished_run_is_not_overwritten_and_a_finished_one_is_cleared(tmp_path, monkeypatch):
+def test_an_unfinished_run_is_not_overwritten_but_where_that_is_asked_for(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(UserError, match=r"step_00000001: add --resume_from_checkpoint latest; or"):
-        check_run_folder(arguments(tmp_path).run)
-    check_run_folder(arguments(tmp_path, "--resume_from_checkpoint").run)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    check_run_folder(arguments(tmp_path).run)
-    assert begin_run(arguments(tmp_path), data="key")._chosen.name == "step_00000001"
-    monkeypatch.undo()
-    write_summary(str(tmp_path), {})
-    check_run_folder(arguments(tmp_path).run)
-    begin_run(arguments(tmp_path), data="key")
+    with pytest.raises(
+        UserError, match=r"step_00000001: add --resume_from_checkpoint latest; or .*overwrite"
+    ):
+        check_run_folder(arguments(tmp_path))
+    check_run_folder(arguments(tmp_path, "--resume_from_checkpoint"))
+    check_run_folder(overwriting := arguments(tmp_path, "--overwrite_output_dir"))
+    begin_run(overwriting, data="key")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_launch_that_torchrun_starts_again_goes_on_where_it_had_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    saved(tmp_path, 1)  # by an earlier launch: this one is refused, and so is its second attempt
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with pytest.raises(UserError, match="add --resume_from_checkpoint latest"):
+            check_run_folder(arguments(tmp_path))
+    overwriting = arguments(tmp_path, "--overwrite_output_dir")
+    begin_run(overwriting, data="key").save(2, engines={}, state={})
+    check_run_folder(overwriting)
+    assert begin_run(overwriting, data="key")._chosen.name == "step_00000002"
+    write_summary(str(tmp_path), {})
+    with pytest.raises(SystemExit, match="0"):
+        check_run_folder(overwriting)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "weights/model.pt"])
+def test_a_folder_called_like_a_checkpoint_is_refused_also_at_resume(name, tmp_path):
+    saved(tmp_path, 1)
+    place = tmp_path / "checkpoints" / "step_00000002" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("someone's own")
+    with pytest.raises(UserError, match=r"holds .*: checkpoints/step_00000002 \(no checkpoint of a run\)"):
+        check_run_folder(arguments(tmp_path, "--resume_from_checkpoint"))
 
 
 def test_a_checkpoint_is_due_by_number_by_time_by_signal_and_at_the_end(tmp_path, monkeypatch):

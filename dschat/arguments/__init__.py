@@ -11,7 +11,7 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments
-from dschat.arguments.record import Setting, changed_flags, global_sizes, settings, write_arguments
+from dschat.arguments.record import STARTING, Setting, changed_flags, global_sizes, settings, write_arguments
 from dschat.arguments.rewards import REWARD_MODEL
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -30,6 +30,7 @@ __all__ = [
     "FOREIGN",
     "PROGRAMS",
     "REWARD_MODEL",
+    "STARTING",
     "STEPS",
     "DataArguments",
     "DpoArguments",

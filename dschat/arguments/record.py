@@ -10,8 +10,10 @@ from dschat.arguments.steps import RlhfArguments, StepArguments
 
 
 def write_arguments(arguments: StepArguments, path: Path) -> None:
-    """Keep what a run was started with, as JSON, one object a group."""
-    path.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n")
+    """Keep what a run was started with, as JSON, one object a group; the file is replaced in one step."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,16 @@ def settings(arguments: StepArguments) -> dict[str, Setting]:
     return found
 
 
+STARTING = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
+"""Flags that say how a run is started, not what it does."""
+
+
 def changed_flags(arguments: StepArguments) -> dict[str, Any]:
     """The flags whose values are not their defaults, by name; those without a default are among them."""
     return {
         name: setting.value
         for name, setting in settings(arguments).items()
-        if setting.value != setting.default and name not in ("local_rank", "resume_from_checkpoint")
+        if setting.value != setting.default and name not in STARTING
     }
 
 

@@ -13,6 +13,11 @@ class RunArguments:
     output_dir: str | None = flag(
         None, "Folder for the trained model, logs and metrics; without it nothing is kept.", at_resume="free"
     )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Start anew in an --output_dir that holds a run, finished or not, and remove what that one wrote.",
+        at_resume="free",
+    )
     seed: int = flag(1234, "Decides the data split, the order of the data and every random draw.")
     dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "Precision of weights and activations.")
     offload: bool = flag(False, "Keep optimiser states (and at ZeRO stage 3 the weights) in CPU memory.")
@@ -71,6 +76,10 @@ class RunArguments:
         require(
             0 <= self.seed < 2**63,
             f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",
+        )
+        require(
+            not (self.overwrite_output_dir and self.resume_from_checkpoint),
+            "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on; give one of them.",
         )
         require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit", "max_skipped_steps")
         for name in ("save_interval", "save_minutes", "resume_from_checkpoint"):

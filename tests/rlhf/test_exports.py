@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
-from dschat.manifest import receive_model
+from dschat.manifest import Manifest, changed_files, receive_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.exports import OBJECTIVE, Exports
 from dschat.rlhf.guard import Guard
@@ -45,7 +48,7 @@ def move_to(model: torch.nn.Module, value: float) -> None:
 
 
 def mark(folder: Path) -> float:
-    return AutoModelForCausalLM.from_pretrained(folder).model.norm.weight[0].item()
+    return load_file(folder / "model.safetensors")["model.norm.weight"][0].item()
 
 
 def offer_three(kept: Exports, model: torch.nn.Module) -> None:
@@ -83,7 +86,6 @@ def test_an_evaluation_without_a_number_is_never_the_best(base):
 def test_the_actor_is_the_best_by_default_moved_there_over_an_older_one(base):
     kept, model, output = exports(base)
     (output / "actor").mkdir(parents=True)
-    (output / "actor" / "config.json").write_text("of an older run")
     (output / "actor" / "notes.txt").write_text("someone's own")
     offer_three(kept, model)
     summary = kept.finish(2, {"score": 1.0})
@@ -139,12 +141,12 @@ def test_a_run_that_goes_back_knows_the_later_actor_in_best(base):
 def test_an_actor_in_best_that_nothing_is_known_of_is_replaced(base, capsys):
     kept, model, output = exports(base)
     kept.offer(0, {OBJECTIVE: 1.0})
-    said = (output / "best.json").read_text()
+    said, saved = (output / "best.json").read_text(), kept.state_dict()
     move_to(model, 5)
     kept.offer(1, {OBJECTIVE: 3.0})
     (output / "best.json").write_text(said)  # killed between the model and the note about it
     again, other, _ = exports(base)
-    again.load_state_dict(kept.state_dict())
+    again.load_state_dict(saved)
     assert "which actor best/ holds is not known" in capsys.readouterr().out
     move_to(other, 6)
     again.offer(2, {OBJECTIVE: 0.5})
@@ -169,6 +171,86 @@ def test_a_best_actor_that_finds_no_room_leaves_the_earlier_one(base, monkeypatc
     assert (kept.best_step, mark(output / "best")) == (0, marked)
     kept.offer(2, {OBJECTIVE: 2.0})
     assert (kept.best_step, mark(output / "best")) == (2, 5)
+
+
+def killed_at(number: int, monkeypatch, work) -> bool:
+    """Do the work, but die of the file operation with that number; whether it came to that."""
+    done = []
+
+    def dying(operation):
+        def operate(*args, **options):
+            done.append(operation)
+            if len(done) == number:
+                raise KeyboardInterrupt
+            return operation(*args, **options)
+
+        return operate
+
+    with monkeypatch.context() as patched:
+        for place, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "link")):
+            patched.setattr(place, name, dying(getattr(place, name)))
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_kill_at_any_moment_of_the_end_loses_no_best_actor(base, monkeypatch):
+    """The next run has the state that was saved before the end, and the same last actor."""
+    kept, model, output = exports(base)
+    (output / "actor").mkdir(parents=True)
+    offer_three(kept, model)
+    saved, before = json.loads(json.dumps(kept.state_dict())), base.parent / "before"
+    output.rename(before)
+
+    def resumed() -> Exports:
+        run = Exports(kept._args, kept._engine, kept._tokenizer, kept._data)
+        run.load_state_dict(saved)
+        return run
+
+    number = 1  # of the first operation: one without a kill in between ends the loop
+    while True:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(before, output)
+        run = resumed()
+        if not killed_at(number, monkeypatch, lambda run=run: run.finish(2, {"score": 1.0})):
+            break
+        whole = [name for name in ("best", "actor") if (output / name / "config.json").is_file()]
+        assert whole, f"operation {number} leaves no best actor"
+        assert resumed().finish(2, {"score": 1.0})["actor_step"] == 1
+        assert mark(output / "actor") == 2
+        assert not list(output.glob("best/*"))
+        assert not changed_files(Manifest.read(output / "actor"), output / "actor")
+        number += 1
+    assert number > 15
+
+
+def test_an_actor_is_named_for_the_weights_that_are_there(base, capsys):
+    """Finished with the best, again with the last, and again with the best, which is gone by then."""
+    kept, model, output = exports(base)
+    offer_three(kept, model)
+    saved = kept.state_dict()
+    assert kept.finish(2, {})["actor_step"] == 1
+    for flag, step in (("best", 1), ("last", 2), ("best", 2)):
+        again, other, _ = exports(base, f"--export_actor={flag}")
+        move_to(other, 3)
+        again.load_state_dict(saved)
+        assert again.finish(2, {})["actor_step"] == step
+        assert mark(output / "actor") == {1: 2, 2: 3}[step]
+    told = capsys.readouterr().out
+    assert "which actor best/ holds is not known" in told
+    assert told.count("actor/ is that after PPO step 1 (--export_actor best)") == 2
+
+
+def test_a_best_actor_whose_weights_were_replaced_is_not_exported_as_such(base, capsys):
+    kept, model, output = exports(base)
+    offer_three(kept, model)
+    move_to(model, 9)
+    model.save_pretrained(output / "best")
+    assert kept.finish(2, {})["actor_step"] == 2
+    assert mark(output / "actor") == 9
+    assert "the best actor, that after PPO step 1, is not in" in capsys.readouterr().out
 
 
 class Recorded:
