@@ -4,8 +4,8 @@ python benchmarks/clean_exit.py --runs 300 --jobs 2 --load 2
 Each run is one optimiser step of step 1 on a tiny model, by turns at ZeRO 2 and 3 and under torchrun and the
 deepspeed launcher. Most of the time of such a run goes into imports: the ranks that a launcher starts import
 everything once and fork for each of `--forks` runs, so that what ends is a process of its own each time.
-`--amplify` lets the thread that watches over the peers be inside a call of the process group's store nearly
-all the time: what happens in a run of thousands then happens in most.
+`--amplify` keeps the thread that watches over the peers inside a call of the process group's store: what a
+slow machine does to a run of hundreds then happens in each.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="Launchers at one time (default 2).")
     add("--load", type=int, default=0, help="Processes that keep the machine busy meanwhile (default 0).")
     add("--forks", type=int, default=5, help="Runs a launcher, one after the other (default 5).")
-    add("--amplify", action="store_true", help="Let the watch use the store all the time.")
+    add("--amplify", action="store_true", help="Keep the watch inside the store.")
     add("--output-dir", type=Path, default=Path("output/clean_exit"), help="Folder of all runs.")
     return parser.parse_args()
 
@@ -160,10 +161,8 @@ def child(folder: Path, ports: list[int], amplified: bool, flags: list[str]) -> 
     """A rank of one run after the other, each in a fork of this process; returns the first bad code."""
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(PROGRAM))  # imports what it needs, and does nothing more under this name
-    from dschat import peers
-
     if amplified:
-        peers.INTERVAL = 0.0
+        linger_in_store()
     codes = []
     for fork, port in enumerate(ports):
         pid = os.fork()
@@ -178,6 +177,20 @@ def child(folder: Path, ports: list[int], amplified: bool, flags: list[str]) -> 
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         (folder / f"{fork}.{os.environ['RANK']}").write_text(str(codes[-1]))
     return next((abs(code) for code in codes if code), 0)
+
+
+def linger_in_store() -> None:
+    """Let each look of the watch wait in the store for a key that nobody sets."""
+    from dschat import peers, restart
+
+    obey, peers.INTERVAL = restart.obey, 0.0
+
+    def linger() -> None:
+        obey()
+        with suppress(RuntimeError, IndexError):  # the time has passed, or the store is gone
+            restart._store[0].wait(["never"], timedelta(seconds=1))
+
+    restart.obey = linger
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC, EROFS
 
+from dschat.console import printable, take_over
 from dschat.ending import errors_end_ranks
 from dschat.peers import report_lost_peers
 
@@ -33,8 +34,7 @@ def one_line(message: str) -> str:
 
     Control characters are escaped, as a file's content must not steer the terminal.
     """
-    joined = re.sub(r"\s*\n\s*", " ", message.strip())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    line = printable(re.sub(r"\s*\n\s*", " ", message.strip()), keep="")
     if len(line) <= LONGEST_MESSAGE:
         return line
     half = LONGEST_MESSAGE // 2 - 25
@@ -55,7 +55,8 @@ class Stopped(Exception):
 
 @contextmanager
 def readable_errors(debug: bool = False) -> Iterator[None]:
-    """As `_errors_told`; where several ranks run, their watch ends before the process does."""
+    """As `_errors_told`, on a `Console`; where several ranks run, their watch ends before the process."""
+    take_over()
     with errors_end_ranks(), _errors_told(debug):
         yield
 

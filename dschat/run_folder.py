@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.arguments import RlhfArguments, RunArguments, StepArguments, write_arguments
+from dschat.console import log
 from dschat.durable import COMPLETE, facts_of, write_json
 from dschat.errors import UserError
 from dschat.export_files import foreign_files, remove_export
@@ -32,6 +33,9 @@ STEP_FOLDERS = "step_" + 8 * "[0-9]"
 
 BEST = "best.json"
 """What step 3 knows of the actor in best/, while it runs."""
+
+LOG = "log.txt"
+"""What rank 0 printed."""
 
 EXPORTS = ("", "actor", "best", "critic", "actor_ema")
 """Where below its output folder a step writes models; step 3 writes none into the folder itself."""
@@ -133,6 +137,7 @@ def check_run_folder(arguments: StepArguments, *models: str) -> None:
             ) from error
     if run.output_dir and is_main_process:
         _check_content(arguments)
+        log.open(Path(run.output_dir) / LOG)
 
 
 def _check_content(arguments: StepArguments) -> None:

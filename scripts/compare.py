@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from dschat.command_line import ReadableParser
+from dschat.console import PLAIN, printable
 from dschat.errors import UserError, readable_errors
 
 
@@ -253,9 +254,9 @@ def show(
     for name in answers:
         side_by_side.add_column(name, ratio=2)
     for row, prompt in enumerate(prompts[: args.num_shown]):
-        cells = [Text(as_text(prompt).strip())]
+        cells = [Text(printable(as_text(prompt).strip()))]
         for texts in answers.values():
-            cell = Text(_shortened(texts[row].strip()))
+            cell = Text(printable(_shortened(texts[row].strip())))
             if args.demo_task:
                 from demo_task import check_answer
 
@@ -277,7 +278,7 @@ def show(
         table.add_column(headings[key][0], justify="right")
     for name, values in figures.items():
         table.add_row(name, *(headings[key][1].format(values[key]) for key in known))
-    console = Console()
+    console = Console(**PLAIN)
     console.print(side_by_side)
     console.print(table)
 

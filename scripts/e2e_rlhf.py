@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.command_line import ReadableParser
+from dschat.console import PLAIN
 from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
 from dschat.run_folder import SUMMARY, read_summary
 
@@ -380,7 +381,7 @@ def print_table(output_dir: Path, steps: Sequence[int]) -> None:
         seconds = summary.get("seconds")
         elapsed = f"{seconds:.0f}" if isinstance(seconds, int | float) else "-"
         table.add_row(f"{step} {TITLES[step]}", achieved(step, summary), elapsed, FOLDERS[step])
-    Console().print(table)
+    Console(**PLAIN).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.arguments import InspectArguments, parse_arguments
+from dschat.console import PLAIN, printable
 from dschat.errors import UserError, readable_errors
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
@@ -110,7 +111,7 @@ def main(args: InspectArguments) -> None:
     sources += [open_source(entry, "--eval_data_path") for entry in args.data.eval_data_path]
     tokenizer = load_tokenizer(args.inspect.model_name_or_path, args.tokenizer)
     reports = [inspect(source, form, tokenizer, args) for source in sources]
-    console = Console(highlight=False)
+    console = Console(**PLAIN)
     for report in reports:
         show(report, console, args.inspect.max_seq_len)
     if args.inspect.html:
@@ -300,17 +301,18 @@ def pieces(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase)
 
 def show(report: Report, console: Console, max_seq_len: int) -> None:
     """Print one data set."""
-    console.rule(Text(report.name), align="left")
+    console.rule(Text(printable(report.name)), align="left")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in report.facts:
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     console.print(table)
     for warning in report.warnings:
-        console.print(Text(f"! {warning}", style="yellow"))
+        console.print(Text(f"! {printable(warning)}", style="yellow"))
     for lengths in report.lengths:
         console.print(f"\n{lengths.name}, tokens: {lengths.summary}")
         for limits, number, part in lengths.bars:
-            console.print(f"  {limits:>13} {number:>7} {'█' * round(40 * part)}".rstrip())
+            bar = ("#" if console.options.ascii_only else "█") * round(40 * part)
+            console.print(f"  {limits:>13} {number:>7} {bar}".rstrip())
     for number, parts in enumerate(report.examples, start=1):
         for title, text in parts.items():
             console.print(Text(f"\n--- row {number}: {title}", style="bold"))
@@ -322,6 +324,7 @@ def coloured(text: Pieces, *, brackets: bool) -> Text:
     """The text, what is learned in green, and between brackets where colours may not be seen."""
     shown = Text()
     for part, learned in text:
+        part = printable(part)
         shown.append(f"⟦{part}⟧" if learned and brackets else part, style="green" if learned else "")
     return shown
 

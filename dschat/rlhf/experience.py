@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import PpoArguments
+from dschat.console import printable
 from dschat.distributed import gather_rows
 from dschat.losses import (
     advantages_and_returns,
@@ -278,8 +279,8 @@ class Experience:
             one = self.rollout.rows(torch.tensor([row], device=self.returns.device))
             prompt, answer = one.input_ids[0].split([one.prompt_length, one.answer_mask.shape[1]])
             score = self.judgement.scores[row]
-            lines.append(f"--- prompt: {tokenizer.decode(prompt)}")
-            lines.append(f"--- answer (score {score:.3f}): {tokenizer.decode(answer)}")
+            lines.append(f"--- prompt: {printable(tokenizer.decode(prompt))}")
+            lines.append(f"--- answer (score {score:.3f}): {printable(tokenizer.decode(answer))}")
         return "\n".join(lines)
 
     @property

@@ -1,0 +1,158 @@
+"""What programs print: it ends no run, whoever reads it, and steers no terminal, whatever is in it.
+
+`take_over` puts a `Console` in the place of stdout and stderr, so print, tqdm, rich, logging and warnings all
+write through it. It escapes what the encoding lacks and what moves a terminal's cursor, drops what can no
+longer be written, and keeps the lines for the run's log file.
+"""
+
+import io
+import os
+import re
+import select
+import sys
+from collections import deque
+from contextlib import suppress
+from datetime import datetime
+from errno import EBADF, EIO, EPIPE
+from pathlib import Path
+
+PLAIN = {"markup": False, "emoji": False, "highlight": False}
+"""For rich's Console: text from data and models is text, also where it reads like rich's markup."""
+
+STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+"""Characters that move the cursor, reorder text or hide it, and halves of surrogate pairs."""
+
+HARMLESS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\d*A")
+"""Escape sequences of colours, and of tqdm where it draws several bars."""
+
+HARMFUL = re.compile(r"\x1b(?!\[[\d;]*m|\[\d*A)")
+"""The first character of any other."""
+
+NUM_EARLY_LINES = 10_000
+"""Lines kept until the log file is known."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text from data or models with its `STEERING` characters escaped, all but those of `keep`."""
+    return STEERING.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class _LastingOutput(io.RawIOBase):
+    """A file descriptor whose writes always succeed: what finds no reader or no room is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: memoryview) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # another program has made the pipe or terminal non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                if error.errno in (EPIPE, EIO, EBADF):
+                    self._give_up(error)
+                return len(data)
+
+    def _give_up(self, error: OSError) -> None:
+        """Nobody will read this again: libraries and child processes that write there get no error either."""
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._descriptor)
+        log.add(f"(nobody reads descriptor {self._descriptor} any more: {error.strerror}; the run goes on)")
+
+
+class Console(io.TextIOWrapper):
+    """stdout or stderr, whose lines also go to `log`."""
+
+    def __init__(self, descriptor: int, like: io.TextIOWrapper | None) -> None:
+        """With the encoding and buffering of the stream `like`."""
+        super().__init__(
+            io.BufferedWriter(_LastingOutput(descriptor)),
+            encoding=like.encoding if like else "utf-8",
+            errors="backslashreplace",
+            line_buffering=like.line_buffering if like else True,
+            write_through=like.write_through if like else False,
+        )
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """As a stream's; colours are left out where there is no terminal."""
+        shown = HARMFUL.sub(r"\\x1b", printable(text, "\n\t\r\x1b"))
+        self._note(HARMLESS.sub("", shown))
+        super().write(shown if self.isatty() else HARMLESS.sub("", shown))
+        return len(text)
+
+    def _note(self, text: str) -> None:
+        """Keep whole lines as they stand in the end: of a progress bar, its last state."""
+        *ended, last = (self._line + text).split("\n")
+        for line in ended:
+            log.add(line.rstrip("\r").rpartition("\r")[2])
+        self._line = last.rpartition("\r")[2]
+
+
+class Log:
+    """The lines of both streams in a file, in UTF-8, also those printed before the file was known."""
+
+    def __init__(self) -> None:
+        self._early: deque[str] = deque(maxlen=NUM_EARLY_LINES)
+        self._file: io.FileIO | None = None
+
+    def open(self, path: Path) -> None:
+        """Add to this file from here on; a note where it cannot be written."""
+        if self._file:
+            return
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            print(
+                f"note: {path} cannot be written ({error.strerror}): the console alone has what is printed."
+            )
+            return
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        self.add(f"== {now} {Path(sys.argv[0]).name}, process {os.getpid()}")
+        while self._early:
+            self.add(self._early.popleft())
+
+    def add(self, line: str) -> None:
+        """A line. What finds no room on the disk is dropped."""
+        if self._file is None:
+            self._early.append(line)
+            return
+        with suppress(OSError):  # the console has the line
+            self._file.write((line.rstrip() + "\n").encode("utf-8", errors="backslashreplace"))
+
+
+log = Log()
+"""That of this process; only rank 0 opens it."""
+
+
+def take_over() -> None:
+    """Let stdout and stderr of this program be a `Console`; streams that others have replaced stay theirs."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would get the number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Console(os.open(os.devnull, os.O_WRONLY), None))
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            setattr(sys, name, Console(descriptor, stream))
