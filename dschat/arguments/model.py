@@ -97,8 +97,9 @@ class OptimizerArguments:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
     only_optimize_lora: bool = flag(
         False,
-        "Train the adapters (and a reward model's head) alone; without it also what they do not cover: "
-        "embeddings, norms, biases. A model without adapters is trained whole. In step 3 and in DPO a model "
+        "Train the adapters (a reward model's head and new tokens' rows too) alone; without it also what "
+        "they do not cover: embeddings, norms, biases. A model without adapters is trained whole. In step 3 "
+        "and in DPO a model "
         "with nothing but adapters to train is its own reference.",
     )
 

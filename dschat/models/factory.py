@@ -154,7 +154,9 @@ def create_critic_model(
         if not rlhf_training:
             _draw_head(classifier.score)
     settle_config(classifier, tokenizer)
-    return RewardModel(classifier.base_model, classifier.score, classifier.config)
+    model = RewardModel(classifier.base_model, classifier.score, classifier.config)
+    model.new_tokens = classifier.new_tokens
+    return model
 
 
 def _reward_model_loader(model_name_or_path: str, dropout: float | None) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from dschat.models.factory import skeleton
 from dschat.models.lora_file import read_lora_file
 from dschat.models.quantization import check_bitsandbytes, num_weights
 from dschat.models.reward_model import RewardModel
+from dschat.models.token_rows import PEFT_ROWS, ROWS, merge_rows, merged_rows, new_rows_of, train_new_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,9 +34,13 @@ LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 """How PEFT names an adapter's weights, A [r, in] and B [out, r], after the layer they belong to."""
 
 
+SHOWN_TOKENS = 8
+"""New tokens named in a message."""
+
+
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's."""
-    return name.endswith((LORA_A, LORA_B))
+    """Whether a parameter of this name is an adapter's, or what is added to the rows of new tokens."""
+    return name.endswith((LORA_A, LORA_B, ROWS))
 
 
 def check_adapters(*, language: ModelArguments | None = None, reward: ModelArguments | None = None) -> None:
@@ -64,7 +69,8 @@ def add_lora(
     """Give the backbone's linear layers adapters, in place; the model's outputs stay what they were.
 
     The weights of these layers are frozen. All else is trained, or with `only_optimize_lora` nothing but a
-    reward model's head and the biases that a `lora_config` file names. A is drawn from torch's seed alone,
+    reward model's head, the biases that a `lora_config` file names, and the rows of tokens that are new to
+    the model, which could not be learned otherwise. A is drawn from torch's seed alone,
     the same on every rank and at every ZeRO stage; B is 0. Raises `UserError` as `check_adapters` does.
     """
     from peft import inject_adapter_in_model
@@ -89,6 +95,9 @@ def add_lora(
     for name, parameter in model.named_parameters():
         if not only_optimize_lora and not name.endswith(".base_layer.weight"):
             parameter.requires_grad_(True)
+    new_tokens = getattr(model, "new_tokens", {})
+    if only_optimize_lora and new_tokens:
+        config = dataclasses.replace(config, trainable_token_indices=train_new_rows(host, new_tokens))
     model.lora_config = config
     _announce(model, len(layers))
 
@@ -118,7 +127,8 @@ def trains_more_than_adapters(model: nn.Module) -> bool:
     )
 
 
-def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as it was loaded inside the block, and what it was before after it; no gradient flag changes.
 
     The adapters still run, times 0: under ZeRO-3 every pass then meets the same layers in the same order, and
@@ -126,14 +136,24 @@ def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager:
     """
     from peft.helpers import rescale_adapter_scale
 
-    return rescale_adapter_scale(model, 0)
+    rows = new_rows_of(model)
+    with rescale_adapter_scale(model, 0):
+        for part in rows:
+            part.scale = 0.0
+        try:
+            yield
+        finally:
+            for part in rows:
+                part.scale = 1.0
 
 
 def merge_lora(state: dict[str, Tensor], config: "LoraConfig") -> dict[str, Tensor]:
     """The weights of the same model without adapters, W + alpha / r * B A in their place; `state` stays.
 
-    With rsLoRA the factor is alpha / sqrt(r). Added in fp32 and rounded once, to W's precision.
+    With rsLoRA the factor is alpha / sqrt(r). Added in fp32 and rounded once, to W's precision. The rows of
+    new tokens take their places too.
     """
+    state = merge_rows(state, config.trainable_token_indices or {})
     factor = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     merged = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_adapter(name)}
     for layer in (name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)):
@@ -152,8 +172,11 @@ def save_adapter(state: dict[str, Tensor], config: "LoraConfig", folder: Path) -
     """
     heads = ["score"] if config.task_type == "SEQ_CLS" else None
     kept = {name for name in state if _is_written(name, config) or (heads and name == "score.weight")}
+    rows = merged_rows(state, config.trainable_token_indices or {})
     folder.mkdir()
-    tensors = {f"base_model.model.{name.replace('.default.', '.')}": state[name] for name in sorted(kept)}
+    whole = {name.replace(".default.", "."): state[name] for name in sorted(kept) if not name.endswith(ROWS)}
+    whole |= {layer + PEFT_ROWS: tensor for layer, tensor in rows.items()}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     dataclasses.replace(config, modules_to_save=heads, inference_mode=True).save_pretrained(folder)
 
@@ -246,6 +269,13 @@ def _announce(model: nn.Module, num_layers: int) -> None:
     sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     print_once(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
+    if lora_config(model).trainable_token_indices:
+        shown = [repr(token) for token in model.new_tokens.values()]
+        more = f" and {len(shown) - SHOWN_TOKENS} more" if len(shown) > SHOWN_TOKENS else ""
+        print_once(
+            f"the vocabulary's rows of {', '.join(shown[:SHOWN_TOKENS])}{more} are trained too: "
+            "these tokens are new to the model."
+        )
     stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]
     if stacked:
         fate = "trained whole" if stacked[0].requires_grad else "not trained"

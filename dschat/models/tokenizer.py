@@ -11,6 +11,7 @@ from dschat.data.templates import settle_template
 from dschat.distributed import print_once
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
+from dschat.models.vocabulary import NUM_KNOWN
 
 PAD_LIKE_TOKENS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 """Padding tokens that vocabularies carry without the tokenizer saying so."""
@@ -44,6 +45,7 @@ def load_tokenizer(
             f"{model_name_or_path!r} has no tokenizer that can be read ({error_line}); "
             "put its tokenizer files beside the model's weights."
         ) from error
+    setattr(tokenizer, NUM_KNOWN, len(tokenizer))
     if args.add_eot_token:
         tokenizer.add_special_tokens({"eos_token": args.eot_token})
     if tokenizer.eos_token_id is None:

@@ -6,13 +6,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dschat.distributed import gathered
 from dschat.models.end_tokens import end_token_ids, written_ids
 
+NUM_KNOWN = "num_known_tokens"
+"""The attribute of a tokenizer that says how many tokens it had before this run added some."""
+
 
 def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Rows for tokens that the tokenizer has and the model does not, each the mean of the others.
 
-    No random draw, so that actor and reference agree when both grow.
+    No random draw, so that actor and reference agree when both grow. The model gets an attribute
+    `new_tokens`, the tokens that it has not learned by id: those that got rows, and those that this run added
+    to the tokenizer and that found a row in a vocabulary longer than the tokenizer's.
     """
     old = model.get_input_embeddings().num_embeddings
+    first_new = min(old, getattr(tokenizer, NUM_KNOWN, len(tokenizer)))
+    new_ids = list(range(first_new, len(tokenizer)))
+    model.new_tokens = dict(zip(new_ids, tokenizer.convert_ids_to_tokens(new_ids), strict=True))
     if len(tokenizer) <= old:
         return
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
