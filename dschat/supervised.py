@@ -126,7 +126,7 @@ def build_language_model(
     model = create_hf_model(
         AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
     )
-    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
     return build_trained_engine(
         model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
     )
@@ -165,7 +165,7 @@ def train_epochs(
     are no figures.
     """
     steps_per_epoch = loaders.train.num_optimizer_steps
-    num_steps = steps_per_epoch * args.optimizer.num_train_epochs
+    num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
     seed_ranks_apart(args.run.seed)
     begun = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
@@ -197,8 +197,9 @@ def train_epochs(
         evaluations.take_in(shares["loss"])
         if print_loss:
             metrics.say(f"step {step}: loss {shares['loss']:.4f}")
-        if step % steps_per_epoch == 0:
-            evaluations.make(step, f"epoch {step // steps_per_epoch}")
+        if step % steps_per_epoch == 0 or step == num_steps:
+            epochs = min(step / steps_per_epoch, args.optimizer.num_train_epochs)
+            evaluations.make(step, f"epoch {epochs:g}")
         elif interval and step % interval == 0:
             evaluations.make(step, f"step {step}", is_short=True)
         if checkpoints.is_due(step, is_last=step == num_steps):

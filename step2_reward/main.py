@@ -82,7 +82,7 @@ def build_engine(
     model = create_critic_model(
         args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
     )
-    num_steps = loaders.train.num_optimizer_steps * args.optimizer.num_train_epochs
+    num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
     return build_trained_engine(
         model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
     )

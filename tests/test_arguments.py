@@ -282,6 +282,8 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
         (["--gamma", "nan"], ["--gamma must be a finite number", "got nan"]),
         (["--reward_clip", "1e19"], ["--reward_clip", "2**63"]),
         (["--num_train_epochs", "9" * 30], ["--num_train_epochs", "2**63"]),
+        (["--num_train_epochs", "0"], ["--num_train_epochs", "positive", "0.5 is half"]),
+        (["--num_train_epochs=-0.5"], ["--num_train_epochs", "positive", "got -0.5"]),
         (["--data_split", "1,1," + "9" * 400], ["--data_split needs three shares"]),
         (["--actor_zero_stage=--"], ["argument --actor_zero_stage: expected a value, got '--'"]),
         (["--offload", "yes", ""], ["'' belongs to no flag"]),

@@ -1,6 +1,7 @@
 """Runs that were stopped, failed or killed end like those that were not."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,16 +16,16 @@ from tiny import save_counting_pairs, save_tiny_model
 WORKER = ROOT / "tests" / "workers" / "interrupted_runs.py"
 SFT = ROOT / "step1_sft" / "main.py"
 
-# Nineteen rows, eight a step: three steps an epoch, six in all.
+# Nineteen rows, eight a step: three steps an epoch, six in all; five in one epoch and a half.
 ROUGH = ("--dropout=0.1", "--gradient_accumulation_steps=2", "--weight_decay=0.1")
 
 CASES = {
     "fp32": ("sft", "--dtype=fp32", *ROUGH),
     "bf16": ("sft", "--dtype=bf16", "--zero_stage=2", *ROUGH),
     "bf16_lora": ("sft", "--dtype=bf16", "--lora_dim=4", "--lora_dropout=0.1", *ROUGH),
-    "reward": ("reward", "--dtype=bf16", "--zero_stage=3", *ROUGH),
+    "reward": ("reward", "--dtype=bf16", "--zero_stage=3", "--num_train_epochs=1.5", *ROUGH),
     "reward_fp32": ("reward", "--dtype=fp32", "--zero_stage=1", "--eval_interval=1", *ROUGH),
-    "dpo": ("dpo", "--dtype=bf16", *ROUGH),
+    "dpo": ("dpo", "--dtype=bf16", "--num_train_epochs=0.9", *ROUGH),
     "dpo_lora": ("dpo", "--dtype=fp32", "--zero_stage=2", "--lora_dim=4", "--only_optimize_lora", *ROUGH),
 }
 STOPS = {
@@ -122,6 +123,18 @@ def assert_same_end(folder: Path, case: str, stop: dict, told: str) -> None:
 @pytest.mark.parametrize(("case", "stop"), pairs(STOPS), ids=str)
 def test_an_interrupted_run_ends_bit_by_bit_like_a_whole_one(case, stop, folder, one_rank):
     assert_same_end(folder, case, stop, one_rank)
+
+
+def test_a_part_of_an_epoch_ends_with_an_evaluation_and_the_schedule_with_it(folder, one_rank):
+    lines = [json.loads(line) for line in (folder / "reward" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 5]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert len(rates) == 5
+    # The cosine from 3e-3 to 0 over five steps, each logged after its step.
+    assert rates == pytest.approx([3e-3 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 6)])
+    assert json.loads((folder / "reward" / "summary.json").read_text())["eval_loss"] == lines[-1]["eval_loss"]
+    assert "epoch 1.5: eval_loss" in one_rank
+    assert "epoch 0.9: " in one_rank  # DPO: three steps, the last of them with the rows of a whole epoch
 
 
 @pytest.mark.parametrize(("case", "stop"), pairs(STOPS_ON_TWO_RANKS), ids=str)

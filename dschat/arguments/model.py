@@ -85,7 +85,10 @@ class ModelArguments:
 class OptimizerArguments:
     """What the trained models of a step share."""
 
-    num_train_epochs: int = flag(1, "Passes over the training data.")
+    num_train_epochs: float = flag(
+        1.0,
+        "Passes over the rows that are used for training, 0.5 for half of one; steps are rounded up.",
+    )
     gradient_accumulation_steps: int = flag(
         1, "Micro-batches a rank adds up for one optimiser step.", at_resume="divided"
     )
@@ -104,7 +107,11 @@ class OptimizerArguments:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_train_epochs", "gradient_accumulation_steps")
+        require(
+            self.num_train_epochs > 0,
+            f"--num_train_epochs must be positive, got {self.num_train_epochs:g}; 0.5 is half of one pass.",
+        )
+        require_at_least(1, self, "gradient_accumulation_steps")
         require_at_least(0, self, "num_warmup_steps", "max_grad_norm")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)

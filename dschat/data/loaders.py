@@ -4,6 +4,7 @@ Batches hold rows of similar length, to save padding. What an optimiser step hol
 the number of rows in a step only, never on how ranks, micro-batches and accumulation divide it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -46,6 +47,10 @@ class TrainLoader:
     def step_size(self) -> int:
         """Rows of an optimiser step, over all ranks and micro-batches."""
         return self.batch_size * self.accumulation_steps * self.world_size
+
+    def num_steps_of(self, num_epochs: float) -> int:
+        """Optimiser steps of so many epochs, the last of which may be a part of one."""
+        return _rounded_up(num_epochs * self.num_optimizer_steps)
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -130,7 +135,7 @@ class PromptLoader:
 
     def __len__(self) -> int:
         """PPO steps; the last takes prompts of one more epoch where it needs them to be full."""
-        return int(np.ceil(self.num_epochs * len(self.dataset) * self.samples_per_prompt / self.step_size))
+        return _rounded_up(self.num_epochs * len(self.dataset) * self.samples_per_prompt / self.step_size)
 
     def __iter__(self) -> Iterator[list[PromptBatch]]:
         return self.steps_after(0)
@@ -304,6 +309,11 @@ def step_rows(lengths: np.ndarray, step_size: int, generator: np.random.Generato
         steps.extend(_longest_first(window, lengths).reshape(-1, step_size))
     shuffled = [steps[i] for i in generator.permutation(len(steps))]
     return shuffled + ([_longest_first(rest, lengths)] if len(rest) else [])
+
+
+def _rounded_up(number: float) -> int:
+    """At least 1. What is over a whole number by the error of a product, as 0.1 * 30 is, is that number."""
+    return max(1, math.ceil(number - 1e-9 * number))
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -117,6 +117,18 @@ def test_the_denominator_of_pairs_is_the_sum_of_their_weights():
     ]
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_epochs", "num_steps"),
+    # Four rows a step; 0.1 times 30 steps is 3.0000000000000004, and any number above zero is a step.
+    [(12, 1, 3), (12, 0.5, 2), (12, 1.5, 5), (120, 0.1, 3), (12, 0.001, 1), (9, 2, 6), (3, 0.5, 1)],
+)
+def test_part_of_an_epoch_is_rounded_up_to_whole_steps(num_rows, num_epochs, num_steps):
+    assert train_loader(sft_rows([2] * num_rows)).num_steps_of(num_epochs) == num_steps
+    assert len(prompt_steps(num_rows, 4, 1, 1, num_epochs=num_epochs)) == int(
+        np.ceil(round(num_rows * num_epochs / 4, 6))
+    )
+
+
 def test_an_epoch_has_its_own_order_and_gives_it_again():
     loader = train_loader(sft_rows(lengths_of(60)))
     orders = []
