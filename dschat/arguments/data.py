@@ -12,9 +12,10 @@ class DataArguments:
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "Data sets to blend: hub ids, local .json / .jsonl / .parquet files (also .gz), or saved folders; "
-        "NAME:0.3 gives one a weight: training prompts (not rows) then stand in proportion to the weights (1 "
-        "without).",
+        "Data sets to blend: hub ids, local .json, .jsonl, .csv, .tsv or .parquet files (all but the last "
+        "also packed), patterns of files, pipes, or folders. NAME:split=train_sft, or "
+        "NAME:config=main,split=a+b,revision=v1, says which part is meant; :0.3 at the end is a weight: "
+        "training prompts (not rows) then stand in proportion to the weights (1 without).",
         at_resume="free",
     )
     eval_data_path: list[str] = flag(

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 
-from dschat.data.files import user_path
+from dschat.data.files import readable, user_path
 from dschat.errors import UserError
 
 CHUNK = 1 << 20
@@ -29,7 +29,7 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
     whole = xxhash.xxh3_128()
     for path in paths:
         one = xxhash.xxh3_128()
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 one.update(chunk)
         whole.update(one.digest())

@@ -1,12 +1,12 @@
-"""File formats: JSON, JSON Lines and Parquet as a stream of rows, each with its place for messages.
+"""File formats: JSON, JSON Lines, CSV and Parquet as a stream of rows, each with its place for messages.
 
-A file of any size is read a piece at a time. To add a format, write a function from a path to (place, row)
-and name it in `file_rows`.
+A file of any size is read a piece at a time. To add a format, write a function from a name and what opens the
+file to (place, row), and name it in `TEXT_KINDS`.
 """
 
 import codecs
-import gzip
 import json
+import lzma
 import os
 import re
 import zlib
@@ -19,15 +19,20 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dschat.data.packed import PACKED, open_unpacked, packing
+from dschat.data.tables import table_rows
 from dschat.errors import UserError
 
 Rows = Callable[[], Iterator[tuple[str, Any]]]
 """Called, it streams (place, row); the place is for messages, such as "pairs.jsonl:3"."""
+Open = Callable[[], BinaryIO]
+"""Called, it gives a file's bytes from the beginning."""
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-KNOWN_FILES = ".json, .jsonl (both also .gz) and .parquet"
+KNOWN_FILES = ".json, .jsonl, .csv, .tsv (all also with .gz, .bz2, .xz, .zst) and .parquet"
 ROWS_AT_ONCE = 1000
 READ_AT_ONCE = 1 << 20
+HEAD = 4096
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GOES_ON = (
     "It goes on below: give each object on one line, or one list of objects; where the rows are in a field "
     'of one object, as in {"data": [...]}, save that list alone.'
@@ -45,25 +50,70 @@ def is_local(path: str | Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a name is too long
 
 
-def file_rows(path: Path, flag: str) -> Rows:
-    """The file's rows, by its suffix. Raises `UserError` that names the flag for another kind of file."""
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return partial(_parquet_rows, path)
-    if name.endswith(SUFFIXES):
-        return partial(_json_rows, path)
-    raise UserError(f"{flag} {path}: files of this kind are not read; give one of {KNOWN_FILES}.")
+def is_data_file(name: str) -> bool:
+    """Whether files of that name are read, by the suffix."""
+    return _kind_of(name) is not None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with readable(path):
+def stem_of(name: str) -> str:
+    """The name of a data file without its suffixes."""
+    kind, packed = _kind_of(name)
+    return name[: -len(kind + packed)]
+
+
+def _kind_of(name: str) -> tuple[str, str] | None:
+    """The suffixes of a data file, of its kind and of its packing, None for another file."""
+    packed = packing(name)
+    kind = Path(name.lower().removesuffix(packed)).suffix
+    if kind in TEXT_KINDS or (kind == PARQUET and not packed):
+        return kind, packed
+    return None
+
+
+def file_rows(path: Path, flag: str, *, name: str | None = None) -> Rows:
+    """The file's rows, by the suffix of its name, or by its first bytes where it has none.
+
+    `name` stands for the path in messages. Raises `UserError` that names the flag for another kind of file.
+    """
+    name = name or str(path)
+    kinds = _kind_of(name) if Path(name).suffix else _kind_by_content(path, name)
+    if kinds is None:
+        raise UserError(f"{flag} {name}: files of this kind are not read; give one of {KNOWN_FILES}.")
+    kind, packed = kinds
+    if kind == PARQUET:
+        return partial(_parquet_rows, path, name)
+    return partial(_text_rows, TEXT_KINDS[kind], path, packed, name)
+
+
+def _kind_by_content(path: Path, name: str) -> tuple[str, str] | None:
+    with readable(path, name):
+        with path.open("rb") as file:
+            head = file.read(8)
+        packed = next((suffix for suffix, (_, _, magic) in PACKED.items() if head.startswith(magic)), "")
+        with open_unpacked(path, packed) as file:
+            head = file.read(HEAD)
+    if head.startswith(b"PAR1"):
+        return (PARQUET, "") if not packed else None
+    is_json = head.removeprefix(BYTE_ORDER_MARK).lstrip(b" \t\r\n").startswith((b"[", b"{"))
+    return (".json" if is_json or not head else ".csv"), packed
+
+
+def _text_rows(
+    rows: Callable[[str, Open], Iterator[tuple[str, Any]]], path: Path, packed: str, name: str
+) -> Iterator[tuple[str, Any]]:
+    with readable(path, name, packed):
+        yield from rows(name, partial(open_unpacked, path, packed))
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    with readable(path, name):
         try:
             parts = pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}: a name of a column is not UTF-8, so the Parquet file is damaged; write it again."
+                f"{name}: a name of a column is not UTF-8, so the Parquet file is damaged; write it again."
             ) from error
-        yield from arrow_rows(parts, str(path))
+        yield from arrow_rows(parts, name)
 
 
 def arrow_rows(parts: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[tuple[str, Any]]:
@@ -90,16 +140,15 @@ def _one_by_one(part: pa.RecordBatch | pa.Table, name: str, before: int) -> Iter
             ) from error
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: str, open_file: Open) -> Iterator[tuple[str, Any]]:
     """One object a line, streamed; or, where the file begins with a bracket, the elements of one list."""
-    with readable(path):
-        with _open(path) as file:
-            is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
-        with _open(path) as file:
-            yield from (_elements if is_list else _lines)(path, file)
+    with open_file() as file:
+        is_list = file.read(HEAD).removeprefix(BYTE_ORDER_MARK).lstrip(b" \t\r\n").startswith(b"[")
+    with open_file() as file:
+        yield from (_elements if is_list else _lines)(path, file)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _lines(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -120,7 +169,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _elements(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """The elements of one JSON list, each with the line it begins on; no more than a few are held at once."""
     text = _TextWindow(path, file)
     try:
@@ -153,7 +202,7 @@ def _too_much(error: RecursionError | ValueError) -> str:
 class _TextWindow:
     """A moving window on a file's JSON text."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._decode_bytes = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text, self._position, self._at_end = "", 0, False
@@ -215,24 +264,40 @@ class _TextWindow:
         return True
 
 
-def _not_utf8(path: Path, line: int) -> UserError:
+def _not_utf8(path: str, line: int) -> UserError:
     return UserError(f"{path}:{line}: the text is not UTF-8; save the file in that encoding.")
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn failures to read a file's bytes into `UserError`."""
+def readable(path: Path, name: str | None = None, packed: str = "") -> Iterator[None]:
+    """Turn failures to read a file's bytes into `UserError`; `name` stands for the path there."""
+    name = name or str(path)
+    packed = packed or packing(name)
+    program = PACKED[packed][0] if packed else "packed"
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the gzip file is damaged ({error}); fetch or pack it again.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: the Parquet file cannot be read ({error}); write it again.") from error
-    except OSError as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
-            f"{path}: it cannot be read ({error.strerror or error}); correct the path or its permissions."
+            f"{name}: the {program} file is damaged ({error}); fetch or pack it again."
         ) from error
+    except pa.ArrowException as error:
+        raise UserError(f"{name}: the Parquet file cannot be read ({error}); write it again.") from error
+    except OSError as error:
+        if error.errno is None and packed:
+            raise UserError(
+                f"{name}: the {program} file is damaged ({error}); fetch or pack it again."
+            ) from error
+        raise UserError(
+            f"{name}: it cannot be read ({error.strerror or error}); correct the path or its permissions."
+        ) from error
+
+
+PARQUET = ".parquet"
+TEXT_KINDS: dict[str, Callable[[str, Open], Iterator[tuple[str, Any]]]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".csv": partial(table_rows, delimiter=None),
+    ".tsv": partial(table_rows, delimiter="\t"),
+}
+"""What reads the bytes of a file of text, by its suffix."""

@@ -75,7 +75,8 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             f" and {counts['evaluation']} for evaluation"
             + (f"; {counts['further']} rows repeat one of these prompts" if counts["further"] else "")
             + listed("; dropped", counts["dropped"])
-            + (f"; splits not used: {', '.join(source.unused)}" if source.unused else "")
+            + (f"; split {source.splits}" if source.splits else "")
+            + (f"; not used: {', '.join(source.unused)}" if source.unused else "")
         )
     for name in ("train", "evaluation"):
         counts = report[name]

@@ -1,12 +1,10 @@
 """Sources: the entries of --data_path, each opened as training and evaluation rows.
 
-An entry is a local JSON, JSON Lines or Parquet file (the first two also with .gz), a folder that `datasets`
-saved or that holds train and test files, or else the id of a data set on the hub; with a weight behind it as
-in "pairs.jsonl:0.3".
+An entry (`dschat.data.entries`) is a local file, a pattern of files, a pipe, a folder that `datasets` saved
+or that holds files, or else the id of a data set on the hub.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,13 +19,18 @@ from dschat.arguments import DataArguments
 from dschat.data.cache import files_fingerprint
 from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison
-from dschat.data.files import KNOWN_FILES, SUFFIXES, Rows, arrow_rows, file_rows, readable, user_path
+from dschat.data.entries import OPTIONS, Entry, parse_entry
+from dschat.data.files import Rows, arrow_rows, file_rows, is_data_file, readable, user_path
+from dschat.data.folders import Folder, configuration, is_pattern, read_folder, read_pattern
+from dschat.data.hub import load_from_hub
 from dschat.data.known_sets import KNOWN_SETS, KnownSet
 from dschat.data.layouts import LAYOUTS, ReadRow, recognise
+from dschat.data.packed import packing
+from dschat.data.pipes import is_pipe, spooled
+from dschat.data.split_names import choose_splits
 from dschat.data.tools import with_tools
 from dschat.errors import UserError
 
-EVALUATION_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 ROWS_AT_ONCE = 1000
 
 
@@ -43,6 +46,8 @@ class Source:
     """Changes with the content, not with the name."""
     flag: str = "--data_path"
     """The flag that names it."""
+    splits: str = ""
+    """The splits that are used, where it has names for them."""
     unused: tuple[str, ...] = ()
     """Names of splits that are neither for training nor for evaluation."""
     weight: float | None = None
@@ -92,48 +97,47 @@ class Format:
         return {**row, **{ours: row[theirs] for ours, theirs in self.keys}} if self.keys else row
 
 
-def open_source(entry: str, flag: str = "--data_path", *, config_name: str | None = None) -> Source:
-    """Find out what `entry` of `flag` is and open it; rows are read later. Raises `UserError`.
+def open_source(text: str, flag: str = "--data_path", *, config_name: str | None = None) -> Source:
+    """Find out what `text`, a value of `flag`, is and open it; rows are read later. Raises `UserError`.
 
-    With `config_name` it is a hub id, of whose configurations that one is meant.
+    `config_name` is the configuration where the text names none.
     """
-    if config_name is not None:
-        loaded = _load_from_hub(entry, flag, {"path": entry, "name": config_name})
-        return _dataset_source(entry, loaded, flag)
-    with readable(Path(entry)):  # a name may be too long for a path
-        name, weight = _weighted(entry, flag)
-    return replace(_open_unweighted(name, flag), weight=weight)
+    entry = parse_entry(text, flag)
+    if config_name is not None and entry.config is None:
+        entry = replace(entry, config=config_name)
+    return replace(_open(entry), weight=entry.weight)
 
 
-def _weighted(entry: str, flag: str) -> tuple[str, float | None]:
-    """An entry as its name and its weight."""
-    name, colon, number = entry.rpartition(":")
-    if not colon or user_path(entry).exists():
-        return entry, None
-    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", number, re.IGNORECASE):
-        if user_path(name).exists():
-            raise UserError(f"{flag} {entry}: the weight must be a number, got {number!r}; 0.3 is one.")
-        return entry, None
-    if not 0 < float(number) < float("inf"):
-        raise UserError(f"{flag} {entry}: the weight must be positive, got {number}; 0.3 is one.")
-    return name, float(number)
-
-
-def _open_unweighted(entry: str, flag: str) -> Source:
-    path = user_path(entry)
+def _open(entry: Entry) -> Source:
+    path = user_path(entry.name)
     with readable(path):
+        if not path.exists() and is_pattern(entry.name):
+            _refuse(entry, "config", "revision", what="a pattern of files")
+            return _files_source(entry, read_pattern(entry))
+        if is_pipe(path):
+            _refuse(entry, *OPTIONS, what="a pipe")
+            content = Path(f"/proc/self/fd/{spooled(path, entry.flag).fileno()}")
+            return _file_source(entry, content)
         if path.is_file():
-            return _file_source(entry, path, flag)
+            _refuse(entry, *OPTIONS, what="a file")
+            return _file_source(entry, path)
         if path.is_dir():
-            saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-            return (_saved_source if saved else _folder_source)(entry, path, flag)
-    if entry in KNOWN_SETS:
-        return _known_source(KNOWN_SETS[entry], flag)
-    if _is_path(entry):
+            _refuse(entry, "revision", what="a folder")
+            return _local_source(entry, path if entry.config is None else configuration(path, entry))
+    if entry.name in KNOWN_SETS:
+        return _known_source(KNOWN_SETS[entry.name], entry)
+    if _is_path(entry.name):
         raise UserError(
-            f"{flag} {entry}: there is no such file or folder, seen from {Path.cwd()}; correct the path."
+            f"{entry}: there is no such file or folder, seen from {Path.cwd()}; correct the path."
         )
-    return _hub_source(entry, flag)
+    return _dataset_source(entry, load_from_hub(entry, {"path": entry.name}))
+
+
+def _refuse(entry: Entry, *options: str, what: str) -> None:
+    """Raise `UserError` for an option that means nothing there."""
+    given = [option for option in options if getattr(entry, option) is not None]
+    if given:
+        raise UserError(f"{entry}: {what} has no {given[0]}; leave {given[0]}= out.")
 
 
 def read_comparisons(source: Source, rows: Rows, form: Format, dropped: Counter[str]) -> Iterator[Comparison]:
@@ -179,20 +183,22 @@ def read_rows(
             yield place, problem
 
 
-def _known_source(known: KnownSet, flag: str) -> Source:
+def _known_source(known: KnownSet, entry: Entry) -> Source:
     if known.local_files is not None:
-        return _known_files(known, flag)
-    loaded = _load_from_hub(known.name, flag, known.load_options())
+        _refuse(entry, *OPTIONS, what="a pair of files")
+        return _known_files(known, entry)
+    loaded = load_from_hub(entry, known.load_options())
+    if entry.split is not None:
+        return replace(_dataset_source(entry, loaded), read=known.read)
     present = {name: split for name, split in loaded.items() if name in (*known.training, *known.evaluation)}
     if not any(name in present for name in known.training):
         raise UserError(
-            f"{flag} {known.name}: the hub's data set has no split {' or '.join(known.training)} any more "
+            f"{entry}: the hub's data set has no split {' or '.join(known.training)} any more "
             f"(found: {', '.join(loaded)}); download it and give its files."
         )
-    opened = {name: _split_rows(known.name, name, split) for name, split in present.items()}
+    opened = {name: _split_rows(entry, name, split) for name, split in present.items()}
     return _assembled(
-        known.name,
-        flag,
+        entry,
         training=[opened[name] for name in known.training if name in opened],
         evaluation=[opened[name] for name in known.evaluation if name in opened],
         unused=tuple(sorted(set(loaded) - set(present))),
@@ -200,130 +206,102 @@ def _known_source(known: KnownSet, flag: str) -> Source:
     )
 
 
-def _known_files(known: KnownSet, flag: str) -> Source:
+def _known_files(known: KnownSet, entry: Entry) -> Source:
     """DeepSpeed-Chat's local/jsonfile: files at fixed places below the working directory."""
     training, evaluation = (Path(name) for name in known.local_files)
     if not training.is_file():
         raise UserError(
-            f"{flag} {known.name} reads {training} and, if it is there, {evaluation}, seen from "
-            f"{Path.cwd()}; there is no such file. Put it there, or give the path of a file instead."
+            f"{entry} reads {training} and, if it is there, {evaluation}, seen from {Path.cwd()}; there is "
+            "no such file. Put it there, or give the path of a file instead."
         )
-    parts = [[(file_rows(path, flag), [path])] if path.is_file() else [] for path in (training, evaluation)]
-    return _assembled(known.name, flag, training=parts[0], evaluation=parts[1], read=known.read)
+    parts = [
+        [(file_rows(path, entry.flag), [path])] if path.is_file() else [] for path in (training, evaluation)
+    ]
+    return _assembled(entry, training=parts[0], evaluation=parts[1], read=known.read)
 
 
 def _assembled(
-    name: str,
-    flag: str,
+    entry: Entry,
     *,
     training: list[tuple[Rows, list[Path]]],
     evaluation: list[tuple[Rows, list[Path]]],
+    splits: str = "",
     unused: tuple[str, ...] = (),
     read: ReadRow | None = None,
 ) -> Source:
     """A source of splits, each given as its rows and the files that hold them."""
     return Source(
-        name=name,
+        name=entry.label,
         training=_chained([rows for rows, _ in training]),
         evaluation=_chained([rows for rows, _ in evaluation]) if evaluation else None,
         # Split by split, so that the same file for another use is another source.
         fingerprint="/".join(files_fingerprint(files) for _, files in [*training, *evaluation]),
-        flag=flag,
+        flag=entry.flag,
+        splits=splits,
         unused=unused,
         read=read,
     )
 
 
-def _is_path(entry: str) -> bool:
+def _is_path(name: str) -> bool:
     """Whether it cannot be a hub id, which has one slash at most and no file suffix."""
     return (
-        entry.startswith(("/", ".", "~"))
-        or entry.count("/") > 1
-        or entry.lower().endswith((*SUFFIXES, ".gz"))
+        name.startswith(("/", ".", "~")) or name.count("/") > 1 or is_data_file(name) or bool(packing(name))
     )
 
 
-def _file_source(entry: str, path: Path, flag: str) -> Source:
-    return Source(entry, file_rows(path, flag), None, files_fingerprint([path]), flag)
+def _file_source(entry: Entry, path: Path) -> Source:
+    rows = file_rows(path, entry.flag, name=entry.name)
+    return Source(entry.label, rows, None, files_fingerprint([path]), entry.flag)
 
 
-def _folder_source(entry: str, path: Path, flag: str) -> Source:
-    """A folder with files such as train.jsonl.gz or train-00000-of-00002.parquet, and test likewise."""
-    files = _data_files(path)
-    if not files and (path / "data").is_dir():  # where a data set downloaded from the hub has them
-        files = _data_files(path / "data")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(re.split(r"[-_.]", file.name.lower())[0], []).append(file)
-    opened = {
-        name: (_chained([file_rows(file, flag) for file in files]), files) for name, files in splits.items()
-    }
-    return _source_of_splits(entry, flag, opened, "files")
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES))
-
-
-def _saved_source(entry: str, path: Path, flag: str) -> Source:
+def _local_source(entry: Entry, path: Path) -> Source:
+    """A folder that `datasets` saved, or one of files."""
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _files_source(entry, read_folder(path, entry))
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # of files that are not what it wrote, datasets makes what it likes
-        raise UserError(
-            f"{flag} {entry}: the saved data set cannot be read ({error}); save it again."
-        ) from error
-    return _dataset_source(entry, saved, flag)
+        raise UserError(f"{entry}: the saved data set cannot be read ({error}); save it again.") from error
+    return _dataset_source(entry, saved)
 
 
-def _hub_source(entry: str, flag: str) -> Source:
-    return _dataset_source(entry, _load_from_hub(entry, flag, {"path": entry}), flag)
+def _files_source(entry: Entry, folder: Folder) -> Source:
+    opened = {
+        name: (_chained([file_rows(file, entry.flag) for file in files]), files)
+        for name, files in folder.splits.items()
+    }
+    return _source_of_splits(entry, opened, folder.unused)
 
 
-def _load_from_hub(entry: str, flag: str, options: dict[str, str]) -> datasets.Dataset | datasets.DatasetDict:
-    """`options` are those of `datasets.load_dataset`."""
-    try:
-        return datasets.load_dataset(**options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{flag} {entry}: there is no such file or folder here, and the hub gives no such data set "
-            f"({type(error).__name__}: {error}). Correct the name, go online, or give a file ({KNOWN_FILES})."
-        ) from error
-
-
-def _dataset_source(entry: str, loaded: datasets.Dataset | datasets.DatasetDict, flag: str) -> Source:
+def _dataset_source(entry: Entry, loaded: datasets.Dataset | datasets.DatasetDict) -> Source:
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    opened = {name: _split_rows(entry, name, split) for name, split in splits.items()}
-    return _source_of_splits(entry, flag, opened, "splits")
+    return _source_of_splits(entry, {name: _split_rows(entry, name, split) for name, split in splits.items()})
 
 
-def _split_rows(entry: str, name: str, split: datasets.Dataset) -> tuple[Rows, list[Path]]:
+def _split_rows(entry: Entry, name: str, split: datasets.Dataset) -> tuple[Rows, list[Path]]:
     """The rows of a split, and the files that hold them."""
     files = [Path(file["filename"]) for file in split.cache_files]
-    return partial(_dataset_rows, split, f"{entry} {name}"), files
+    return partial(_dataset_rows, split, f"{entry.name} {name}"), files
 
 
-def _source_of_splits(entry: str, flag: str, splits: dict[str, tuple[Rows, list[Path]]], kind: str) -> Source:
+def _source_of_splits(
+    entry: Entry, splits: dict[str, tuple[Rows, list[Path]]], unused: tuple[str, ...] = ()
+) -> Source:
     """A source of named splits, each given as its rows and the files that hold them."""
-    training, evaluation = _choose_splits(list(splits), f"{flag} {entry}", kind)
+    training, evaluation = choose_splits(list(splits), entry)
+
+    def told(names: list[str]) -> str:
+        counts = {name: len(splits[name][1]) for name in names}
+        return " + ".join(f"{name} ({n} files)" if n > 1 else name for name, n in counts.items())
+
     return _assembled(
         entry,
-        flag,
-        training=[splits[training]],
+        training=[splits[name] for name in training],
         evaluation=[splits[name] for name in evaluation],
-        unused=tuple(sorted(set(splits) - {training, *evaluation})),
+        splits=told(training) + (f", evaluation on {told(evaluation)}" if evaluation else ""),
+        unused=(*sorted(set(splits) - {*training, *evaluation}), *unused),
     )
-
-
-def _choose_splits(names: list[str], where: str, kind: str) -> tuple[str, list[str]]:
-    """The split to train on and those to evaluate on, of the names that are there."""
-    evaluation = [name for name in EVALUATION_SPLITS if name in names]
-    if "train" in names:
-        return "train", evaluation
-    if len(names) == 1 and not evaluation:
-        return names[0], []
-    found = ", ".join(sorted(names)) or "none"
-    remedy = f"name a file ({KNOWN_FILES})" if kind == "files" else 'name the one to train on "train"'
-    raise UserError(f"{where} has no {kind} called train (found: {found}); {remedy}.")
 
 
 def _chained(parts: list[Rows]) -> Rows:

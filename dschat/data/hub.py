@@ -1,0 +1,36 @@
+"""The hub: data sets that `datasets` fetches, or finds in its cache."""
+
+import re
+
+import datasets
+
+from dschat.data.entries import Entry
+from dschat.data.files import KNOWN_FILES
+from dschat.errors import UserError
+
+CONFIGURATIONS = re.compile(r"available(?: configs)?(?: in the cache)?: \[([^\]]*)\]", re.IGNORECASE)
+"""How `datasets` lists the configurations where none, or a wrong one, is named."""
+
+
+def load_from_hub(entry: Entry, options: dict[str, str]) -> datasets.Dataset | datasets.DatasetDict:
+    """What `datasets.load_dataset` gives for `options`, with the entry's configuration and revision instead
+    where it names them. Raises `UserError`."""
+    options = dict(options)
+    if entry.config is not None:
+        options["data_dir" if "data_dir" in options else "name"] = entry.config
+    if entry.revision is not None:
+        options["revision"] = entry.revision
+    try:
+        return datasets.load_dataset(**options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        listed = CONFIGURATIONS.search(str(error))
+        if listed is not None:
+            names = [name.strip(" '\"") for name in listed[1].split(",")]
+            problem = "it has several configurations" if entry.config is None else "it has no such one"
+            raise UserError(
+                f"{entry}: {problem} (found: {', '.join(names)}). Write {entry.choices('config', names)}."
+            ) from error
+        raise UserError(
+            f"{entry}: there is no such file or folder here, and the hub gives no such data set "
+            f"({type(error).__name__}: {error}). Correct the name, go online, or give a file ({KNOWN_FILES})."
+        ) from error

@@ -1,0 +1,34 @@
+"""Bytes of files as they are before they were packed with gzip, bzip2, xz or Zstandard."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+
+def _zstd(path: Path) -> BinaryIO:
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+
+
+PACKED: dict[str, tuple[str, Callable[[Path], BinaryIO], bytes]] = {
+    ".gz": ("gzip", gzip.open, b"\x1f\x8b"),
+    ".bz2": ("bzip2", bz2.open, b"BZh"),
+    ".xz": ("xz", lzma.open, b"\xfd7zXZ\0"),
+    ".zst": ("Zstandard", _zstd, b"\x28\xb5\x2f\xfd"),
+}
+"""By suffix: the name of the program, what opens the file, and the bytes it begins with."""
+
+
+def packing(name: str) -> str:
+    """The suffix of a packed file, "" for another."""
+    return next((suffix for suffix in PACKED if name.lower().endswith(suffix)), "")
+
+
+def open_unpacked(path: Path, suffix: str) -> BinaryIO:
+    """The bytes of the file, unpacked as that suffix says."""
+    return PACKED[suffix][1](path) if suffix else path.open("rb")

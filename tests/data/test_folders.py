@@ -1,0 +1,310 @@
+import json
+import os
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.split_names import is_for_evaluation, split_of
+from dschat.errors import UserError
+
+SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
+
+
+def write(folder, *names):
+    """A file of one row for each name, whose prompt is the name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist([{"prompt": name, "completion": "a"}]), path)
+        else:
+            path.write_text(json.dumps({"prompt": name, "completion": "a"}) + "\n")
+    return str(folder)
+
+
+def read(entry, flag="--data_path"):
+    """The prompts to train on and to evaluate on, and what else there is."""
+    source = open_source(entry, flag)
+    parts = [
+        [row.prompt for row in read_comparisons(source, rows, Format(), Counter())] if rows else []
+        for rows in (source.training, source.evaluation)
+    ]
+    return *parts, source.unused
+
+
+@pytest.mark.parametrize(
+    ("stem", "split"),
+    [
+        ("train", "train"),
+        ("Train-00000-of-00002", "train"),
+        ("train_sft-00000-of-00003-6ef3991c06080e14", "train_sft"),
+        ("train-sft", "train_sft"),
+        ("0000", "numbered"),
+        ("part-00000", "part"),
+        ("part-00000-8f0e1a2b-1c2d-4e5f-8a9b-0123456789ab-c000.snappy", "part_c_snappy"),
+        ("data_0", "data"),
+        ("train_10", "train"),
+        ("v1_train", "v_train"),
+    ],
+)
+def test_names_that_differ_in_a_number_are_one_split(stem, split):
+    assert split_of(stem) == split
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("test", True), ("test_sft", True), ("validation-clean", True), ("gsm_eval", True), ("dev.v2", True)]
+    + [("train", False), ("latest", False), ("train_eval", False), ("devil", False), ("default", False)],
+)
+def test_splits_for_evaluation_are_told_by_a_word_of_their_name(name, expected):
+    assert is_for_evaluation(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "training", "evaluation", "unused"),
+    [
+        (["0000.parquet", "0001.parquet"], [0, 1], [], ()),
+        (["2.jsonl", "10.jsonl"], [0, 1], [], ()),  # in the order of the numbers
+        (["part-00000.jsonl", "part-00001.jsonl"], [0, 1], [], ()),
+        (["data_0.jsonl", "data_1.jsonl", "test.jsonl"], [0, 1], [2], ()),
+        (["train_0.jsonl", "train_1.jsonl", "test_0.jsonl", "other.jsonl"], [0, 1], [2], ("other",)),
+        (
+            ["train-00000-of-00002-ab12cd34ef.parquet", "train-00001-of-00002-12ab34cdef.parquet"],
+            [0, 1],
+            [],
+            (),
+        ),
+        (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], [0, 1], [2], ()),
+        (["train/a.jsonl", "train/b.jsonl", "validation/x/y.jsonl"], [0, 1], [2], ()),
+        (["data/train/0000.parquet", "data/test/0000.parquet"], [0], [1], ()),
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], [0], [1], ()),
+        (["dataset_infos.json", "data/train.jsonl", ".cache/x.jsonl", "_tmp.jsonl"], [1], [], ()),
+        (["main/train.jsonl", "main/test.jsonl"], [0], [1], ()),
+        (["shard_0/x.jsonl", "shard_1/x.jsonl"], [0, 1], [], ()),
+        (["train.jsonl", "archive/old.jsonl"], [0], [], ("archive/",)),
+        (["train_sft.jsonl", "test_sft.jsonl"], [0], [1], ()),
+        (["train_a.json", "test_b.json"], [0], [1], ()),
+        (["default.jsonl", "test.jsonl"], [0], [1], ()),
+        (["gsm8k-train.jsonl", "gsm8k-test.jsonl"], [0], [1], ()),
+        (["training.jsonl", "validation.jsonl", "test.jsonl"], [0], [2, 1], ()),
+    ],
+)
+def test_files_and_folders_are_splits(tmp_path, names, training, evaluation, unused):
+    found = read(write(tmp_path, *names))
+    assert found == ([names[n] for n in training], sorted(names[n] for n in evaluation), unused)
+
+
+UC = ["train_sft.jsonl", "train_gen.jsonl", "test_sft.jsonl", "test_gen.jsonl"]
+
+
+def saved(folder, names):
+    splits = {
+        name.removesuffix(".jsonl"): datasets.Dataset.from_list([{"prompt": name, "completion": "a"}])
+        for name in names
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(params=["files", "folders", "saved", "hub"])
+def uc(request, tmp_path, monkeypatch):
+    """The splits of UltraChat in each form that a data set may have."""
+    if request.param == "files":
+        return write(tmp_path, *UC)
+    if request.param == "folders":
+        names = [f"data/{name.removesuffix('.jsonl')}/0000.jsonl" for name in UC]
+        folder = write(tmp_path, *names)
+        for name in names:
+            row = {"prompt": f"{Path(name).parent.name}.jsonl", "completion": "a"}
+            (tmp_path / name).write_text(json.dumps(row))
+        return folder
+    folder = saved(tmp_path / "saved", UC)
+    if request.param == "saved":
+        return folder
+    loaded = datasets.load_from_disk(folder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: loaded)
+    return "some/uc"
+
+
+def test_several_splits_end_the_run_with_what_to_write(uc):
+    with pytest.raises(UserError, match="several splits to train on: train_gen, train_sft") as error:
+        open_source(f"{uc}:0.3")
+    assert f"Write --data_path {uc}:split=train_gen:0.3 or --data_path {uc}:split=train_sft:0.3;" in str(
+        error.value
+    )
+    with pytest.raises(UserError, match=r"several splits to evaluate on: test_gen, test_sft\. Write --eval_"):
+        open_source(uc, "--eval_data_path")
+
+
+def test_a_named_split_takes_its_own_evaluation_split_along(uc):
+    assert read(f"{uc}:split=train_sft") == (
+        ["train_sft.jsonl"],
+        ["test_sft.jsonl"],
+        ("test_gen", "train_gen"),
+    )
+    training, evaluation, unused = read(f"{uc}:split=train_sft+train_gen")
+    assert training == ["train_sft.jsonl", "train_gen.jsonl"]
+    assert (sorted(evaluation), unused) == (["test_gen.jsonl", "test_sft.jsonl"], ())
+    assert read(f"{uc}:split=test_sft", "--eval_data_path")[:2] == (["test_sft.jsonl"], [])
+    assert read(f"{uc}:split=test_sft:2")[0] == ["test_sft.jsonl"]
+    source = open_source(f"{uc}:split=train_sft:2")
+    assert (source.name, source.weight) == (f"{uc}:split=train_sft", 2)
+    assert source.splits == "train_sft, evaluation on test_sft"
+
+
+def test_a_split_that_is_not_there_names_those_that_are(uc):
+    with pytest.raises(
+        UserError, match=r"no split train_prefs \(found: test_gen, test_sft, train_gen"
+    ) as error:
+        open_source(f"{uc}:split=train_prefs")
+    assert f"write --data_path {uc}:split=test_gen or" in str(error.value)
+
+
+def test_a_split_for_evaluation_alone_is_used_by_its_flag_only(tmp_path):
+    folder = write(tmp_path, "test.jsonl", "validation.jsonl")
+    assert sorted(read(folder, "--eval_data_path")[0]) == ["test.jsonl", "validation.jsonl"]
+    with pytest.raises(
+        UserError, match=r"no split to train on \(found: test, validation\)\. To train on what"
+    ):
+        open_source(folder)
+    assert read(f"{folder}:split=test")[:2] == (["test.jsonl"], ["validation.jsonl"])
+
+
+def test_configurations_of_a_folder_are_named(tmp_path):
+    names = [f"{config}/{split}.jsonl" for config in ("main", "socratic") for split in ("train", "test")]
+    folder = write(tmp_path, *names)
+    with pytest.raises(UserError, match="several configurations: main, socratic") as error:
+        open_source(folder)
+    assert f"--data_path {folder}:config=main or --data_path {folder}:config=socratic" in str(error.value)
+    assert read(f"{folder}:config=socratic")[:2] == (["socratic/train.jsonl"], ["socratic/test.jsonl"])
+    assert read(f"{folder}:config=main,split=test")[0] == ["main/test.jsonl"]
+    with pytest.raises(UserError, match=r"no configuration other \(found: main, socratic\)"):
+        open_source(f"{folder}:config=other")
+
+
+@pytest.mark.parametrize("option", ["split=train", "config=main", "revision=v1"])
+def test_an_option_that_means_nothing_there_is_refused(tmp_path, option):
+    folder = write(tmp_path, "train.jsonl")
+    name = option.split("=")[0]
+    with pytest.raises(UserError, match=f"a file has no {name}; leave {name}= out"):
+        open_source(f"{folder}/train.jsonl:{option}")
+    if name == "revision":
+        with pytest.raises(UserError, match="a folder has no revision"):
+            open_source(f"{folder}:{option}")
+
+
+@pytest.mark.parametrize("names", [[], ["README.md"], [".hidden/train.jsonl"]])
+def test_a_folder_without_data_says_what_is_read(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"the folder holds no data \(\.json, \.jsonl, \.csv"):
+        open_source(str(tmp_path))
+
+
+def test_unrelated_files_are_not_mixed_in_silence(tmp_path):
+    with pytest.raises(UserError, match=r"several splits to train on: left, right.*split=left\+right"):
+        open_source(write(tmp_path, "left.json", "right.json"))
+
+
+def test_one_file_in_two_forms_is_not_read_twice(tmp_path):
+    with pytest.raises(UserError, match=r"train\.jsonl and train\.parquet seem to be one file in two forms"):
+        open_source(write(tmp_path, "train.jsonl", "train.parquet"))
+    with pytest.raises(UserError, match="train is the name of a file and of a folder"):
+        open_source(write(tmp_path / "x", "train.jsonl", "train/0.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "training", "evaluation"),
+    [
+        ("shards/*.jsonl", ["shards/a.jsonl", "shards/b.jsonl"], ["shards/test.jsonl"]),
+        ("shards/[ab].jsonl", ["shards/a.jsonl", "shards/b.jsonl"], []),
+        ("shards/t*.jsonl", ["shards/test.jsonl"], []),
+        ("**/*.jsonl", ["more/c.jsonl", "shards/a.jsonl", "shards/b.jsonl"], ["shards/test.jsonl"]),
+        ("**/*.jsonl:split=a+test", ["shards/a.jsonl", "shards/test.jsonl"], []),
+    ],
+)
+def test_a_pattern_is_all_files_that_match_but_names_for_evaluation_stay_so(
+    tmp_path, monkeypatch, pattern, training, evaluation
+):
+    monkeypatch.chdir(tmp_path)
+    names = ("shards/a.jsonl", "shards/b.jsonl", "shards/test.jsonl", "shards/README.md", "more/c.jsonl")
+    write(tmp_path, *names)
+    assert read(f"{pattern}:0.5")[:2] == (training, evaluation)
+    source = open_source(f"{pattern}:0.5")
+    assert (source.name, source.weight) == (pattern, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("*.jsonl", "the pattern matches no file"), ("*.md", "matches 1 names, none a file that is read")],
+)
+def test_a_pattern_without_files_is_named(tmp_path, pattern, message):
+    (tmp_path / "README.md").write_text("")
+    entry = f"{tmp_path}/{pattern}"
+    with pytest.raises(UserError, match=message) as error:
+        open_source(entry)
+    assert str(error.value).startswith(f"--data_path {shlex.quote(entry)}: ")
+
+
+def test_a_file_that_cannot_be_opened_is_named_and_not_its_folder(tmp_path):
+    folder = write(tmp_path, "train_0.jsonl")
+    (tmp_path / "train_1.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"train_1\.jsonl: it cannot be read \(No such file"):
+        open_source(folder)
+
+
+def test_the_hub_is_asked_for_configuration_and_revision(monkeypatch, tmp_path):
+    loaded = datasets.load_from_disk(saved(tmp_path / "saved", ["train.jsonl", "test.jsonl"]))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **options: asked.append(options) or loaded)
+    for entry in (
+        "some/set:config=main,revision=refs/pr/1:0.3",
+        "openai/gsm8k:config=socratic",
+        "openai/gsm8k",
+    ):
+        open_source(entry)
+    assert asked == [
+        {"path": "some/set", "name": "main", "revision": "refs/pr/1"},
+        {"path": "openai/gsm8k", "name": "socratic"},
+        {"path": "openai/gsm8k", "name": "main"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "some/set",
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']",
+        ),
+        ("some/set:config=x", "BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
+        ("some/set", "Couldn't find cache\nAvailable configs in the cache: ['main', 'socratic']"),
+    ],
+)
+def test_configurations_of_the_hub_are_listed_with_what_to_write(monkeypatch, entry, message):
+    def load(**options):
+        raise ValueError(message)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    told = (
+        r"\(found: main, socratic\)\. Write --data_path some/set:config=main or --data_path some/set:config=s"
+    )
+    with pytest.raises(UserError, match=told):
+        open_source(entry)
+
+
+@pytest.mark.skipif(not (SHARED / "cases").exists(), reason="needs the shared cases")
+@pytest.mark.parametrize("folder", ["shards", "nested"])
+def test_the_case_of_numbered_shards_is_read(folder):
+    path = SHARED / "cases" / "numbered_parquet_shards" / folder
+    source = open_source(str(path))
+    rows = list(read_comparisons(source, source.training, Format(), Counter()))
+    files = [file for file in path.rglob("*.parquet") if "test" not in str(file)]
+    assert len(rows) == sum(pq.read_metadata(file).num_rows for file in files)
