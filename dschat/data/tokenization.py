@@ -24,6 +24,7 @@ from datasets import Sequence as Tokens
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.comparisons import Prompt, answer_pairs, unpack_answers, unpack_prompt
+from dschat.data.special_text import SpecialText
 from dschat.data.templates import ChatTemplate
 from dschat.errors import UserError
 
@@ -310,6 +311,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
+        self._special = SpecialText(tokenizer)
         self._start = start_tokens(tokenizer)
         self._end = tokenizer.eos_token_id
 
@@ -318,9 +320,17 @@ class Encoder:
         return [self._started(ids) for ids in self._encode([self._template.prompt(p) for p in prompts])]
 
     def answers_alone(self, answers: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
-        """Answers to whatever prompts, with the end token where they `ended`; at least one token each."""
-        pairs = list(zip(answers, ended, strict=True))
-        encoded = self._encode([self._template.answer_alone(*pair) for pair in pairs])
+        """Answers to whatever prompts, with the end token where they `ended`; at least one token each.
+
+        The text of a special token inside an answer is encoded as text: it is not the template's.
+        """
+        shown = [self._template.answer_alone(*pair) for pair in zip(answers, ended, strict=True)]
+        encoded = self._encode(shown)
+        for number, (whole, answer) in enumerate(zip(shown, answers, strict=True)):
+            if self._special.is_in(answer):
+                before, text, after = whole.partition(answer.strip())
+                parts = self._encode([before, *self._special.cut(text), after])
+                encoded[number] = list(chain.from_iterable(parts))
         return [
             self._ended(ids) if whole or not ids else ids for ids, whole in zip(encoded, ended, strict=True)
         ]

@@ -11,19 +11,29 @@ from dschat.rlhf.rollout import RolloutBatch
 
 
 def answer_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The answers' own text: without special tokens and the marks that the chat template puts around it."""
+    """What was written, for whatever scores text: less the end token and the template's marks around it.
+
+    Any other special token stands in the text. PPO learns those too, so an actor could hide in them what no
+    one scores.
+    """
     template = ChatTemplate(tokenizer)
+    lengths = (batch.answer_lengths - batch.ended.long()).tolist()  # an end token is the last of its answer
     return [
-        template.content(tokenizer.decode(ids[mask], skip_special_tokens=True))
-        for ids, mask in zip(batch.answers, batch.answer_mask, strict=True)
+        template.content(_exact_text(tokenizer, ids[:length]))
+        for ids, length in zip(batch.answers, lengths, strict=True)
     ]
+
+
+def _exact_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """The text of token ids as it is, special tokens among it."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False)
 
 
 def prompt_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The prompts as the model reads them, template and special tokens and all, without padding."""
     length = batch.prompt_length
     pairs = zip(batch.input_ids[:, :length], batch.attention_mask[:, :length].bool(), strict=True)
-    return [tokenizer.decode(ids[mask]) for ids, mask in pairs]
+    return [_exact_text(tokenizer, ids[mask]) for ids, mask in pairs]
 
 
 class Reading:
@@ -47,7 +57,11 @@ class Reading:
         self._encoder, self._pad_id = Encoder(reader), reader.pad_token_id
 
     def read(self, batch: RolloutBatch) -> RolloutBatch:
-        """The same rows for the reader. An answer that was cut off has no end token there either."""
+        """The same rows for the reader. An answer that was cut off has no end token there either.
+
+        Where the actor wrote the text of a control token of the reader's, such as one that begins a turn, the
+        reader gets that text in ordinary tokens.
+        """
         answers = self._encoder.answers_alone(answer_texts(batch, self._actor), batch.ended.tolist())
         prompts = [ids.tolist() for ids in self._prompts[batch.prompt_rows.tolist()]["reader_ids"]]
         if self._max_tokens is not None:
