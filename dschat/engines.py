@@ -1,6 +1,7 @@
 """A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.deepspeed_config import get_eval_ds_config, get_train_ds_config
-from dschat.distributed import max_across_ranks, world_size
+from dschat.distributed import max_across_ranks, print_once, world_size
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.reward_model import enable_gradient_checkpointing
 from dschat.out_of_memory import consumes
@@ -72,6 +73,21 @@ def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
     return get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=world_size())
 
 
+@functools.cache
+def tell_of_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_training_steps: int) -> None:
+    """Say once, for actor and critic together, that the learning rate rises for most of a short run."""
+    if 2 * num_warmup_steps <= num_training_steps:
+        return
+    given = f"--num_warmup_steps {args.num_warmup_steps}"
+    if args.warmup_ratio is not None:
+        given = f"--warmup_ratio {args.warmup_ratio:g}"
+    print_once(
+        f"note: warm-up takes {num_warmup_steps} of the run's {num_training_steps} optimiser steps "
+        f"({given}), in which the learning rate still rises from 0 to its value; --warmup_ratio 0.1 takes a "
+        "tenth."
+    )
+
+
 def build_trained_engine(
     model: nn.Module,
     model_args: ModelArguments,
@@ -89,11 +105,13 @@ def build_trained_engine(
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    num_warmup_steps = args.warmup_steps(num_training_steps)
+    tell_of_long_warmup(args, num_warmup_steps, num_training_steps)
     optimizer = build_optimizer(model, model_args, args, offload=run.offload)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=min(args.num_warmup_steps, num_training_steps),
+        num_warmup_steps=num_warmup_steps,
         num_training_steps=num_training_steps,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)

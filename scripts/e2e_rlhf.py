@@ -270,13 +270,15 @@ def _check_path(flag: str, value: str) -> None:
 
 def run(command: Command) -> int:
     """Run a step, its output on the console and in its log; returns the exit code."""
+    from dschat.arguments import without_secrets
+
     command.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (command.folder / SUMMARY).unlink(missing_ok=True)
     # DeepSpeed finds ninja, which belongs to this environment, through PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
     with (command.folder / LOG).open("ab" if "--resume_from_checkpoint" in command.flags else "wb") as log:
-        log.write((shlex.join(command.argv) + "\n").encode())
+        log.write((without_secrets(shlex.join(command.argv)) + "\n").encode())
         log.flush()
         process = subprocess.Popen(
             command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

@@ -8,7 +8,10 @@ from dschat.arguments import (
     DataArguments,
     ModelArguments,
     PpoArguments,
+    changed_flags,
     parse_arguments,
+    settings,
+    without_secrets,
     write_arguments,
 )
 from dschat.errors import UserError
@@ -174,8 +177,40 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
 
 
 @pytest.mark.parametrize(
+    ("argv", "num_steps", "expected"),
+    [
+        ([], 8, 8),  # the default of step 3, 100, is more than there are
+        ([], 400, 100),
+        (["--warmup_ratio", "0.1"], 25, 3),
+        (["--warmup_ratio=0"], 25, 0),
+        (["--lr_scheduler_type", "constant"], 400, 0),
+    ],
+)
+def test_warm_up_is_a_number_of_steps_or_a_share_of_the_run(argv, num_steps, expected):
+    assert rlhf(*argv).optimizer.warmup_steps(num_steps) == expected
+
+
+def test_passwords_and_tokens_in_urls_are_in_no_file(tmp_path):
+    url = "https://us:p@ss@host:80/score?key=token&b&c="
+    args = rlhf("--reward_endpoint", "http://plain:1/a", url)
+    assert args.rewards.reward_endpoint[1] == url  # which is what is asked
+    write_arguments(args, tmp_path / "arguments.json")
+    kept = ["http://plain:1/a", "https://***@host:80/score?key=***&***&c=***"]
+    assert json.loads((tmp_path / "arguments.json").read_text())["rewards"]["reward_endpoint"] == kept
+    # What checkpoints, comparisons at a resume and model cards take.
+    assert settings(args)["reward_endpoint"].value == changed_flags(args)["reward_endpoint"] == kept
+    command = without_secrets(f"main.py --reward_endpoint={url} '{url}' --data_path a?b=c")
+    assert command == f"main.py --reward_endpoint={kept[1]} '{kept[1]}' --data_path a?b=c"
+
+
+@pytest.mark.parametrize(
     ("argv", "parts"),
     [
+        (["--warmup_ratio", "0.1", "--num_warmup_steps=100"], ["--warmup_ratio", "exclude each other"]),
+        (["--warmup_ratio", "10"], ["--warmup_ratio must lie in [0, 1]", "10", "--num_warmup_steps"]),
+        (["--warmup_ratio", "0.1", "--lr_scheduler_type", "constant"], ["constant_with_warmup"]),
+        (["--reward_endpoint", "http://us:word@host:port/"], ["--reward_endpoint 'http://***@host:port/'"]),
+        (["--reward_endpoint", "http:///score"], ["--reward_endpoint", "must be a URL"]),
         (["--kl_coeff", "1"], ["unknown flag --kl_coeff", "did you mean --kl_coef"]),
         (["--actor_zero_stage", "4"], ["--actor_zero_stage", "got 4", "0, 1, 2 or 3"]),
         (["--ratio_clip", "1.5"], ["--ratio_clip", "1.5", "0.2"]),

@@ -9,8 +9,8 @@ from tiny import save_tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from dschat.arguments import ModelArguments
-from dschat.engines import parameter_groups, take_steps_together
+from dschat.arguments import ModelArguments, OptimizerArguments
+from dschat.engines import parameter_groups, take_steps_together, tell_of_long_warmup
 from dschat.models.factory import create_hf_model
 from dschat.models.lora import add_lora
 
@@ -130,3 +130,16 @@ def test_an_overflow_of_one_engine_skips_the_step_of_both(ranks, tmp_path):
         waited, overflowed = second["engines"]
         assert waited["scale"] == 2**16
         assert overflowed["scale"] == 2**15
+
+
+def test_a_warm_up_of_most_of_the_run_is_said_once(capsys):
+    default = OptimizerArguments(num_warmup_steps=100)
+    for _ in ("actor", "critic"):
+        tell_of_long_warmup(default, default.warmup_steps(8), 8)
+    said = capsys.readouterr().out
+    assert said.count("note: warm-up takes 8 of the run's 8 optimiser steps (--num_warmup_steps 100)") == 1
+    share = OptimizerArguments(warmup_ratio=0.6)
+    tell_of_long_warmup(share, share.warmup_steps(10), 10)
+    assert "6 of the run's 10 optimiser steps (--warmup_ratio 0.6)" in capsys.readouterr().out
+    tell_of_long_warmup(default, default.warmup_steps(200), 200)
+    assert capsys.readouterr().out == ""

@@ -15,6 +15,7 @@ from dschat.arguments.record import STARTING, Setting, changed_flags, global_siz
 from dschat.arguments.rewards import REWARD_MODEL
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
+from dschat.arguments.secrets import without_secrets
 from dschat.arguments.steps import (
     STEPS,
     DpoArguments,
@@ -53,5 +54,6 @@ __all__ = [
     "global_sizes",
     "parse_arguments",
     "settings",
+    "without_secrets",
     "write_arguments",
 ]

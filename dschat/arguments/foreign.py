@@ -72,14 +72,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "warmup_steps": ("--num_warmup_steps",),
     "warmup": ("--num_warmup_steps",),
     "lr_warmup_steps": ("--num_warmup_steps",),
-    "warmup_ratio": (
-        "--warmup_ratio",
-        "--num_warmup_steps, a number of optimiser steps",
-    ),
-    "lr_warmup_ratio": (
-        "--warmup_ratio",
-        "--num_warmup_steps, a number of optimiser steps",
-    ),
+    "lr_warmup_ratio": ("--warmup_ratio",),
     "lr_scheduler": ("--lr_scheduler_type",),
     "scheduler": ("--lr_scheduler_type",),
     "lr_schedule": ("--lr_scheduler_type",),

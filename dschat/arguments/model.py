@@ -1,5 +1,6 @@
 """Flags: a trained model, its LoRA adapters and its optimiser."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,6 +95,9 @@ class OptimizerArguments:
     )
     lr_scheduler_type: Literal[SCHEDULES] = flag("cosine", "Shape of the learning rate over the run.")
     num_warmup_steps: int = flag(0, "Optimiser steps in which the learning rate rises from 0.")
+    warmup_ratio: float | None = flag(
+        None, "Share of the run in which it does, in place of --num_warmup_steps; 0.03 to 0.1 are usual."
+    )
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
     adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients.")
     adam_beta2: float = flag(0.95, "AdamW's decay of the mean of squared gradients.")
@@ -113,7 +117,25 @@ class OptimizerArguments:
         )
         require_at_least(1, self, "gradient_accumulation_steps")
         require_at_least(0, self, "num_warmup_steps", "max_grad_norm")
+        require(
+            self.warmup_ratio is None or 0 <= self.warmup_ratio <= 1,
+            f"--warmup_ratio must lie in [0, 1], got {self.warmup_ratio}: it is a share of the run; "
+            "--num_warmup_steps is a number of optimiser steps.",
+        )
+        require(
+            self.warmup_ratio is None or self.lr_scheduler_type != "constant",
+            "--lr_scheduler_type constant has no warm-up, so --warmup_ratio has no use; take "
+            "constant_with_warmup.",
+        )
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name} must lie in [0, 1), got {value}.")
         require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, got {self.adam_epsilon}.")
+
+    def warmup_steps(self, num_training_steps: int) -> int:
+        """Optimiser steps of warm-up in a run of so many."""
+        if self.lr_scheduler_type == "constant":
+            return 0
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * num_training_steps)
+        return min(self.num_warmup_steps, num_training_steps)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any, Literal
@@ -89,6 +90,16 @@ def _check_numbers(flats: Sequence[Any]) -> None:
             raise UserError(f"--{name} must be a finite number below 2**63, got {value}.")
 
 
+def _check_warmup(argv: Sequence[str] | None) -> None:
+    """Raise `UserError` where warm-up is given twice. Later a default looks like what was given."""
+    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    if {"--warmup_ratio", "--num_warmup_steps"} <= given:
+        raise UserError(
+            "--warmup_ratio and --num_warmup_steps exclude each other: a share of the run, or a number of "
+            "optimiser steps; leave one of them out."
+        )
+
+
 def parse_arguments(
     step: Literal["sft", "reward", "dpo", "rlhf", "inspect"], argv: Sequence[str] | None = None
 ) -> StepArguments | InspectArguments:
@@ -99,6 +110,7 @@ def parse_arguments(
     parts = fields(STEPS[step])
     flats = FlagParser(step).parse_args_into_dataclasses(argv, look_for_args_file=False)
     _check_numbers(flats)
+    _check_warmup(argv)
     groups = {}
     for part, flat in zip(parts, flats, strict=True):
         prefix = part.metadata["prefix"]

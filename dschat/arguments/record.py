@@ -6,13 +6,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dschat.arguments.secrets import recorded
 from dschat.arguments.steps import RlhfArguments, StepArguments
 
 
 def write_arguments(arguments: StepArguments, path: Path) -> None:
-    """Keep what a run was started with, as JSON, one object a group; the file is replaced in one step."""
+    """Keep what a run was started with, but for passwords and tokens in URLs, as JSON, one object a group.
+
+    The file is replaced in one step.
+    """
+    groups = dataclasses.asdict(arguments)
+    kept = {name: {f: recorded(value) for f, value in group.items()} for name, group in groups.items()}
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(dataclasses.asdict(arguments), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -26,7 +32,7 @@ class Setting:
 
 
 def settings(arguments: StepArguments) -> dict[str, Setting]:
-    """Every flag of a step, by name; the default of a required one is MISSING."""
+    """Every flag of a step, by name, as files have it; the default of a required one is MISSING."""
     found = {}
     for part in fields(arguments):
         for f in fields(part.metadata["group"]):
@@ -35,7 +41,7 @@ def settings(arguments: StepArguments) -> dict[str, Setting]:
             default = part.metadata["defaults"].get(f.name, f.default)
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
-            value = getattr(getattr(arguments, part.name), f.name)
+            value = recorded(getattr(getattr(arguments, part.name), f.name))
             found[part.metadata["prefix"] + f.name] = Setting(value, default, f.metadata["at_resume"])
     return found
 

@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from dschat.arguments.flags import flag, require, require_at_least
+from dschat.arguments.secrets import without_secrets
 
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 REWARD_MODEL = "model"
@@ -19,7 +21,9 @@ class RewardSourceArguments:
         "FILE.py:NAME, ... of Python functions NAME(prompts, answers, **columns) that score answers; without "
         "--critic_model_name_or_path and --reward_model_name_or_path there is no reward model.",
     )
-    reward_endpoint: list[str] = flag([], "URLs, ... of servers that score answers, likewise.")
+    reward_endpoint: list[str] = flag(
+        [], "URLs, ... of servers that score answers, likewise; a user:password@ in one is kept nowhere."
+    )
     reward_weights: list[str] = flag(
         [],
         "NAME=NUMBER, ... by which scores are multiplied before they are added: model, a function's name, "
@@ -35,7 +39,9 @@ class RewardSourceArguments:
         0.0, "Score of an answer for which a function raises, hangs, dies or returns no finite number."
     )
     reward_endpoint_timeout: float = flag(
-        60.0, "Seconds without a byte from an endpoint before it is asked again.", at_resume="free"
+        60.0,
+        "Seconds in which an endpoint's whole reply must come before it is asked again.",
+        at_resume="free",
     )
     reward_endpoint_retries: int = flag(
         5,
@@ -75,8 +81,9 @@ class RewardSourceArguments:
             )
         for url in self.reward_endpoint:
             require(
-                re.match(r"https?://[^/\s]", url) is not None,
-                f"--reward_endpoint {url!r} must be a URL, such as http://localhost:8000/score.",
+                _is_url(url),
+                f"--reward_endpoint {without_secrets(url)!r} must be a URL, such as "
+                "http://localhost:8000/score.",
             )
         for entry in self.reward_weights:
             require(
@@ -104,3 +111,12 @@ class RewardSourceArguments:
             abs(self.reward_on_error) < float("inf"),
             f"--reward_on_error must be a finite number, got {self.reward_on_error}; 0 is usual.",
         )
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        has_place = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        return False
+    return has_place and parts.scheme in ("http", "https") and not re.search(r"\s", text)

@@ -46,7 +46,7 @@ class Evaluator:
             world_size=world_size(),
         )
         self._trainer, self._engine = trainer, trainer.engine
-        self._judges = Judges(trainer.engine, tokenizers, args, prompts, trainer.rewards)
+        self._judges = Judges(trainer.engine, tokenizers, args, prompts, trainer.rewards, in_evaluation=True)
         self._first_kl_coef = args.ppo.kl_coef
         self._shaping = trainer.shaping
         self._needs_scale = args.ppo.score_scale == "running"

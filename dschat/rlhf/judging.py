@@ -67,8 +67,11 @@ class Judges:
         args: RlhfArguments,
         prompts: Dataset | None = None,
         rewards: Rewards | None = None,
+        *,
+        in_evaluation: bool = False,
     ) -> None:
         self._engine, self._prompts, self._rewards = engine, prompts, rewards
+        self._in_evaluation = in_evaluation
         self._temperature = args.rollout.temperature
         self._num_tokens = len(tokenizers.actor)
         self._reading = None
@@ -92,7 +95,9 @@ class Judges:
         judgement = Judgement.gather(parts, rows, rollout.answer_mask.shape[1])
         if self._rewards is None:
             return judgement
-        said = self._rewards.score(rollout, rows, self._prompts, judgement.scores)
+        said = self._rewards.score(
+            rollout, rows, self._prompts, judgement.scores, in_evaluation=self._in_evaluation
+        )
         return replace(judgement, scores=said.scores, by_source=said.by_source, num_errors=said.num_errors)
 
     def _judge_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> Judgement:

@@ -1,5 +1,6 @@
 """Scores from a server: prompts and answers are posted, scores come back."""
 
+import base64
 import http.client
 import json
 import math
@@ -7,26 +8,35 @@ import time
 import urllib.error
 import urllib.request
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from tqdm import tqdm
 
+from dschat.arguments import without_secrets
+from dschat.console import printable
 from dschat.errors import UserError
 from dschat.rlhf.answered import Answered, Problem, Score
+from dschat.rlhf.http_posts import TooLong, open_url, proxy_of
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before the first further attempt, which double from one to the next, and where that ends."""
 TOO_MANY_REQUESTS = 429
+LONGEST_REPLY = 1 << 24
+"""Bytes. A number takes some twenty."""
 
 
 class RewardEndpoint:
     """POST {"prompts", "answers", "columns"} -> {"scores"}, in JSON, `batch_size` answers at once.
 
-    What may pass is tried again `retries` times: no connection, nothing within `seconds`, HTTP 429 and 5xx.
+    What may pass is tried again `retries` times: no connection, no whole reply within `seconds`, HTTP 429 and
+    5xx. A user and password in the URL are sent as HTTP's basic authentication, and named nowhere.
     """
 
     def __init__(self, name: str, url: str, *, batch_size: int, seconds: float, retries: int) -> None:
-        self.name, self._url = name, url
+        self.name, self._shown = name, without_secrets(url)
         self._batch_size, self._seconds, self._retries = batch_size, seconds, retries
+        self._url, self._headers = _credentials_apart(url)
+        self._proxy = proxy_of(self._url)
 
     def score(self, answered: Answered) -> list[Score]:
         """Each answer's score, or that it got none. Raises `UserError` where the endpoint does not serve."""
@@ -37,7 +47,7 @@ class RewardEndpoint:
         reply = self._post(json.dumps(body).encode())
         try:
             scores = json.loads(reply)["scores"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             problem = f'a reply without {{"scores": [...]}}: {reply[:100].decode(errors="replace")!r}'
             raise self._error(problem) from error
         if not isinstance(scores, list) or len(scores) != len(batch):
@@ -46,30 +56,71 @@ class RewardEndpoint:
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self._retries + 1):
-            request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
+            request = urllib.request.Request(self._url, body, self._headers)
             try:
-                with urllib.request.urlopen(request, timeout=self._seconds) as response:
-                    return response.read()
+                return open_url(request, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY)
             except urllib.error.HTTPError as error:
-                cause = f"HTTP {error.code} {error.reason}"
+                cause = f"HTTP {error.code} {_plain(error.reason)}"
                 if error.code < 500 and error.code != TOO_MANY_REQUESTS:
-                    raise self._error(cause) from error
+                    raise self._error(cause + _where_to(error)) from error
+            except TooLong as error:
+                raise self._error(str(error)) from error
             except (OSError, http.client.HTTPException) as error:
-                cause = str(getattr(error, "reason", error)) or type(error).__name__
+                cause = _plain(getattr(error, "reason", error)) or type(error).__name__
+            cause += self._through
             if attempt < self._retries:
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
                 tqdm.write(
-                    f"note: --reward_endpoint {self._url}: {cause}; attempt {attempt + 2} of "
+                    f"note: --reward_endpoint {self._shown}: {cause}; attempt {attempt + 2} of "
                     f"{self._retries + 1} in {pause:g} s."
                 )
                 time.sleep(pause)
         raise self._error(f"{cause}, {self._retries + 1} times in a row (--reward_endpoint_retries)")
 
+    @property
+    def _through(self) -> str:
+        """That a proxy stands between, as it may be what does not answer."""
+        if self._proxy is None:
+            return ""
+        return f", through the proxy {without_secrets(self._proxy.url)} of {self._proxy.variable}"
+
     def _error(self, problem: str) -> UserError:
-        return UserError(f"--reward_endpoint {self._url}: {problem}. See that it serves, then start again.")
+        remedy = "See that it serves, then start again."
+        if self._proxy is not None:
+            remedy = (
+                f"See that both serve, or add its host to no_proxy if {self._proxy.variable} is not for it."
+            )
+        return UserError(f"--reward_endpoint {self._shown}: {problem}. {remedy}")
+
+
+def _credentials_apart(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without user, password and fragment, and the headers of a request to it."""
+    parts, headers = urlsplit(url), {"Content-Type": "application/json"}
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        name, _, password = user.partition(":")
+        token = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode())
+        headers["Authorization"] = f"Basic {token.decode()}"
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, "")), headers
+
+
+def _where_to(error: urllib.error.HTTPError) -> str:
+    """Of a redirection where it leads: a POST that follows one becomes a GET, or goes to another's server."""
+    location = error.headers.get("Location") if 300 <= error.code < 400 else None
+    return (
+        f" to {without_secrets(_plain(location))}, which is not followed: name that URL" if location else ""
+    )
+
+
+def _plain(text: object, limit: int = 200) -> str:
+    """What a server says, on one line that steers no terminal, without what a URL in it hides."""
+    return without_secrets(printable(str(text), keep="")[:limit]).strip()
 
 
 def _score(value: Any) -> Score:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except OverflowError:  # an integer of JSON has no largest
+        pass
     return Problem("no finite number", f"it returned {str(value)[:60]}, which is no finite number")

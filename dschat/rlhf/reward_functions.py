@@ -21,6 +21,8 @@ SECONDS_TO_START = 300.0
 """A file may import a large library."""
 GRACE = 5.0
 """Seconds in which a worker ends itself after its time is up, before it is ended."""
+SECONDS_BETWEEN_LOOKS = 0.5
+"""At whether a worker that says nothing still lives."""
 MAX_LOST_WORKERS = 8
 """Hung or dead workers of one rollout batch and rank after which its other answers are not tried."""
 
@@ -137,9 +139,11 @@ class _Worker:
             if newline and line.startswith(b"{"):
                 self._received = rest
                 return json.loads(line), ""
-            ready, _, _ = select.select([pipe], [], [], max(deadline - time.monotonic(), 0))
+            left, may_write = max(deadline - time.monotonic(), 0), self.is_alive()
+            ready, _, _ = select.select([pipe], [], [], min(left, SECONDS_BETWEEN_LOOKS))
             some = os.read(pipe, 1 << 16) if ready else b""
-            if not some:
+            # What it has forked may hold the pipe open when it is gone.
+            if not some and (ready or left == 0 or not may_write):
                 return None, self._received.decode(errors="replace")
             self._received += some
 

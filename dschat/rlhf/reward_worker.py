@@ -16,8 +16,9 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +32,7 @@ class BadResult(Exception):
 def main() -> None:
     """Load the function, say which columns it takes, and score batch after batch."""
     path, name, seconds = sys.argv[1:]
-    requests, replies = private_pipes()
+    requests, replies, process = *private_pipes(), os.getpid()
     be_the_first_to_go()
     sys.argv, sys.path[0] = [path], str(Path(path).parent)
 
@@ -49,6 +50,10 @@ def main() -> None:
         request = json.loads(line)
         faulthandler.dump_traceback_later(float(seconds), exit=True, file=replies)
         answer = answered(function, request, path)
+        if os.getpid() != process:
+            os._exit(
+                0
+            )  # a fork that the function made and that came back: a reply of its own would be one more
         faulthandler.cancel_dump_traceback_later()
         reply(answer)
 
@@ -108,29 +113,35 @@ def answered(function: Callable[..., Any], request: dict[str, Any], path: str) -
         prompts, answers = request["prompts"], request["answers"]
         result = function(prompts=prompts, answers=answers, **request["columns"])
         scores = as_list(result, len(answers))
+        numbers = [number(score) for score in scores]
+        problems = {
+            place: [
+                "no finite number",
+                f"it returned {shortened(repr(scores[place]))}, which is no finite number",
+            ]
+            for place, value in enumerate(numbers)
+            if value is None
+        }
     except BaseException as error:  # SystemExit and MemoryError must not end the run either
         return {"problem": described(error, path)}
-    numbers = [number(score) for score in scores]
-    problems = {
-        place: [
-            "no finite number",
-            f"it returned {shortened(repr(scores[place]))}, which is no finite number",
-        ]
-        for place, value in enumerate(numbers)
-        if value is None
-    }
     return {"scores": numbers, "problems": problems}
 
 
 def as_list(result: Any, count: int) -> list[Any]:
-    """What the function returned as a list of `count` scores. Raises `BadResult`."""
+    """What the function returned, a list, an array or what else can be iterated over, as a list of `count`
+    scores. Raises `BadResult`, and what iterating raises.
+    """
     if hasattr(result, "tolist"):  # of NumPy or torch
         result = result.tolist()
-    if not isinstance(result, list | tuple):
+    if isinstance(result, str | bytes | Mapping | Set) or not isinstance(
+        result, Iterable
+    ):  # without an order
         raise BadResult(f"it returned {shortened(repr(result))} and no list of scores")
-    if len(result) != count:
-        raise BadResult(f"it returned {len(result)} scores for {count} answers")
-    return list(result)
+    scores = list(islice(result, count + 1))  # what yields without end as well
+    if len(scores) != count:
+        number_of = f"more than {count}" if len(scores) > count else str(len(scores))
+        raise BadResult(f"it returned {number_of} scores for {count} answers")
+    return scores
 
 
 def number(score: Any) -> float | None:

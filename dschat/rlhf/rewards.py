@@ -21,8 +21,8 @@ from dschat.rlhf.reward_endpoints import RewardEndpoint
 from dschat.rlhf.reward_functions import RewardFunction
 from dschat.rlhf.rollout import RolloutBatch
 
-MAX_FAILED_STEPS = 3
-"""Rollout batches in a row of which a source scores no answer before the run ends."""
+MAX_FAILURES = 3
+"""Rollout batches in a row, or evaluations, of which a source scores no answer before the run ends."""
 TAKEN = ("prompts", "answers")
 """What a function is given beside the columns; a column of that name comes as row_prompts or row_answers."""
 
@@ -66,7 +66,7 @@ class Rewards:
         self._score_on_error = settings.reward_on_error
         self._columns = columns
         self._named: set[tuple[str, str]] = set()
-        self._num_failed_steps: Counter[str] = Counter()
+        self._num_failures: Counter[tuple[str, str]] = Counter()
         available = tuple(column_name(name) for name in columns)
         self._sources: list[RewardFunction | RewardEndpoint] = [
             RewardFunction(
@@ -89,12 +89,19 @@ class Rewards:
         ]
 
     def score(
-        self, rollout: RolloutBatch, rows: list[Tensor], prompts: Dataset, model_scores: Tensor | None
+        self,
+        rollout: RolloutBatch,
+        rows: list[Tensor],
+        prompts: Dataset,
+        model_scores: Tensor | None,
+        *,
+        in_evaluation: bool = False,
     ) -> RewardParts:
         """Score the answers of all ranks; `rows` are the numbers of this rank's, which it scores itself.
 
-        `prompts` is the rollout's data set with its column row, `model_scores` [B] are of all ranks. Every
-        rank must call it. Raises `UserError`, on all ranks, where a source cannot go on.
+        `prompts` is the rollout's data set with its column row, `model_scores` [B] are of all ranks. Failures
+        of evaluations are counted apart from those of training. Every rank must call it. Raises `UserError`,
+        on all ranks, where a source cannot go on.
         """
         device = rollout.input_ids.device
         mine = torch.cat(rows).to(device)
@@ -105,7 +112,8 @@ class Rewards:
         own = torch.tensor(table, dtype=torch.float64, device=device).T.contiguous()
         every = gather_rows(own)[gather_rows(mine).argsort()]
         failed = every.isnan()
-        self._check_failures(dict(zip(said, failed.all(dim=0).tolist(), strict=True)))
+        occasions = "evaluations" if in_evaluation else "rollout batches"
+        self._check_failures(occasions, dict(zip(said, failed.all(dim=0).tolist(), strict=True)))
         every = every.masked_fill(failed, self._score_on_error)
         by_source = dict(zip(said, every.unbind(dim=1), strict=True))
         if model_scores is not None:
@@ -158,14 +166,15 @@ class Rewards:
             f"(--reward_on_error); further ones of this kind are only counted (reward_errors_{name})."
         )
 
-    def _check_failures(self, has_failed: dict[str, bool]) -> None:
+    def _check_failures(self, occasions: str, has_failed: dict[str, bool]) -> None:
         """Raise `UserError` for a source that has had no score for any answer too often in a row."""
         for name, failed in has_failed.items():
-            self._num_failed_steps[name] = self._num_failed_steps[name] + 1 if failed else 0
-            if self._num_failed_steps[name] >= MAX_FAILED_STEPS:
+            count = self._num_failures[occasions, name] + 1 if failed else 0
+            self._num_failures[occasions, name] = count
+            if count >= MAX_FAILURES:
                 raise UserError(
-                    f"reward {name} had no score for any answer of {MAX_FAILED_STEPS} rollout batches in a "
-                    "row: there is nothing to learn from. What went wrong is named above; correct it."
+                    f"reward {name} had no score for any answer of {MAX_FAILURES} {occasions} in a row: "
+                    "there is nothing to learn from. What went wrong is named above; correct it."
                 )
 
 

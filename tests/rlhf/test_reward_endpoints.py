@@ -1,5 +1,6 @@
 """Scores over HTTP: what may pass is tried again, what does not ends the run with URL and cause."""
 
+import base64
 import json
 import socket
 import threading
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from dschat.errors import UserError
-from dschat.rlhf import reward_endpoints
+from dschat.rlhf import http_posts, reward_endpoints
 from dschat.rlhf.answered import Answered, Problem
 from dschat.rlhf.reward_endpoints import RewardEndpoint
 
@@ -30,6 +31,17 @@ class Server:
                     time.sleep(reply)
                 if isinstance(reply, int):
                     self.send_error(reply)
+                    return
+                owner.headers = self.headers
+                if isinstance(reply, tuple):  # what trickles in
+                    status, headers, pieces = reply
+                    self.send_response(status)
+                    for header in headers:
+                        self.send_header(*header)
+                    self.end_headers()
+                    for piece in pieces:
+                        self.wfile.write(piece)
+                        time.sleep(0.05)
                     return
                 if callable(reply):
                     reply = json.dumps({"scores": reply(body)})
@@ -131,3 +143,90 @@ def test_a_score_that_is_no_number_is_one_answers_problem():
     assert first == 1.0
     assert [type(other) for other in others] == [Problem, Problem]
     assert [other.kind for other in others] == ["no finite number"] * 2
+
+
+def test_a_reply_that_trickles_in_is_bounded_in_time():
+    """Each byte comes well within the time, the whole does not."""
+    start = time.monotonic()
+    late = r"no whole reply within 0\.3 s, 2 times in a row"
+    with Server((200, [], [b" "] * 100)) as server, pytest.raises(UserError, match=late):
+        endpoint(server.url, seconds=0.3, retries=1).score(ANSWERED)
+    assert time.monotonic() - start < 4
+
+
+def test_a_reply_is_bounded_in_size(monkeypatch):
+    monkeypatch.setattr(reward_endpoints, "LONGEST_REPLY", 1 << 20)
+    with Server((200, [], [b"[" * (1 << 21)])) as server, pytest.raises(UserError, match="more than 1 MiB"):
+        endpoint(server.url).score(ANSWERED)
+    assert len(server.requests) == 1
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again():
+    broken = (200, [("Content-Length", "1000")], [b'{"scores": [1, 2, 3]}'])
+    with Server(broken, lengths) as server:
+        assert endpoint(server.url).score(ANSWERED) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_named_and_not_followed(status):
+    reply = (status, [("Location", "http://user:word@else.where/score?key=word")], [])
+    where = f"HTTP {status} .*to http://\\*\\*\\*@else.where/score"
+    with Server(reply) as server, pytest.raises(UserError, match=where) as caught:
+        endpoint(server.url).score(ANSWERED)
+    assert "word" not in str(caught.value)
+    assert len(server.requests) == 1
+
+
+def test_a_server_on_this_machine_is_asked_without_the_proxy(monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Server(lengths) as server:
+        for host in ("127.0.0.1", "localhost", "127.1.2.3"):
+            url = server.url.replace("127.0.0.1", host)
+            if host != "127.1.2.3":  # where nothing listens, but not through the proxy either
+                assert endpoint(url).score(ANSWERED) == [1.0, 2.0, 3.0]
+            assert http_posts.proxy_of(url) is None
+    assert http_posts.proxy_of("http://[::1]:80/") is None
+    assert http_posts.proxy_of("http://somewhere.else/") is not None
+
+
+def test_a_proxy_is_named_with_its_variable_and_without_its_password(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:word@127.0.0.1:9")
+    with pytest.raises(UserError) as caught:
+        endpoint("http://somewhere.else/score", retries=0).score(ANSWERED)
+    assert "through the proxy http://***@127.0.0.1:9 of http_proxy" in str(caught.value)
+    assert "no_proxy" in str(caught.value)
+    assert "word" not in str(caught.value)
+
+
+def test_a_proxy_serves_where_it_stands(monkeypatch):
+    """It gets the whole URL, as a proxy does."""
+    with Server(lengths) as server:
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/score"))
+        assert endpoint("http://somewhere.else/score").score(ANSWERED) == [1.0, 2.0, 3.0]
+
+
+def test_a_password_is_sent_and_named_nowhere(capsys):
+    with Server(503, lengths) as server:
+        url = server.url.replace("http://", "http://us%40er:p%2Fw:word@") + "?key=secret&token"
+        assert endpoint(url).score(ANSWERED) == [1.0, 2.0, 3.0]
+    name, password = (
+        base64.b64decode(server.headers["Authorization"].removeprefix("Basic ")).decode().split(":", 1)
+    )
+    assert (name, password) == ("us@er", "p/w:word")
+    said = capsys.readouterr().out
+    assert f"{server.url.replace('http://', 'http://***@')}?key=***&***: HTTP 503" in said
+    assert not [secret for secret in ("word", "secret", "token") if secret in said]
+
+
+@pytest.mark.parametrize("reply", ['{"scores": [1e400, 1, 2]}', '{"scores": [' + "9" * 400 + ", 1, 2]}"])
+def test_a_number_without_an_end_is_one_answers_problem(reply):
+    with Server(reply) as server:
+        first, *others = endpoint(server.url).score(ANSWERED)
+    assert first.kind == "no finite number"
+    assert others == [1.0, 2.0]
+
+
+def test_brackets_without_an_end_are_a_bad_reply():
+    with Server("[" * 200_000) as server, pytest.raises(UserError, match="a reply without"):
+        endpoint(server.url).score(ANSWERED)

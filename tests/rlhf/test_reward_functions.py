@@ -76,6 +76,46 @@ def process(prompts, answers):
     return [float(os.getpid())] * len(answers)
 
 
+class Number:
+    def __float__(self):
+        return 2.0
+
+
+def generated(prompts, answers):
+    return (Number() if answer == "number" else len(answer) for answer in answers)
+
+
+def endless(prompts, answers):
+    while True:
+        yield 1.0
+
+
+def faulty_generator(prompts, answers):
+    for answer in answers:
+        yield 1 / len(answer)
+
+
+def named_scores(prompts, answers):
+    return {answer: 1.0 for answer in answers}
+
+
+def chatters(prompts, answers):
+    print("x" * 1_000_000)
+    os.write(1, b"y" * 1_000_000)
+    return [0.1 + len(prompt) / 3 for prompt in prompts]
+
+
+def forks_and_comes_back(prompts, answers):
+    os.fork()
+    return [float(len(answer)) for answer in answers]
+
+
+def forks_and_dies(prompts, answers):
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(3)
+
+
 def answers_alone(answers):
     return [1.0] * len(answers)
 """
@@ -91,6 +131,36 @@ def rules(tmp_path_factory):
 
 def function(path, name, *, batch_size=8, available=()):
     return RewardFunction(f"{path}:{name}", batch_size=batch_size, seconds=TIMEOUT, available=available)
+
+
+def test_scores_may_be_what_yields_numbers(rules):
+    assert function(rules, "generated").score(answered("a", "number", "ccc")) == [1.0, 2.0, 3.0]
+    problem = Problem(
+        "ZeroDivisionError", f"ZeroDivisionError: division by zero (rules.py:{line_of('1 / len')})"
+    )
+    assert function(rules, "faulty_generator").score(answered("a", "", "bb")) == [1.0, problem, 0.5]
+    endless = Problem("no scores", "it returned more than 1 scores for 1 answers")
+    assert function(rules, "endless").score(answered("a", "b")) == [endless, endless]
+    (named,) = function(rules, "named_scores").score(answered("a"))
+    assert named == Problem("no scores", "it returned {'a': 1.0} and no list of scores")
+
+
+def test_more_than_a_pipe_holds_goes_through_it_both_ways_beside_what_the_function_prints(rules):
+    source = RewardFunction(f"{rules}:chatters", batch_size=20_000, seconds=30)
+    long = Answered(["p" * 10] * 20_000, ["é" * 20] * 20_000, {})
+    assert source.score(long) == [0.1 + 10 / 3] * 20_000  # replies of 400 kB
+
+
+def test_a_fork_of_the_function_gives_no_second_reply(rules):
+    source = function(rules, "forks_and_comes_back")
+    assert [source.score(answered("a" * n)) for n in (1, 2, 3)] == [[1.0], [2.0], [3.0]]
+
+
+def test_a_fork_that_holds_the_pipe_does_not_hold_up_the_run(rules):
+    source, start = function(rules, "forks_and_dies"), time.monotonic()
+    source._seconds = 30
+    assert source.score(answered("a")) == [Problem("exit", "its process ended with exit code 3")]
+    assert time.monotonic() - start < 10
 
 
 def answered(*answers, **columns):

@@ -1,12 +1,16 @@
 """The weighted sum of all sources of scores: the same on any number of ranks, also where something fails."""
 
 import json
+from collections import Counter
 
 import pytest
 from processes import ROOT, python
 from test_reward_endpoints import Server
 from tiny import tiny_tokenizer
 from workers.reward_scores import run
+
+from dschat.errors import UserError
+from dschat.rlhf.rewards import Rewards
 
 WORKER = ROOT / "tests" / "workers" / "reward_scores.py"
 RULES = '''
@@ -80,6 +84,16 @@ def test_a_function_that_scores_nothing_ends_the_run_after_three_batches(folder)
     result = run(folder, flags, [bad, bad, good, bad, bad, bad, good])
     assert len(result["results"]) == 5
     assert "row_number had no score for any answer of 3 rollout batches in a row" in result["error"]
+
+
+def test_failures_of_evaluations_are_counted_apart_from_those_of_training():
+    rewards = Rewards.__new__(Rewards)
+    rewards._num_failures = Counter()
+    for occasion in ("rollout batches", "evaluations", "rollout batches", "evaluations"):
+        rewards._check_failures(occasion, {"rule": True})  # two of each, none of which is a third
+    rewards._check_failures("rollout batches", {"rule": False})
+    with pytest.raises(UserError, match="no score for any answer of 3 evaluations in a row"):
+        rewards._check_failures("evaluations", {"rule": True})
 
 
 @pytest.fixture(scope="module")
