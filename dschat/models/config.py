@@ -17,6 +17,9 @@ from dschat.distributed import print_once
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
 
+SCORING = ("ForSequenceClassification", "ForCausalLM")
+"""Classes whose checkpoints may be reward models; the second is what DeepSpeed-Chat's config.json says."""
+
 MOST_LAYERS = 10_000
 """More than any model has, by far."""
 
@@ -43,6 +46,7 @@ def read_config(model_name_or_path: str, dropout: float | None, **settings: Any)
             f"{model_name_or_path!r} is neither a model's folder nor a hub id that can be reached "
             f"({error_line}); check the name, or download the model and give its folder."
         ) from error
+    _check_full_precision(config, model_name_or_path)
     num_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > MOST_LAYERS:  # building them would not end
         raise UserError(
@@ -63,6 +67,43 @@ def read_config(model_name_or_path: str, dropout: float | None, **settings: Any)
     return config
 
 
+def _check_full_precision(config: PretrainedConfig, model_name_or_path: str) -> None:
+    """Raise `UserError` for weights that are stored in a few bits, which cannot be trained."""
+    settings = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    method = settings.get("quant_method") or "some method"
+    bits = settings.get("bits") or settings.get("num_bits")
+    bits = bits or next((n for n in (4, 8) if settings.get(f"load_in_{n}bit")), None)
+    how = f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
+    raise UserError(
+        f"the weights of {model_name_or_path!r} are quantised ({how}), says its config.json, and such "
+        "weights are not trained: give the checkpoint in full precision that they were made from "
+        "(--load_in_4bit packs that one under adapters)."
+    )
+
+
+def check_scores(config: PretrainedConfig, model_name_or_path: str) -> None:
+    """Raise `UserError` for a classifier with more than one label, and for a head that is no classifier's.
+
+    `config` is as the file has it.
+    """
+    architecture = (config.architectures or [""])[0]
+    labels = [str(label) for label in (config.id2label or {}).values()]
+    if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
+        raise UserError(
+            f"num_labels is {config.num_labels} in the config.json of {model_name_or_path!r} "
+            f"({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}), and a reward model has 1, the "
+            "score. Give one with a single label, or train one with step 2 on this model's backbone."
+        )
+    if "For" in architecture and not architecture.endswith(SCORING):
+        raise UserError(
+            f"{model_name_or_path!r} is a {architecture}, says its config.json; a reward model is a "
+            "...ForSequenceClassification with one label, as step 2 writes it."
+        )
+
+
 def check_generates(config: PretrainedConfig, model_name_or_path: str) -> None:
     """Raise `UserError` for architectures that do not predict each token from those before it alone."""
     check_decoder(config, model_name_or_path)
@@ -75,13 +116,23 @@ def check_generates(config: PretrainedConfig, model_name_or_path: str) -> None:
 
 
 def check_decoder(config: PretrainedConfig, model_name_or_path: str) -> None:
-    """Raise `UserError` for encoders, which transformers loads as language models that see the answer."""
+    """Raise `UserError` for encoders, which transformers loads as language models that see the answer.
+
+    Models that read more than text are refused too.
+    """
     fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
     if config.is_encoder_decoder or (fills_gaps and not getattr(config, "is_decoder", False)):
         kind = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder: it reads both ways"
         raise UserError(
             f"{model_name_or_path!r} is a {config.model_type!r} model, {kind}; "
             "every step needs a decoder, such as Llama, Qwen or GPT-2."
+        )
+    senses = {"vision_config": "images", "audio_config": "sound", "text_config": "more than text"}
+    read = next((what for name, what in senses.items() if getattr(config, name, None) is not None), None)
+    if read is not None:
+        raise UserError(
+            f"{model_name_or_path!r} is a {config.model_type!r} model, which reads {read}; every step "
+            "trains on text alone: give a language model. (Some of these have one as a model of its own.)"
         )
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from dschat.distributed import gathered, is_main_process, print_once
 from dschat.errors import UserError
-from dschat.models.config import check_classifiable, check_generates, read_config
+from dschat.models.config import check_classifiable, check_generates, check_scores, read_config
 from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import four_bit_options, settle_4bit
 from dschat.models.remote_code import loading_consent
@@ -67,6 +67,7 @@ def check_reward_model(model_name_or_path: str, flag: str) -> None:
     """Raise `UserError` naming `flag` unless this is a whole reward model, backbone and head."""
     check_model_path(model_name_or_path, flag)
     with _named(flag):
+        check_scores(read_config(model_name_or_path, dropout=None), model_name_or_path)
         _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
 
 
@@ -149,7 +150,7 @@ def create_critic_model(
     _check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
     stage = max(zero_stage, _zero_stage(ds_config))
     with _construction(ds_config, stage):
-        classifier = _load(load, _dtype(ds_config), load_in_4bit)
+        classifier = _load(load, _dtype(ds_config), load_in_4bit, fresh_head=not rlhf_training)
         grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
             _draw_head(classifier.score)
@@ -185,11 +186,17 @@ def _loader(
     return load
 
 
-def _load(load: Callable[..., Any], dtype: torch.dtype, in_4bit: bool) -> PreTrainedModel:
-    """The model with its weights, its linear layers packed where that is wanted."""
+def _load(
+    load: Callable[..., Any], dtype: torch.dtype, in_4bit: bool, *, fresh_head: bool = False
+) -> PreTrainedModel:
+    """The model with its weights, its linear layers packed where that is wanted.
+
+    With `fresh_head` a head of another shape does not matter.
+    """
+    options = {"dtype": dtype, "ignore_mismatched_sizes": fresh_head}
     if not in_4bit:
-        return load(dtype=dtype)
-    model = load(dtype=dtype, **four_bit_options(dtype))
+        return load(**options)
+    model = load(**options, **four_bit_options(dtype))
     settle_4bit(model)
     return model
 
@@ -218,16 +225,28 @@ def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head
             print_once(f"note: {model_name_or_path!r} has a reward head; a fresh one takes its place.")
         missing.discard(HEAD)
         unexpected = {name for name in unexpected if not name.startswith(OUTPUT_LAYERS)}
-    shapes = {f"{key} {list(theirs)} not {list(ours)}" for key, theirs, ours in info["mismatched_keys"]}
+    mismatched = [keys for keys in info["mismatched_keys"] if not (fresh_head and keys[0] == HEAD)]
+    shapes = {f"{key} {list(theirs)} not {list(ours)}" for key, theirs, ours in mismatched}
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     listed = [f"{kind}: {_shortened(keys)}" for kind, keys in problems.items() if keys]
     if listed:
-        hint = " A reward model comes from step 2, not from a base model." if HEAD in missing else ""
-        hint = " This is a reward model, not a language model." if HEAD in unexpected else hint
         raise UserError(
-            f"the weights of {model_name_or_path!r} do not fit its configuration; {'; '.join(listed)}.{hint} "
-            "Check that config.json and the weights belong to the same model."
+            f"the weights of {model_name_or_path!r} do not fit its configuration; {'; '.join(listed)}. "
+            f"{_remedy(missing, unexpected)}"
         )
+
+
+def _remedy(missing: set[str], unexpected: set[str]) -> str:
+    """What to do about weights that do not fit."""
+    if any(name.startswith("v_head.") for name in unexpected):
+        return "v_head is a value head, as TRL saves it beside a language model: give the model without it."
+    if HEAD in unexpected:
+        return "This is a reward model, not a language model."
+    if HEAD in missing:
+        return "A reward model comes from step 2, not from a base model."
+    if missing and all(name.startswith(OUTPUT_LAYERS) for name in missing):
+        return "It has no layer that makes words, as embedding models have none: give the language model."
+    return "Check that config.json and the weights belong to the same model."
 
 
 def _shortened(keys: set[str], limit: int = 20) -> str:

@@ -9,6 +9,23 @@ from dschat.errors import UserError
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_INDEXES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
 
+OTHER_FORMATS = {
+    "*.gguf": "GGUF files, which llama.cpp runs",
+    "*.onnx": "ONNX files, which only run a model",
+    "onnx/*.onnx": "ONNX files, which only run a model",
+    "tf_model*.h5": "TensorFlow's weights",
+    "flax_model*.msgpack": "Flax's weights",
+    "consolidated*.*": "weights in the form of the model's makers (consolidated)",
+    "*.distcp": "a distributed checkpoint of torch (.distcp)",
+    "global_step*": "a checkpoint of DeepSpeed (global_step)",
+}
+"""Files by which a folder is known to hold a model in a form that is not read."""
+
+SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+
+POINTER = b"version https://git-lfs"
+"""How a file begins that stands for another, which git-lfs has not fetched."""
+
 
 def check_model_path(model_name_or_path: str, flag: str) -> None:
     """Raise `UserError` if a local folder holds no complete model; the message names `flag`.
@@ -23,19 +40,19 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
                 "give a model's folder or hub id."
             )
         return
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{flag} {model_name_or_path!r} has no config.json, so it is not the folder of a saved model; "
-            "give the folder that holds config.json beside the weights."
-        )
-    if any((folder / name).is_file() for name in WEIGHT_FILES):
-        return
+    if folder.is_file():
+        raise UserError(f"{flag} {model_name_or_path!r} is a file; give the folder of a saved model.")
+    whole = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     indexes = [folder / name for name in WEIGHT_INDEXES if (folder / name).is_file()]
-    if not indexes:
-        raise UserError(
-            f"{flag} {model_name_or_path!r} has no weights ({', '.join(WEIGHT_FILES)}, whole or in shards); "
-            "if the step that writes them did not finish, run it again."
-        )
+    has_config = (folder / "config.json").is_file()
+    if not (has_config and (whole or indexes)):
+        lacking = f"no weights ({', '.join(WEIGHT_FILES)}, whole or in shards)"
+        lacking = lacking if has_config else "no config.json, so it is not the folder of a saved model"
+        problem = f"{flag} {model_name_or_path!r} has {lacking}"
+        raise UserError(f"{problem}; {_what_is_there(folder, has_config=has_config)}")
+    if whole:
+        _check_fetched(whole, flag)
+        return
     shards = _shards(indexes[0], flag)
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
@@ -43,6 +60,34 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
             f"{flag} {model_name_or_path!r} lacks {len(missing)} of the {len(shards)} weight files that "
             f"{indexes[0].name} names: {', '.join(missing)}. Copy or download them again."
         )
+    _check_fetched([folder / name for name in sorted(shards)], flag)
+
+
+def _what_is_there(folder: Path, *, has_config: bool) -> str:
+    """What a folder that is no whole model holds instead, and what to do."""
+    for pattern, kind in OTHER_FORMATS.items():
+        if next(folder.glob(pattern), None) is not None:
+            return (
+                f"it holds {kind}. Give the model as transformers saves it: config.json and "
+                "model.safetensors, in full precision."
+            )
+    if any(next(folder.glob(pattern), None) for pattern in SHARDS):
+        return "it holds shards without their index (*.index.json); copy or download that too."
+    if has_config:
+        return "if the step that writes them did not finish, run it again."
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inside:
+        return f"give the folder inside that has one: {', '.join(inside[:5])}."
+    return "give the folder that holds config.json beside the weights."
+
+
+def _check_fetched(files: list[Path], flag: str) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(
+                    f"{flag}: {path} is a pointer of git-lfs, not the weights; fetch them with git lfs pull."
+                )
 
 
 def _shards(index: Path, flag: str) -> set[str]:

@@ -1,0 +1,94 @@
+"""What a model's config.json says against training it, told before weights are read."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    LlavaConfig,
+    Qwen2AudioConfig,
+)
+
+from dschat.errors import UserError
+from dschat.models.factory import (
+    check_backbone,
+    check_language_model,
+    check_reward_model,
+    create_critic_model,
+)
+
+FLAG = "--model_name_or_path"
+
+
+def edit_config(folder: Path, **settings) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "gptq, 4 bits"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "awq, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes, 4"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_are_named_as_such(settings, how, tmp_path):
+    path = edit_config(save_tiny_model(tmp_path), quantization_config=settings)
+    for check in (check_language_model, check_backbone, check_reward_model):
+        problem = rf"{FLAG}: the weights of .* are quantised \({re.escape(how)}.*in full precision"
+        with pytest.raises(UserError, match=problem):
+            check(path, FLAG)
+
+
+@pytest.fixture(scope="module")
+def two_labels(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("two")
+    save_tiny_model(folder / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=2)
+    model.save_pretrained(folder / "rm2")
+    tiny_tokenizer().save_pretrained(folder / "rm2")
+    return str(folder / "rm2")
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model(two_labels):
+    problem = r"num_labels is 2 in the config.json of .*LABEL_0, LABEL_1\), and a reward model has 1"
+    with pytest.raises(UserError, match=problem):
+        check_reward_model(two_labels, FLAG)
+
+
+def test_but_its_backbone_can_become_one(two_labels, capsys):
+    check_backbone(two_labels, FLAG)
+    assert "a fresh one takes its place" in capsys.readouterr().out
+    critic = create_critic_model(two_labels, tiny_tokenizer(), None)
+    assert critic.v_head.weight.shape == (1, 32)
+    assert critic.v_head.weight.abs().sum() > 0
+    state = load_file(f"{two_labels}/model.safetensors")
+    assert torch.equal(critic.rwtransformer.embed_tokens.weight, state["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForTokenClassification", "Qwen2ForRewardModel"])
+def test_another_head_is_named(architecture, tmp_path):
+    path = edit_config(save_tiny_model(tmp_path), architectures=[architecture])
+    with pytest.raises(UserError, match=f"is a {architecture}.*ForSequenceClassification with one label"):
+        check_reward_model(path, FLAG)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"), [(Gemma3Config, "images"), (LlavaConfig, "images"), (Qwen2AudioConfig, "sound")]
+)
+def test_models_that_read_more_than_text_are_refused(config, what, tmp_path):
+    save_tiny_model(tmp_path)
+    config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"reads {what}; every step trains on text alone"):
+        check_language_model(str(tmp_path), FLAG)
