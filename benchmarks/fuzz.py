@@ -40,9 +40,11 @@ import pyarrow.parquet as pq
 
 from dschat.arguments import STEPS, DataArguments, ModelArguments, parse_arguments
 from dschat.data.comparisons import write_comparisons
+from dschat.data.findings import Findings
 from dschat.data.known_sets import KNOWN_SETS
 from dschat.data.layouts import LAYOUTS
-from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 from dschat.errors import UserError
 
 LONGEST_MESSAGE = 2000
@@ -58,11 +60,20 @@ TOLD = [{"from": "human", "value": "Name a tea."}, {"from": "gpt", "value": "Ass
 ROWS: dict[str, dict[str, Any]] = {
     "preference": {"prompt": QUESTION, "chosen": " Assam.", "rejected": " No.", "margin": 1.5},
     "sharegpt_preference": {"conversations": TOLD[:1], "chosen": TOLD[1], "rejected": TOLD[1], "system": "B"},
+    "alpaca_preference": {
+        "instruction": "Name a tea.",
+        "input": "Black.",
+        "chosen": "Assam.",
+        "rejected": "No.",
+    },
+    "question_preference": {"question": "Name a tea.", "system": "B", "chosen": "Assam.", "rejected": "No."},
     "ranked": {"prompt": "Name a tea.", "answers": ["Assam.", "No."], "scores": [1, 0.5]},
     "hh": {"chosen": QUESTION + " Assam.", "rejected": QUESTION + " No."},
+    "two_answers": {"prompt": "Name a tea.", "answer_a": "Assam.", "answer_b": "No.", "winner": "a"},
     "messages": {"messages": SAID},
     "sharegpt": {"conversations": TOLD, "system": "Be brief."},
-    "alpaca": {"instruction": "Name a tea.", "input": "A black one.", "output": "Assam."},
+    "alpaca": {"instruction": "Name a tea.", "output": "Assam.", "history": [["Hi", "Yes?"]]},
+    "instruction_response": {"instruction": "Name a tea.", "context": "Black.", "response": "Assam."},
     "question_answer": {"question": "Name a tea.", "answer": "Assam."},
     "prompt_completion": {"prompt": SAID[:1], "completion": SAID[1:]},
     "prompt_response": {"prompt": "Name a tea.", "response": "Assam."},
@@ -224,7 +235,7 @@ def target(name: str, share: float) -> Callable[[Target], Target]:
 def read_all(entry: str, form: Format, folder: Path, row_named: bool) -> None:
     """Read an entry of --data_path into comparisons, and write those as step 1 to 3 do."""
     source = open_source(entry)
-    found = read_comparisons(source, source.training, form, Counter())
+    found = read_comparisons(source, source.training, form, Findings())
     try:
         write_comparisons(((comparison, 0, False) for comparison in found), folder / "comparisons.arrow")
     except UserError as error:
@@ -275,7 +286,7 @@ def odd_entries(chance: random.Random, folder: Path) -> None:
         DataArguments(data_format=chance.choice((None, "prompt_only", chance.choice(ODD_WORDS))))
     )
     source = open_source(entry)
-    for _ in read_comparisons(source, source.training, form, Counter()):
+    for _ in read_comparisons(source, source.training, form, Findings()):
         pass
 
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +98,14 @@ def _named(value: str) -> tuple[str, str]:
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts to ask. Raises `UserError` naming the line of a row without one."""
-    from dschat.data.sources import Format, open_source, read_comparisons
+    from dschat.data.findings import Findings
+    from dschat.data.reading import Format, read_comparisons
+    from dschat.data.sources import open_source
 
     prompts: list[Prompt] = list(args.prompt)
     if args.data_path is not None:
         source = open_source(args.data_path, "--data-path")
-        rows = read_comparisons(source, source.evaluation or source.training, Format(), Counter())
+        rows = read_comparisons(source, source.evaluation or source.training, Format(), Findings())
         prompts += [row.prompt for row in rows]
     return prompts[: args.num_prompts or None]
 

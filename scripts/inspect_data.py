@@ -5,12 +5,12 @@
 prints, and writes as an HTML page, for each data set: some rows as text, what is learned in colour (or
 between brackets where there is no colour); token lengths and what --max_seq_len does to them; repeated
 prompts and rows; and what is odd about the answers: equal, empty, or better because they are longer. The
-flags of data and tokenizer are those of the training steps.
+flags of data and tokenizer are those of the training steps. Rows that cannot be read are all listed on the
+page. The exit status is 0 where training would read this data and 2 where it would stop.
 """
 
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -38,8 +38,11 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data import splits
 from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, text_of, write_comparisons
+from dschat.data.contradictions import count_contradictions
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_rows
 from dschat.data.report import listed
-from dschat.data.sources import Format, Source, open_source, read_rows
+from dschat.data.sources import Source, open_source
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.models.tokenizer import load_tokenizer
 
@@ -57,10 +60,11 @@ class Counts:
     """What reading every row of a data set told, without a tokenizer."""
 
     rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    bad: int = 0
+    findings: Findings = field(default_factory=Findings)
     bad_rows: list[str] = field(default_factory=list)
-    """The first messages."""
+    """A message for each row that cannot be read."""
+    contradictions: int = 0
+    """Different pairs that stand there both ways."""
     several_turns: int = 0
     pairs: int = 0
     equal_pairs: int = 0
@@ -98,13 +102,17 @@ class Report:
     name: str
     facts: list[tuple[str, str]]
     warnings: list[str]
+    bad_rows: list[str]
+    """A message for each row that cannot be read."""
+    stops: bool
+    """Whether training would stop at one of them."""
     lengths: list[Lengths]
     examples: list[dict[str, Pieces]]
     """Of each row shown, its parts by name."""
 
 
-def main(args: InspectArguments) -> None:
-    """Read, count, tokenise, tell."""
+def main(args: InspectArguments) -> int:
+    """Read, count, tokenise, tell; returns the exit status."""
     disable_progress_bars()
     form = Format.of(args.data)
     sources = [open_source(entry) for entry in args.data.data_path]
@@ -117,6 +125,7 @@ def main(args: InspectArguments) -> None:
     if args.inspect.html:
         write_page(Path(args.inspect.html), reports, args)
         console.print(f"the same as a page: {args.inspect.html}")
+    return 2 if any(report.stops for report in reports) else 0
 
 
 def inspect(
@@ -128,29 +137,33 @@ def inspect(
         text = Path(folder) / "rows.arrow"
         index = write_comparisons(((row, 0, False) for row in counted(source, form, counts)), text)
         if len(index.keys) == 0:
-            why = f": {counts.bad_rows[0]}" if counts.bad_rows else listed("; dropped", counts.dropped)
+            why = (
+                f": {counts.bad_rows[0]}" if counts.bad_rows else listed("; dropped", counts.findings.dropped)
+            )
             raise UserError(f"{source.flag} {source.name} has no row that can be used{why}")
         sample = splits.some_rows(index.row_keys, args.inspect.num_sampled, args.inspect.seed)
         rows = Dataset.from_file(str(text), in_memory=True)
         shown = rows.select(splits.some_rows(index.row_keys, args.inspect.num_rows, args.inspect.seed))
         usable = rows.select(sample)
         tokens = Tokens(usable, tokenizer, args.inspect.max_seq_len)
-        facts = [*text_facts(counts, index.keys, index.row_keys), *tokens.facts()]
+        counts.contradictions = count_contradictions(rows, index.keys)
+        stops = bool(counts.bad_rows) and not form.drop_bad_rows
+        facts = [*text_facts(counts, index.keys, index.row_keys, stops), *tokens.facts()]
         examples = list(example_rows(shown, tokenizer, args.inspect.max_seq_len))
-    return Report(source.name, facts, warnings_of(counts, facts), tokens.lengths(), examples)
+    warnings = warnings_of(counts, facts, stops)
+    return Report(source.name, facts, warnings, counts.bad_rows, stops, tokens.lengths(), examples)
 
 
 def counted(source: Source, form: Format, counts: Counts) -> Iterator[Comparison]:
     """Every row that can be used; the others and what answers are like go into `counts`."""
     for rows in filter(None, (source.training, source.evaluation)):
-        for place, found in read_rows(source, rows, form):
+        for place, found in read_rows(source, rows, form, counts.findings):
             counts.rows += 1
             if isinstance(found, BadRow):
-                counts.bad += 1
-                if len(counts.bad_rows) < NUM_BAD_ROWS:
-                    counts.bad_rows.append(f"{place}: {found}")
+                counts.findings.bad[found.reason] += 1
+                counts.bad_rows.append(f"{place}: {found}")
             elif isinstance(found, DroppedRow):
-                counts.dropped[str(found)] += 1
+                counts.findings.dropped[str(found)] += 1
             else:
                 count_answers(found, counts)
                 yield found
@@ -170,12 +183,14 @@ def count_answers(row: Comparison, counts: Counts) -> None:
         counts.chosen_shorter += len(chosen) < len(rejected)
 
 
-def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray) -> list[tuple[str, str]]:
+def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray, stops: bool) -> list[tuple[str, str]]:
     """What the text tells, as names and values."""
     num_usable, num_prompts = len(keys), len(np.unique(keys))
-    facts = [("rows", f"{counts.rows}, of which {num_usable} can be used")]
-    facts += [(f"dropped: {reason}", str(number)) for reason, number in counts.dropped.items()]
-    facts += [("cannot be read", str(counts.bad))] if counts.bad else []
+    usable = f"{num_usable} could be used with --on_bad_row drop" if stops else f"{num_usable} can be used"
+    facts = [("rows", f"{counts.rows}, of which {usable}")]
+    facts += [(f"dropped: {reason}", str(number)) for reason, number in counts.findings.dropped.items()]
+    facts += [(f"cannot be read: {reason}", str(number)) for reason, number in counts.findings.bad.items()]
+    facts += [(f"not learned: {reason}", str(number)) for reason, number in counts.findings.unlearned.items()]
     facts += [
         ("different prompts", str(num_prompts)),
         ("repeated prompts", share(num_usable - num_prompts, num_usable)),
@@ -186,6 +201,7 @@ def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray) -> list[t
     if counts.pairs:
         unequal = counts.pairs - counts.equal_pairs
         facts.append(("pairs of equal answers", share(counts.equal_pairs, counts.pairs)))
+        facts.append(("pairs that are labelled both ways", share(counts.contradictions, counts.pairs)))
         facts.append(("the longer answer is the better one", share(counts.chosen_longer, unequal)))
     return facts
 
@@ -251,11 +267,21 @@ def truncation(limited: Tokenized) -> list[tuple[str, str]]:
     return [(name, share(number, num_rows)) for name, number in counts.items()]
 
 
-def warnings_of(counts: Counts, facts: list[tuple[str, str]]) -> list[str]:
-    """What deserves a second look."""
-    found = [*counts.bad_rows]
-    if counts.bad > len(counts.bad_rows):
-        found.append(f"and {counts.bad - len(counts.bad_rows)} more rows that cannot be read")
+def warnings_of(counts: Counts, facts: list[tuple[str, str]], stops: bool) -> list[str]:
+    """What deserves a second look, and what training will do about rows that cannot be read."""
+    found, bad = [], counts.bad_rows
+    if bad:
+        place = bad[0].split(": ")[0]
+        will = f"stop at {place} (--on_bad_row stop)" if stops else "leave them out (--on_bad_row drop)"
+        found.append(f"{len(bad)} of {counts.rows} rows cannot be read: training will {will}")
+        found += bad[:NUM_BAD_ROWS]
+    if len(bad) > NUM_BAD_ROWS:
+        found.append(f"and {len(bad) - NUM_BAD_ROWS} more rows that cannot be read; the page lists them")
+    found += counts.findings.lines(bad=False)
+    if counts.contradictions:
+        found.append(
+            f"{counts.contradictions} pairs stand there both ways: a reward model cannot learn either"
+        )
     unequal = counts.pairs - counts.equal_pairs
     rate = max(counts.chosen_longer, counts.chosen_shorter) / unequal if unequal else 0.0
     if rate > 0.7:
@@ -342,4 +368,4 @@ def write_page(path: Path, reports: list[Report], args: InspectArguments) -> Non
 
 if __name__ == "__main__":
     with readable_errors(ARGS.inspect.debug):
-        main(ARGS)
+        sys.exit(main(ARGS))

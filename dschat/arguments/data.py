@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from dschat.arguments.flags import flag, require, require_at_least
 
@@ -30,6 +31,11 @@ class DataArguments:
     chosen_key: str | None = flag(None, "Column of the better answer, where it is not called chosen.")
     rejected_key: str | None = flag(None, "Column of the worse answer, where it is not called rejected.")
     messages_key: str | None = flag(None, "Column of the conversation, where it is not called messages.")
+    on_bad_row: Literal["stop", "drop"] = flag(
+        "stop",
+        "At a row that cannot be read, end the run with its place; or leave out all such rows and count them "
+        "by reason. The same in every step.",
+    )
     data_split: str = flag(
         "2,4,4", "Shares of the training prompts for steps 1, 2 and 3; no prompt is in two of them."
     )

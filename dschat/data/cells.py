@@ -1,14 +1,48 @@
 """What is in the columns of a row, checked: text, numbers, and what is wrong with them."""
 
 import math
-import sys
+import re
 from typing import Any
+
+LARGEST = 3.4028234663852886e38
+"""The largest float32: losses and scores are computed in no wider a range."""
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 
 Row = dict[str, Any]
 
 
+class Columns(dict[str, Any]):
+    """A row that notes which of its columns are asked for. `in`, iteration and copies are no question."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.asked.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self.asked.add(column)
+        return super().get(column, default)
+
+
+def replaced(row: Row, **values: Any) -> Row:
+    """The row with other values in some columns; what is asked of it is asked of the row."""
+    other = Columns({**row, **values})
+    if isinstance(row, Columns):
+        other.asked = row.asked
+    return other
+
+
 class BadRow(ValueError):
     """A row that cannot be read. The message says what is wrong; the reader adds file and line."""
+
+    @property
+    def reason(self) -> str:
+        """The message without values, such that rows with the same fault have the same reason."""
+        return re.sub(r"\b\d+\b", "N", re.split(", but |; |: ", str(self))[0])
 
 
 class DroppedRow(Exception):
@@ -47,13 +81,31 @@ def sound_text(value: Any, name: str) -> str:
     return value
 
 
+def optional(row: Row, column: str) -> Any:
+    """What is in that column, None where it is absent."""
+    value = row.get(column)
+    return None if is_blank(value) else value
+
+
+def has(row: Row, *columns: str) -> bool:
+    """Whether all the columns are there and filled, without asking for them."""
+    return all(column in row and not is_blank(dict.__getitem__(row, column)) for column in columns)
+
+
+def first_filled(row: Row, *columns: str) -> str | None:
+    """The first of the columns that holds something, None where none does; it is not asked for."""
+    return next((column for column in columns if has(row, column)), None)
+
+
 def finite_number(value: Any, name: str) -> float:
-    """`value`, if it is a number that a float can hold."""
+    """`value`, if it is a number, or text of one, that is finite as a float32."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} must be a number, but is {describe(value)}")
     # An int compares with any float, but is not always one: float(10**400) is an OverflowError.
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise BadRow(f"{name} must be a finite number, but is {describe(value)}")
+    if not -LARGEST <= value <= LARGEST:
+        raise BadRow(f"{name} must be a finite number (within 3.4e38, as float32), but is {describe(value)}")
     return float(value)
 
 
@@ -61,6 +113,8 @@ def describe(value: Any) -> str:
     """What a value is, for a message."""
     if value is None:
         return "null"
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
     names = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
     shown = repr(value)
     return f"{names.get(type(value), type(value).__name__)}: {shown[:60]}{'...' if len(shown) > 60 else ''}"

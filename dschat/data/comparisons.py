@@ -101,6 +101,8 @@ class Comparison:
     """Whether step 1 learns what the assistant said in the prompt, too."""
     row: str | None = None
     """The whole data row as JSON, where it is kept."""
+    unlearned: str = ""
+    """Why the row's answer is not among the answers, to be counted when it is read."""
 
     def __post_init__(self) -> None:
         assert self.ranks is None or len(self.ranks) == len(self.answers)

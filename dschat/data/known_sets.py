@@ -8,9 +8,20 @@ To add a set, write a function from a row to a Comparison and put `@dataset(name
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
-from dschat.data.cells import BadRow, DroppedRow, Row, describe, finite_number, sound_text, text, value_of
+from dschat.data.cells import (
+    BadRow,
+    Columns,
+    DroppedRow,
+    Row,
+    describe,
+    finite_number,
+    sound_text,
+    text,
+    value_of,
+)
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.layouts import (
     ASSISTANT,
@@ -45,6 +56,8 @@ class KnownSet:
     """Names of splits."""
     evaluation: tuple[str, ...] = ("test", "validation")
     """Names of splits; those that are there are used."""
+    others: tuple[str, ...] = ()
+    """Columns that are known and left alone: nobody has to be told of them."""
     local_files: tuple[str, str] | None = None
     """Files for training and for evaluation, seen from the working directory, in place of a hub id."""
 
@@ -65,7 +78,13 @@ def dataset(name: str, **where: Any) -> Callable[[ReadRow], ReadRow]:
     """Register the function below as the reader of that set; `where` are fields of `KnownSet`."""
 
     def register(read: ReadRow) -> ReadRow:
-        KNOWN_SETS[name] = KnownSet(name, read, **{"hub_id": name, **where})
+        @wraps(read)
+        def read_known(row: Row) -> Comparison:
+            if isinstance(row, Columns):
+                row.asked.update(KNOWN_SETS[name].others)
+            return read(row)
+
+        KNOWN_SETS[name] = KnownSet(name, read_known, **{"hub_id": name, **where})
         return read
 
     return register
@@ -120,14 +139,14 @@ def _object(row: Row, column: str) -> Row:
     return value
 
 
-@dataset("Dahoas/rm-static")
+@dataset("Dahoas/rm-static", others=("response",))
 def rm_static(row: Row) -> Comparison:
     """`prompt` is a dialogue up to "\\n\\nAssistant:", `chosen` and `rejected` go on from there."""
     _filled(row, "prompt", "chosen", "rejected")
     return answers_to_a_prompt(row)
 
 
-@dataset("Dahoas/full-hh-rlhf")
+@dataset("Dahoas/full-hh-rlhf", others=("response",))
 def full_hh_rlhf(row: Row) -> Comparison:
     """As rm-static, of which this is the whole."""
     return rm_static(row)
@@ -150,7 +169,12 @@ def rlhf_reward_datasets(row: Row) -> Comparison:
     return Comparison(prompt, tuple(answers))
 
 
-@dataset("openai/webgpt_comparisons", config="default", scripted=True)
+@dataset(
+    "openai/webgpt_comparisons",
+    config="default",
+    scripted=True,
+    others=("quotes_0", "quotes_1", "tokens_0", "tokens_1"),
+)
 def webgpt_comparisons(row: Row) -> Comparison:
     """Two answers with scores from -1 to 1 that add up to 0; no split is for evaluation."""
     scores = [finite_number(value_of(row, column), f'"{column}"') for column in ("score_0", "score_1")]
@@ -167,7 +191,13 @@ def webgpt_comparisons(row: Row) -> Comparison:
     return Comparison(_question(question, "full_text"), answers)
 
 
-@dataset("stanfordnlp/SHP")
+@dataset(
+    "stanfordnlp/SHP",
+    others=(
+        *("upvote_ratio", "c_root_id_A", "c_root_id_B", "created_at_utc_A", "created_at_utc_B"),
+        *("score_A", "score_B", "seconds_difference", "score_ratio", "domain"),
+    ),
+)
 def shp(row: Row) -> Comparison:
     """A post and two comments on it; `labels` is 1 where readers preferred A, 0 where they preferred B."""
     label = value_of(row, "labels")
@@ -194,7 +224,7 @@ def sharegpt_vicuna(row: Row) -> Comparison:
     return Comparison(turns(messages, '"prompt"'), (answer,))
 
 
-@dataset("wangrui6/Zhihu-KOL")
+@dataset("wangrui6/Zhihu-KOL", others=("SOURCE", "METADATA"))
 def zhihu_kol(row: Row) -> Comparison:
     """Chinese questions and answers; no split is for evaluation."""
     return _plain(row, "INSTRUCTION", "RESPONSE")
@@ -209,13 +239,13 @@ def _passages(row: Row) -> Comparison:
     return Comparison(_question(row, "query"), (right,) if wrong is None else (right, wrong))
 
 
-@dataset("Cohere/miracl-zh-queries-22-12", evaluation=("dev",))
+@dataset("Cohere/miracl-zh-queries-22-12", evaluation=("dev",), others=("emb",))
 def miracl_zh(row: Row) -> Comparison:
     """MIRACL in Chinese. Its third split, testB, has no passages."""
     return _passages(row)
 
 
-@dataset("Hello-SimpleAI/HC3-Chinese", config="all", scripted=True)
+@dataset("Hello-SimpleAI/HC3-Chinese", config="all", scripted=True, others=("chatgpt_answers",))
 def hc3_chinese(row: Row) -> Comparison:
     """The first answer that a person gave. Nobody compared it with `chatgpt_answers`, so it makes no pair."""
     _filled(row, "question")
@@ -242,19 +272,32 @@ def mkqa_japanese(row: Row) -> Comparison:
     return _mkqa(row, "ja")
 
 
-@dataset("Cohere/miracl-ja-queries-22-12", evaluation=("dev",))
+@dataset("Cohere/miracl-ja-queries-22-12", evaluation=("dev",), others=("emb",))
 def miracl_ja(row: Row) -> Comparison:
     """MIRACL in Japanese."""
     return _passages(row)
 
 
-@dataset("lmqg/qg_jaquad", config="qg_jaquad", scripted=True)
+@dataset(
+    "lmqg/qg_jaquad",
+    config="qg_jaquad",
+    scripted=True,
+    others=(
+        *("answer", "paragraph", "paragraph_id", "sentence_answer", "paragraph_answer"),
+        "paragraph_sentence",
+    ),
+)
 def qg_jaquad(row: Row) -> Comparison:
     """Japanese questions; the answer is the whole sentence, since `answer` is a few words of it."""
     return _plain(row, "question", "sentence")
 
 
-@dataset("lmqg/qag_jaquad", config="qag_jaquad", scripted=True)
+@dataset(
+    "lmqg/qag_jaquad",
+    config="qag_jaquad",
+    scripted=True,
+    others=("answers", "questions_answers", "paragraph_id"),
+)
 def qag_jaquad(row: Row) -> Comparison:
     """The first of several questions on a Japanese paragraph, and that paragraph."""
     _filled(row, "paragraph")
@@ -278,7 +321,12 @@ def hh_rlhf(row: Row) -> Comparison:
     return whole_dialogues(row)
 
 
-@dataset("HuggingFaceH4/ultrafeedback_binarized", training=("train_prefs",), evaluation=("test_prefs",))
+@dataset(
+    "HuggingFaceH4/ultrafeedback_binarized",
+    training=("train_prefs",),
+    evaluation=("test_prefs",),
+    others=("prompt", "messages"),
+)
 def ultrafeedback_binarized(row: Row) -> Comparison:
     """Two conversations of one question and one answer each.
 
@@ -291,7 +339,7 @@ def ultrafeedback_binarized(row: Row) -> Comparison:
     return whole_dialogues(row)
 
 
-@dataset("tatsu-lab/alpaca")
+@dataset("tatsu-lab/alpaca", others=("text",))
 def stanford_alpaca(row: Row) -> Comparison:
     """Instructions, some with an input; no split is for evaluation."""
     _filled(row, "instruction", "output")

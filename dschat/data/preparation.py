@@ -29,10 +29,13 @@ from dschat.arguments import DataArguments
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
+from dschat.data.contradictions import count_contradictions
 from dschat.data.files import Rows
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons, read_rows
 from dschat.data.report import describe, listed, num_related, rows_report, source_report
 from dschat.data.share import Task, rows_of_part, some_of
-from dschat.data.sources import Format, Source, open_source, read_comparisons, read_rows
+from dschat.data.sources import Source, open_source
 from dschat.data.tokenization import (
     RowError,
     Tokenized,
@@ -44,7 +47,7 @@ from dschat.data.tokenization import (
 )
 from dschat.errors import UserError
 
-FORMAT = 6
+FORMAT = 7
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
 
@@ -186,7 +189,7 @@ def _prepare(
             "sources": identities(sources.shared),
             "evaluation": identities(sources.evaluation),
             "own": identities(sources.own),
-            "form": [form.name, form.keys],
+            "form": [form.name, form.keys, form.drop_bad_rows],
             "tokenizer": _text_fingerprint(tokenizer),
             "shares": data.shares,
             "eval_fraction": data.eval_fraction,
@@ -217,18 +220,18 @@ def _prepare(
 def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _Sources, form: Format) -> None:
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
     text = folder / "comparisons.arrow"
-    dropped = [Counter() for _ in sources.all]
-    comparisons = _all_comparisons(sources, form, dropped)
+    findings = [Findings() for _ in sources.all]
+    comparisons = _all_comparisons(sources, form, findings)
     bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
     first = _assign(index, sources, data, seed)
-    _check_sources(sources, index, dropped)
+    _check_sources(sources, index, findings)
     _check_share(first, task, data)
     parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
     rows = Dataset.from_file(str(text))
     report = {
         "sources": [
-            source_report(number, index, first, parts, drops, task) for number, drops in enumerate(dropped)
+            source_report(number, index, first, parts, found, task) for number, found in enumerate(findings)
         ],
         "related": num_related(index.families, first),
     }
@@ -244,11 +247,13 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
             raise UserError(f"{place}: {error.reason} Correct the row or remove it.") from error
         left_out.update(tokenized.dropped)
         if name == "train":
-            _check_rows_left(tokenized, left_out, task)
+            _check_rows_left(tokenized, left_out, task, findings)
         with _without_progress_bar():
             # By itself `datasets` gives no rows no file, and cannot load that.
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
         report[name] = rows_report(tokenized, +left_out)
+        if task.step == 2:
+            report[name]["contradictions"] = count_contradictions(rows.select(chosen), index.keys[chosen])
         if task.keep_rows:
             report["columns"] = sorted({*report.get("columns", ()), *_columns_of(tokenized.rows)})
     text.unlink()
@@ -263,7 +268,7 @@ def _place_of(number: int, sources: _Sources, form: Format) -> str:
     places = (
         place
         for _, source, rows, _ in _parts(sources)
-        for place, found in read_rows(source, rows, form)
+        for place, found in read_rows(source, rows, form, Findings())
         if isinstance(found, Comparison)
     )
     return next(islice(places, number, None))
@@ -303,11 +308,11 @@ def _parts(sources: _Sources) -> Iterator[tuple[int, Source, Rows, bool]]:
 
 
 def _all_comparisons(
-    sources: _Sources, form: Format, dropped: list[Counter]
+    sources: _Sources, form: Format, findings: list[Findings]
 ) -> Iterator[tuple[Comparison, int, bool]]:
     """Every comparison of every source, with the source's number and whether it is for evaluation."""
     for number, source, rows, in_evaluation in _parts(sources):
-        for comparison in read_comparisons(source, rows, form, dropped[number]):
+        for comparison in read_comparisons(source, rows, form, findings[number]):
             yield comparison, number, in_evaluation
 
 
@@ -335,13 +340,13 @@ def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed
     return parts
 
 
-def _check_sources(sources: _Sources, index: ComparisonIndex, dropped: list[Counter]) -> None:
+def _check_sources(sources: _Sources, index: ComparisonIndex, findings: list[Findings]) -> None:
     """Raise `UserError` for a source without rows to train on, or to evaluate on."""
     for number, source in enumerate(sources.all):
         use = "evaluate" if sources.are_for_evaluation(number) else "train"
         if not np.any((index.sources == number) & (index.in_evaluation == (use == "evaluate"))):
             problem = f"{source.flag} {source.name} holds no rows to {use} on"
-            why = listed(": dropped", dropped[number])
+            why = listed(": dropped", findings[number].reasons)
             raise UserError(f"{problem}{why}; leave it out or give another file.")
 
 
@@ -363,11 +368,14 @@ def _check_share(parts: np.ndarray, task: Task, data: DataArguments) -> None:
         )
 
 
-def _check_rows_left(tokenized: Tokenized, left_out: Counter[str], task: Task) -> None:
+def _check_rows_left(
+    tokenized: Tokenized, left_out: Counter[str], task: Task, findings: list[Findings]
+) -> None:
     """Raise `UserError` where no training row is left."""
     if len(tokenized.rows) > 0:
         return
     problem = f"step {task.step} has no rows left to train on" + listed(": dropped", +left_out)
+    problem += listed("; rows have", sum((found.unlearned for found in findings), Counter()))
     if left_out[task.lacks] and not tokenized.dropped:
         raise UserError(f"{problem}. Give data that has what step {task.step} learns from (docs/data.md).")
     raise UserError(

@@ -8,6 +8,7 @@ import numpy as np
 
 from dschat.data import splits
 from dschat.data.comparisons import ComparisonIndex
+from dschat.data.findings import Findings
 from dschat.data.share import Task
 from dschat.data.sources import Source
 from dschat.data.tokenization import Tokenized, column
@@ -25,23 +26,25 @@ def source_report(
     index: ComparisonIndex,
     first: np.ndarray,
     parts: np.ndarray,
-    dropped: Mapping[str, int],
+    findings: Findings,
     task: Task,
 ) -> dict[str, Any]:
     """What became of the rows of the source of that number, for `report.json`.
 
     `first` are the parts as `splits.assign` gives them, of each prompt's first comparison alone; `parts`
-    those of the prompts, as `splits.parts_of_prompts` gives them; `dropped` what was dropped on reading.
+    those of the prompts, as `splits.parts_of_prompts` gives them; `findings` what reading told.
     """
     mine = index.sources == number
     repeats = mine & task.repeats(index, parts)
     what = "prompt" if task.step == 3 or (task.step == 1 and task.unique_prompts) else "row"
     counts = {f"repeated {what}": repeats}
     counts |= {reason: mine & (parts == part) for part, reason in REASONS.items()}
+    reasons = {reason: int(rows.sum()) for reason, rows in counts.items() if rows.any()}
     return {
-        "rows": int(mine.sum() + sum(dropped.values())),
+        "rows": int(mine.sum()) + findings.num_left_out,
         "further": int(np.sum(mine & (parts >= 0) & (first < 0) & ~repeats)),
-        "dropped": {**dropped, **{reason: int(rows.sum()) for reason, rows in counts.items() if rows.any()}},
+        "dropped": {**findings.dropped, **reasons},
+        "findings": findings.as_json(),
         "shares": [int(np.sum(mine & (first == step))) for step in range(splits.NUM_STEPS)],
         "evaluation": int(np.sum(mine & (first == splits.EVALUATION))),
     }
@@ -78,6 +81,7 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + (f"; split {source.splits}" if source.splits else "")
             + (f"; not used: {', '.join(source.unused)}" if source.unused else "")
         )
+        lines += [f"    {line}" for line in Findings.of_json(counts["findings"]).lines()]
     for name in ("train", "evaluation"):
         counts = report[name]
         lines.append(
@@ -85,6 +89,7 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + (f", {counts['fewer_turns']} without their first turns" if counts["fewer_turns"] else "")
             + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
             + listed("; dropped", counts["dropped"])
+            + (f"; {both} pairs are labelled both ways" if (both := counts.get("contradictions")) else "")
             + ("; --num_train_epochs counts passes over them" if name == "train" else "")
         )
     if report["related"]:

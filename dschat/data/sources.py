@@ -4,8 +4,6 @@ An entry (`dschat.data.entries`) is a local file, a pattern of files, a pipe, a 
 or that holds files, or else the id of a data set on the hub.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,20 +13,16 @@ from typing import Any
 
 import datasets
 
-from dschat.arguments import DataArguments
 from dschat.data.cache import files_fingerprint
-from dschat.data.cells import BadRow, DroppedRow
-from dschat.data.comparisons import Comparison
 from dschat.data.entries import OPTIONS, Entry, parse_entry
 from dschat.data.files import Rows, arrow_rows, file_rows, is_data_file, readable, user_path
 from dschat.data.folders import Folder, configuration, is_pattern, read_folder, read_pattern
 from dschat.data.hub import load_from_hub
 from dschat.data.known_sets import KNOWN_SETS, KnownSet
-from dschat.data.layouts import LAYOUTS, ReadRow, recognise
+from dschat.data.layouts import ReadRow
 from dschat.data.packed import packing
 from dschat.data.pipes import is_pipe, spooled
 from dschat.data.split_names import choose_splits
-from dschat.data.tools import with_tools
 from dschat.errors import UserError
 
 ROWS_AT_ONCE = 1000
@@ -54,47 +48,6 @@ class Source:
     """Its share of a blend, None where none is given."""
     read: ReadRow | None = None
     """How its rows are read, None where their columns are to tell."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the user says that rows are to be read, where the columns do not tell."""
-
-    name: str | None = None
-    """A layout or a known data set, None for what the columns tell."""
-    keys: tuple[tuple[str, str], ...] = ()
-    """(the name a layout uses, the name in the data) of columns."""
-    keep_rows: bool = False
-    """Whether comparisons keep the rows that they were made of."""
-
-    @staticmethod
-    def of(data: DataArguments) -> "Format":
-        """From --data_format and the flags that name columns. Raises `UserError` for an unknown format."""
-        if data.data_format is not None and data.data_format not in {**LAYOUTS, **KNOWN_SETS}:
-            raise UserError(
-                f"--data_format {data.data_format!r} is unknown; choose a layout ({', '.join(LAYOUTS)}) or a "
-                f"known data set ({', '.join(KNOWN_SETS)})."
-            )
-        keys = {
-            "prompt": data.prompt_key,
-            "chosen": data.chosen_key,
-            "rejected": data.rejected_key,
-            "messages": data.messages_key,
-        }
-        return Format(data.data_format, tuple((ours, theirs) for ours, theirs in keys.items() if theirs))
-
-    def reader(self) -> ReadRow | None:
-        """What reads a row, None where the columns are to tell."""
-        if self.name is None:
-            return None
-        return (LAYOUTS if self.name in LAYOUTS else KNOWN_SETS)[self.name].read
-
-    def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row under the names that layouts use. Raises `BadRow` for a missing column."""
-        for ours, theirs in self.keys:
-            if theirs not in row:
-                raise BadRow(f'the row has no "{theirs}" (--{ours}_key)')
-        return {**row, **{ours: row[theirs] for ours, theirs in self.keys}} if self.keys else row
 
 
 def open_source(text: str, flag: str = "--data_path", *, config_name: str | None = None) -> Source:
@@ -138,49 +91,6 @@ def _refuse(entry: Entry, *options: str, what: str) -> None:
     given = [option for option in options if getattr(entry, option) is not None]
     if given:
         raise UserError(f"{entry}: {what} has no {given[0]}; leave {given[0]}= out.")
-
-
-def read_comparisons(source: Source, rows: Rows, form: Format, dropped: Counter[str]) -> Iterator[Comparison]:
-    """Stream the source's rows as comparisons; reasons to leave one out count in `dropped`.
-
-    Raises `UserError` with file and line for what cannot be read.
-    """
-    for place, found in read_rows(source, rows, form):
-        if isinstance(found, BadRow):
-            raise UserError(f"{place}: {found}. Correct the row or remove it.") from found
-        if isinstance(found, DroppedRow):
-            dropped[str(found)] += 1
-        else:
-            yield found
-
-
-def read_rows(
-    source: Source, rows: Rows, form: Format
-) -> Iterator[tuple[str, Comparison | BadRow | DroppedRow]]:
-    """Stream what the source's rows are, each with its place.
-
-    They are read as `form` says, else as is known of the source, else by the columns of the first row.
-    """
-    read, layout = form.reader() or source.read, None
-    for place, row in rows():
-        try:
-            if not isinstance(row, dict):
-                raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
-            kept = json.dumps(row, default=str) if form.keep_rows else None
-            row = form.renamed(row)
-            if read is None:
-                layout = recognise(row)
-                read = layout.read
-            elif layout is LAYOUTS["prompt_only"] and (other := recognise(row)) is not layout:
-                raise BadRow(
-                    f"the row has {', '.join(other.columns)}, but the first row a prompt alone, so the "
-                    "layout is prompt_only; put rows with answers into another file, or give --data_format "
-                    "prompt_only to use their prompts alone"
-                )
-            found = with_tools(read(row), row)
-            yield place, replace(found, row=kept) if form.keep_rows else found
-        except (BadRow, DroppedRow) as problem:
-            yield place, problem
 
 
 def _known_source(known: KnownSet, entry: Entry) -> Source:

@@ -1,5 +1,4 @@
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,9 @@ import pytest
 from dschat.data import splits
 from dschat.data.comparisons import Comparison, Turn, write_comparisons
 from dschat.data.families import Families
-from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 HH = SHARED / "data" / "hh_rlhf_harmless" / "test.jsonl.gz"
@@ -60,7 +61,7 @@ def test_text_and_messages_and_a_system_message_are_told_apart_as_in_prompts(tmp
 @pytest.mark.skipif(not HH.exists(), reason="needs the shared HH data")
 def test_held_out_dialogues_of_real_data_neither_begin_nor_go_on_from_training_ones(tmp_path):
     source = open_source(str(HH))
-    rows = list(read_comparisons(source, source.training, Format(), Counter()))
+    rows = list(read_comparisons(source, source.training, Format(), Findings()))
     index = write_comparisons(((row, 0, False) for row in rows), tmp_path / "rows.arrow")
 
     def leaks(families):

@@ -1,7 +1,6 @@
 import json
 import os
 import shlex
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -9,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 from dschat.data.split_names import is_for_evaluation, split_of
 from dschat.errors import UserError
 
@@ -32,7 +33,7 @@ def read(entry, flag="--data_path"):
     """The prompts to train on and to evaluate on, and what else there is."""
     source = open_source(entry, flag)
     parts = [
-        [row.prompt for row in read_comparisons(source, rows, Format(), Counter())] if rows else []
+        [row.prompt for row in read_comparisons(source, rows, Format(), Findings())] if rows else []
         for rows in (source.training, source.evaluation)
     ]
     return *parts, source.unused
@@ -305,6 +306,6 @@ def test_configurations_of_the_hub_are_listed_with_what_to_write(monkeypatch, en
 def test_the_case_of_numbered_shards_is_read(folder):
     path = SHARED / "cases" / "numbered_parquet_shards" / folder
     source = open_source(str(path))
-    rows = list(read_comparisons(source, source.training, Format(), Counter()))
+    rows = list(read_comparisons(source, source.training, Format(), Findings()))
     files = [file for file in path.rglob("*.parquet") if "test" not in str(file)]
     assert len(rows) == sum(pq.read_metadata(file).num_rows for file in files)

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 from dschat.errors import UserError
 
 ROWS = [{"prompt": f"Q {n}", "completion": "é"} for n in range(3)]
@@ -48,7 +49,7 @@ PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
 
 
 def prompts(source):
-    return [row.prompt for row in read_comparisons(source, source.training, Format(), Counter())]
+    return [row.prompt for row in read_comparisons(source, source.training, Format(), Findings())]
 
 
 @pytest.mark.parametrize("suffix", PACKED)

@@ -1,6 +1,5 @@
 import gzip
 import json
-from collections import Counter
 
 import datasets
 import pyarrow as pa
@@ -10,8 +9,10 @@ import pytest
 from dschat.arguments import DataArguments
 from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison, Turn
+from dschat.data.findings import Findings
 from dschat.data.known_sets import KNOWN_SETS
-from dschat.data.sources import Format, open_source, read_comparisons
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 from dschat.errors import UserError
 
 ROWS = [
@@ -21,10 +22,10 @@ ROWS = [
 COMPARISONS = [Comparison(row["prompt"], (row["chosen"], row["rejected"])) for row in ROWS]
 
 
-def read(path, part="training", dropped=None, form=None):
+def read(path, part="training", findings=None, form=None):
     source = open_source(str(path))
-    counts = Counter() if dropped is None else dropped
-    return list(read_comparisons(source, getattr(source, part), form or Format(), counts))
+    found = Findings() if findings is None else findings
+    return list(read_comparisons(source, getattr(source, part), form or Format(), found))
 
 
 def lines(rows):
@@ -109,9 +110,9 @@ def test_a_file_that_moves_from_training_to_evaluation_changes_the_fingerprint(t
 def test_dropped_rows_are_counted_by_reason(tmp_path):
     turns = ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d")
     (tmp_path / "hh.jsonl").write_text(lines([dict(zip(("chosen", "rejected"), turns, strict=True))]))
-    dropped = Counter()
-    assert read(tmp_path / "hh.jsonl", dropped=dropped) == []
-    assert dropped == {"dialogues that part before their last answer": 1}
+    findings = Findings()
+    assert read(tmp_path / "hh.jsonl", findings=findings) == []
+    assert findings.dropped == {"dialogues that part before their last answer": 1}
 
 
 GOOD = json.dumps(ROWS[1])
@@ -313,8 +314,8 @@ def test_a_known_set_is_read_by_its_own_splits_and_columns(tmp_path, monkeypatch
     source = open_source("Dahoas/rm-static:0.5")
     assert asked == [{"path": "Dahoas/rm-static"}]
     assert (source.name, source.weight, source.unused) == ("Dahoas/rm-static", 0.5, ("extra",))
-    assert list(read_comparisons(source, source.training, Format(), Counter())) == HH_COMPARISONS[:3]
-    assert list(read_comparisons(source, source.evaluation, Format(), Counter())) == HH_COMPARISONS[3:]
+    assert list(read_comparisons(source, source.training, Format(), Findings())) == HH_COMPARISONS[:3]
+    assert list(read_comparisons(source, source.evaluation, Format(), Findings())) == HH_COMPARISONS[3:]
 
 
 def test_a_known_set_may_have_splits_of_other_names_and_none_for_evaluation(tmp_path, monkeypatch):
@@ -347,9 +348,9 @@ def test_a_known_set_that_lost_its_split_says_what_is_there(tmp_path, monkeypatc
 
 def test_empty_rows_of_a_known_set_are_dropped_and_other_columns_are_named_by_row(tmp_path, monkeypatch):
     hub(monkeypatch, tmp_path, train=[*HH_ROWS, {**HH_ROWS[0], "chosen": " "}])
-    dropped = Counter()
-    assert read("Dahoas/full-hh-rlhf", dropped=dropped) == HH_COMPARISONS
-    assert dropped == {'rows with an empty "chosen"': 1}
+    findings = Findings()
+    assert read("Dahoas/full-hh-rlhf", findings=findings) == HH_COMPARISONS
+    assert findings.dropped == {'rows with an empty "chosen"': 1}
     hub(monkeypatch, tmp_path / "more", train=[*HH_ROWS, {**HH_ROWS[0], "prompt": None}])
     assert len(read("Dahoas/rm-static")) == 4
     hub(monkeypatch, tmp_path / "other", train=[{"prompt": "p", "chosen": "c"}])

@@ -39,7 +39,8 @@ def told(model) -> tuple[str, str]:
     page = model.parent / "page.html"
     flags = [f"--data_path={path}", f"--model_name_or_path={model}", f"--html={page}", "--num_rows=8"]
     # A terminal wide enough that no line is broken.
-    result = python(PROGRAM, *flags, "--max_seq_len=64", env={"COLUMNS": "200"})
+    result = python(PROGRAM, *flags, "--max_seq_len=64", env={"COLUMNS": "200"}, check=False)
+    assert result.returncode == 2, result.stderr  # training would stop
     return result.stdout, page.read_text()
 
 
@@ -51,9 +52,10 @@ def fact(text: str, name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rows", "8, of which 6 can be used"),
+        ("rows", "8, of which 6 could be used with --on_bad_row drop"),
         ("dropped: prompts that end inside an answer", "1"),
-        ("cannot be read", "1"),
+        ('cannot be read: "chosen" must be a string', "1"),
+        ("pairs that are labelled both ways", "0 (0.0%)"),
         ("different prompts", "4"),
         ("repeated prompts", "2 (33.3%)"),
         ("repeated rows", "1 (16.7%)"),
@@ -74,9 +76,11 @@ def test_what_is_odd_is_said(told):
         'rows.jsonl:6: "chosen" must be a string, but is a number: 3',
         "length alone tells the better answer in 100% of the pairs",
         "1 pairs of equal answers",
+        "1 of 8 rows cannot be read: training will stop at ",
     ):
         assert warning in text
-    assert page.count('class="warning"') == 3
+    assert page.count('class="warning"') == 4
+    assert "all 1 rows that cannot be read" in page
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_length_is_said_to_tell_the_better_answer_only_where_it_does(lengths, to
     counts = Counts()
     for better, worse in lengths:
         count_answers(Comparison("Tea?", ("a" * better, "b" * worse)), counts)
-    found = [warning for warning in warnings_of(counts, []) if "length alone" in warning]
+    found = [warning for warning in warnings_of(counts, [], False) if "length alone" in warning]
     assert [told in warning for warning in found] == ([True] if told else [])
 
 

@@ -1,0 +1,100 @@
+"""Prompts of a row: text or messages, with a system message and earlier turns from columns of their own."""
+
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+from dschat.data.cells import (
+    BadRow,
+    DroppedRow,
+    Row,
+    describe,
+    first_filled,
+    is_blank,
+    optional,
+    sound_text,
+    text,
+)
+from dschat.data.comparisons import MARK, Prompt, Turn, parse_dialogue
+from dschat.data.messages import asked, turns
+
+WINDOWS_MARK = re.compile(r"\r\n\r\n(Human|Assistant):")
+SYSTEMS = ("system", "system_prompt")
+"""Columns that hold a system message."""
+
+
+def text_prompt(value: str) -> str:
+    """A prompt that is text. Raises `DroppedRow` where it ends with no question that an answer fits."""
+    value = unix_marks(value)
+    marks = list(MARK.finditer(value))
+    if marks and marks[-1][1] == "Assistant" and value[marks[-1].end() :].strip():
+        raise DroppedRow("prompts that end inside an answer")
+    said = parse_dialogue(value)
+    if not said or said[-1].role != "user":
+        raise DroppedRow("prompts with an empty question")
+    return value
+
+
+def unix_marks(value: str) -> str:
+    """The text with Unix line endings, if it is a dialogue whose marks stand after Windows' own."""
+    return value.replace("\r\n", "\n") if WINDOWS_MARK.search(value) else value
+
+
+def a_prompt(row: Row, column: str = "prompt") -> Prompt:
+    """The prompt in that column: text, or messages of which the last is a question."""
+    if isinstance(row.get(column), list):
+        prompt = turns(row[column], f'"{column}"')
+        if prompt[-1].role == "assistant":
+            raise DroppedRow("prompts that end with an answer")
+        return asked(prompt, f'"{column}"')
+    return text_prompt(text(row, column))
+
+
+def with_columns(row: Row, prompt: Prompt) -> Prompt:
+    """The prompt after what columns of the row hold: a system message, unless the prompt has its own, and
+    earlier questions with their answers. Text without such columns stays text."""
+    said = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
+    has_own = any(turn.role == "system" for turn in said[:1])
+    system = () if has_own else _system(row)
+    earlier = _history(row)
+    if not system and not earlier:
+        return prompt
+    whole = [*said[:has_own], *system, *earlier, *said[has_own:]]
+    for before, turn in pairwise(whole):
+        if before.role == turn.role:
+            raise BadRow(f'with "history" two messages of the {turn.role} follow one another')
+    return tuple(whole)
+
+
+def _system(row: Row) -> tuple[Turn, ...]:
+    column = first_filled(row, *SYSTEMS)
+    return () if column is None else (Turn("system", text(row, column).strip()),)
+
+
+def _history(row: Row) -> tuple[Turn, ...]:
+    """Earlier turns: a list of [question, answer] or of messages, also as the JSON text of one."""
+    value = optional(row, "history")
+    if isinstance(value, str):
+        value = from_json(value, '"history"')
+    if is_blank(value):
+        return ()
+    if not isinstance(value, list):
+        raise BadRow(f'"history" must be a list of [question, answer], but is {describe(value)}')
+    if isinstance(value[0], dict):
+        return turns(value, '"history"')
+    said: list[Turn] = []
+    for number, pair in enumerate(value, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f'{number} of "history" must be [question, answer], but is {describe(pair)}')
+        question, answer = (sound_text(part, f'{number} of "history"').strip() for part in pair)
+        said += [Turn("user", question), Turn("assistant", answer)]
+    return tuple(said)
+
+
+def from_json(value: str, name: str) -> Any:
+    """What JSON text in a column holds, as tables without lists have it."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{name} must be a list, or JSON text of one, but is {describe(value)}") from error
