@@ -104,7 +104,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
 
     prompts: list[Prompt] = list(args.prompt)
     if args.data_path is not None:
-        source = open_source(args.data_path, "--data-path")
+        source = open_source(args.data_path, "--data-path", evaluates=True)
         rows = read_comparisons(source, source.evaluation or source.training, Format(), Findings())
         prompts += [row.prompt for row in rows]
     return prompts[: args.num_prompts or None]

@@ -116,7 +116,7 @@ def main(args: InspectArguments) -> int:
     disable_progress_bars()
     form = Format.of(args.data)
     sources = [open_source(entry) for entry in args.data.data_path]
-    sources += [open_source(entry, "--eval_data_path") for entry in args.data.eval_data_path]
+    sources += [open_source(entry, "--eval_data_path", evaluates=True) for entry in args.data.eval_data_path]
     tokenizer = load_tokenizer(args.inspect.model_name_or_path, args.tokenizer)
     reports = [inspect(source, form, tokenizer, args) for source in sources]
     console = Console(**PLAIN)

@@ -27,6 +27,8 @@ class Entry:
     name: str
     """A path, a pattern of paths, or a hub id."""
     flag: str = "--data_path"
+    evaluates: bool = False
+    """Whether it is for evaluation only."""
     config: str | None = None
     split: str | None = None
     """One split, or several joined by +."""
@@ -52,7 +54,7 @@ class Entry:
         return " or ".join(texts) + (", or likewise" if shown is not values else "")
 
 
-def parse_entry(text: str, flag: str = "--data_path") -> Entry:
+def parse_entry(text: str, flag: str = "--data_path", *, evaluates: bool = False) -> Entry:
     """The entry that `text` is. Raises `UserError` for options and weights that are none."""
     if not text:
         raise UserError(f"{flag} has an empty value; give the name of a data set.")
@@ -67,7 +69,7 @@ def parse_entry(text: str, flag: str = "--data_path") -> Entry:
             if name == before:
                 _check_colon(name, text, flag)
                 break
-    return Entry(name, flag, weight=weight, **options)
+    return Entry(name, flag, evaluates, weight=weight, **options)
 
 
 def _weighted(entry: str, text: str, flag: str) -> tuple[str, float | None]:

@@ -1,6 +1,5 @@
 """Pipes, such as /dev/fd/63 of `<(zcat rows.jsonl.gz)`: read once, into a file without a name."""
 
-import functools
 import os
 import shutil
 import tempfile
@@ -15,18 +14,22 @@ def is_pipe(path: Path) -> bool:
     return path.is_fifo() or path.is_char_device()
 
 
-@functools.cache
+_SPOOLED: dict[Path, BinaryIO] = {}
+
+
 def spooled(path: Path, flag: str) -> BinaryIO:
     """What comes out of the pipe, in a temporary file without a name that ends with the process.
 
     Raises `UserError` where several processes would have to read it.
     """
+    if path in _SPOOLED:
+        return _SPOOLED[path]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
             f"{flag} {path}: a pipe can be read by one process only, and this run has "
             f"{os.environ['WORLD_SIZE']}; write the rows into a file."
         )
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the process
+    file = _SPOOLED[path] = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the process
     with path.open("rb") as pipe:
         shutil.copyfileobj(pipe, file)
     file.flush()

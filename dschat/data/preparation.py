@@ -90,7 +90,7 @@ class _Sources:
         """Open them all. Raises `UserError`."""
         return _Sources(
             [open_source(entry) for entry in data.data_path],
-            [open_source(entry, "--eval_data_path") for entry in data.eval_data_path],
+            [open_source(entry, "--eval_data_path", evaluates=True) for entry in data.eval_data_path],
             [open_source(entry, "--sft_only_data_path") for entry in own_data_path],
         )
 

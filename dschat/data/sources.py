@@ -50,12 +50,15 @@ class Source:
     """How its rows are read, None where their columns are to tell."""
 
 
-def open_source(text: str, flag: str = "--data_path", *, config_name: str | None = None) -> Source:
+def open_source(
+    text: str, flag: str = "--data_path", *, evaluates: bool = False, config_name: str | None = None
+) -> Source:
     """Find out what `text`, a value of `flag`, is and open it; rows are read later. Raises `UserError`.
 
-    `config_name` is the configuration where the text names none.
+    `evaluates` says that it is for evaluation only; `config_name` is the configuration where the text names
+    none.
     """
-    entry = parse_entry(text, flag)
+    entry = parse_entry(text, flag, evaluates=evaluates)
     if config_name is not None and entry.config is None:
         entry = replace(entry, config=config_name)
     return replace(_open(entry), weight=entry.weight)

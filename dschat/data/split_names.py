@@ -8,7 +8,6 @@ from dschat.errors import UserError
 
 TRAINING = ("train", "training")
 EVALUATION = ("test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev")
-EVALUATION_FLAG = "--eval_data_path"
 SHARD = re.compile(r"[-_.]?\d+-of-\d+.*$")
 UUID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
 NUMBERED = "numbered"
@@ -37,14 +36,14 @@ def choose_splits(names: Sequence[str], entry: Entry) -> tuple[list[str], list[s
 
     The former is the one that `entry` names, or is called train, or is the only one that is not for
     evaluation; with it go the splits for evaluation that are called alike: test_sft with train_sft, test with
-    train. --eval_data_path uses the splits for evaluation where there are any. Raises `UserError` with what
-    to write where that leaves a choice.
+    train. Of an entry for evaluation only, the former are what it names, or else its splits for evaluation.
+    Raises `UserError` with what to write where that leaves a choice.
     """
     evaluation = [name for name in names if is_for_evaluation(name)]
     others = [name for name in names if name not in evaluation]
     if entry.split is not None:
         training = [_named(wanted, names, entry) for wanted in entry.split.split("+")]
-    elif entry.flag == EVALUATION_FLAG and evaluation:
+    elif entry.evaluates and evaluation:
         if len(evaluation) > 1 and not set(evaluation) <= set(EVALUATION):
             raise _several(evaluation, entry, "evaluate")
         training = evaluation
@@ -52,7 +51,7 @@ def choose_splits(names: Sequence[str], entry: Entry) -> tuple[list[str], list[s
         training = [name for name in names if name in TRAINING] or others
         if len(training) != 1:
             raise _several(others, entry, "train") if others else _none(evaluation, entry)
-    if entry.flag == EVALUATION_FLAG:
+    if entry.evaluates:
         return training, []
     return training, _partners(training, [name for name in evaluation if name not in training], others)
 

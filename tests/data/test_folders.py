@@ -31,7 +31,7 @@ def write(folder, *names):
 
 def read(entry, flag="--data_path"):
     """The prompts to train on and to evaluate on, and what else there is."""
-    source = open_source(entry, flag)
+    source = open_source(entry, flag, evaluates=flag == "--eval_data_path")
     parts = [
         [row.prompt for row in read_comparisons(source, rows, Format(), Findings())] if rows else []
         for rows in (source.training, source.evaluation)
@@ -140,7 +140,7 @@ def test_several_splits_end_the_run_with_what_to_write(uc):
         error.value
     )
     with pytest.raises(UserError, match=r"several splits to evaluate on: test_gen, test_sft\. Write --eval_"):
-        open_source(uc, "--eval_data_path")
+        open_source(uc, "--eval_data_path", evaluates=True)
 
 
 def test_a_named_split_takes_its_own_evaluation_split_along(uc):

@@ -83,7 +83,7 @@ def test_a_pipe_is_read_once_whatever_it_holds_and_said_so(tmp_path, content, ca
     told = f"note: --data_path {tmp_path}/pipe is a pipe and was read once ("
     assert capsys.readouterr().out.startswith(told)
     assert [prompts(source), prompts(source)] == [["Q 0", "Q 1", "Q 2"]] * 2
-    again = open_source(entry)  # from what was read
+    again = open_source(entry, "--eval_data_path")  # from what was read
     assert (again.fingerprint, again.weight) == (source.fingerprint, 0.5)
     assert capsys.readouterr().out == ""
 
