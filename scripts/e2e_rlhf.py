@@ -8,93 +8,33 @@ Step 3 trains what step 1 wrote against what step 2 wrote. Flags of a step's own
 
     --sft-args "--num_train_epochs 2 --learning_rate 1e-5"
 
-With --common-args "--save_interval 100" the same command and --resume goes on where a run was interrupted.
+The same command again leaves out the steps that have finished. Where steps make checkpoints, as they do with
+--common-args "--save_interval 100", it goes on in the middle of an interrupted one if --resume is added.
 """
 
 import argparse
 import os
-import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from dschat.command_line import ReadableParser
 from dschat.console import PLAIN
+from dschat.data.entries import parse_entry
+from dschat.data.files import is_local, user_path
 from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
-from dschat.run_folder import SUMMARY, read_summary
-
-FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
-TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
-PARSER_NAMES = {1: "sft", 2: "reward", 3: "rlhf"}
-SHOWN_LINES = 20
-LOG = "training.log"
-
-# What a log says, and what usually helps; the first that matches the end of the log is shown.
-REMEDIES = (
-    (
-        r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|MemoryError",
-        "Memory ran out. Smaller --per_device_*_batch_size with more --gradient_accumulation_steps, a higher "
-        "ZeRO stage (--actor-zero-stage 3), --gradient_checkpointing (step 3: --actor_gradient_checkpointing "
-        "--critic_gradient_checkpointing) or --offload lower what is needed.",
-    ),
-    (
-        r"EADDRINUSE|Address already in use",
-        "The port of the process group is taken: another run is using it. Wait for that run or end it.",
-    ),
-    (
-        r"No space left on device",
-        "The disk is full. Free some space, or give another --output-dir (token cache: --data_output_path).",
-    ),
-    (
-        r"Permission denied",
-        "A file or folder may not be written or read: the line above names it. Give another --output-dir, or "
-        "--data_output_path for the token cache.",
-    ),
-    (
-        r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError",
-        "The GPUs could not talk to each other. NCCL_DEBUG=INFO tells more; on several nodes "
-        "NCCL_SOCKET_IFNAME must name the network interface that connects them.",
-    ),
-    (
-        r"Error building extension|ninja: (error|build stopped)|c\+\+: not found|CUDA_HOME",
-        "DeepSpeed could not compile one of its operators. It needs g++ and ninja (and on GPUs a CUDA "
-        "toolkit of torch's version); leaving out --offload avoids its Adam for the CPU.",
-    ),
-    (
-        r"offline mode|Max retries exceeded|ConnectionError|couldn't connect to|Name or service not known",
-        "The hub could not be reached. Download the model or the data beforehand and give the folder's path.",
-    ),
-    (
-        r"No such file or directory|FileNotFoundError|does not exist",
-        "A file is missing: the line above names it. Check the path.",
-    ),
-    (r"ModuleNotFoundError|ImportError", "A package is missing or does not fit: run bash scripts/setup.sh."),
-    (
-        r"exits with return code = -9|Killed",
-        "A process was killed, most often because memory ran out: try a smaller batch, a higher ZeRO stage.",
-    ),
-    (r"(^|\n)(\[rank\d+\]: )?error: ", "The message above says what to change."),
-)
-
-
-@dataclass(frozen=True)
-class Command:
-    """What runs for one step, and where its output lies."""
-
-    step: int
-    argv: list[str]
-    flags: list[str]
-    folder: Path
+from dschat.run_folder import read_summary
+from scripts.e2e_failures import failure
+from scripts.e2e_finished import differences
+from scripts.e2e_step import FOLDERS, TITLES, Command, run
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -152,15 +92,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sft-args", default="", metavar="FLAGS", help="More flags of step 1, as one string.")
     add("--reward-args", default="", metavar="FLAGS", help="More flags of step 2, as one string.")
     add("--ppo-args", default="", metavar="FLAGS", help="More flags of step 3, as one string.")
-    add("--skip-finished", action="store_true", help="Leave out steps whose summary.json is there.")
+    add(
+        "--skip-finished",
+        action="store_true",
+        help="Leave out steps that have finished also where they were made otherwise than this command says.",
+    )
     add(
         "--resume",
         action="store_true",
-        help="--skip-finished, and the step that was interrupted goes on from its newest checkpoint.",
+        help="The step that was interrupted goes on from its newest checkpoint.",
+    )
+    add(
+        "--overwrite-output-dir",
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Run the steps anew, also those that have finished, and remove what they wrote.",
     )
     args = parser.parse_args(argv)
     args.step = sorted(set(args.step))
-    args.skip_finished |= args.resume
     try:
         args.output_dir = args.output_dir.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # the second: ~name of nobody
@@ -194,9 +143,10 @@ def step_flags(args: argparse.Namespace, step: int) -> list[str]:
     name = {1: "sft", 2: "reward", 3: "ppo"}[step]
     extra = words(f"--{name}-args", getattr(args, f"{name}_args"))
     common = words("--common-args", args.common_args)
-    resume = ["--resume_from_checkpoint", "latest"] if args.resume else []
+    start = ["--resume_from_checkpoint", "latest"] if args.resume else []
+    start += ["--overwrite_output_dir"] if args.overwrite_output_dir else []
     paths = ["--data_path", *args.data_path, "--output_dir", str(out / FOLDERS[step])]
-    return [*paths, *own, *resume, *common, *extra]
+    return [*paths, *own, *start, *common, *extra]
 
 
 def launcher(args: argparse.Namespace) -> list[str]:
@@ -229,11 +179,10 @@ def commands(args: argparse.Namespace) -> list[Command]:
 
 
 def check(args: argparse.Namespace, todo: list[Command]) -> None:
-    """Find what cannot work before anything starts. Raises `UserError`."""
-    from dschat.arguments import parse_arguments
+    """Find what cannot work before anything starts. Raises `UserError`.
 
-    if args.num_gpus is not None and args.num_gpus < 1:
-        raise UserError(f"--num-gpus must be at least 1, got {args.num_gpus}.")
+    The steps' own checks of their flags; what the flags name the first step reads in its first seconds.
+    """
     if args.deployment_type == "single_gpu" and (args.num_gpus or 1) > 1:
         raise UserError(f"--num-gpus {args.num_gpus} needs --deployment-type single_node or multi_node.")
     if args.deployment_type == "multi_node" and not (args.hostfile or Path("/job/hostfile")).is_file():
@@ -241,19 +190,19 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
             "--deployment-type multi_node needs --hostfile, a file of lines such as 'worker-1 slots=8'."
         )
     for command in todo:
-        try:
-            parse_arguments(PARSER_NAMES[command.step], command.flags)
-        except UserError as error:
-            raise UserError(f"flags of step {command.step}: {error}") from error
+        command.parsed()
     for entry in args.data_path:
-        _check_path("--data-path", entry)
+        if user_path(parse_entry(entry, "--data-path").name).is_fifo():
+            raise UserError(
+                f"--data-path {entry} is a pipe, which every step would read; write it to a file."
+            )
     produced = {str(command.folder) for command in todo}
     for step, flag, model in (
         (1, "--actor-model", args.actor_model),
         (2, "--reward-model", args.reward_model),
     ):
         if any(command.step == step for command in todo) and model not in produced:
-            _check_path(flag, model)
+            _check_model(flag, model)
     if any(command.step == 3 for command in todo):
         for step in (1, 2):
             folder = args.output_dir / FOLDERS[step]
@@ -261,96 +210,38 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
                 raise UserError(f"step 3 needs the model of step {step} in {folder}; add {step} to --step.")
 
 
-def _check_path(flag: str, value: str) -> None:
-    looks_local = value.startswith((".", "/", "~")) or value.count("/") > 1
-    looks_local |= value.endswith((".json", ".jsonl", ".parquet", ".gz"))
-    if looks_local and not Path(value).expanduser().exists():
-        raise UserError(f"{flag} {value} does not exist; give a path that does, or a hub id.")
-
-
-def run(command: Command) -> int:
-    """Run a step, its output on the console and in its log; returns the exit code."""
-    from dschat.arguments import without_secrets
-
-    command.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (command.folder / SUMMARY).unlink(missing_ok=True)
-    # DeepSpeed finds ninja, which belongs to this environment, through PATH.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
-    with (command.folder / LOG).open("ab" if "--resume_from_checkpoint" in command.flags else "wb") as log:
-        log.write((without_secrets(shlex.join(command.argv)) + "\n").encode())
-        log.flush()
-        process = subprocess.Popen(
-            command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-        )
-        with passing_signals_on(process), process.stdout:
-            # Whatever has arrived, not whole lines: progress bars rewrite theirs.
-            while chunk := os.read(process.stdout.fileno(), 65536):
-                log.write(chunk)
-                log.flush()
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-            return process.wait()
-
-
-@contextmanager
-def passing_signals_on(process: subprocess.Popen) -> Iterator[None]:
-    """Inside, a request to stop goes to the step, which ends in its own time; a failure here ends it, too."""
-    before = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+def _check_model(flag: str, name: str) -> None:
+    """Raise `UserError` for what is no folder and cannot be a hub id: step 2 would find it after step 1."""
+    if is_local(name):
+        return
     try:
-        yield
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {name} does not exist; give a path that does, or a hub id.") from error
 
 
-def was_stopped(command: Command, code: int) -> bool:
-    """Whether a step obeyed a request to stop; launchers have exit codes of their own."""
-    asked = r"^stopped after step \d+ as \w+ asked"
-    return code == EXIT_TRY_AGAIN or any(
-        re.match(asked, line) for line in last_lines(command.folder / LOG, 200)
-    )
+def unfinished(args: argparse.Namespace, steps: list[Command]) -> list[Command]:
+    """The steps to be run: those that have not finished, and those to be run anew; what is left out is said.
 
-
-def last_lines(log: Path, count: int = SHOWN_LINES) -> list[str]:
-    """The end of a log as it stood on the console: of a progress bar, only its last state."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        text = file.read().decode(errors="replace")
-    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    return [line for line in lines if line][-count:]
-
-
-def remedy(lines: Sequence[str]) -> str:
-    """What usually helps against what these lines of a log say."""
-    text = "\n".join(lines)
-    for pattern, advice in REMEDIES:
-        if re.search(pattern, text):
-            return advice
-    return "No known cause was recognised; the log has the whole story."
-
-
-def report_failure(command: Command, code: int) -> None:
-    """Name the step that failed, its log, its last lines and the likely remedy."""
-    log = command.folder / LOG
-    lines = last_lines(log)
-    # The end of a failed launch is the launcher's own noise: causes are looked for further up.
-    advice = remedy(last_lines(log, 200))
-    message = [
-        "",
-        f"error: step {command.step} ({TITLES[command.step]}) failed with exit code {code}.",
-        f"log: {log}",
-        *(f"  | {line}" for line in lines),
-        f"likely remedy: {advice}",
-        "Finished steps need not run again: add --resume.",
-    ]
-    print("\n".join(message), file=sys.stderr, flush=True)
+    Raises `UserError` where one finished otherwise than the command says.
+    """
+    todo: list[Command] = []
+    for command in steps:
+        arguments = command.parsed()
+        if read_summary(command.folder) is None or arguments.run.overwrite_output_dir:
+            todo.append(command)
+            continue
+        others = differences(arguments, command.folder)
+        others += [f"step {c.step} runs before it" for c in todo if str(c.folder) in command.flags]
+        if others and not args.skip_finished:
+            raise UserError(
+                f"{command.title} has finished in {command.folder}, but otherwise than this command says: "
+                f"{'; '.join(others)}. Name another --output-dir; or give --overwrite-output-dir to run it "
+                "anew (--step says which), or --skip-finished to leave it as it is."
+            )
+        but = f", otherwise than this command says ({'; '.join(others)})" if others else ""
+        print(f"== step {command.step} has finished before{but}: skipped", flush=True)
+    return todo
 
 
 def achieved(step: int, summary: dict[str, Any]) -> str:
@@ -389,20 +280,16 @@ def print_table(output_dir: Path, steps: Sequence[int]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; returns the exit code."""
     args = parse(argv)
-    todo = commands(args)
-    if args.skip_finished:
-        for command in [command for command in todo if read_summary(command.folder)]:
-            print(f"== step {command.step} has finished before: skipped", flush=True)
-            todo.remove(command)
-    check(args, todo)
-    for command in todo:
+    steps = commands(args)
+    check(args, steps)
+    for command in unfinished(args, steps):
         print(f"== step {command.step}, {TITLES[command.step]}: {command.folder}", flush=True)
-        code = run(command)
-        if read_summary(command.folder) is None and was_stopped(command, code):
+        code, is_stop, start = run(command)
+        if is_stop:
             print("the same command with --resume goes on.", file=sys.stderr, flush=True)
             return EXIT_TRY_AGAIN
         if code != 0 or read_summary(command.folder) is None:
-            report_failure(command, code)
+            print("\n" + failure(command.title, code, command.log, start=start), file=sys.stderr, flush=True)
             return 1
     print_table(args.output_dir, args.step)
     return 0

@@ -11,7 +11,15 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments
-from dschat.arguments.record import STARTING, Setting, changed_flags, global_sizes, settings, write_arguments
+from dschat.arguments.record import (
+    STARTING,
+    Setting,
+    changed_flags,
+    global_sizes,
+    saved_settings,
+    settings,
+    write_arguments,
+)
 from dschat.arguments.rewards import REWARD_MODEL
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -53,6 +61,7 @@ __all__ = [
     "flags_of",
     "global_sizes",
     "parse_arguments",
+    "saved_settings",
     "settings",
     "without_secrets",
     "write_arguments",

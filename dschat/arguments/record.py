@@ -38,12 +38,28 @@ def settings(arguments: StepArguments) -> dict[str, Setting]:
         for f in fields(part.metadata["group"]):
             if "help" not in f.metadata:
                 continue
-            default = part.metadata["defaults"].get(f.name, f.default)
-            if f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
             value = recorded(getattr(getattr(arguments, part.name), f.name))
-            found[part.metadata["prefix"] + f.name] = Setting(value, default, f.metadata["at_resume"])
+            setting = Setting(value, _default(part, f), f.metadata["at_resume"])
+            found[part.metadata["prefix"] + f.name] = setting
     return found
+
+
+def saved_settings(step: type[StepArguments], saved: dict[str, Any]) -> dict[str, Any]:
+    """The values of a step's flags in what `write_arguments` wrote; one that is not there had its default."""
+    found = {}
+    for part in fields(step):
+        values = saved.get(part.name, {})
+        for f in fields(part.metadata["group"]):
+            if "help" in f.metadata:
+                found[part.metadata["prefix"] + f.name] = values.get(f.name, _default(part, f))
+    return found
+
+
+def _default(part: dataclasses.Field, f: dataclasses.Field) -> Any:
+    """The default of a group's flag in a step; MISSING where it is required."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return part.metadata["defaults"].get(f.name, f.default)
 
 
 STARTING = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")

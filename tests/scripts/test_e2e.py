@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dschat.arguments import parse_arguments
+from dschat.arguments import parse_arguments, write_arguments
 from dschat.errors import UserError
-from scripts import demo_task, e2e_rlhf
+from scripts import demo_task, e2e_failures, e2e_rlhf, e2e_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "scripts" / "e2e_rlhf.py"
@@ -22,6 +21,8 @@ import json, pathlib, sys
 flags = sys.argv[1:]
 folder = pathlib.Path(flags[flags.index("--output_dir") + 1])
 print("flags", flags)
+if "--debug" in flags:  # a mistake of the user's
+    sys.exit(print("error: --data_path x: there is no such file", file=sys.stderr) or 2)
 if "--seed" in flags:
     sys.stderr.write("10%|#  | 1/10\\r20%|## | 2/10\\n")
     sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
@@ -45,6 +46,14 @@ def fake_steps(tmp_path, monkeypatch):
         (root / folder).mkdir(parents=True)
         (root / folder / "main.py").write_text(FAKE_STEP)
     monkeypatch.setattr(e2e_rlhf, "ROOT", root)
+
+    def run_and_keep_arguments(command):
+        result = e2e_step.run(command)
+        if result[0] == 0:
+            write_arguments(command.parsed(), command.folder / "arguments.json")
+        return result
+
+    monkeypatch.setattr(e2e_rlhf, "run", run_and_keep_arguments)
     (tmp_path / "pairs.jsonl").touch()
     return ["--data-path", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "out")]
 
@@ -111,7 +120,9 @@ def test_a_deployment_type_decides_what_starts_the_step(flags, start):
     ("flags", "message"),
     [
         (["--actor-model", "/nowhere/model"], "--actor-model /nowhere/model does not exist"),
-        (["--data-path", "nowhere.jsonl"], "--data-path nowhere.jsonl does not exist"),
+        (["--reward-model", "~/model"], "--reward-model ~/model does not exist"),
+        (["--data-path", "pairs.jsonl:-1"], "--data-path pairs.jsonl:-1: the weight must be positive"),
+        (["--overwrite-output-dir", "--resume"], "flags of step 1: --overwrite_output_dir starts anew and"),
         (["--step", "3"], "step 3 needs the model of step 1 in .*; add 1 to --step"),
         (["--output-dir=--"], "argument --output-dir: expected a value"),
         (["--num-gpus", "-1"], "--num-gpus must be at least 1, got -1"),
@@ -152,14 +163,102 @@ def test_a_failing_step_is_named_with_its_log_its_last_lines_and_a_remedy(fake_s
     assert "== step 3" not in output.out
 
 
-def test_finished_steps_are_skipped_only_when_asked(fake_steps, tmp_path, capfd):
+def test_the_same_command_again_leaves_out_what_has_finished(fake_steps, tmp_path, capfd):
     assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
-    assert e2e_rlhf.main([*fake_steps, "--step", "1", "2", "--skip-finished"]) == 0
-    second = capfd.readouterr().out.partition("what each step achieved")[2]
-    assert "step 1 has finished before: skipped" in second
-    assert "== step 2, reward model" in second
+    log = (tmp_path / "out" / "step1_sft" / "training.log").read_text()
+    harmless = ["--common-args", "--save_interval 5 --debug false"]
+    for more in ([], ["--skip-finished"], ["--resume"], harmless):
+        assert e2e_rlhf.main([*fake_steps, "--step", "1", "2", *more]) == 0
+        second = capfd.readouterr().out
+        assert "step 1 has finished before: skipped" in second
+        assert second.count("what each step achieved") == 1 + (not more)
+    assert (tmp_path / "out" / "step1_sft" / "training.log").read_text() == log
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--actor-model", "other/model"], "--model_name_or_path was facebook/opt-1.3b and is other/model"),
+        (["--actor-zero-stage", "2"], "--zero_stage was 0 and is 2"),
+        (["--sft-args", "--learning_rate 3e-6"], "--learning_rate was 1e-05 and is 3e-06"),
+        (["--data-path", "Dahoas/rm-static:0.5", "b"], "--data_path was .*pairs.jsonl and is Dahoas/rm-sta"),
+    ],
+)
+def test_a_step_that_finished_otherwise_is_named_with_what_differs(
+    fake_steps, tmp_path, flags, message, capfd
+):
     assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
-    assert "skipped" not in capfd.readouterr().out
+    kept = (tmp_path / "out" / "step1_sft" / "summary.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match=rf"step 1 .* has finished in .*{message}.*--overwrite-output-dir"):
+        e2e_rlhf.main([*fake_steps, "--step", "1", *flags])
+    assert e2e_rlhf.main([*fake_steps, "--step", "1", *flags, "--skip-finished"]) == 0
+    assert "otherwise than this command says (--" in capfd.readouterr().out
+    assert (tmp_path / "out" / "step1_sft" / "summary.json").stat().st_mtime_ns == kept
+
+
+def test_data_or_a_model_that_was_written_later_is_a_difference(fake_steps, tmp_path):
+    assert e2e_rlhf.main([*fake_steps, "--step", "1", "2", "3"]) == 0
+    later = time.time() + 10
+    os.utime(tmp_path / "out" / "step1_sft" / "config.json", (later, later))
+    with pytest.raises(
+        UserError, match=r"step 3 .*step1_sft/config.json \(--actor_model_.* written after it"
+    ):
+        e2e_rlhf.main([*fake_steps, "--step", "3"])
+    os.utime(tmp_path / "pairs.jsonl", (later, later))
+    with pytest.raises(UserError, match=r"step 1 .*pairs.jsonl \(--data_path\) was written after it"):
+        e2e_rlhf.main(fake_steps)
+
+
+def test_steps_can_be_run_anew_and_what_comes_after_them_is_then_out_of_date(fake_steps, tmp_path, capfd):
+    assert e2e_rlhf.main([*fake_steps, "--step", "1", "2", "3"]) == 0
+    capfd.readouterr()
+    assert e2e_rlhf.main([*fake_steps, "--step", "2", "--overwrite-output-dir"]) == 0
+    assert "'--overwrite_output_dir'" in capfd.readouterr().out
+    (tmp_path / "out" / "step1_sft" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"step 3 \(PPO\) has finished .*; step 1 runs before it"):
+        e2e_rlhf.main(fake_steps)
+
+
+def test_a_finished_step_of_which_nothing_is_known_is_not_taken_for_the_same(fake_steps, tmp_path):
+    assert e2e_rlhf.main([*fake_steps, "--step", "1"]) == 0
+    (tmp_path / "out" / "step1_sft" / "arguments.json").unlink()
+    with pytest.raises(UserError, match="what it was made with is not known"):
+        e2e_rlhf.main([*fake_steps, "--step", "1"])
+
+
+def test_a_mistake_is_no_stop_whatever_the_log_says_of_an_earlier_one(fake_steps, tmp_path, capfd):
+    log = tmp_path / "out" / "step1_sft" / "training.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("stopped after step 3 as SIGTERM asked; saved in x\n")
+    assert e2e_rlhf.main([*fake_steps, "--resume", "--sft-args=--debug"]) == 1
+    told = capfd.readouterr().err
+    assert "failed with exit code 2" in told
+    assert "stopped after" not in told
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "passed_on", "is_stop"),
+    [
+        (75, [], [], True),
+        (1, ["stopped after step 3 as SIGTERM asked; saved in x", "launcher: exit code 1"], [], True),
+        (1, ["worker-1: stopped after step 12 as another rank's signal asked; saved"], [], True),
+        (-15, [], [15], True),
+        (143, ["training"], [15], True),
+        (-9, [], [15], False),
+        (-15, [], [], False),
+        (1, ["Traceback"], [15], False),
+        (2, ["stopped after step 3 as SIGTERM asked", "error: --data_path x"], [], False),
+        (0, ["stopped after step 3 as SIGTERM asked"], [], False),
+    ],
+)
+def test_what_counts_as_a_stop(code, said, passed_on, is_stop):
+    assert e2e_step.was_stopped(code, said, passed_on) is is_stop
+
+
+def test_a_pipe_that_every_step_would_read_is_refused(fake_steps, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--data-path .*pipe:0.5 is a pipe, which every step would read"):
+        e2e_rlhf.main([*fake_steps, "--data-path", f"{tmp_path / 'pipe'}:0.5"])
 
 
 def test_a_signal_goes_to_the_step_and_resume_goes_on(fake_steps, tmp_path, capfd):
@@ -186,12 +285,9 @@ def test_a_signal_goes_to_the_step_and_resume_goes_on(fake_steps, tmp_path, capf
     assert "stopped after step 3" in log  # the log goes on, too
 
 
-def test_a_step_that_fails_leaves_no_summary_of_an_older_run(fake_steps, tmp_path):
-    summary = tmp_path / "out" / "step1_sft" / "summary.json"
-    summary.parent.mkdir(parents=True)
-    summary.write_text(json.dumps({"seconds": 1}))
-    assert e2e_rlhf.main([*fake_steps, "--step", "1", "--sft-args", "--seed 1"]) == 1
-    assert not summary.exists()
+def test_a_weight_behind_a_file_is_the_steps_to_read(fake_steps, tmp_path, capfd):
+    assert e2e_rlhf.main([*fake_steps, "--data-path", f"{tmp_path / 'pairs.jsonl'}:0.5", "--step", "1"]) == 0
+    assert "pairs.jsonl:0.5'" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,7 +301,7 @@ def test_a_step_that_fails_leaves_no_summary_of_an_older_run(fake_steps, tmp_pat
     ],
 )
 def test_a_known_message_has_its_remedy(line, advice):
-    assert advice in e2e_rlhf.remedy(["Traceback", line])
+    assert advice in e2e_failures.remedy(["Traceback", line])
 
 
 @pytest.mark.slow
