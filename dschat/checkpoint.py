@@ -127,6 +127,7 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
         dtype=PRECISIONS[next(model.parameters()).dtype],
         score_mean=provenance.figures.get("score_mean") if has_statistics else None,
         score_std=provenance.figures.get("score_std") if has_statistics else None,
+        data=provenance.data,
         verdict=provenance.verdict if has_statistics else None,
         files=weight_checksums(folder),
         golden_inputs=provenance.golden_inputs,

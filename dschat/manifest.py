@@ -93,6 +93,8 @@ class Manifest:
     """All that end an answer, `eos_token_id` first; None in format 1."""
     verdict: str | None = None
     """On a reward model, as dschat/verdict.py words it; None where step 2 made none."""
+    data: dict[str, Any] | None = None
+    """What decides which prompts it was trained on (dschat/shared_prompts.py); None where not known."""
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -171,6 +173,10 @@ def _checked_types(manifest: Manifest) -> Manifest:
         _check_holds(manifest, name, value is None or (_is_number(value) and math.isfinite(value)))
     verdict = manifest.verdict
     _check_holds(manifest, "verdict", verdict is None or isinstance(verdict, str))
+    data = manifest.data
+    names = data.get("data_path") if isinstance(data, dict) else None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    _check_holds(manifest, "data", data is None or are_names)
     ends = manifest.end_token_ids
     _check_holds(manifest, "end_token_ids", ends is None or _are_tokens(ends, manifest.num_tokens))
     files, outputs = manifest.files, manifest.golden_outputs

@@ -22,6 +22,7 @@ from dschat.arguments import (
 )
 from dschat.data.preparation import SplitData
 from dschat.manifest import Head
+from dschat.shared_prompts import deciders
 
 CARD = "README.md"
 GOLDEN_ROWS = 8
@@ -66,6 +67,8 @@ class Provenance:
     """The final metrics; a reward model's score_mean and score_std go into its manifest."""
     verdict: str | None = None
     """On a reward model (dschat/verdict.py); it goes into its manifest too."""
+    data: dict[str, Any] | None = None
+    """What decides which prompts it was trained on; it goes into its manifest."""
     flags: dict[str, Any] = field(default_factory=dict)
     num_rows: dict[str, int] = field(default_factory=dict)
     """Rows of each source of data,"""
@@ -91,6 +94,7 @@ def step_provenance(
         head=head,
         figures=figures,
         verdict=verdict,
+        data=deciders(arguments),
         flags=changed_flags(arguments),
         num_rows=data.num_rows,
         num_used={"training": len(data.train), "evaluation": len(data.evaluation)},

@@ -19,6 +19,7 @@ from dschat.run_folder import (
     resumes,
     start_run,
 )
+from dschat.shared_prompts import other_shares
 
 UNREMARKABLE = (*STARTING, "output_dir")
 """Flags whose change goes without saying."""
@@ -31,6 +32,8 @@ def begin_run(arguments: StepArguments, *, data: str, models: Sequence[Handover]
     what is learned, `models` are those that the run starts from. Raises `UserError`, on every rank the same,
     where a checkpoint cannot be used.
     """
+    for warning in other_shares(arguments, models):
+        print_once(warning)
     choice: dict[str, Any] = {}
     now = identity(arguments, data)
     if is_main_process():

@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dschat.data.entries import parse_entry
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from dschat.command_line import ReadableParser
 from dschat.console import PLAIN
-from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
 from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
 from dschat.run_folder import read_summary
@@ -97,11 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Leave out steps that have finished also where they were made otherwise than this command says.",
     )
-    add(
-        "--resume",
-        action="store_true",
-        help="The step that was interrupted goes on from its newest checkpoint.",
-    )
+    add("--resume", action="store_true", help="An interrupted step goes on from its newest checkpoint.")
     add(
         "--overwrite-output-dir",
         "--overwrite_output_dir",
