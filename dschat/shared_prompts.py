@@ -46,8 +46,8 @@ def other_shares(arguments: StepArguments, models: Sequence[Handover]) -> Iterat
         if others:
             yield (
                 f"WARNING: {', '.join(others)} when {model.path} ({model.flag}) was trained on this data: it "
-                "may have learned prompts of this step's share, or of its evaluation. Give every step the same "
-                "values."
+                "may have learned prompts of this step's share, or of its evaluation. Give every step the "
+                "same values."
             )
 
 

@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.data.entries import parse_entry
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from dschat.command_line import ReadableParser
 from dschat.console import PLAIN
+from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
 from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
 from dschat.run_folder import read_summary

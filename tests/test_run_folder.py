@@ -54,7 +54,11 @@ def finished(folder: Path, start: StepArguments | None = None, models: tuple[str
 
 
 def contents(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {".run.lock"}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - LEFT
+
+
+LEFT = {".run.lock", "log.txt"}
+"""Written when a run looks at its folder."""
 
 
 def test_a_finished_run_is_not_overwritten_without_a_word(tmp_path):
