@@ -1,6 +1,6 @@
 """Whether a step meets prompts that the model it starts from was trained on, or that were held out there.
 
-Prompts are shared between the steps by --data_split, --seed and --eval_fraction: shares of other values overlap.
+Prompts are shared between the steps by --data_split, --seed and --eval_fraction: other shares overlap.
 """
 
 from collections.abc import Iterator, Sequence
