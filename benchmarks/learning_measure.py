@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from dschat.rlhf.answering import Answers, AskedModel
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -27,31 +29,30 @@ def measure(actor: Path, sft: Path, reward: Path, data: Path) -> dict[str, float
     """
     from demo_task import check_answer
 
+    from dschat.rlhf.answering import load, log_likelihoods
+
     args = compare.parse(
         ["--model", f"actor={actor}", "--data-path", str(data), "--batch-size", str(BATCH_SIZE),
          "--max-answer-seq-len", str(MAX_ANSWER_TOKENS)]
     )  # fmt: skip
     prompts = compare.read_prompts(args)
-    model, tokenizer = compare.load(str(actor), "actor")
-    said = compare.answer(model, tokenizer, prompts, args)
+    model = load(str(actor), "actor")
+    said = compare.ask(model, prompts, args)
     pairs = list(zip(prompts, said.texts, strict=True))
-    likelihoods = [
-        compare.log_likelihoods(policy, said, tokenizer.pad_token_id, BATCH_SIZE)
-        for policy in (model, _language_model(sft))
-    ]
-    ended = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in said.answer_ids]
+    own, reference = (log_likelihoods(one, said, args.temperature) for one in (model, _language_model(sft)))
     return {
         "success": sum(not check_answer(compare.as_text(p), text) for p, text in pairs) / len(pairs),
-        "kl": sum(own - ref for own, ref in zip(*likelihoods, strict=True)) / len(pairs),
-        "score": _mean_score(reward, said, tokenizer.pad_token_id),
-        "answer_length": sum(map(len, said.answer_ids)) / len(pairs),
-        "eos_share": sum(ended) / len(pairs),
+        "kl": (own - reference).mean().item(),
+        "score": _mean_score(reward, said, model.tokenizer.pad_token_id),
+        **said.figures,
     }
 
 
 @cache
-def _language_model(folder: Path) -> PreTrainedModel:
-    return compare.load(str(folder), "reference")[0]
+def _language_model(folder: Path) -> AskedModel:
+    from dschat.rlhf.answering import load
+
+    return load(str(folder), "reference")
 
 
 @cache
@@ -61,11 +62,11 @@ def _reward_model(folder: Path) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32").eval()
 
 
-def _mean_score(reward: Path, said: compare.Answers, pad_id: int) -> float:
+def _mean_score(reward: Path, said: Answers, pad_id: int) -> float:
     import torch
 
     model, total = _reward_model(reward), 0.0
-    rows = [p + a for p, a in zip(said.prompt_ids, said.answer_ids, strict=True)]
+    rows = said.token_ids
     for start in range(0, len(rows), BATCH_SIZE):
         batch = [torch.tensor(row) for row in rows[start : start + BATCH_SIZE]]
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=pad_id)

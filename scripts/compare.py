@@ -4,9 +4,10 @@
         --data-path pairs.jsonl --num-shown 3
     python scripts/compare.py --model ... --prompt "Name a river."
 
-Every model is asked in its own chat template. Sampling is seeded: the same command prints the same answers.
-With --reference NAME the mean KL divergence per answer to that model is estimated, and --demo-task checks
-every answer by the rules of scripts/demo_task.py.
+Every model is asked in its own chat template, and answers as in an evaluation of step 3: nothing that a
+checkpoint ships for chatting (penalties, forbidden tokens) acts. Sampling is seeded: the same command prints
+the same answers. With --reference NAME the mean KL divergence per answer to that model is estimated, of the
+distributions that are sampled from, and --demo-task checks every answer by the rules of scripts/demo_task.py.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from dschat.data.comparisons import Prompt
+    from dschat.rlhf.answering import Answers, AskedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -62,7 +61,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-answer-seq-len", type=int, default=128, help="Longest answer in tokens (default 128).")
     add("--batch-size", type=int, default=64, help="Prompts answered at once (default 64).")
     add("--greedy", action="store_true", help="Take the likeliest token instead of sampling.")
-    add("--temperature", type=float, default=1.0, help="Sampling temperature (default 1).")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="Sampling temperature, which KL is measured at too (default 1).",
+    )
     add("--seed", type=int, default=1234, help="Decides the samples (default 1234).")
     add(
         "--reference",
@@ -107,6 +111,8 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
         source = open_source(args.data_path, "--data-path", evaluates=True)
         rows = read_comparisons(source, source.evaluation or source.training, Format(), Findings())
         prompts += [row.prompt for row in rows]
+    if not prompts:
+        raise UserError(f"--data-path {args.data_path} holds no prompts; give other data, or --prompt.")
     return prompts[: args.num_prompts or None]
 
 
@@ -117,114 +123,35 @@ def as_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model said: text, and the token ids that KL is measured on (each prompt's and answer's)."""
+def ask(model: AskedModel, prompts: list[Prompt], args: argparse.Namespace) -> Answers:
+    """What the model answers with these settings."""
+    from dschat.arguments import RolloutArguments
+    from dschat.rlhf.answering import answer
 
-    texts: list[str]
-    prompt_ids: list[list[int]]
-    answer_ids: list[list[int]]
-
-
-def load(path: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in fp32 (bf16 on a GPU) and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from dschat.models.factory import create_hf_model
-    from dschat.models.model_folder import check_model_path
-    from dschat.models.tokenizer import load_tokenizer
-
-    check_model_path(path, flag)
-    tokenizer = load_tokenizer(path)
-    gpu = torch.cuda.is_available()
-    config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
-    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
-    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
-
-
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    args: argparse.Namespace,
-) -> Answers:
-    """Answer every prompt, in batches of similar length; an answer's ids include its end token."""
-    import torch
-
-    from dschat.data.templates import ChatTemplate
-    from dschat.data.tokenization import Encoder
-
-    torch.manual_seed(args.seed)
-    prompt_ids = Encoder(tokenizer).prompts(prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    settings = {"do_sample": False} if args.greedy else {
-        "do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0
-    }  # fmt: skip
-    for start in range(0, len(order), args.batch_size):
-        rows = order[start : start + args.batch_size]
-        width = max(len(prompt_ids[row]) for row in rows)
-        ids = torch.tensor(
-            [[tokenizer.pad_token_id] * (width - len(prompt_ids[r])) + prompt_ids[r] for r in rows]
-        )
-        mask = torch.tensor([[0] * (width - len(prompt_ids[r])) + [1] * len(prompt_ids[r]) for r in rows])
-        generated = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=args.max_answer_seq_len,
-            use_cache=True,
-            **settings,
-        )[:, width:].tolist()
-        for row, tokens in zip(rows, generated, strict=True):
-            end = (
-                tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
-            )
-            answers[row] = tokens[:end]
-    template = ChatTemplate(tokenizer)
-    texts = [template.content(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    return Answers(texts, prompt_ids, answers)
-
-
-def log_likelihoods(model: PreTrainedModel, answers: Answers, pad_id: int, batch_size: int) -> list[float]:
-    """The log-likelihood of each answer given its prompt, in nats."""
-    import torch
-
-    from dschat.losses import token_logprobs
-
-    result = []
-    for start in range(0, len(answers.texts), batch_size):
-        prompts = answers.prompt_ids[start : start + batch_size]
-        replies = answers.answer_ids[start : start + batch_size]
-        width = max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
-        rows = [p + r + [pad_id] * (width - len(p) - len(r)) for p, r in zip(prompts, replies, strict=True)]
-        places = torch.arange(width)
-        lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in zip(prompts, replies, strict=True)])
-        is_real = (places < lengths[:, 1:]).to(model.device)
-        is_answer = ((places >= lengths[:, :1]) & (places < lengths[:, 1:])).to(model.device)
-        ids = torch.tensor(rows, device=model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=is_real.long()).logits
-            logprobs = token_logprobs(logits[:, :-1], ids[:, 1:])
-        result += (logprobs * is_answer[:, 1:]).sum(dim=1).tolist()
-    return result
+    settings = RolloutArguments(
+        max_answer_seq_len=args.max_answer_seq_len,
+        temperature=args.temperature,
+        per_device_generation_batch_size=args.batch_size,
+    )
+    return answer(model, prompts, settings, seed=args.seed, greedy=args.greedy)
 
 
 def compare(
     args: argparse.Namespace,
 ) -> tuple[list[Prompt], dict[str, list[str]], dict[str, dict[str, float]]]:
     """Prompts, the answers of each model, and the figures of each model."""
+    from dschat.rlhf.answering import check_vocabularies, load, log_likelihoods
+
     prompts = read_prompts(args)
     models = {name: load(path, f"--model {name}=") for name, path in args.models.items()}
+    if args.reference is not None:
+        check_vocabularies(models, args.reference)
     answers, figures = {}, {}
-    for name, (model, tokenizer) in models.items():
+    for name, model in models.items():
         start = time.perf_counter()
-        said = answer(model, tokenizer, prompts, args)
+        said = ask(model, prompts, args)
         print(f"{name}: {len(prompts)} answers in {time.perf_counter() - start:.1f} s", flush=True)
-        answers[name] = said.texts
-        lengths = [len(ids) for ids in said.answer_ids]
-        ended = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in said.answer_ids]
-        figures[name] = {"answer_length": sum(lengths) / len(prompts), "eos_share": sum(ended) / len(prompts)}
+        answers[name], figures[name] = said.texts, said.figures
         if args.demo_task:
             from demo_task import check_answer
 
@@ -232,10 +159,10 @@ def compare(
             right = [not check_answer(as_text(prompt), text) for prompt, text in pairs]
             figures[name]["success"] = sum(right) / len(prompts)
         if args.reference is not None:
-            pad_id = tokenizer.pad_token_id
-            own = log_likelihoods(model, said, pad_id, args.batch_size)
-            reference = log_likelihoods(models[args.reference][0], said, pad_id, args.batch_size)
-            figures[name]["kl"] = sum(a - b for a, b in zip(own, reference, strict=True)) / len(prompts)
+            own, reference = (
+                log_likelihoods(one, said, args.temperature) for one in (model, models[args.reference])
+            )
+            figures[name]["kl"] = (own - reference).mean().item()
     return prompts, answers, figures
 
 

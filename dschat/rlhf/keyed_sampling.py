@@ -128,7 +128,7 @@ class LogprobRecorder(LogitsProcessor):
 
 
 def sampling_processors(
-    keys: Tensor,
+    keys: Tensor | None,
     *,
     prompt_length: int,
     num_tokens: int,
@@ -139,7 +139,8 @@ def sampling_processors(
 ) -> LogitsProcessorList:
     """What turns `generate(do_sample=False)` into keyed sampling with temperature, top-k and top-p.
 
-    A `recorder` sees the whole softmax at that temperature, before top-k and top-p.
+    Without keys there is no noise, and the likeliest token is taken. A `recorder` sees the whole softmax at
+    that temperature, before top-k and top-p.
     """
     processors = LogitsProcessorList([KnownTokensOnly(num_tokens)])
     if temperature != 1:
@@ -150,5 +151,6 @@ def sampling_processors(
         processors.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
-    processors.append(KeyedGumbelNoise(keys, prompt_length))
+    if keys is not None:
+        processors.append(KeyedGumbelNoise(keys, prompt_length))
     return processors

@@ -118,7 +118,8 @@ def gather_rollouts(batches: list[RolloutBatch], pad_token_id: int) -> RolloutBa
 class Rollout:
     """Samples answers from the actor. All sampling of a PPO step happens inside one `phase()`.
 
-    With `records_logprobs` the batches carry the log-probabilities that their tokens were sampled with.
+    With `records_logprobs` the batches carry the log-probabilities that their tokens were sampled with. With
+    `greedy` the likeliest token is taken in place of a sample.
     """
 
     def __init__(
@@ -129,11 +130,13 @@ class Rollout:
         *,
         seed: int,
         records_logprobs: bool = False,
+        greedy: bool = False,
     ) -> None:
         self._actor = actor
         self._args = args
         self._seed = seed
         self._records_logprobs = records_logprobs
+        self._greedy = greedy
         self._end_ids = end_token_ids(tokenizer, actor.module)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
@@ -207,7 +210,7 @@ class Rollout:
             attention_mask=prompts.attention_mask.long(),
             generation_config=self._generation_config,
             logits_processor=sampling_processors(
-                keys,
+                None if self._greedy else keys,
                 prompt_length=prompt_length,
                 num_tokens=self._num_tokens,
                 temperature=self._args.temperature,

@@ -1,11 +1,20 @@
 import json
+import shutil
 
 import pytest
 import torch
-from tiny import save_tiny_model
+from tiny import comparison_rows, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dschat.arguments import RolloutArguments
+from dschat.data.comparisons import Comparison
+from dschat.data.loaders import build_eval_prompts
+from dschat.data.tokenization import tokenize_prompts
 from dschat.errors import UserError
+from dschat.rlhf import answering
+from dschat.rlhf.evaluation import EVALUATION
+from dschat.rlhf.reading import answer_texts
+from dschat.rlhf.rollout import Rollout
 from scripts import compare
 
 PROMPTS = [
@@ -76,16 +85,82 @@ def test_kl_is_zero_to_the_same_model_and_the_gap_of_log_likelihoods_to_another(
     assert figures["b"]["kl"] != pytest.approx(0, abs=1e-5)
 
 
-def test_a_log_likelihood_is_the_sum_over_the_answer_alone(model):
-    llama = AutoModelForCausalLM.from_pretrained(model).eval()
-    # Two rows of different lengths, so that one of them is padded.
-    answers = compare.Answers(["", ""], [[5, 6, 7], [8]], [[9, 10], [11]])
-    actual = compare.log_likelihoods(llama, answers, pad_id=1, batch_size=2)
-    with torch.no_grad():
-        long = llama(torch.tensor([[5, 6, 7, 9, 10]])).logits.log_softmax(-1)[0]
-        short = llama(torch.tensor([[8, 11]])).logits.log_softmax(-1)[0]
-    expected = [(long[2, 9] + long[3, 10]).item(), short[0, 11].item()]
-    assert actual == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_kl_is_measured_at_the_temperature_that_answers_are_sampled_at(model, tmp_path, temperature):
+    other = save_tiny_model(tmp_path / "other", "llama", seed=1)
+    flags = [
+        "--model",
+        f"a={model}",
+        "--model",
+        f"b={other}",
+        "--reference",
+        "a",
+        "--temperature",
+        temperature,
+    ]
+    args = arguments(*map(str, flags))
+    figures = compare.compare(args)[2]
+    said = compare.ask(answering.load(str(other), "b"), PROMPTS, args)
+    gaps = []
+    for batch, ids in zip(said.batches, [said.token_ids], strict=True):
+        for row, length in zip(ids, batch.answer_lengths.tolist(), strict=True):
+            of_models = []
+            for path in (other, model):
+                with torch.no_grad():
+                    llama = AutoModelForCausalLM.from_pretrained(path).eval()
+                    logprobs = (llama(torch.tensor([row])).logits[0, :-1] / temperature).log_softmax(-1)
+                places = range(len(row) - 1 - length, len(row) - 1)
+                of_models.append(sum(logprobs[place, row[place + 1]].item() for place in places))
+            gaps.append(of_models[0] - of_models[1])
+    assert figures["b"]["kl"] == pytest.approx(sum(gaps) / 2, abs=1e-4)
+
+
+CHATTING = {
+    "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.0,
+    "min_length": 500, "min_new_tokens": 6, "bad_words_ids": [[token] for token in range(20, 60)], "forced_bos_token_id": 9,
+    "forced_eos_token_id": 0, "suppress_tokens": list(range(60, 99)), "begin_suppress_tokens": [7, 8],
+    "sequence_bias": [[[11], -50.0]], "exponential_decay_length_penalty": [1, 9.0], "guidance_scale": 3.0,
+    "temperature": 0.01, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.2, "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1, "do_sample": True, "num_beams": 3, "renormalize_logits": True, "max_new_tokens": 1,
+    "stop_strings": ["e"], "prompt_lookup_num_tokens": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("greedy", [[], ["--greedy"]])
+def test_nothing_that_a_checkpoint_ships_for_chatting_acts(model, tmp_path, greedy):
+    """Nor in rollouts and evaluations, whose sampling this is."""
+    chatting = shutil.copytree(model, tmp_path / "chatting")
+    config = json.loads((chatting / "generation_config.json").read_text())
+    (chatting / "generation_config.json").write_text(json.dumps(config | CHATTING))
+    models = ("--model", f"a={model}", "--model", f"b={chatting}", "--reference", "a")
+    _, answers, figures = compare.compare(arguments(*models, *greedy))
+    assert answers["a"] == answers["b"]
+    assert figures["a"] == figures["b"]
+    assert max(len(text) for text in answers["a"]) > 1
+
+
+def test_answers_are_those_of_an_evaluation_of_step_3(model):
+    args = arguments("--model", f"a={model}", "--temperature", "0.7", "--seed", "3")
+    asked = answering.load(str(model), "a")
+    rows = tokenize_prompts(
+        comparison_rows(*map(Comparison, PROMPTS)), asked.tokenizer, max_prompt_seq_len=99
+    )
+    (batch,) = build_eval_prompts(
+        rows.rows, num_prompts=9, pad_id=asked.tokenizer.pad_token_id, batch_size=9, rank=0, world_size=1
+    )
+    settings = RolloutArguments(max_answer_seq_len=6, temperature=0.7)
+    rollout = Rollout(asked, asked.tokenizer, settings, seed=3)
+    with rollout.phase():
+        evaluated = rollout.generate(batch, ppo_step=EVALUATION)
+    texts = dict(zip(evaluated.prompt_rows.tolist(), answer_texts(evaluated, asked.tokenizer), strict=True))
+    assert compare.compare(args)[1]["a"] == [texts[0], texts[1]]
+
+
+def test_models_of_other_tokens_have_no_kl(model, tmp_path):
+    other = save_tiny_model(tmp_path / "other", "llama", tokenizer=tiny_tokenizer(["zebra zebra"]))
+    args = arguments("--model", f"a={model}", "--model", f"b={other}", "--reference", "a")
+    with pytest.raises(UserError, match="--reference a: the tokens of b are not those of a"):
+        compare.compare(args)
 
 
 def test_the_demo_task_is_checked_and_the_figures_are_written(model, tmp_path, capsys):

@@ -1,0 +1,135 @@
+"""Answers of a model alone, outside of a run: sampled, and scored, as PPO does both."""
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.arguments import RolloutArguments
+from dschat.data.collate import collate_prompts
+from dschat.data.comparisons import Prompt
+from dschat.data.tokenization import Encoder, content_key
+from dschat.errors import UserError
+from dschat.losses import token_logprobs
+from dschat.models.factory import create_hf_model
+from dschat.models.model_folder import check_model_path
+from dschat.models.tokenizer import load_tokenizer
+from dschat.rlhf.evaluation import EVALUATION
+from dschat.rlhf.judging import answer_logits
+from dschat.rlhf.reading import answer_texts
+from dschat.rlhf.rollout import Rollout, RolloutBatch
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """A causal LM, in the place of an engine, and its tokenizer."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    training: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.module.device
+
+    def eval(self) -> None:
+        """It is never trained."""
+
+    def train(self, mode: bool = True) -> None:
+        """Nor put back into training."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to the prompts."""
+
+    texts: list[str]
+    """In the prompts' order."""
+    batches: list[RolloutBatch]
+    """Prompts of similar length together."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The mean length in tokens, end token included, and the share of answers that have one."""
+        lengths = torch.cat([batch.answer_lengths for batch in self.batches])
+        ended = torch.cat([batch.ended for batch in self.batches])
+        return {"answer_length": lengths.double().mean().item(), "eos_share": ended.double().mean().item()}
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Prompts and answers without padding, in the batches' order."""
+        return [
+            ids[mask].tolist()
+            for batch in self.batches
+            for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+        ]
+
+
+def load(path: str, flag: str) -> AskedModel:
+    """A causal LM in fp32 (bf16 on a GPU) and its tokenizer."""
+    check_model_path(path, flag)
+    tokenizer = load_tokenizer(path)
+    gpu = torch.cuda.is_available()
+    config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
+    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
+    return AskedModel(model.to("cuda" if gpu else "cpu").eval(), tokenizer)
+
+
+def answer(
+    model: AskedModel, prompts: list[Prompt], settings: RolloutArguments, *, seed: int, greedy: bool = False
+) -> Answers:
+    """Answer every prompt as an evaluation of step 3 with these settings and this seed does.
+
+    `greedy` takes the likeliest token in place of a sample.
+    """
+    ids = Encoder(model.tokenizer).prompts(prompts)
+    keys = [content_key(row) for row in ids]
+    table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "key": pa.array(keys, pa.int64())})
+    numbers = defaultdict(itertools.count)
+    samples = np.array([next(numbers[key]) for key in keys])  # or equal prompts would get equal answers
+    rollout = Rollout(model, model.tokenizer, settings, seed=seed, greedy=greedy)
+    order = np.argsort([len(row) for row in ids], kind="stable")
+    size, batches = settings.per_device_generation_batch_size, []
+    with rollout.phase():
+        for rows in np.split(order, range(size, len(order), size)):
+            asked = collate_prompts(
+                table.take(rows),
+                len(rows),
+                pad_id=model.tokenizer.pad_token_id,
+                numbers=rows,
+                samples=samples[rows],
+            )
+            batches.append(rollout.generate(asked.to(model.device), ppo_step=EVALUATION))
+    texts = [text for batch in batches for text in answer_texts(batch, model.tokenizer)]
+    return Answers([texts[place] for place in np.argsort(order)], batches)
+
+
+def log_likelihoods(model: AskedModel, answers: Answers, temperature: float) -> Tensor:
+    """The log-likelihood of each answer given its prompt as PPO has it, in nats. [N], in batches' order."""
+    sums = []
+    with torch.no_grad():
+        for batch in answers.batches:
+            logits = answer_logits(model, batch, len(model.tokenizer))
+            logprobs = token_logprobs(logits, batch.answers, temperature=temperature)
+            sums.append(torch.where(batch.answer_mask, logprobs, 0).sum(dim=1))
+    return torch.cat(sums)
+
+
+def check_vocabularies(models: dict[str, AskedModel], reference: str) -> None:
+    """KL is between distributions over the same tokens. Raises `UserError`."""
+    for name, model in models.items():
+        if model.tokenizer.get_vocab() != models[reference].tokenizer.get_vocab():
+            raise UserError(
+                f"--reference {reference}: the tokens of {name} are not those of {reference}, so there is no "
+                "KL divergence between them; leave out --reference, or that model."
+            )
