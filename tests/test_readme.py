@@ -12,7 +12,7 @@ from processes import environment
 
 from dschat.arguments import parse_arguments
 from dschat.errors import UserError
-from scripts import compare, convert_checkpoint, e2e_rlhf
+from scripts import compare, convert_checkpoint, e2e_rlhf, merge_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_every_flag_that_the_text_names_exists(capsys):
     for step in STEPS.values():
         with pytest.raises(SystemExit):
             parse_arguments(step, ["--help"])
-    for program in (compare, convert_checkpoint, e2e_rlhf):
+    for program in (compare, convert_checkpoint, e2e_rlhf, merge_adapter):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
     flag = r"--[a-z]\w+(?:-\w+)*"

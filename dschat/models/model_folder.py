@@ -23,6 +23,8 @@ OTHER_FORMATS = {
 
 SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 POINTER = b"version https://git-lfs"
 """How a file begins that stands for another, which git-lfs has not fetched."""
 
@@ -46,6 +48,7 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
     indexes = [folder / name for name in WEIGHT_INDEXES if (folder / name).is_file()]
     has_config = (folder / "config.json").is_file()
     if not (has_config and (whole or indexes)):
+        _check_is_no_adapter(folder, flag)
         lacking = f"no weights ({', '.join(WEIGHT_FILES)}, whole or in shards)"
         lacking = lacking if has_config else "no config.json, so it is not the folder of a saved model"
         problem = f"{flag} {model_name_or_path!r} has {lacking}"
@@ -61,6 +64,21 @@ def check_model_path(model_name_or_path: str, flag: str) -> None:
             f"{indexes[0].name} names: {', '.join(missing)}. Copy or download them again."
         )
     _check_fetched([folder / name for name in sorted(shards)], flag)
+
+
+def _check_is_no_adapter(folder: Path, flag: str) -> None:
+    """Raise `UserError` for an adapter without the model that it changes."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    above = folder.resolve().parent
+    if folder.resolve().name == "adapter" and (above / "config.json").is_file():
+        raise UserError(
+            f"{flag} {folder} is an adapter; {above} holds the model with it merged in: give that."
+        )
+    raise UserError(
+        f"{flag} {folder} is an adapter and no whole model. Merge it into the model that it was trained on, "
+        f"and give the result: python scripts/merge_adapter.py {folder} OUTPUT"
+    )
 
 
 def _what_is_there(folder: Path, *, has_config: bool) -> str:
