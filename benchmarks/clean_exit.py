@@ -11,6 +11,7 @@ slow machine does to a run of hundreds then happens in each.
 import argparse
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -180,7 +181,7 @@ def child(folder: Path, ports: list[int], amplified: bool, flags: list[str]) -> 
 
 
 def linger_in_store() -> None:
-    """Let each look of the watch wait in the store for a key that nobody sets."""
+    """Let each look of the watch wait in the store for a key that nobody sets, up to two seconds."""
     from dschat import peers, restart
 
     obey, peers.INTERVAL = restart.obey, 0.0
@@ -188,7 +189,7 @@ def linger_in_store() -> None:
     def linger() -> None:
         obey()
         with suppress(RuntimeError, IndexError):  # the time has passed, or the store is gone
-            restart._store[0].wait(["never"], timedelta(seconds=1))
+            restart._store[0].wait(["never"], timedelta(seconds=random.uniform(0.1, 2.0)))
 
     restart.obey = linger
 

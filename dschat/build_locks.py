@@ -9,12 +9,15 @@ import os
 import time
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import _get_build_directory
 
 OPEN_FILES = Path("/proc/self/fd")
 
 QUIET = 2.0
 """Seconds for which nobody may have a lock open that was left behind: an owner closes it, then deletes it."""
+
+NOTE_AFTER = 5.0
+"""Seconds of waiting that are worth a line."""
 
 ELSEWHERE = 900.0
 """Seconds that a build on another machine, which shares this folder, may take."""
@@ -27,14 +30,20 @@ def clear_build_locks(*, on_one_machine: bool) -> list[Path]:
     """
     if not OPEN_FILES.is_dir():
         return []
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    locks = _build_folder().glob("*/lock")
     return [lock for lock in locks if _is_left_behind(lock, 0 if on_one_machine else ELSEWHERE)]
+
+
+def _build_folder() -> Path:
+    """Where torch builds extensions for this Python and this kind of device."""
+    # The operator's folder is made where it is not there yet, as by torch itself.
+    return Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).parent
 
 
 def _is_left_behind(lock: Path, youngest: float) -> bool:
     """Wait until the lock is gone, or deleted here as nobody holds it and it is `youngest` seconds old."""
-    unheld_since = time.monotonic()
+    start = unheld_since = time.monotonic()
+    has_told = False
     while True:
         try:
             age = time.time() - lock.stat().st_mtime
@@ -45,6 +54,13 @@ def _is_left_behind(lock: Path, youngest: float) -> bool:
                 return True
         except FileNotFoundError:
             return False
+        if time.monotonic() - start > NOTE_AFTER and not has_told:
+            has_told = True
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"note: waiting for another process that compiles {lock.parent.name} ({lock}).",
+                    flush=True,
+                )
         time.sleep(0.1)
 
 

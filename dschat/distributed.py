@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from dschat import peers, restart
 from dschat.build_locks import clear_build_locks
 from dschat.ending import end
 from dschat.errors import UserError
+from dschat.rendezvous import settle_environment, take_free_port, unmet, wait_for_rank_0
 
 TIMEOUT = timedelta(hours=2)
 """Longer than the slowest rank may take to load a model or to write a checkpoint."""
@@ -77,23 +77,20 @@ def check_precision(dtype: str, offload: bool) -> None:
 def setup(local_rank: int = -1) -> torch.device:
     """Join the process group (a group of one under plain `python`) and return this rank's device.
 
-    `local_rank` is the deepspeed launcher's flag; torchrun sets the environment variable instead.
+    Raises `UserError` where the ranks cannot meet. `local_rank` is as `settle_environment` has it.
     """
     # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    if get_accelerator().device_name() == "cpu" and shutil.which("g++") is None:
-        # DeepSpeed would try to compile its shared-memory collectives and fail; gloo does their work, slower.
+    settle_environment(local_rank)
+    _check_device()
+    has_compiler = shutil.which("g++") is not None
+    if get_accelerator().device_name() == "cpu" and (world_size() == 1 or not has_compiler):
+        # DeepSpeed would compile its shared-memory collectives; gloo does their work, slower.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        print_once(
-            "note: no g++ found: ranks on this machine talk through gloo, slower than DeepSpeed's own way."
-        )
+        if world_size() > 1:
+            print_once("note: no g++ found: ranks talk through gloo, slower than DeepSpeed's own way.")
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -103,9 +100,14 @@ def setup(local_rank: int = -1) -> torch.device:
     peers.end_with_launcher()
     for lock in clear_build_locks(on_one_machine=world_size() == local_world_size()):
         print(f"note: {lock} was left behind by a process that was killed, and is deleted.", flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
-        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0))))
+    take_free_port()
+    wait_for_rank_0()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
+            deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        raise unmet(error) from error
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type != "cpu":
         get_accelerator().set_device(device.index)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -116,6 +118,15 @@ def setup(local_rank: int = -1) -> torch.device:
         mine = torch.tensor([[os.getpid(), peers.machine_number()]], device=device)
         peers.watch(*gather_rows(mine).T.tolist(), rank=rank(), each_time=restart.obey)
     return device
+
+
+def _check_device() -> None:
+    local_rank, number = int(os.environ["LOCAL_RANK"]), get_accelerator().device_count()
+    if get_accelerator().device_name() != "cpu" and local_rank >= number:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this machine shows {number} devices (CUDA_VISIBLE_DEVICES "
+            "limits them): start as many processes on it as it has."
+        )
 
 
 def leave(exit_code: int = 0) -> None:
@@ -146,12 +157,6 @@ def _join_again(attempt: int) -> None:
         world_size=world_size(),
         timeout=TIMEOUT,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def current_device() -> torch.device:

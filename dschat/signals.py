@@ -1,4 +1,7 @@
-"""Requests to stop: SIGTERM, SIGUSR1 (Slurm's pre-emption) and Ctrl-C, which a run obeys after its step."""
+"""Requests to stop: SIGTERM, SIGUSR1 (Slurm's pre-emption), SIGHUP (a closed terminal) and Ctrl-C.
+
+A run obeys them after its step. What was ignored when it started, as nohup does with SIGHUP, stays ignored.
+"""
 
 import signal
 import time
@@ -6,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 FORWARDED_AT_ONCE = 1.0
 """Seconds: torchrun passes a Ctrl-C on that its processes have already got from the terminal."""
@@ -25,7 +28,8 @@ class StopRequests:
 
     def listen(self) -> None:
         """Take over the signals; only a program's main thread may."""
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def release(self) -> None:
         """Give the signals back, so that they end the program as usual."""

@@ -8,15 +8,17 @@ from dschat.arguments import StepArguments
 from dschat.distributed import check_precision
 from dschat.models.remote_code import set_consent
 from dschat.out_of_memory import remember
+from dschat.rendezvous import settle_environment
 from dschat.run_folder import check_finished
 
 
 def prepare(arguments: StepArguments) -> None:
-    """Precision, foreign code and determinism. Raises `UserError` for what this machine cannot run.
+    """Ranks, precision, foreign code, determinism. Raises `UserError` for what this machine cannot run.
 
     A finished run in the output folder ends the program here, as `check_finished` says.
     """
     run = arguments.run
+    settle_environment(run.local_rank)
     check_finished(run)
     remember(arguments)
     check_precision(run.dtype, run.offload)

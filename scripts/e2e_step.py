@@ -14,6 +14,7 @@ from types import FrameType
 
 from dschat.arguments import StepArguments, parse_arguments, without_secrets
 from dschat.errors import EXIT_TRY_AGAIN, UserError
+from dschat.signals import STOPPING
 from scripts.e2e_failures import SEARCHED_LINES, last_lines
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
@@ -97,7 +98,9 @@ def passing_signals_on(process: subprocess.Popen) -> Iterator[list[int]]:
         process.send_signal(number)
 
     before = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        number: signal.signal(number, pass_on)
+        for number in STOPPING
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield passed_on

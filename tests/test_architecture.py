@@ -11,7 +11,7 @@ PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = {
     0: ("errors", "arguments", "losses", "distributed", "peers", "restart", "throughput", "signals")
     + ("build_locks", "command_line", "statistics")
-    + ("ending", "console"),
+    + ("ending", "console", "rendezvous"),
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
     + ("out_of_memory", "export_files", "run_lock"),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")

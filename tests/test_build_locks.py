@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from torch.utils import cpp_extension
 
 from dschat import build_locks
 
@@ -19,8 +20,8 @@ DIES, ENDS = "", "; os.remove(sys.argv[1])"
 def lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build_locks, "QUIET", 0.3)
-    (tmp_path / "py311_cpu" / "cpu_adam").mkdir(parents=True)
-    return tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    (tmp_path / "cpu_adam").mkdir(parents=True)
+    return tmp_path / "cpu_adam" / "lock"
 
 
 def building(lock, end: str) -> subprocess.Popen:
@@ -45,13 +46,24 @@ def test_one_that_somebody_holds_is_waited_for(lock):
         assert build_locks.is_open(lock)
         waiter = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiter.wait(timeout=10)
+            waiter.wait(timeout=20)
         other.communicate(b"go on\n")
-    assert waiter.communicate(timeout=30)[0] == "[]\n"
+    told = f"note: waiting for another process that compiles cpu_adam ({lock}).\n"
+    assert waiter.communicate(timeout=30)[0] == told + "[]\n"
+
+
+def test_builds_of_another_python_are_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    other = tmp_path / "py399_cpu" / "cpu_adam"
+    other.mkdir(parents=True)
+    with building(other / "lock", ENDS) as builder:
+        assert build_locks.clear_build_locks(on_one_machine=True) == []
+        builder.communicate(b"go on\n")
 
 
 WAIT = (
-    "from dschat import build_locks; build_locks.QUIET = 0.3; "
+    "from dschat import build_locks; build_locks.QUIET = 0.3; build_locks.NOTE_AFTER = 0.5; "
     "print(build_locks.clear_build_locks(on_one_machine=True))"
 )
 

@@ -16,7 +16,7 @@ def requests():
     listening.release()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", signals.STOPPING)
 def test_the_first_signal_is_noted(number, requests):
     os.kill(os.getpid(), number)
     assert requests.received == number.name
@@ -29,6 +29,18 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_the_launcher_passes_on(r
     monkeypatch.setattr(signals.time, "monotonic", lambda: now + 2)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_nohup_or_a_shell_ignores_stays_ignored():
+    for number in (signal.SIGHUP, signal.SIGINT):
+        before = signal.signal(number, signal.SIG_IGN)
+        requests = StopRequests()
+        requests.listen()
+        os.kill(os.getpid(), number)
+        assert requests.received is None
+        requests.release()
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, before)
 
 
 def test_signals_are_given_back():
