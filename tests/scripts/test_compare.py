@@ -117,8 +117,9 @@ def test_kl_is_measured_at_the_temperature_that_answers_are_sampled_at(model, tm
 
 CHATTING = {
     "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.0,
-    "min_length": 500, "min_new_tokens": 6, "bad_words_ids": [[token] for token in range(20, 60)], "forced_bos_token_id": 9,
-    "forced_eos_token_id": 0, "suppress_tokens": list(range(60, 99)), "begin_suppress_tokens": [7, 8],
+    "min_length": 500, "min_new_tokens": 6, "bad_words_ids": [[token] for token in range(20, 60)],
+    "forced_bos_token_id": 9, "forced_eos_token_id": 0, "suppress_tokens": list(range(60, 99)),
+    "begin_suppress_tokens": [7, 8],
     "sequence_bias": [[[11], -50.0]], "exponential_decay_length_penalty": [1, 9.0], "guidance_scale": 3.0,
     "temperature": 0.01, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.2, "epsilon_cutoff": 0.1,
     "eta_cutoff": 0.1, "do_sample": True, "num_beams": 3, "renormalize_logits": True, "max_new_tokens": 1,
