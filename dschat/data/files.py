@@ -19,12 +19,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dschat.data.cells import BadRow
 from dschat.data.packed import PACKED, open_unpacked, packing
 from dschat.data.tables import table_rows
 from dschat.errors import UserError
 
 Rows = Callable[[], Iterator[tuple[str, Any]]]
-"""Called, it streams (place, row); the place is for messages, such as "pairs.jsonl:3"."""
+"""Called, it streams (place, row); the place is for messages, such as "pairs.jsonl:3". A row that cannot be
+read, while those after it can, is a `BadRow`."""
 Open = Callable[[], BinaryIO]
 """Called, it gives a file's bytes from the beginning."""
 
@@ -117,27 +119,31 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def arrow_rows(parts: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of Arrow tables, counted on. Raises `UserError` for one that Python cannot hold."""
+    """The rows of Arrow tables, counted on; `BadRow` for one that Python cannot hold."""
     number = 0
     for part in parts:
         try:
             rows = part.to_pylist()
         except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
-            rows = _one_by_one(part, name, number)
+            rows = map(_one_row, (part.slice(index, 1) for index in range(part.num_rows)))
         for row in rows:
             number += 1
             yield f"{name}, row {number}", row
 
 
-def _one_by_one(part: pa.RecordBatch | pa.Table, name: str, before: int) -> Iterator[Any]:
-    for index in range(part.num_rows):
-        try:
-            yield from part.slice(index, 1).to_pylist()
-        except (ValueError, OverflowError) as error:
-            raise UserError(
-                f"{name}, row {before + index + 1}: a value cannot be read ({error}). Correct the row or "
-                "remove it."
-            ) from error
+def _one_row(part: pa.RecordBatch | pa.Table) -> Any:
+    try:
+        return part.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"a value cannot be read ({error})")
+
+
+def sound_rows(rows: Rows) -> Iterator[tuple[str, Any]]:
+    """The rows. Raises `UserError` for one that cannot be read."""
+    for place, row in rows():
+        if isinstance(row, BadRow):
+            raise UserError(f"{place}: {row}. Correct the row or remove it.")
+        yield place, row
 
 
 def _json_rows(path: str, open_file: Open) -> Iterator[tuple[str, Any]]:
@@ -149,24 +155,25 @@ def _json_rows(path: str, open_file: Open) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    is_first = True
     for number, line in enumerate(file, 1):
+        row: Any
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                yield f"{path}:{number}", json.loads(text)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, number) from error
+            if not text:
+                continue
+            row = json.loads(text)
+        except UnicodeDecodeError:
+            row = BadRow("the text is not UTF-8; save the file in that encoding")
         except json.JSONDecodeError as error:
-            goes_on = text.startswith("{") and error.pos >= len(text) and file.readline()
-            remedy = ("Correct the line, or give one list of objects.", GOES_ON)[bool(goes_on)]
-            raise UserError(
-                f"{path}:{number}: not a JSON object on one line ({error.msg} at character {error.pos + 1}). "
-                + remedy
-            ) from error
+            problem = f"not a JSON object on one line ({error.msg} at character {error.pos + 1})"
+            if is_first and text.startswith("{") and error.pos >= len(text) and file.readline():
+                raise UserError(f"{path}:{number}: {problem}. {GOES_ON}") from error
+            row = BadRow(problem)
         except (RecursionError, ValueError) as error:
-            raise UserError(
-                f"{path}:{number}: the JSON cannot be read ({_too_much(error)}). Correct the line."
-            ) from error
+            row = BadRow(f"the JSON cannot be read ({_too_much(error)})")
+        is_first = False
+        yield f"{path}:{number}", row
 
 
 def _elements(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:

@@ -91,6 +91,8 @@ def read_rows(
     read, layout = form.reader() or source.read, None
     for place, row in rows():
         try:
+            if isinstance(row, BadRow):
+                raise row
             if not isinstance(row, dict):
                 raise BadRow(f"the row is no JSON object, but {json.dumps(row)[:60]}")
             columns = form.renamed(row)

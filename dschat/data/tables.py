@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
+from dschat.data.cells import BadRow, Row
 from dschat.errors import UserError
+
+PANDAS_INDEX = "__index_level_0__"
+"""What Arrow calls the numbers of rows that pandas writes into a first column without a name."""
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
@@ -16,8 +20,8 @@ def table_rows(
 ) -> Iterator[tuple[str, Any]]:
     """The rows, each with the line it begins on. Quoted fields may hold line breaks; an empty one is None.
 
-    Without a `delimiter` it is the one of comma, semicolon and tab that the first line has most of. Raises
-    `UserError` for a row with more or fewer fields than the first line.
+    Without a `delimiter` it is the one of comma, semicolon and tab that the first line has most of. A row
+    with another number of fields than the first line is a `BadRow`. Raises `UserError` for unended quotes.
     """
     with open_file() as file:
         yield from _rows(name, _decoded(name, file), delimiter)
@@ -34,13 +38,7 @@ def _rows(name: str, lines: Iterator[str], delimiter: str | None) -> Iterator[tu
             if fields and not columns:
                 columns = _names(fields, f"{name}:{line}")
             elif fields:
-                if len(fields) != len(columns):
-                    raise UserError(
-                        f"{name}:{line}: the row has {len(fields)} fields, but the first line names "
-                        f"{len(columns)} columns. Correct the row: text that holds {_called(delimiter)} or a "
-                        "line break stands between double quotes."
-                    )
-                yield f"{name}:{line}", {c: f or None for c, f in zip(columns, fields, strict=True)}
+                yield f"{name}:{line}", _row(columns, fields, delimiter)
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -49,8 +47,19 @@ def _rows(name: str, lines: Iterator[str], delimiter: str | None) -> Iterator[tu
         ) from error
 
 
+def _row(columns: list[str], fields: list[str], delimiter: str) -> Row | BadRow:
+    if len(fields) != len(columns):
+        return BadRow(
+            f"the row has {len(fields)} fields, but the first line names {len(columns)} columns; text that "
+            f"holds {_called(delimiter)} or a line break stands between double quotes"
+        )
+    return {column: field or None for column, field in zip(columns, fields, strict=True)}
+
+
 def _names(fields: list[str], place: str) -> list[str]:
     names = [field.strip() or f"column {number}" for number, field in enumerate(fields, start=1)]
+    if not fields[0].strip():
+        names[0] = PANDAS_INDEX
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"{place}: several columns are called {', '.join(repeated)}; rename them.")

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint
-from dschat.data.files import readable, user_path
+from dschat.data.files import readable, sound_rows, user_path
 from dschat.data.sources import open_source
 from dschat.data.tokenization import tokenizer_fingerprint
 from dschat.errors import UserError
@@ -80,7 +80,7 @@ def _open(name: str, config_name: str | None) -> tuple[str, partial[Iterator[Pie
     source = open_source(name, FLAG, config_name=config_name)
     if source.weight is not None:
         raise UserError(f"{FLAG} {name}: texts have no weights; leave it out, or give a text several times.")
-    return source.fingerprint, partial(_row_pieces, source.training())
+    return source.fingerprint, partial(_row_pieces, sound_rows(source.training))
 
 
 def _file_pieces(path: Path) -> Iterator[Piece]:

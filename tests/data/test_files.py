@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dschat.data import files
-from dschat.data.files import file_rows
+from dschat.data.cells import BadRow
+from dschat.data.files import file_rows, sound_rows
 from dschat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ VALUES = st.recursive(
 
 
 def rows_of(path):
-    return [row for _, row in file_rows(path, "--data_path")()]
+    return [row for _, row in sound_rows(file_rows(path, "--data_path"))]
 
 
 def places(path):
@@ -175,8 +176,16 @@ def test_one_object_over_many_lines_says_what_it_is_and_what_to_do(tmp_path, ind
 
 def test_a_last_line_that_is_cut_off_is_no_object_over_many_lines(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}\n{"a": ')
-    with pytest.raises(UserError, match=r"x\.json:2: .* Correct the line, or give one list of objects\.$"):
+    with pytest.raises(UserError, match=r"x\.json:2: not a JSON object on one line .*\. Correct the row"):
         rows_of(tmp_path / "x.json")
+
+
+def test_the_lines_after_one_that_cannot_be_read_are_read(tmp_path):
+    lines = [b'{"a": 1}', b'{"a": ', b'{"a": 2}', b"\xff", b'{"a": 3}', b'{"a": ' + b"9" * 5000 + b"}", b"4"]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    rows = [row for _, row in file_rows(tmp_path / "x.jsonl", "--data_path")()]
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False, True, False, True, False]
+    assert (rows[0], rows[4], rows[6]) == ({"a": 1}, {"a": 3}, 4)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])

@@ -189,6 +189,23 @@ def test_bad_rows_are_left_out_and_counted_by_reason(tmp_path):
         reading(tmp_path, *rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "lines", "reason"),
+    [
+        ("x.jsonl", [json.dumps(PAIR), '{"prompt": "cut', json.dumps(PAIR)], "not a JSON object on one line"),
+        ("x.csv", ["prompt,chosen,rejected", "p,good,bad", "p,good", "p,good,bad"], "the row has N fields"),
+    ],
+)
+def test_lines_that_a_file_cannot_give_are_bad_rows_too(tmp_path, name, lines, reason):
+    (tmp_path / name).write_text("\n".join(lines))
+    source, findings = open_source(str(tmp_path / name)), Findings()
+    found = list(read_comparisons(source, source.training, Format(drop_bad_rows=True), findings))
+    assert [comparison.answers for comparison in found] == [("good", "bad")] * 2
+    assert [(why.startswith(reason), count) for why, count in findings.bad.items()] == [(True, 1)]
+    with pytest.raises(UserError, match=rf"{name}:\d: {reason[:11]}.* leave out all such rows with"):
+        list(read_comparisons(source, source.training, Format(), Findings()))
+
+
 HISTORY = [["a", "b"], ["c", "d"]]
 
 

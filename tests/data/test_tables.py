@@ -2,14 +2,17 @@ import gzip
 
 import pytest
 
-from dschat.data.files import file_rows
+from dschat.data.cells import BadRow
+from dschat.data.files import file_rows, sound_rows
 from dschat.errors import UserError
 
 
 def rows(tmp_path, content, name="x.csv"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(place.removeprefix(f"{tmp_path}/"), row) for place, row in file_rows(path, "--data_path")()]
+    return [
+        (place.removeprefix(f"{tmp_path}/"), row) for place, row in sound_rows(file_rows(path, "--data_path"))
+    ]
 
 
 def test_rows_have_the_names_of_the_first_line_and_the_line_they_begin_on(tmp_path):
@@ -42,7 +45,16 @@ def test_one_column_and_long_fields_and_packed_tables_are_read(tmp_path):
 
 
 def test_columns_without_a_name_are_numbered(tmp_path):
-    assert rows(tmp_path, ",prompt\n0,a\n") == [("x.csv:2", {"column 1": "0", "prompt": "a"})]
+    assert rows(tmp_path, ",prompt,\n0,a,1\n") == [
+        ("x.csv:2", {"__index_level_0__": "0", "prompt": "a", "column 3": "1"})
+    ]
+
+
+def test_rows_after_one_with_too_many_fields_are_read(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
+    found = [row for _, row in file_rows(tmp_path / "x.csv", "--data_path")()]
+    assert [found[0], found[2]] == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+    assert isinstance(found[1], BadRow)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "prompt,chosen\n"])
