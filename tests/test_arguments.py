@@ -133,6 +133,21 @@ def test_k1_in_the_loss_is_said_to_hold_nothing_back(capsys):
 
 
 @pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--top_p 0.9", "with --top_p 0.9;"),
+        ("--top_k 50", "with --top_k 50;"),
+        ("--top_k 50 --top_p 0.9", "with --top_k 50 and --top_p 0.9;"),
+        ("--top_p 1 --top_k 0", None),
+    ],
+)
+def test_that_nothing_corrects_for_truncated_sampling_is_said(argv, named, capsys):
+    rlhf(*argv.split())
+    said = capsys.readouterr().out
+    assert named in said if named else "sampled with" not in said
+
+
+@pytest.mark.parametrize(
     ("argv", "aligns"),
     [("--dtype fp16", True), ("", False), ("--dtype fp16 --advantage_estimator reinforce++", False)],
 )

@@ -4,6 +4,7 @@ import os
 
 from dschat.arguments.flags import require
 from dschat.arguments.model import ModelArguments
+from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
 
 
@@ -60,3 +61,15 @@ def note_padding_flag(value: int | None) -> None:
     """Say once that `--num_padding_at_beginning` changes nothing."""
     if value is not None and int(os.environ.get("RANK", 0)) == 0:
         print("note: --num_padding_at_beginning is not needed and ignored: padding is told by masks.")
+
+
+def say_what_sampling_cuts(rollout: RolloutArguments) -> None:
+    """Say that nothing accounts for what top-k and top-p leave out, where one of them is on."""
+    top_k = [f"--top_k {rollout.top_k}"] if rollout.top_k > 0 else []
+    top_p = [f"--top_p {rollout.top_p}"] if rollout.top_p < 1 else []
+    if (top_k or top_p) and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"note: answers are sampled with {' and '.join(top_k + top_p)}; PPO's ratios, KL and "
+            "--rollout_correction are those of the whole softmax, and what was cut off is not corrected for "
+            "(docs/ppo.md)."
+        )

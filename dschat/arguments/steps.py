@@ -4,7 +4,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from dschat.arguments.checks import check_4bit, check_lora, check_offload, note_padding_flag
+from dschat.arguments.checks import (
+    check_4bit,
+    check_lora,
+    check_offload,
+    note_padding_flag,
+    say_what_sampling_cuts,
+)
 from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArguments
 from dschat.arguments.flags import group, require
 from dschat.arguments.guard import GuardArguments
@@ -191,6 +197,7 @@ class RlhfArguments:
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         if self.rlhf.align_overflow and not self.aligns_overflow and int(os.environ.get("RANK", 0)) == 0:
             print("note: --align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
+        say_what_sampling_cuts(self.rollout)
         for model in (self.actor, self.critic):
             require(
                 model.dropout == 0 and model.lora_dropout == 0,

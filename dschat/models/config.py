@@ -152,7 +152,7 @@ def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: 
     follow: that is said once.
     """
     config = read_config(model_name_or_path, dropout=None)
-    limit = getattr(config, "max_position_embeddings", None) or num_tokens
+    limit = _num_positions(config) or num_tokens
     if num_tokens <= limit:
         return
     problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
@@ -166,6 +166,14 @@ def learned_positions(model_name_or_path: str) -> int | None:
     """The longest input in tokens, None where positions are computed and go on."""
     config = read_config(model_name_or_path, dropout=None)
     return getattr(config, "max_position_embeddings", None) if _has_learned_positions(config) else None
+
+
+def _num_positions(config: PretrainedConfig) -> int | None:
+    """The positions that a model was trained on or stretched to (by YaRN, say); None where it does not tell."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return max(limit, int(original * factor)) if limit and original and factor else limit
 
 
 def _has_learned_positions(config: PretrainedConfig) -> bool:

@@ -353,6 +353,17 @@ def test_lengths_beyond_learned_positions_are_an_error_and_beyond_rotary_ones_a_
     assert "512 positions" in capsys.readouterr().out
 
 
+def test_positions_that_are_stretched_count(tmp_path, capsys):
+    folder = save_tiny_model(tmp_path)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    edit_json(folder / "config.json", rope_parameters=yarn)
+    check_positions(str(folder), 2048, "--max_seq_len", "the longest row")
+    assert "positions" not in capsys.readouterr().out
+    check_positions(str(folder), 2049, "--max_seq_len", "the longest row")
+    assert "has 2049 tokens and" in (said := capsys.readouterr().out)
+    assert "knows 2048 positions" in said
+
+
 def test_a_table_of_rotations_ends_as_learned_positions_do(tmp_path):
     folder = save_tiny_model(tmp_path, "gptj")
     tokens = torch.full((1, 513), 5)
