@@ -42,7 +42,7 @@ class BadRow(ValueError):
     @property
     def reason(self) -> str:
         """The message without values, such that rows with the same fault have the same reason."""
-        return re.sub(r"\b\d+\b", "N", re.split(", but |; |: ", str(self))[0])
+        return re.sub(r"\b\d+\b", "N", re.split(r", but |; |: | \(", str(self))[0])
 
 
 class DroppedRow(Exception):

@@ -753,3 +753,70 @@ def test_the_first_row_that_fails_by_itself_is_named():
     with pytest.raises(RowError) as caught:
         _naming_the_row(rows, [6, 7, 8], encode, with_indices=False)
     assert pickle.loads(pickle.dumps(caught.value)).number == 7
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepared(data, tokenizer, step):
+    if step == 3:
+        return prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1)
+    return (sft_data, reward_data)[step - 1](data, tokenizer, max_seq_len=64, seed=1)
+
+
+def test_unpaired_feedback_teaches_good_answers_alone(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": f"Q {n}:", "completion": f" yes {n}", "label": n % 2 == 0} for n in range(12)]
+    data = arguments(tmp_path, write(tmp_path / "a.jsonl", *rows), data_split="1,1,1", eval_fraction=0)
+    told, learned, asked = [], [], []
+    for _ in range(2):  # the second time from the cache
+        learned = prompts_of(tokenizer, prepared(data, tokenizer, 1).train)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert "6 rows have answers labelled bad: no step learns those" in told[0]
+    assert learned
+    assert all(number % 2 == 0 for number in learned)
+    asked = prompts_of(tokenizer, prepared(data, tokenizer, 3).train)
+    assert any(number % 2 for number in asked)
+    with pytest.raises(UserError, match=r"no two answers to compare.*; rows have 6 \(answers labelled bad\)"):
+        prepared(data, tokenizer, 2)
+
+
+def test_columns_that_are_not_read_are_told_again_from_the_cache(tmp_path, tokenizer, capsys):
+    rows = [{"prompt": f"Q {n}:", "chosen": " a", "rejected": " b", "mood": "x", "id": n} for n in range(8)]
+    data = arguments(tmp_path, write(tmp_path / "a.jsonl", *rows), eval_fraction=0)
+    for _ in range(2):
+        prepared(data, tokenizer, 2)
+        assert "1 column is not read: `mood` (8 rows)" in capsys.readouterr().out
+
+
+def test_bad_rows_are_left_out_where_the_flag_says_so(tmp_path, tokenizer, capsys):
+    good = [{"prompt": f"Q {n}:", "chosen": " a", "rejected": " b"} for n in range(20)]
+    path = write(tmp_path / "a.jsonl", *good[:3], {**good[3], "chosen": ""}, *good[4:], {"prompt": "x"})
+    stopping = arguments(tmp_path, path, eval_fraction=0, data_split="1,1,1")
+    dropping = arguments(tmp_path, path, eval_fraction=0, data_split="1,1,1", on_bad_row="drop")
+    sound = arguments(tmp_path, write(tmp_path / "b.jsonl", *good[:3], *good[4:]), eval_fraction=0)
+    numbers = []
+    for step, name in ((1, "input_ids"), (2, "chosen_ids"), (3, "input_ids")):
+        with pytest.raises(UserError, match=r"a\.jsonl:4: \"chosen\" is empty\. .*--on_bad_row drop"):
+            prepared(stopping, tokenizer, step)
+        numbers += prompts_of(tokenizer, prepared(dropping, tokenizer, step).train, name)
+        told = capsys.readouterr().out
+        assert 'left out (--on_bad_row drop): 1 ("chosen" is empty), 1 (the row has no "chosen")' in told
+        assert f'{path}:4: "chosen" is empty' in told
+    assert sorted(numbers) == [n for n in range(20) if n != 3]
+    assert prepared(sound, tokenizer, 1).num_rows == {str(tmp_path / "b.jsonl"): 19}
+    nothing = write(tmp_path / "c.jsonl", *[{**row, "chosen": ""} for row in good[:2]])
+    with pytest.raises(UserError, match=r'no rows to train on: dropped 2 \(bad row: "chosen" is empty\)'):
+        prepared(arguments(tmp_path, nothing, on_bad_row="drop"), tokenizer, 1)
+
+
+def test_pairs_that_are_labelled_both_ways_are_counted(tmp_path, tokenizer, capsys):
+    pair = {"chosen": " a", "rejected": " b"}
+    turned = {"chosen": " b", "rejected": " a"}
+    rows = [{"prompt": f"Q {n}:", **pair} for n in range(6)]
+    rows += [{"prompt": "Q 0:", **turned}, {"prompt": "Q 1:", **turned}, {"prompt": "Q 1:", **turned}]
+    data = arguments(tmp_path, write(tmp_path / "a.jsonl", *rows), eval_fraction=0, data_split="0,1,0")
+    prepared(data, tokenizer, 2)
+    assert "2 pairs are labelled both ways" in capsys.readouterr().out
