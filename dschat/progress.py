@@ -228,8 +228,7 @@ class Checkpoints:
         return problem
 
     def _make(self, temporary: Path) -> None:
-        for left_behind in self._root.glob(".saving-*"):  # by a run that was killed
-            shutil.rmtree(left_behind)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that failed
         temporary.mkdir(parents=True, mode=0o700)
 
     def _write_own(

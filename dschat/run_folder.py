@@ -87,6 +87,18 @@ def newest_checkpoint(run: RunArguments) -> Path | None:
     return next((root / name for name in reversed(finished_checkpoints(root))), None)
 
 
+def check_free(run: RunArguments) -> None:
+    """Raise `UserError` at once where a finished run would be overwritten, or a live one writes.
+
+    What can be said before models and data are looked at; `check_run_folder` says the rest. A finished run
+    that is resumed ends the program.
+    """
+    check_finished(run)
+    if run.output_dir and Path(run.output_dir).is_dir() and int(os.environ.get("RANK", 0)) == 0:
+        with suppress(OSError):  # of which `check_run_folder` says more
+            claim(Path(run.output_dir))
+
+
 def check_finished(run: RunArguments) -> None:
     """Raise `UserError` where a finished run would be overwritten; one that is resumed ends the program.
 
@@ -206,8 +218,7 @@ def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
         return
     folder = Path(arguments.run.output_dir)
     # In this order a kill leaves a finished run, or one that nothing remains to go on from.
-    if not is_resumed:
-        _clear_checkpoints(folder / "checkpoints")
+    _clear_checkpoints(folder / "checkpoints", complete=not is_resumed)
     (folder / SUMMARY).unlink(missing_ok=True)
     if not is_resumed:
         _clear_results(folder)
@@ -216,11 +227,14 @@ def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
     note_begun(folder)
 
 
-def _clear_checkpoints(checkpoints: Path) -> None:
+def _clear_checkpoints(checkpoints: Path, *, complete: bool) -> None:
+    """Remove what killed runs had not finished, and with `complete` the checkpoints, too."""
     if checkpoints.is_symlink():
         return
-    unfinished = (path for pattern in TEMPORARY_CHECKPOINTS for path in checkpoints.glob(pattern))
-    for path in [*filter(_is_checkpoint, checkpoints.glob(STEP_FOLDERS)), *unfinished]:
+    found = [path for pattern in TEMPORARY_CHECKPOINTS for path in checkpoints.glob(pattern)]
+    if complete:
+        found += filter(_is_checkpoint, checkpoints.glob(STEP_FOLDERS))
+    for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     with suppress(OSError):  # where something else is in it, or there is none

@@ -203,9 +203,20 @@ def test_a_kill_on_the_way_leaves_a_finished_run_or_one_that_can_be_started_agai
     assert len(calls) > 5
 
 
+def test_a_resumed_run_clears_what_was_half_written_and_keeps_the_rest(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "checkpoints" / ".saving-mine").mkdir()
+    start_run(arguments(tmp_path, "--resume_from_checkpoint"), is_resumed=True)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", ".saving-mine"}
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_both_ways_to_begin_at_once_are_refused(tmp_path):
     with pytest.raises(UserError, match="--overwrite_output_dir starts anew and --resume_from_checkpoint"):
         arguments(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint")
+    with pytest.raises(UserError, match="--overwrite_output_dir True needs --output_dir"):
+        parse_arguments("sft", ["--model_name_or_path", "m", "--overwrite_output_dir"])
 
 
 def test_an_export_says_which_files_are_its_own(tmp_path):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dschat import run_lock
+from dschat.arguments import RunArguments
 from dschat.errors import UserError
+from dschat.run_folder import check_free
 from dschat.run_lock import LOCK, claim, has_begun_before, note_begun
 
 # A run that claims its folder; "forked" leaves a process that outlives it, as those of a pool may.
@@ -46,6 +48,8 @@ def test_a_live_run_is_named_at_once_and_its_end_frees_the_folder(tmp_path, caps
         with pytest.raises(UserError, match=named):
             claim(tmp_path)
         assert time.monotonic() - begin < 0.5
+        with pytest.raises(UserError, match=named):  # before models and data are looked at
+            check_free(RunArguments(output_dir=str(tmp_path)))
         assert capsys.readouterr().out == ""
         other.kill()
         other.wait()

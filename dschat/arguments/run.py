@@ -82,7 +82,7 @@ class RunArguments:
             "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on; give one of them.",
         )
         require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit", "max_skipped_steps")
-        for name in ("save_interval", "save_minutes", "resume_from_checkpoint"):
+        for name in ("save_interval", "save_minutes", "resume_from_checkpoint", "overwrite_output_dir"):
             require(
                 not getattr(self, name) or self.output_dir is not None,
                 f"--{name} {getattr(self, name)} needs --output_dir, below which checkpoints are.",
