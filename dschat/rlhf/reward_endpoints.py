@@ -3,7 +3,6 @@
 import base64
 import http.client
 import json
-import math
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from dschat.console import printable
 from dschat.errors import UserError
 from dschat.rlhf.answered import Answered, Problem, Score
 from dschat.rlhf.http_posts import TooLong, open_url, proxy_of
+from dschat.rlhf.reward_worker import LARGEST
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before the first further attempt, which double from one to the next, and where that ends."""
@@ -60,6 +60,7 @@ class RewardEndpoint:
             try:
                 return open_url(request, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY)
             except urllib.error.HTTPError as error:
+                error.close()  # it holds the connection
                 cause = f"HTTP {error.code} {_plain(error.reason)}"
                 if error.code < 500 and error.code != TOO_MANY_REQUESTS:
                     raise self._error(cause + _where_to(error)) from error
@@ -118,9 +119,7 @@ def _plain(text: object, limit: int = 200) -> str:
 
 
 def _score(value: Any) -> Score:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
-            return float(value)
-    except OverflowError:  # an integer of JSON has no largest
-        pass
+    # An integer of JSON has no largest, and cannot always be made a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
+        return float(value)
     return Problem("no finite number", f"it returned {str(value)[:60]}, which is no finite number")

@@ -44,7 +44,7 @@ def faulty(prompts, answers):
             sys.exit("bye")
         if answer == "crash":
             os.kill(os.getpid(), 11)
-    odd = {"nan": float("nan"), "inf": 1e999, "text": "1.0", "none": None}
+    odd = {"nan": float("nan"), "inf": 1e999, "huge": 1e300, "text": "1.0", "none": None}
     return [odd.get(answer, 1.0) for answer in answers]
 
 
@@ -105,6 +105,13 @@ def chatters(prompts, answers):
     return [0.1 + len(prompt) / 3 for prompt in prompts]
 
 
+def shouts(prompts, answers):
+    for _ in range(3):
+        print("\u00e9" * 100_000)
+        print("\u00e9", file=sys.stderr)
+    return [1.0] * len(answers)
+
+
 def forks_and_comes_back(prompts, answers):
     os.fork()
     return [float(len(answer)) for answer in answers]
@@ -149,6 +156,26 @@ def test_more_than_a_pipe_holds_goes_through_it_both_ways_beside_what_the_functi
     source = RewardFunction(f"{rules}:chatters", batch_size=20_000, seconds=30)
     long = Answered(["p" * 10] * 20_000, ["é" * 20] * 20_000, {})
     assert source.score(long) == [0.1 + 10 / 3] * 20_000  # replies of 400 kB
+
+
+def test_prints_that_no_one_reads_or_can_encode_are_no_failure(rules):
+    """Of a run whose output goes to `| head`, in a locale of ASCII."""
+    program = (
+        "from dschat.rlhf.answered import Answered\n"
+        "from dschat.rlhf.reward_functions import RewardFunction\n"
+        f"source = RewardFunction({str(rules) + ':shouts'!r}, batch_size=8, seconds=30)\n"
+        "open('/proc/self/fd/5', 'w').write(str(source.score(Answered(['p'], ['a'], {}))))\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    result, report = os.pipe()
+    child = f'exec 5>&{report}; exec "$0" -c "$1" 2>&{writer}'
+    env = environment(PYTHONIOENCODING="ascii")
+    subprocess.run(
+        ["bash", "-c", child, sys.executable, program], pass_fds=[writer, report], env=env, check=True
+    )
+    os.close(report)
+    assert os.read(result, 100) == b"[1.0]"
 
 
 def test_a_fork_of_the_function_gives_no_second_reply(rules):
@@ -197,6 +224,7 @@ def test_scores_may_be_an_array_and_batches_are_cut(rules):
         ("crash", "signal 11", "its process died of SIGSEGV"),
         ("nan", "no finite number", "it returned nan, which is no finite number"),
         ("inf", "no finite number", "it returned inf, which is no finite number"),
+        ("huge", "no finite number", "it returned 1e+300, which is no finite number"),
         ("text", "no finite number", "it returned '1.0', which is no finite number"),
         ("none", "no finite number", "it returned None, which is no finite number"),
     ],
