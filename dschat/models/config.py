@@ -169,7 +169,7 @@ def learned_positions(model_name_or_path: str) -> int | None:
 
 
 def _num_positions(config: PretrainedConfig) -> int | None:
-    """The positions that a model was trained on or stretched to (by YaRN, say); None where it does not tell."""
+    """The positions that a model was trained on, or stretched to; None where it does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
