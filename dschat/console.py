@@ -138,12 +138,29 @@ class Log:
             self._file.write((line.rstrip() + "\n").encode("utf-8", errors="backslashreplace"))
 
 
+def _start_in_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode, unless it is; what is printed keeps its encoding.
+
+    Libraries open files with the locale's encoding, and pass names of files on as UTF-8.
+    """
+    has_tried = os.environ.get("PYTHONUTF8") == "1"
+    if sys.getfilesystemencoding() == "utf-8" or has_tried or sys.stdout is not sys.__stdout__:
+        return
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding if sys.stdout else "utf-8")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 log = Log()
 """That of this process; only rank 0 opens it."""
 
 
 def take_over() -> None:
-    """Let stdout and stderr of this program be a `Console`; streams that others have replaced stay theirs."""
+    """Let stdout and stderr of this program be a `Console`; streams that others have replaced stay theirs.
+
+    Where the file system's encoding is not UTF-8 the program starts again in Python's UTF-8 mode.
+    """
+    _start_in_utf8()
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

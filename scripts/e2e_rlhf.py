@@ -15,7 +15,6 @@ The same command again leaves out the steps that have finished. Where steps make
 import argparse
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from dschat.console import PLAIN
 from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
 from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
+from dschat.rendezvous import free_port
 from dschat.run_folder import read_summary
 from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
@@ -149,19 +149,13 @@ def launcher(args: argparse.Namespace) -> list[str]:
     """What starts a step's main.py: this Python, or DeepSpeed's launcher of this environment."""
     if args.deployment_type == "single_gpu":
         return [sys.executable]
-    start = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if args.num_gpus:
-        start += ["--num_gpus", str(args.num_gpus)]
+    number = ["--num_gpus", str(args.num_gpus)] if args.num_gpus else []
     if args.deployment_type == "multi_node":
-        return start + (["--hostfile", str(args.hostfile)] if args.hostfile else [])
+        hosts = ["--hostfile", str(args.hostfile)] if args.hostfile else []
+        return [sys.executable, str(ROOT / "scripts/launch.py"), *number, *hosts]
     # A free port, so that two runs on a machine do not meet; and no hostfile that happens to lie about.
-    return [*start, "--hostfile", os.devnull, "--master_port", str(_free_port())]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", *number]
+    return [*start, "--hostfile", os.devnull, "--master_port", str(free_port())]
 
 
 def commands(args: argparse.Namespace) -> list[Command]:

@@ -5,7 +5,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${OUTPUT:-output/llama_8b}"
 
-deepspeed --hostfile "${HOSTFILE:-hostfile}" "$here/main.py" \
+python "$here/../scripts/launch.py" --hostfile "${HOSTFILE:-hostfile}" "$here/main.py" \
     --model_name_or_path meta-llama/Llama-3.1-8B \
     --output_dir "$out/step2_reward" \
     --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \

@@ -5,7 +5,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${OUTPUT:-output/llama_8b}"
 
-deepspeed --hostfile "${HOSTFILE:-hostfile}" "$here/main.py" \
+python "$here/../scripts/launch.py" --hostfile "${HOSTFILE:-hostfile}" "$here/main.py" \
     --actor_model_name_or_path "$out/step1_sft" \
     --critic_model_name_or_path "$out/step2_reward" \
     --output_dir "$out/step3_ppo" \

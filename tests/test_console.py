@@ -72,6 +72,25 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding, tmp_path):
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()[2] == expected
 
 
+def test_an_ascii_locale_makes_no_difference_to_files_and_arguments(tmp_path):
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from dschat.errors import readable_errors\n"
+        "with readable_errors():\n"
+        "    Path(sys.argv[1]).write_text('é 茶')\n"
+        "    print('é', *sys.argv[2:])\n"
+        "    sys.exit(3)\n"
+    )
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, tmp_path / "program.py", tmp_path / "é.txt", "", "a b"],
+        env=environment(LC_ALL="C", PYTHONUTF8="0"), capture_output=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 3
+    assert result.stdout == b"\\xe9  a b\n"
+    assert (tmp_path / "é.txt").read_text(encoding="utf-8") == "é 茶"
+
+
 def test_the_log_goes_on_where_it_was_and_has_bars_only_as_they_end(tmp_path):
     log = tmp_path / "log.txt"
     for _ in range(2):
