@@ -365,7 +365,8 @@ BOMBS = """
 @target("chat templates", 0.03)
 def templates(chance: random.Random, folder: Path) -> None:
     """Templates put together from parts that work, raise, loop, recurse and pry."""
-    from dschat.data.templates import NAMED, settle_template
+    from dschat.data.template_trial import settle_template
+    from dschat.data.templates import NAMED
 
     text = chance.choice((FRAME, FRAME, *NAMED.values(), ""))
     text = several_times(
@@ -420,7 +421,7 @@ def model_folder(folder: Path) -> dict[str, bytes]:
     if "model" not in KEPT:
         from tiny import save_tiny_model
 
-        from dschat.data.tokenization import tokenizer_fingerprint
+        from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
         from dschat.manifest import FORMAT, MANIFEST, Manifest, template_fingerprint, weight_checksums
         from dschat.models.tokenizer import load_tokenizer
 

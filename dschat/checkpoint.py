@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dschat.data.tokenization import tokenizer_fingerprint
+from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed import (
     gathered,
     is_main_process,

@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from dschat.data.cache import files_fingerprint, fingerprint
 from dschat.data.files import is_local
-from dschat.data.tokenization import tokenizer_fingerprint
+from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed import current_device, is_main_process, max_across_ranks, print_once
 from dschat.errors import UserError
 from dschat.losses import masked_mean, token_logprobs

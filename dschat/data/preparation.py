@@ -43,8 +43,8 @@ from dschat.data.tokenization import (
     tokenize_pairs,
     tokenize_prompts,
     tokenize_sft,
-    tokenizer_fingerprint,
 )
+from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.errors import UserError
 
 FORMAT = 7

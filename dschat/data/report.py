@@ -65,6 +65,7 @@ def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, 
         "fewer_turns": tokenized.num_fewer_turns,
         "cut": tokenized.num_cut,
         "dropped": dict(left_out),
+        "unshown": tokenized.unshown,
     }
 
 
@@ -90,6 +91,7 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
             + listed("; dropped", counts["dropped"])
             + (f"; {both} pairs are labelled both ways" if (both := counts.get("contradictions")) else "")
+            + listed("; the chat template does not show in as many rows", counts["unshown"])
             + ("; --num_train_epochs counts passes over them" if name == "train" else "")
         )
     if report["related"]:

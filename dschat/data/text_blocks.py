@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint
 from dschat.data.files import readable, sound_rows, user_path
 from dschat.data.sources import open_source
-from dschat.data.tokenization import tokenizer_fingerprint
+from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.errors import UserError
 
 FORMAT = 1

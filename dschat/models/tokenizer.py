@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments, TokenizerArguments
 from dschat.data.files import is_local
-from dschat.data.templates import settle_template
+from dschat.data.template_trial import settle_template
 from dschat.distributed import print_once
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import collate_prompts
 from dschat.data.comparisons import Prompt
-from dschat.data.tokenization import Encoder, content_key
+from dschat.data.encoder import Encoder
+from dschat.data.tokenization import content_key
 from dschat.errors import UserError
 from dschat.losses import token_logprobs
 from dschat.models.factory import create_hf_model

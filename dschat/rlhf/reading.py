@@ -5,8 +5,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.encoder import Encoder
 from dschat.data.templates import ChatTemplate
-from dschat.data.tokenization import Encoder
 from dschat.rlhf.rollout import RolloutBatch
 
 

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import comparison_rows, tiny_tokenizer
 
-from dschat.data import templates
+from dschat.data import template_trial
 from dschat.data.comparisons import Comparison, Turn, parse_dialogue
-from dschat.data.templates import NONE, PLAIN, ChatTemplate, settle_template
+from dschat.data.template_trial import settle_template
+from dschat.data.templates import NONE, PLAIN, ChatTemplate
 from dschat.data.tokenization import tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.errors import UserError
 
@@ -67,7 +68,7 @@ class Style:
     answered: str
     """Less the end token."""
     learned: tuple[str, str]
-    """With the end token."""
+    """With the end token: the template's own, or else the tokenizer's."""
     system: str
     """What stands before "Tea?" where `SYSTEM` comes first."""
     bos: bool = False
@@ -120,7 +121,7 @@ STYLES = {
         "<|endoftext|>",
         CHATML_ASKED,
         "A drop.<|im_end|>",
-        ("Yes.<|im_end|>", "A drop.<|im_end|><|endoftext|>"),
+        ("Yes.<|im_end|>", "A drop.<|im_end|>"),
         CHATML_SYSTEM,
         marks=IM,
     ),
@@ -172,7 +173,7 @@ STYLES = {
         "<|endoftext|>",
         GEMMA_ASKED,
         "A drop.<end_of_turn>",
-        ("Yes.<end_of_turn>", "A drop.<end_of_turn><|endoftext|>"),
+        ("Yes.<end_of_turn>", "A drop.<end_of_turn>"),
         "<s><start_of_turn>user\nBe brief.\n\n",
         bos=True,
         marks=GEMMA_MARKS,
@@ -256,9 +257,9 @@ def test_bos_and_the_last_end_token_stand_once(name):
     ).rows.to_list()
     start = "<s>" * style.bos
     asked = start + style.asked.removeprefix("<s>")
-    assert tokenizer.decode(row["input_ids"]) == asked + style.answered + style.end
+    assert tokenizer.decode(row["input_ids"]) == asked + style.learned[1]
     assert pair["chosen_ids"] == row["input_ids"]
-    assert tokenizer.decode(pair["rejected_ids"]) == asked + style.answered.replace(ANSWER, "No.") + style.end
+    assert tokenizer.decode(pair["rejected_ids"]) == asked + style.learned[1].replace(ANSWER, "No.")
     assert row["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
     assert tokenizer.decode(prompt["input_ids"]) == asked
 
@@ -304,7 +305,7 @@ def test_text_that_is_rendered_already_stays_as_it_is(name):
             assert template.prompt(text) == text
             answered = style.answered
             assert template.answer(text, ANSWER) == answered
-            assert template.pieces(text, ANSWER) == [(text, False), (answered, True)]
+            assert template.pieces(text, ANSWER) == ([(text, False), (answered, True)], 0)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "gemma"])
@@ -331,7 +332,7 @@ def test_what_looks_a_little_like_a_mark_is_no_rendered_text():
 @EACH
 def test_the_pieces_together_are_the_whole(name):
     template = template_of(name)
-    pieces = template.pieces(TURNS, ANSWER)
+    pieces, _ = template.pieces(TURNS, ANSWER)
     assert "".join(text for text, _ in pieces) == template.prompt(TURNS) + template.answer(TURNS, ANSWER)
     said = [text for text, learned in pieces if learned]
     assert said == [STYLES[name].learned[0], STYLES[name].answered]
@@ -341,7 +342,7 @@ def test_an_answer_that_repeats_an_earlier_text_is_found_in_its_own_place():
     turns = (Turn("user", "Yes."), Turn("assistant", "Yes."), Turn("user", "Yes."))
     for name in STYLES:
         positions, position = [], 0
-        for text, learned in template_of(name).pieces(turns, "Yes."):
+        for text, learned in template_of(name).pieces(turns, "Yes.")[0]:
             positions += [position + text.index("Yes.")] if learned else []
             position += len(text)
         whole = template_of(name).prompt(turns) + template_of(name).answer(turns, "Yes.")
@@ -350,7 +351,7 @@ def test_an_answer_that_repeats_an_earlier_text_is_found_in_its_own_place():
 
 def test_an_earlier_answer_is_found_where_the_template_moves_the_system_message():
     template = ChatTemplate(templated(SYSTEM_LAST))
-    pieces = template.pieces((SYSTEM, *TURNS), ANSWER)
+    pieces, _ = template.pieces((SYSTEM, *TURNS), ANSWER)
     assert pieces == [
         ("[INST] Tea? [/INST]", False),
         (" Yes.<|endoftext|>", True),
@@ -367,7 +368,8 @@ def test_an_earlier_answer_that_is_shown_in_another_form_is_not_learned():
         Turn("assistant", "No."),
         Turn("user", "Now?"),
     )
-    pieces = template_of("thinking").pieces(turns, ANSWER)
+    pieces, num_missed = template_of("thinking").pieces(turns, ANSWER)
+    assert num_missed == 1
     assert "hm" not in "".join(text for text, _ in pieces)
     assert [text for text, learned in pieces if learned] == [
         "No.<|im_end|>",
@@ -381,7 +383,7 @@ def test_the_template_none_adds_and_removes_nothing():
     assert template.prompt(" Q:\n\nHuman: x ") == " Q:\n\nHuman: x "
     assert template.answer("Q", " a \n") == template.answer_alone(" a \n", ended=True) == " a \n"
     assert template.content(" a \n") == " a \n"
-    assert template.pieces("Q ", " a") == [("Q ", False), (" a", True)]
+    assert template.pieces("Q ", " a") == ([("Q ", False), (" a", True)], 0)
     with pytest.raises(UserError, match="takes a prompt and an answer as they are"):
         template.prompt(TURNS)
 
@@ -475,7 +477,7 @@ def test_plain_text_of_a_conversation_is_read_back(turns):
 @given(name=st.sampled_from(list(STYLES)), turns=CONVERSATIONS, answer=CONTENT)
 def test_pieces_are_the_whole_and_mark_each_answer(name, turns, answer):
     template = template_of(name)
-    pieces = template.pieces(turns, answer)
+    pieces, _ = template.pieces(turns, answer)
     assert "".join(text for text, _ in pieces) == template.prompt(turns) + template.answer(turns, answer)
     said = [text for text, learned in pieces if learned]
     expected = [turn.content for turn in turns if turn.role == "assistant"] + [answer]
@@ -490,7 +492,6 @@ BAD = {
     "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}": "does not work",
     "{{ messages | length }}": "cannot be trained with",
     "{{ raise_exception('never') }}": "never",
-    "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'x' * add_generation_prompt }}": "begin",
     "{{ 1 / 0 }}": "does not work with a conversation of user .ZeroDivisionError: division by zero",
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
@@ -510,6 +511,34 @@ def test_a_template_that_cannot_serve_is_refused_with_the_flag(tmp_path, templat
 
 
 @pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'x ' * add_generation_prompt }}",
+            r"its generation prompt ends with 'x ', which the same answer .* remove that text",
+        ),
+        (CHATML.replace("assistant\\n'", "assistant\\n<answer>'"), r".*ends with '<answer>', which"),
+        ("{{ messages[0]['content'] }}", "it does not show an answer as it is"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "it shows a question in another form once it is answered",
+        ),
+    ],
+)
+def test_a_template_that_shows_no_answer_to_learn_still_asks_and_is_refused_by_steps_1_and_2(
+    template, problem
+):
+    tokenizer = templated(None)
+    tokenizer.chat_template = template
+    settle_template(tokenizer, None)
+    rows = comparison_rows(Comparison("Tea?", ("Yes.", "No.")))
+    assert len(tokenize_prompts(rows, tokenizer, max_prompt_seq_len=99).rows) == 1
+    for tokenize in (tokenize_sft, tokenize_pairs):
+        with pytest.raises(UserError, match=f"cannot be trained with: {problem}.*--chat_template"):
+            tokenize(rows, tokenizer, max_seq_len=99)
+
+
+@pytest.mark.parametrize(
     "bomb",
     [
         "{{ 'x' * 10 ** 11 }}",
@@ -519,7 +548,7 @@ def test_a_template_that_cannot_serve_is_refused_with_the_flag(tmp_path, templat
     ],
 )
 def test_a_template_that_takes_all_time_or_memory_is_refused(tmp_path, monkeypatch, bomb):
-    monkeypatch.setattr(templates, "TRIAL_SECONDS", 1)
+    monkeypatch.setattr(template_trial, "TRIAL_SECONDS", 1)
     (tmp_path / "t.jinja").write_text(bomb + CHATML)
     with pytest.raises(UserError, match=r"needs more than 1 seconds or 1024 MiB.*--chat_template"):
         settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))

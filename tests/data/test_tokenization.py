@@ -14,12 +14,11 @@ from dschat.data.templates import NONE
 from dschat.data.tokenization import (
     column,
     content_key,
-    start_tokens,
     tokenize_pairs,
     tokenize_prompts,
     tokenize_sft,
-    tokenizer_fingerprint,
 )
+from dschat.data.tokenizer_fingerprint import start_tokens, tokenizer_fingerprint
 
 # Untrained on these characters' pairs, the tokenizer gives digits and letters such as "q" one token each.
 PROMPT, CHOSEN, REJECTED = "1234", "567", "89"

@@ -169,7 +169,7 @@ def test_the_template_is_settled_and_saved(tmp_path):
         (None, "cannot be read"),
         ("", "is empty"),
         ("{% for %}", "the chat template is not sound Jinja"),
-        ("{{ messages[0]['content'] }}", "cannot be trained with"),
+        ("{{ messages | length }}", "cannot be trained with: it does not show a question"),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused(tmp_path, content, message):

@@ -8,8 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from dschat.checkpoint import export_model
 from dschat.data.comparisons import Comparison
+from dschat.data.encoder import Encoder
 from dschat.data.templates import NONE, PLAIN
-from dschat.data.tokenization import Encoder, tokenize_prompts
+from dschat.data.tokenization import tokenize_prompts
 from dschat.models.factory import create_critic_model
 from dschat.rlhf.judging import scores_of_answers
 from dschat.rlhf.reading import Reading, answer_texts
@@ -81,11 +82,11 @@ def test_the_reader_sees_the_same_conversations_in_its_own_template(actor, reade
     asked = "<s><|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     # The first answer ended, so its turn does; the second was cut off and has no end.
     assert texts_of(read, reader) == [
-        asked.format("What is blue?") + "The sky on a clear day<|im_end|><|endoftext|>",
+        asked.format("What is blue?") + "The sky on a clear day<|im_end|>",
         asked.format("Count.") + "one two three",
     ]
     assert read.answer_lengths.tolist() == [
-        len(reader("The sky on a clear day<|im_end|><|endoftext|>", add_special_tokens=False)["input_ids"]),
+        len(reader("The sky on a clear day<|im_end|>", add_special_tokens=False)["input_ids"]),
         len(reader("one two three", add_special_tokens=False)["input_ids"]),
     ]
 
@@ -138,8 +139,8 @@ def test_the_readers_control_tokens_are_text_where_an_actor_writes_them(chatty, 
     read = Reading(prompts(writer, reader), writer, reader).read(batch)
     ids = read.answers[0][read.answer_mask[0]].tolist()
     control = set(reader.all_special_ids) - {reader.unk_token_id}
-    # The marks that end the turn and the answer, and no more.
-    assert [reader.decode(i) for i in ids if i in control] == ["<|im_end|>", "<|endoftext|>"]
+    # The mark that ends the turn and the answer, and no more.
+    assert [reader.decode(i) for i in ids if i in control] == ["<|im_end|>"]
     assert "Great!" in reader.decode(ids)
 
 
