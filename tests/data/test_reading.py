@@ -206,6 +206,36 @@ def test_lines_that_a_file_cannot_give_are_bad_rows_too(tmp_path, name, lines, r
         list(read_comparisons(source, source.training, Format(), Findings()))
 
 
+ASKED = [{"role": "user", "content": "q"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "it's"}]
+
+
+@pytest.mark.parametrize("as_text", [json.dumps, repr])  # repr is what pandas writes into a table
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"messages": ANSWERED}, 1),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "it's"}]}, 1),
+        ({"prompt": ASKED, "completion": ANSWERED[1:]}, 1),
+        ({"prompt": "q", "chosen": ANSWERED, "rejected": [*ASKED, {"role": "assistant", "content": "b"}]}, 2),
+        ({"chosen": ANSWERED, "rejected": [*ASKED, {"role": "assistant", "content": "b"}]}, 2),
+        ({"prompt": "q", "answers": ["b", "it's"], "scores": [1, 2]}, 2),
+        ({"question": "q", "answer_a": ANSWERED[1:], "answer_b": "b", "winner": "a"}, 2),
+    ],
+)
+def test_lists_may_be_text_as_in_tables(tmp_path, row, answers, as_text):
+    row = {name: as_text(value) if isinstance(value, list) else value for name, value in row.items()}
+    ((found,), _) = reading(tmp_path, row)
+    assert found.prompt == "q" or [turn.content for turn in found.prompt] == ["q"]
+    assert found.answers == ("it's", "b")[:answers]
+
+
+def test_text_in_brackets_that_is_no_conversation_stays_text(tmp_path):
+    for answer in ("[1, 2]", '["a"]', "[a]", "[]", '[{"a": 1}]', "[" * 100_000):
+        ((found,), _) = reading(tmp_path, {"prompt": "p", "completion": answer})
+        assert found.answers == (answer,)
+
+
 HISTORY = [["a", "b"], ["c", "d"]]
 
 

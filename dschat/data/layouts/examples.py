@@ -5,7 +5,7 @@ from typing import Any
 from dschat.data.cells import BadRow, Row, describe, finite_number, first_filled, text, value_of
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.layouts.pairs import check_best_first, continued, instructed, texts_of
-from dschat.data.layouts.prompts import a_prompt, with_columns
+from dschat.data.layouts.prompts import a_prompt, from_text, with_columns
 from dschat.data.layouts.registry import layout
 from dschat.data.messages import prompt_and_answer, turns
 
@@ -51,7 +51,8 @@ def sharegpt(row: Row) -> Comparison:
 
 
 def _conversation(row: Row, column: str) -> Comparison:
-    prompt, answer = prompt_and_answer(turns(value_of(row, column), f'"{column}"'), f'"{column}"')
+    said = from_text(value_of(row, column))
+    prompt, answer = prompt_and_answer(turns(said, f'"{column}"'), f'"{column}"')
     return labelled(row, Comparison(with_columns(row, prompt), (answer,), learn_all_turns=True))
 
 

@@ -17,7 +17,14 @@ from dschat.data.cells import (
     value_of,
 )
 from dschat.data.comparisons import Comparison, Prompt, Reply, Turn, parse_dialogue
-from dschat.data.layouts.prompts import a_prompt, text_prompt, unix_marks, with_columns
+from dschat.data.layouts.prompts import (
+    a_prompt,
+    from_text,
+    messages_from_text,
+    text_prompt,
+    unix_marks,
+    with_columns,
+)
 from dschat.data.layouts.registry import layout
 from dschat.data.messages import prompt_and_answer, reply, turns
 
@@ -103,7 +110,7 @@ def continued(row: Row, prompt: Prompt, *columns: str, **settings: Any) -> Compa
 
 def _end_of(row: Row, column: str) -> tuple[tuple[Turn, ...], Reply]:
     """An answer, and the messages before it if there are any."""
-    value = row.get(column)
+    value = messages_from_text(row.get(column))
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -166,7 +173,7 @@ def several_answers(row: Row) -> Comparison:
 
 def texts_of(row: Row, column: str) -> list[str]:
     """A list of texts, at least one."""
-    values = value_of(row, column)
+    values = from_text(value_of(row, column))
     if not isinstance(values, list) or not values:
         raise BadRow(f'"{column}" must be a list of texts, but is {describe(values)}')
     name = column.removesuffix("s")
@@ -186,7 +193,7 @@ def check_best_first(row: Row, column: str) -> None:
 
 
 def _numbers(row: Row, column: str, count: int) -> list[float]:
-    values = row[column]
+    values = from_text(row[column])
     if not isinstance(values, list) or len(values) != count:
         raise BadRow(
             f'"{column}" must be a list of {count} numbers, one an answer, but is {describe(values)}'
@@ -205,7 +212,7 @@ def whole_dialogues(row: Row) -> Comparison:
 
 def parted(row: Row, better: str, worse: str, **settings: Any) -> Comparison:
     """The prompt that the dialogues in those columns share, and their last answers."""
-    is_text = not isinstance(row.get(better), list)
+    is_text = not isinstance(messages_from_text(row.get(better)), list)
     cut = _cut_marked_dialogue if is_text else _cut_messages
     prompt, chosen = cut(row, better)
     other_prompt, rejected = cut(row, worse)
@@ -216,7 +223,8 @@ def parted(row: Row, better: str, worse: str, **settings: Any) -> Comparison:
 
 
 def _cut_messages(row: Row, column: str) -> tuple[Prompt, Reply]:
-    return prompt_and_answer(turns(value_of(row, column), f'"{column}"'), f'"{column}"')
+    said = messages_from_text(value_of(row, column))
+    return prompt_and_answer(turns(said, f'"{column}"'), f'"{column}"')
 
 
 def _cut_marked_dialogue(row: Row, column: str) -> tuple[str, str]:

@@ -1,7 +1,9 @@
 """Prompts of a row: text or messages, with a system message and earlier turns from columns of their own."""
 
+import ast
 import json
 import re
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -43,8 +45,9 @@ def unix_marks(value: str) -> str:
 
 def a_prompt(row: Row, column: str = "prompt") -> Prompt:
     """The prompt in that column: text, or messages of which the last is a question."""
-    if isinstance(row.get(column), list):
-        prompt = turns(row[column], f'"{column}"')
+    value = messages_from_text(row.get(column))
+    if isinstance(value, list):
+        prompt = turns(value, f'"{column}"')
         if prompt[-1].role == "assistant":
             raise DroppedRow("prompts that end with an answer")
         return asked(prompt, f'"{column}"')
@@ -74,9 +77,7 @@ def _system(row: Row) -> tuple[Turn, ...]:
 
 def _history(row: Row) -> tuple[Turn, ...]:
     """Earlier turns: a list of [question, answer] or of messages, also as the JSON text of one."""
-    value = optional(row, "history")
-    if isinstance(value, str):
-        value = from_json(value, '"history"')
+    value = from_text(optional(row, "history"))
     if is_blank(value):
         return ()
     if not isinstance(value, list):
@@ -92,9 +93,21 @@ def _history(row: Row) -> tuple[Turn, ...]:
     return tuple(said)
 
 
-def from_json(value: str, name: str) -> Any:
-    """What JSON text in a column holds, as tables without lists have it."""
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{name} must be a list, or JSON text of one, but is {describe(value)}") from error
+def from_text(value: Any) -> Any:
+    """The list that text stands for, as tables have it: in JSON, or in Python as pandas writes it. Any other value
+    as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if isinstance(found := parse(value.strip()), list):
+                    return found
+    return value
+
+
+def messages_from_text(value: Any) -> Any:
+    """The same where the list is one of messages; other text is what somebody said."""
+    found = from_text(value)
+    is_said = isinstance(found, list) and all(
+        isinstance(m, dict) and {"role", "from"} & set(m) for m in found
+    )
+    return found if is_said and found else value

@@ -1,6 +1,5 @@
 """The layout of two answers beside a column that says which of them is better, under the names in use."""
 
-import json
 import re
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from dschat.data.cells import (
 )
 from dschat.data.comparisons import Comparison
 from dschat.data.layouts.pairs import TIES, check_order, continued, instructed, margin, parted
-from dschat.data.layouts.prompts import a_prompt
+from dschat.data.layouts.prompts import a_prompt, from_text
 from dschat.data.layouts.registry import LAYOUTS, layout
 
 ANSWER = re.compile(
@@ -121,11 +120,7 @@ def _rounds(row: Row, prompt: str, pair: Pair) -> Row | None:
     of lists, of as many strings each, one a round, as LMSYS has them; else None."""
     lists = []
     for column in (prompt, *pair.columns):
-        value = row[column]
-        try:
-            value = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
-        except (ValueError, RecursionError):
-            return None
+        value = from_text(row[column])
         if not isinstance(value, list) or not all(part is None or isinstance(part, str) for part in value):
             return None
         lists.append(value)
