@@ -231,7 +231,7 @@ def test_lists_may_be_text_as_in_tables(tmp_path, row, answers, as_text):
 
 
 def test_text_in_brackets_that_is_no_conversation_stays_text(tmp_path):
-    for answer in ("[1, 2]", '["a"]', "[a]", "[]", '[{"a": 1}]', "[" * 100_000):
+    for answer in ("[1, 2]", '["a"]', "[a]", "[]", '[{"a": 1}]', r"['\d']", "[" * 100_000):
         ((found,), _) = reading(tmp_path, {"prompt": "p", "completion": answer})
         assert found.answers == (answer,)
 

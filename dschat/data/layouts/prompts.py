@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import warnings
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -94,11 +95,12 @@ def _history(row: Row) -> tuple[Turn, ...]:
 
 
 def from_text(value: Any) -> Any:
-    """The list that text stands for, as tables have it: in JSON, or in Python as pandas writes it. Any other value
-    as it is."""
+    """The list that text stands for, as tables have it: in JSON, or in Python as pandas writes it. Any other
+    value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes that Python does not know
                 if isinstance(found := parse(value.strip()), list):
                     return found
     return value
@@ -107,7 +109,6 @@ def from_text(value: Any) -> Any:
 def messages_from_text(value: Any) -> Any:
     """The same where the list is one of messages; other text is what somebody said."""
     found = from_text(value)
-    is_said = isinstance(found, list) and all(
-        isinstance(m, dict) and {"role", "from"} & set(m) for m in found
-    )
-    return found if is_said and found else value
+    if not isinstance(found, list) or not found:
+        return value
+    return found if all(isinstance(m, dict) and {"role", "from"} & set(m) for m in found) else value
