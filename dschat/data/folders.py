@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dschat.data.entries import Entry
 from dschat.data.files import KNOWN_FILES, is_data_file, stem_of, user_path
-from dschat.data.split_names import is_for_evaluation, says_a_split, split_of
+from dschat.data.split_names import is_for_evaluation, is_plain, says_a_split, split_of
 from dschat.errors import UserError
 
 DEPTH = 3
@@ -38,7 +38,8 @@ def read_folder(path: Path, entry: Entry) -> Folder:
     """
     files = [file for file in _sorted(path.iterdir()) if _is_data(file)]
     below = {folder: found for folder in _folders(path) if (found := list(_files_below(folder, DEPTH)))}
-    are_splits = [folder for folder in below if says_a_split(folder.name)]
+    # Beside files, a folder such as eval_results is none of a split.
+    are_splits = [folder for folder in below if (is_plain if files else says_a_split)(folder.name)]
     if not files and not are_splits:
         if not below:
             raise UserError(f"{entry}: the folder holds no data ({KNOWN_FILES}); name another.")

@@ -36,8 +36,7 @@ def source_report(
     """
     mine = index.sources == number
     repeats = mine & task.repeats(index, parts)
-    what = "prompt" if task.step == 3 or (task.step == 1 and task.unique_prompts) else "row"
-    counts = {f"repeated {what}": repeats}
+    counts = {task.what_repeats: repeats}
     counts |= {reason: mine & (parts == part) for part, reason in REASONS.items()}
     reasons = {reason: int(rows.sum()) for reason, rows in counts.items() if rows.any()}
     return {

@@ -48,6 +48,13 @@ class Task:
             return index.keys
         return index.example_keys if self.step == 1 else np.arange(len(index.keys))
 
+    @property
+    def what_repeats(self) -> str:
+        """What the comparisons are that `repeats` tells."""
+        if self.unique_prompts and self.step != 2:
+            return "repeated prompt"
+        return "prompt repeated in evaluation" if self.step == 3 else "repeated row"
+
     def repeats(self, index: ComparisonIndex, parts: np.ndarray) -> np.ndarray:
         """Which comparisons of any part are dropped because one of their identity comes before, bool [N]."""
         repeats = parts >= 0

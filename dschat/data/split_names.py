@@ -31,6 +31,11 @@ def says_a_split(name: str) -> bool:
     return not _words(name).isdisjoint((*TRAINING, *EVALUATION))
 
 
+def is_plain(name: str) -> bool:
+    """Whether the name is that of a split and nothing more."""
+    return name.lower() in (*TRAINING, *EVALUATION)
+
+
 def choose_splits(names: Sequence[str], entry: Entry) -> tuple[list[str], list[str]]:
     """The splits to train on and those to evaluate on, of the names that are there.
 

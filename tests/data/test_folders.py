@@ -89,6 +89,7 @@ def test_splits_for_evaluation_are_told_by_a_word_of_their_name(name, expected):
         (["main/train.jsonl", "main/test.jsonl"], [0], [1], ()),
         (["shard_0/x.jsonl", "shard_1/x.jsonl"], [0, 1], [], ()),
         (["train.jsonl", "archive/old.jsonl"], [0], [], ("archive/",)),
+        (["train.jsonl", "eval_results/all.json", "test/0.jsonl"], [0], [2], ("eval_results/",)),
         (["train_sft.jsonl", "test_sft.jsonl"], [0], [1], ()),
         (["train_a.json", "test_b.json"], [0], [1], ()),
         (["default.jsonl", "test.jsonl"], [0], [1], ()),

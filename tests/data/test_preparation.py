@@ -456,7 +456,7 @@ def test_step_3_meets_a_prompt_as_often_as_the_data_has_it_and_is_evaluated_on_i
     assert all(count == prompt + 1 for prompt, count in counts.items())
     assert len(evaluation) == len(set(evaluation)) == 2
     num_repeated = 55 - len(train) - 2
-    assert (f"dropped {num_repeated} (repeated prompt)" in told) == (num_repeated > 0)
+    assert (f"dropped {num_repeated} (prompt repeated in evaluation)" in told) == (num_repeated > 0)
     assert f"{len(train) - 8} rows repeat one of these prompts" in told
 
 
