@@ -47,6 +47,11 @@ class Evaluations:
         self._loss_sum, self._num_losses = 0.0, 0
         self.all: list[Evaluation] = []
 
+    @property
+    def last_step(self) -> int | None:
+        """The optimiser steps that were done at the last evaluation, None without one."""
+        return self.all[-1].step if self.all else None
+
     def take_in(self, train_loss: float) -> None:
         """Note the loss of an optimiser step."""
         self._loss_sum += train_loss

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
-from dschat.checkpoint import export_model
 from dschat.data.loaders import (
     Collate,
     EvalLoader,
@@ -39,14 +38,13 @@ from dschat.engines import (
     train_config,
     train_on,
 )
-from dschat.evaluations import Evaluation, Evaluations, Figures
+from dschat.evaluations import Evaluations, Figures
 from dschat.losses import token_logprobs
 from dschat.metrics import MetricsLogger
-from dschat.model_card import step_provenance
+from dschat.model_exports import ModelExports
 from dschat.models.factory import create_hf_model
 from dschat.out_of_memory import phase
 from dschat.progress import Checkpoints
-from dschat.run_folder import write_summary
 from dschat.skipped_steps import SkippedSteps
 
 ENGINE = "model"
@@ -71,28 +69,6 @@ class Loaders:
         return max(
             column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
         )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """How a run went."""
-
-    evaluations: list[Evaluation]
-    """In order, the first before training; empty without evaluation data."""
-    seconds: float
-
-    @property
-    def exported(self) -> Evaluation | None:
-        """That of the model which is exported."""
-        return self.evaluations[-1] if self.evaluations else None
-
-    @property
-    def figures(self) -> Figures:
-        """Those of the exported model and, named initial_*, those of the start."""
-        if not self.evaluations:
-            return {}
-        initial = {f"initial_{name}": value for name, value in self.evaluations[0].figures.items()}
-        return {**initial, **self.exported.figures}
 
 
 def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) -> Loaders:
@@ -157,9 +133,10 @@ def train_epochs(
     shares_of: Callable[..., dict[str, Tensor]],
     evaluate: Callable[[EvalLoader], Figures],
     checkpoints: Checkpoints,
+    exports: ModelExports,
     print_loss: bool = False,
-) -> Trained:
-    """Train, evaluate, log, save; go on from a checkpoint where there is one.
+) -> None:
+    """Train, evaluate, log, save, export; go on from a checkpoint where there is one.
 
     Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
     are no figures.
@@ -183,6 +160,7 @@ def train_epochs(
     if begun.step:
         skipped.load_state_dict(begun.state["skipped"])
         evaluations.load_state_dict(begun.state["evaluations"])
+        exports.load_state_dict(begun.state["exports"])
     else:
         evaluations.make(0, "before training")
     steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
@@ -202,33 +180,16 @@ def train_epochs(
             evaluations.make(step, f"epoch {epochs:g}")
         elif interval and step % interval == 0:
             evaluations.make(step, f"step {step}", is_short=True)
+        if evaluations.last_step == step:
+            exports.offer(evaluations.all)
         if checkpoints.is_due(step, is_last=step == num_steps):
             metrics.flush()
-            state = {"evaluations": evaluations.state_dict(), "skipped": skipped.state_dict()}
+            parts = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
+            state = {name: part.state_dict() for name, part in parts.items()}
             state["seconds"] = time.perf_counter() - start
             checkpoints.save(step, engines={ENGINE: engine}, state=state)
     metrics.close()
-    return Trained(evaluations.all, time.perf_counter() - start)
-
-
-def hand_on(
-    engine: DeepSpeedEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SupervisedArguments,
-    data: SplitData,
-    trained: Trained,
-    *,
-    verdict: str | None = None,
-) -> None:
-    """Write the model and, last of all, the summary. Every rank must call it."""
-    provenance = step_provenance(args, args.model, data, trained.figures, verdict=verdict)
-    if args.run.output_dir:
-        export_model(engine, tokenizer, args.run.output_dir, provenance=provenance)
-    if is_main_process():
-        counts = {"num_train_rows": len(data.train), "num_eval_rows": len(data.evaluation)}
-        told = {"verdict": verdict} if verdict else {}
-        summary = {"step": provenance.step, **trained.figures, **told, **counts, "seconds": trained.seconds}
-        write_summary(args.run.output_dir, summary)
+    exports.finish(num_steps, evaluations.all, time.perf_counter() - start)
 
 
 def _steps(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from dschat.distributed import print_once
 from dschat.evaluations import Evaluation
 
 GOOD = "better than chance"
@@ -15,33 +14,29 @@ RISE = 1.05
 """An evaluation loss this many times the lowest one has risen."""
 
 
-def tell_reward_verdict(evaluations: Sequence[Evaluation], exported: Evaluation | None) -> str:
-    """`reward_verdict`, which rank 0 prints."""
-    verdict = reward_verdict(evaluations, exported)
-    print_once(f"{'' if is_good(verdict) else 'WARNING: '}verdict on the reward model: {verdict}")
-    return verdict
-
-
-def reward_verdict(evaluations: Sequence[Evaluation], exported: Evaluation | None) -> str:
-    """The verdict on the `exported` one of the evaluations of a run, in order: words, a colon, the numbers.
+def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
+    """The verdict on a reward model by the evaluations up to its own, in order: words, a colon, the numbers.
 
     The words are `GOOD`, worse than chance, not better than chance or too few pairs to say, by the 95 %
     interval of the accuracy (Agresti and Coull 1998, which holds for few pairs and at 0 and 1 too), and
-    overfitted where the evaluation loss is above the lowest of the run while the training loss has fallen.
+    overfitted where the evaluation loss is above the lowest before while the training loss has fallen.
     Without evaluation data: not evaluated; with a loss that is not finite: not finite.
     """
-    if exported is None:
+    if not evaluations:
         return "not evaluated: no pairs were held out (--eval_fraction, --eval_data_path)"
-    if not math.isfinite(exported.loss):
-        return f"not finite: the evaluation loss is {exported.loss} at step {exported.step}"
-    low, high = accuracy_interval(exported)
-    words, numbers = [_against_chance(low, high)], [_accuracy(exported, low, high)]
-    best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluated: evaluated.loss)
-    if _has_overfitted(exported, best, evaluations[0]):
+    first, last = evaluations[0], evaluations[-1]
+    if not math.isfinite(last.loss):
+        return f"not finite: the evaluation loss is {last.loss} at step {last.step}"
+    low, high = accuracy_interval(last)
+    words, numbers = [_against_chance(low, high)], [_accuracy(last, low, high)]
+    best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluation: evaluation.loss)
+    if last.train_loss is not None and last.train_loss < first.loss and last.loss > RISE * best.loss:
         words.append("overfitted")
-        numbers.append(f"{_rise(best, exported)} while the training loss fell to {exported.train_loss:.3f}")
-    elif exported != evaluations[-1] and _has_overfitted(evaluations[-1], best, evaluations[0]):
-        numbers.append(f"what was exported is not what the run ended with, as {_rise(best, evaluations[-1])}")
+        when = f"step {best.step}" if best.step else "the start"
+        numbers.append(
+            f"the evaluation loss rose from {best.loss:.3f} at {when} "
+            f"to {last.loss:.3f} at step {last.step} while the training loss fell to {last.train_loss:.3f}"
+        )
     return f"{', '.join(words)}: {'; '.join(numbers)}"
 
 
@@ -80,14 +75,3 @@ def _accuracy(evaluated: Evaluation, low: float, high: float) -> str:
         f"{found['eval_accuracy']:.3f} +- {found['eval_accuracy_stderr']:.3f} of {pairs} held-out pairs"
         f"{of_prompts} in the right order (95 % interval {low:.2f} to {high:.2f}, chance 0.5)"
     )
-
-
-def _has_overfitted(evaluated: Evaluation, best: Evaluation, first: Evaluation) -> bool:
-    """Whether its loss is above the lowest before it, though what it was trained on is learned."""
-    has_learned = evaluated.train_loss is not None and evaluated.train_loss < first.loss
-    return has_learned and best.step < evaluated.step and evaluated.loss > RISE * best.loss
-
-
-def _rise(best: Evaluation, later: Evaluation) -> str:
-    when = f"step {best.step}" if best.step else "the start"
-    return f"the evaluation loss rose from {best.loss:.3f} at {when} to {later.loss:.3f} at step {later.step}"

@@ -245,7 +245,12 @@ def achieved(step: int, summary: dict[str, Any]) -> str:
         before, after = number("initial_eval_perplexity"), number("eval_perplexity")
         return f"perplexity {before} -> {after} on held-out answers"
     if step == 2:
-        return f"accuracy {number('eval_accuracy')} ± {number('eval_accuracy_stderr')} on held-out pairs"
+        words = str(summary.get("verdict", "")).partition(":")[0]
+        accuracy = f"accuracy {number('eval_accuracy')} ± {number('eval_accuracy_stderr')} on held-out pairs"
+        return f"{accuracy}: {words}" if words else accuracy
+    if "verdict" in summary:
+        before = f"score {number('initial_eval_score')} on held-out prompts before PPO; "
+        return f"{before}actor/ (PPO step {summary.get('actor_step', '-')}) is {summary['verdict']}"
     return f"last of {summary.get('ppo_steps', '-')} PPO steps: score {number('score')}, KL {number('kl')}"
 
 

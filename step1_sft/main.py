@@ -35,13 +35,14 @@ from dschat.distributed import (
 from dschat.engines import DeepSpeedEngine
 from dschat.losses import masked_mean
 from dschat.manifest import receive_model
+from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
-from dschat.supervised import build_language_model, build_loaders, hand_on, logprobs_at, train_epochs
+from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
 
 
 def main(args: SftArguments) -> None:
@@ -60,7 +61,7 @@ def main(args: SftArguments) -> None:
     seed_everything(args.run.seed)
     engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)
-    trained = train_epochs(
+    train_epochs(
         engine,
         loaders,
         args,
@@ -68,9 +69,9 @@ def main(args: SftArguments) -> None:
         shares_of=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
         evaluate=lambda loader: evaluate(engine, loader),
         checkpoints=checkpoints,
+        exports=ModelExports(args, engine, tokenizer, data),
         print_loss=args.sft.print_loss,
     )
-    hand_on(engine, tokenizer, args, data, trained)
 
 
 def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitData:

@@ -30,6 +30,7 @@ from dschat.data.tokenization import column
 from dschat.engines import DeepSpeedEngine
 from dschat.losses import dpo_figures
 from dschat.manifest import Handover, receive_model
+from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters, will_train_adapters_only
 from dschat.models.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
 from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_language_model, build_loaders, hand_on, train_epochs
+from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
 
 
 def main(args: DpoArguments) -> None:
@@ -68,7 +69,7 @@ def main(args: DpoArguments) -> None:
     distributed.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
-    trained = train_epochs(
+    train_epochs(
         engine,
         build_loaders(data, collate, args),
         args,
@@ -76,9 +77,9 @@ def main(args: DpoArguments) -> None:
         shares_of=lambda batch: training_shares(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
         checkpoints=checkpoints,
+        exports=ModelExports(args, engine, tokenizer, data),
         print_loss=args.dpo.print_loss,
     )
-    hand_on(engine, tokenizer, args, data, trained)
 
 
 def build_policy(

@@ -29,6 +29,7 @@ from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
 from dschat.manifest import receive_model
+from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
 from dschat.models.factory import create_critic_model
 from dschat.models.lora import check_adapters
@@ -38,8 +39,8 @@ from dschat.resume import begin_run
 from dschat.run_folder import check_run_folder
 from dschat.startup import prepare
 from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_loaders, hand_on, train_epochs
-from dschat.verdict import tell_reward_verdict
+from dschat.supervised import Loaders, build_loaders, train_epochs
+from dschat.verdict import reward_verdict
 
 
 def main(args: RewardArguments) -> None:
@@ -58,7 +59,7 @@ def main(args: RewardArguments) -> None:
     checkpoints = begin_run(args, data=data.key, models=[base])
     distributed.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
-    trained = train_epochs(
+    train_epochs(
         engine,
         loaders,
         args,
@@ -66,9 +67,8 @@ def main(args: RewardArguments) -> None:
         shares_of=lambda batch: training_shares(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
         checkpoints=checkpoints,
+        exports=ModelExports(args, engine, tokenizer, data, verdict_of=reward_verdict),
     )
-    verdict = tell_reward_verdict(trained.evaluations, trained.exported)
-    hand_on(engine, tokenizer, args, data, trained, verdict=verdict)
 
 
 @phase("loading the model")

@@ -15,7 +15,8 @@ LAYERS = {
     1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
     + ("out_of_memory", "export_files", "run_lock"),
     2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
-    + ("engine_files", "evaluations", "resume", "skipped_steps", "verdict", "shared_prompts"),
+    + ("engine_files", "evaluations", "resume", "skipped_steps", "verdict", "shared_prompts")
+    + ("best_model", "model_exports"),
     3: ("rlhf",),
     4: ("utils",),
 }

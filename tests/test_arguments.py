@@ -261,6 +261,7 @@ def test_passwords_and_tokens_in_urls_are_in_no_file(tmp_path):
         (["--eval_interval", "-1"], ["--eval_interval", "at least 0"]),
         (["--patience", "-1"], ["--patience", "at least 0"]),
         (["--num_eval_prompts", "0"], ["--num_eval_prompts", "got 0", "--eval_interval 0"]),
+        (["--eval_samples_per_prompt", "0"], ["--eval_samples_per_prompt", "positive", "got 0"]),
         (["--max_kl", "0"], ["--max_kl", "positive", "inf"]),
         (["--max_length_ratio", "1"], ["--max_length_ratio", "above 1", "inf"]),
         (["--min_entropy_ratio", "1"], ["--min_entropy_ratio", "[0, 1)", "got 1.0"]),

@@ -157,13 +157,17 @@ def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank)
     assert summary(one_rank / "ppo")["ppo_steps"] == 3
 
 
-def test_ppo_ends_with_the_actor_of_its_best_evaluation(one_rank):
+def test_ppo_tells_what_its_actor_gains_over_the_start(one_rank):
     evaluations = {line["step"]: line for line in lines(one_rank / "ppo") if "eval_score" in line}
     assert evaluations.keys() == {0, 3}
-    best = max(evaluations, key=lambda step: evaluations[step]["eval_objective"])
     result = summary(one_rank / "ppo")
-    assert result["actor_step"] == result["best_step"] == best
-    assert result["best_eval_score"] == evaluations[best]["eval_score"]
+    assert result["initial_eval_score"] == evaluations[0]["eval_score"]
+    assert result["best_eval_score"] == evaluations[result["best_step"]]["eval_score"]
+    exported = evaluations[result["actor_step"]]
+    for name in ("score", "objective"):
+        gained = exported[f"eval_{name}"] - evaluations[0][f"eval_{name}"]
+        assert result[f"{name}_gain"] == pytest.approx(gained, abs=1e-6)
+    assert result["verdict"] in (one_rank / "ppo" / "actor" / "README.md").read_text()
     assert not (one_rank / "ppo" / "best").exists()
 
 
@@ -214,6 +218,7 @@ def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank
     python(REWARD, *supervised(one_rank, "reward2", split, "--zero_stage=3", *half), ranks=2)
     names = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_accuracy_stderr", "chosen_mean_score")
     assert_close(lines(one_rank / "reward2"), lines(one_rank / "reward"), names)
+    assert summary(one_rank / "reward2")["model_step"] == summary(one_rank / "reward")["model_step"]
     zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
     python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)
     names = ("score", "kl", "entropy", "policy_loss", "value_loss", "answer_length", "approx_kl")

@@ -29,8 +29,8 @@ def evaluated(
     return Evaluation(step, figures, loss, train_loss if step else None)
 
 
-def words(*evaluations: Evaluation, exported: int = -1) -> str:
-    return reward_verdict(evaluations, evaluations[exported]).partition(":")[0]
+def words(*evaluations: Evaluation) -> str:
+    return reward_verdict(evaluations).partition(":")[0]
 
 
 # Agresti and Coull with z = 2: two right and two wrong ones are added. Of 16 of 20: 18 / 24 = 0.75, and
@@ -73,7 +73,7 @@ def test_the_words_for_an_accuracy(accuracy, num_pairs, verdict):
 def test_many_pairs_of_few_prompts_count_as_few():
     alike = evaluated(0.6, 400, num_prompts=8, accuracy_stderr=0.15)
     assert words(alike) == "too few pairs to say"
-    assert "of 400 held-out pairs of 8 prompts" in reward_verdict([alike], alike)
+    assert "of 400 held-out pairs of 8 prompts" in reward_verdict([alike])
     assert words(evaluated(1.0, 400, num_prompts=3)) == "too few pairs to say"
     assert words(evaluated(0.6, 400)) == GOOD
 
@@ -87,15 +87,11 @@ def test_a_loss_that_rises_while_that_of_training_falls_is_overfitting():
         evaluated(0.7, 100, step=20, loss=0.9, train_loss=0.1),
     )
     assert words(START, best, last) == f"{GOOD}, overfitted"
-    told = reward_verdict([START, best, last], last)
+    told = reward_verdict([START, best, last])
     assert "evaluation loss rose from 0.600 at step 10 to 0.900 at step 20" in told
     assert "training loss fell to 0.100" in told
     assert not is_good(told)
-    # The one at step 10 is exported: the run overfitted after it, and it did not.
-    told = reward_verdict([START, best, last], best)
-    assert told.startswith(f"{GOOD}: ")
-    assert "what was exported is not what the run ended with" in told
-    assert is_good(told)
+    assert is_good(reward_verdict([START, best]))
 
 
 def test_the_case_of_a_small_set_that_got_no_verdict():
@@ -104,7 +100,7 @@ def test_the_case_of_a_small_set_that_got_no_verdict():
         evaluated(0.5, 20, step=0, loss=0.71),
         evaluated(0.35, 20, step=5, loss=0.95, train_loss=0.6),
     )
-    told = reward_verdict([start, last], last)
+    told = reward_verdict([start, last])
     assert told.startswith("not better than chance, overfitted: 0.350 +- 0.107 of 20 held-out pairs")
     assert "rose from 0.710 at the start to 0.950 at step 5" in told
 
@@ -122,7 +118,7 @@ def test_what_is_no_overfitting(last):
 
 
 def test_without_held_out_pairs_that_is_said():
-    told = reward_verdict([], None)
+    told = reward_verdict([])
     assert told.startswith("not evaluated: no pairs were held out (--eval_fraction")
     assert not is_good(told)
 

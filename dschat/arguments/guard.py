@@ -19,9 +19,15 @@ class GuardArguments:
     num_eval_prompts: int | None = flag(
         None, "Held-out prompts of an evaluation; default: as many as a PPO step samples answers."
     )
+    eval_samples_per_prompt: int | None = flag(
+        None,
+        "Answers to each held-out prompt in an evaluation; default: 1, or where fewer prompts are held out "
+        "than an evaluation takes as many as make up for them, at most 8.",
+    )
     export_actor: Literal["best", "last"] = flag(
         "best",
-        "Which actor the folder actor/ gets: of the best evaluation, or of the last PPO step.",
+        "Which actor the folder actor/ gets: of the best evaluation, where one is better than the start by "
+        "more than noise, or of the last PPO step.",
         at_resume="free",
     )
     guard_reward_model_name_or_path: str | None = flag(
@@ -65,6 +71,8 @@ class GuardArguments:
             f"--num_eval_prompts must be positive, got {self.num_eval_prompts}; --eval_interval 0 leaves the "
             "evaluation out.",
         )
+        samples = self.eval_samples_per_prompt
+        require(samples is None or samples > 0, f"--eval_samples_per_prompt must be positive, got {samples}.")
         require(
             self.max_kl is None or self.max_kl > 0,
             f"--max_kl must be positive, got {self.max_kl}; inf sets no limit.",

@@ -48,7 +48,7 @@ class RewardArguments:
     data: DataArguments = group(DataArguments)
     tokenizer: TokenizerArguments = group(TokenizerArguments)
     model: ModelArguments = group(ModelArguments, learning_rate=9e-6)
-    batch: BatchArguments = group(BatchArguments)
+    batch: BatchArguments = group(BatchArguments, export_model="best")
     optimizer: OptimizerArguments = group(OptimizerArguments)
     reward: RewardOptions = group(RewardOptions)
     run: RunArguments = group(RunArguments)

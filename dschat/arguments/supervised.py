@@ -23,6 +23,12 @@ class BatchArguments:
     eval_iters: int = flag(
         100, "Batches of an evaluation between epochs; 0, and an epoch's end, take all.", at_resume="free"
     )
+    export_model: Literal["best", "last"] = flag(
+        "last",
+        "Which model is exported: that of the lowest evaluation loss among the evaluations during training "
+        "(--eval_interval and the ends of epochs), or that of the last step.",
+        at_resume="free",
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")

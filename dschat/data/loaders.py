@@ -282,21 +282,30 @@ def build_prompt_loader(
 
 
 def build_eval_prompts(
-    dataset: Dataset, *, num_prompts: int, pad_id: int, batch_size: int, rank: int, world_size: int
+    dataset: Dataset,
+    *,
+    num_prompts: int,
+    pad_id: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    samples_per_prompt: int = 1,
 ) -> list[PromptBatch]:
     """This rank's batches of `num_prompts` prompts (of all, where there are fewer), the longest first.
 
-    They are a random sample, the same one each time. Every rank has as many batches of as many rows: fillers
-    complete them.
+    They are a random sample, the same one each time, and each stands there as often as it is to be answered.
+    Every rank has as many batches of as many rows: fillers complete them.
     """
     lengths = column(dataset, "length")
-    rows = _generator(0, 0).permutation(len(dataset))[:num_prompts]
+    rows = _longest_first(_generator(0, 0).permutation(len(dataset))[:num_prompts], lengths)
+    samples = np.tile(np.arange(samples_per_prompt), len(rows))
+    rows = rows.repeat(samples_per_prompt)
     size = min(batch_size, -(-len(rows) // world_size))
     num_batches = -(-len(rows) // (size * world_size))
     tokens = dataset.with_format("arrow")
     return [
-        collate_prompts(tokens[mine], size, pad_id=pad_id, numbers=mine)
-        for mine in _dealt(_longest_first(rows, lengths), size, num_batches, rank, world_size)
+        collate_prompts(tokens[rows[mine]], size, pad_id=pad_id, numbers=rows[mine], samples=samples[mine])
+        for mine in _dealt(np.arange(len(rows)), size, num_batches, rank, world_size)
     ]
 
 

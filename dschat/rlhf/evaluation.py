@@ -15,6 +15,7 @@ from dschat.losses import kl_estimate, masked_mean
 from dschat.models.config import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import Judgement, finite_scores
+from dschat.rlhf.gains import Answers
 from dschat.rlhf.judging import Judges, scores_of_answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.reading import Reading
@@ -24,6 +25,10 @@ from dschat.statistics import standard_error
 EVALUATION = -1
 """The PPO step in the key of an evaluation's noise: no real one, and the same each time. So two evaluations
 differ by what the policy has learned, not by luck."""
+
+
+MOST_SAMPLES = 8
+"""Answers to a prompt that are not asked for: what more of them tell is about the same prompts."""
 
 
 class Evaluator:
@@ -37,9 +42,12 @@ class Evaluator:
         prompts: Dataset,
     ) -> None:
         num_prompts = args.guard.num_eval_prompts or args.rollout_size * world_size()
+        self.answers: Answers | None = None
+        """What the last evaluation found of each answer."""
         self._batches = build_eval_prompts(
             prompts,
             num_prompts=num_prompts,
+            samples_per_prompt=samples_per_prompt(args, len(prompts), num_prompts),
             pad_id=tokenizers.actor.pad_token_id,
             batch_size=args.rollout.per_device_generation_batch_size,
             rank=rank(),
@@ -87,13 +95,15 @@ class Evaluator:
             std = scores.std(correction=0).item()
             self._shaping = replace(self._shaping, mean=scores.mean().item(), std=std if std > 0 else 1.0)
             self._needs_scale = False
+        objectives = self._shaping(scores, ended) - self._first_kl_coef * kl
+        self.answers = Answers.of(rollout.prompt_rows[real], scores, objectives)
         return {
             "score": scores.mean(),
             "score_stderr": standard_error(scores, rollout.prompt_rows[real]),
             "kl": kl.mean(),
             "k3": kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean(),
             "score_minus_kl": scores.mean() - self._trainer.kl_coef * kl.mean(),
-            "objective": (self._shaping(scores, ended) - self._first_kl_coef * kl).mean(),
+            "objective": objectives.mean(),
             "entropy": masked_mean(judged.entropy[real], mask),
             "answer_length": mask.sum(dim=1).float().mean(),
             "eos_share": ended.float().mean(),
@@ -121,6 +131,20 @@ class Evaluator:
         """Go on from there."""
         self._shaping = replace(self._shaping, mean=state["mean"], std=state["std"])
         self._needs_scale = state["needs_scale"]
+
+
+def samples_per_prompt(args: RlhfArguments, num_held_out: int, num_prompts: int) -> int:
+    """Answers to each prompt: where fewer prompts are held out than wanted, several make up for them."""
+    if args.guard.eval_samples_per_prompt is not None:
+        return args.guard.eval_samples_per_prompt
+    samples = min(-(-num_prompts // num_held_out), MOST_SAMPLES)
+    if samples > 1:
+        print_once(
+            f"note: {num_held_out} prompts are held out where an evaluation takes {num_prompts}, so each is "
+            f"answered {samples} times (--eval_samples_per_prompt); more prompts tell more: "
+            "--eval_fraction, --eval_data_path."
+        )
+    return samples
 
 
 def build_evaluator(

@@ -1,35 +1,27 @@
 """The models that step 3 writes: the best actor while it runs, and what there is in the end."""
 
-import json
 import math
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import ModelArguments, RlhfArguments
-from dschat.checkpoint import export_model, move_export
-from dschat.data.cache import files_fingerprint
+from dschat.best_model import BestModel
+from dschat.checkpoint import export_model
 from dschat.data.preparation import SplitData
-from dschat.distributed import gather_json, is_main_process, print_once
-from dschat.durable import write_json
-from dschat.errors import UserError
-from dschat.export_files import remove_export
-from dschat.manifest import MANIFEST, Manifest, changed_files
+from dschat.distributed import print_once
 from dschat.model_card import Provenance, step_provenance
+from dschat.rlhf.gains import Answers, did_it_help, gained_objective, gained_score
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.run_folder import BEST
 
 OBJECTIVE = "eval_objective"
-"""The best actor has the largest. Its beta is the first, lest a beta that is steered choose the actor."""
+"""What the best actor is better in. Its beta is the first, lest a beta that is steered choose the actor."""
 
 
 class Exports:
-    """Writes models below --output_dir, if there is one. Every rank must make the same calls.
-
-    `best_step` is the PPO step of the best evaluation so far (0: before the first), None without one.
-    """
+    """Writes models below --output_dir, if there is one. Every rank must make the same calls."""
 
     def __init__(
         self,
@@ -40,131 +32,147 @@ class Exports:
     ) -> None:
         self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
         self._folder = Path(args.run.output_dir) if args.run.output_dir else None
-        self._best: dict[str, float] = {}
-        self._manifest: str | None = None  # the fingerprint of the best actor's, which has its checksums
-        self.best_step: int | None = None
+        self._best = BestModel(args.run.output_dir, target="actor", unit="PPO step")
+        self._start: Answers | None = None
+        self._start_figures: dict[str, float] = {}
+        self._last: Answers | None = None
+        self._last_step: int | None = None  # None where the guard warned of the last evaluation
 
-    def offer(self, step: int, evaluation: dict[str, float]) -> None:
-        """Write the actor into best/ where its evaluation is better than all before.
+    @property
+    def best_step(self) -> int | None:
+        """The PPO step of the best evaluation so far (0: before the first), None without one."""
+        return self._best.step
 
-        Where it cannot be written, the earlier one stays the best, and the run goes on.
+    def offer(
+        self, step: int, evaluation: dict[str, float], answers: Answers, *, is_warned_of: bool = False
+    ) -> None:
+        """Write the actor into best/ where it is better than the best before by more than its noise.
+
+        The first evaluation is that of the start. What the guard warns of is no best actor.
         """
-        if not evaluation[OBJECTIVE] > self._best.get(OBJECTIVE, -math.inf):  # nor is NaN
+        figures = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        if self._start is None:
+            self._start, self._start_figures = answers, figures
+        self._last, self._last_step = answers, None if is_warned_of else step
+        if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
             return
-        best = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
-        try:
-            if self._folder:
-                self._export_actor("best", self._provenance(self._args.actor, {"ppo_step": step, **best}))
-        except UserError as error:
-            kept = "none" if self.best_step is None else f"that of PPO step {self.best_step}"
-            print_once(f"WARNING: PPO step {step} has the best actor so far, but {error} Kept is {kept}.")
-            return
-        self._best, self.best_step = best, step
-        if self._folder and is_main_process():
-            self._manifest = files_fingerprint([self._folder / "best" / MANIFEST])
-            write_json(self._folder / BEST, self.state_dict())
+        facts = {"figures": figures, "answers": asdict(answers)}
+        provenance = self._provenance(self._args.actor, {"ppo_step": step, **figures})
+        self._best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
+
+    def _is_better(self, answers: Answers) -> bool:
+        if self._best.step is None:
+            return True
+        gained = gained_objective(self._best_answers, answers)
+        return gained.mean > 0 and gained.is_beyond_noise
+
+    @property
+    def _best_answers(self) -> Answers:
+        return Answers(**self._best.facts["answers"])
 
     def finish(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
         """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
 
         `step` is the last PPO step and `figures` are its. Returns what a summary tells of them.
         """
-        takes_best = self._args.guard.export_actor == "best" and self.best_step is not None
-        if self._folder:
-            of_actor = self._provenance(self._args.actor, {"ppo_step": step, **figures})
-            takes_best = takes_best and self._move_best(of_actor)
-            if not takes_best:
-                self._export_actor("actor", of_actor)
-            self._export_others(of_actor)
-            if is_main_process():
-                (self._folder / BEST).unlink(missing_ok=True)
+        takes_best = self._takes_best(step) and self._best.is_there()
+        gains = self._gains(takes_best, step)
         actor_step = self.best_step if takes_best else step
-        self._say_which(actor_step, step)
-        best = {f"best_{name}": value for name, value in self._best.items()}
-        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {})
+        of_last = {"ppo_step": step, **figures}
+        of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
+        verdict = gains.pop("verdict", None)
+        provenance = self._provenance(self._args.actor, {**of_actor, **gains}, verdict=verdict)
+        if self._folder and takes_best:
+            self._best.move(provenance)
+        elif self._folder:
+            self._export_actor(self._folder / "actor", provenance)
+        if self._folder:
+            self._export_others(self._provenance(self._args.actor, of_last))
+        self._best.forget(weights=self._args.guard.export_actor == "best")
+        self._say_which(actor_step, step, verdict)
+        best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
+        told = {"verdict": verdict, **gains} if verdict else {}
+        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {}) | told
 
-    def _move_best(self, of_actor: Provenance) -> bool:
-        """Let actor/ be the best actor; False where its weights are not there any more."""
-        place = gather_json(self._place_of(self._manifest) if is_main_process() else None)[0]
-        if place is None:
+    def _takes_best(self, step: int) -> bool:
+        """Whether actor/ is to be the best actor.
+
+        Where that is the start, as nothing was better by more than noise, the last one is taken unless it is
+        worse by more than noise: the start is in its own folder still.
+        """
+        if self._args.guard.export_actor != "best" or self.best_step is None:
+            return False
+        if self.best_step > 0 or step == 0 or self._last_step != step:
+            return True
+        lost = gained_objective(self._best_answers, self._last)
+        return not math.isfinite(lost.mean) or (lost.mean < 0 and lost.is_beyond_noise)
+
+    def _gains(self, takes_best: bool, step: int) -> dict[str, Any]:
+        """The evaluation of the start, and what actor/ gains over it; nothing without evaluations."""
+        if self._start is None:
+            return {}
+        exported = self._best_answers if takes_best else self._last
+        score, objective = gained_score(self._start, exported), gained_objective(self._start, exported)
+        is_start = takes_best and self.best_step == 0
+        verdict = did_it_help(self._start, self._last if is_start else exported)
+        if is_start and step > 0:
+            warned = ", of which the guard warned," if self._last_step != step else ""
+            verdict = f"the start itself: the last actor{warned} is {verdict}"
+        return {
+            **{f"initial_{name}": value for name, value in self._start_figures.items()},
+            "score_gain": score.mean,
+            "score_gain_stderr": score.stderr,
+            "objective_gain": objective.mean,
+            "objective_gain_stderr": objective.stderr,
+            "verdict": verdict,
+        }
+
+    def _say_which(self, actor_step: int, step: int, verdict: str | None) -> None:
+        if self.best_step is not None:
+            which = f"the best actor is that after PPO step {self.best_step}"
+            if self.best_step == 0:
+                which = "no actor is better than the one that the run started from by more than noise"
             print_once(
-                f"WARNING: the best actor, that after PPO step {self.best_step}, is not in "
-                f"{self._folder / 'best'} any more: actor/ gets the last one."
+                f"{which}, {OBJECTIVE} {self._best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
+                f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
+                f"{self._args.guard.export_actor})."
             )
-        elif place == "actor":  # a run that was killed after that has moved it
-            if is_main_process():
-                remove_export(self._folder / "best")
-        else:
-            of_best = replace(of_actor, figures={"ppo_step": self.best_step, **self._best})
-            move_export(self._folder / "best", self._folder / "actor", of_best)
-        return place is not None
-
-    def _say_which(self, actor_step: int, step: int) -> None:
-        if self.best_step is None:
-            return
-        start = " (that the run started from: nothing that it learned was better)"
-        print_once(
-            f"the best actor is that after PPO step {self.best_step}{start if self.best_step == 0 else ''}, "
-            f"{OBJECTIVE} {self._best[OBJECTIVE]:.4g}; the last PPO step was {step}. actor/ is that after "
-            f"PPO step {actor_step} (--export_actor {self._args.guard.export_actor})."
-        )
+        if verdict:
+            print_once(f"did PPO help? actor/ is {verdict}")
 
     def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
         return step_provenance(self._args, base, self._data, figures, **more)
 
-    def _export_actor(self, name: str, provenance: Provenance) -> None:
-        export_model(self._engine.actor, self._tokenizer, self._folder / name, provenance=provenance)
+    def _export_actor(self, folder: Path, provenance: Provenance) -> None:
+        export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
 
-    def _export_others(self, of_actor: Provenance) -> None:
+    def _export_others(self, of_last: Provenance) -> None:
         """Critic and moving average as the last PPO step left them."""
         engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
         if engine.critic:
             base = self._args.actor if engine.fresh_critic else self._args.critic
-            of_critic = self._provenance(base, of_actor.figures, head="value")
+            of_critic = self._provenance(base, of_last.figures, head="value")
             export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
         if engine.ema:
             average = engine.ema.weights()
             export_model(
-                engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_actor
+                engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_last
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Which actor is the best, for JSON; its manifest on rank 0 alone."""
-        return {"manifest": self._manifest, "best_step": self.best_step, "best": dict(self._best)}
+        """Which actor is the best, and what the start and the last are compared by, for JSON."""
+        return {
+            "best": self._best.state_dict(),
+            "start": asdict(self._start) if self._start else None,
+            "start_figures": self._start_figures,
+            "last": asdict(self._last) if self._last else None,
+            "last_step": self._last_step,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, with the best actor that best/ holds now.
-
-        It may be a later one than the state's, of steps that are made again, on some devices a little
-        differently. Every rank must call it.
-        """
-        state = gather_json(self._true_state(state) if is_main_process() else None)[0]
-        self._manifest = state.get("manifest")  # states of earlier versions have none
-        self.best_step, self._best = state["best_step"], dict(state["best"])
-
-    def _true_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state that fits the weights that are there; a run may have been killed before it noted them."""
-        if self._folder is None:
-            return state
-        note = self._folder / BEST
-        noted = [json.loads(note.read_text(encoding="utf-8"))] if note.is_file() else []
-        for known in [*noted, state]:
-            if known["best_step"] is not None and self._place_of(known.get("manifest")):
-                return known
-        if noted or state["best_step"] is not None:
-            print_once("note: which actor best/ holds is not known; the next evaluation replaces it.")
-        return {"best_step": None, "best": {}}
-
-    def _place_of(self, manifest: str | None) -> str | None:
-        """Where the weights are whose manifest has this fingerprint: best, actor or nowhere."""
-        for name in ("best", "actor"):
-            path = self._folder / name / MANIFEST
-            if not path.is_file() or not path.with_name("config.json").is_file():
-                continue
-            if manifest is None:  # a state of an earlier version
-                return name
-            if files_fingerprint([path]) == manifest and not changed_files(
-                Manifest.read(path.parent), path.parent
-            ):
-                return name
-        return None
+        """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
+        self._best.load_state_dict(state["best"])
+        self._start = Answers(**state["start"]) if state["start"] else None
+        self._start_figures = state["start_figures"]
+        self._last = Answers(**state["last"]) if state["last"] else None
+        self._last_step = state["last_step"]

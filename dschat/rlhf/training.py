@@ -12,7 +12,7 @@ from dschat.distributed import current_device, is_main_process
 from dschat.metrics import MetricsLogger
 from dschat.progress import Checkpoints
 from dschat.rlhf.evaluation import Evaluator
-from dschat.rlhf.exports import Exports
+from dschat.rlhf.exports import OBJECTIVE, Exports
 from dschat.rlhf.guard import Figures, Guard
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 
@@ -38,10 +38,12 @@ class Watch:
         is_due = is_last or self.guard.wants_evaluation or step % max(self.interval, 1) == 0
         evaluation = self.evaluator.figures() if self.evaluator and is_due else {}
         messages = self.guard.observe(step, figures | evaluation)
-        if evaluation and not self.guard.is_warning:
-            self.exports.offer(step, evaluation)
         if self.evaluator and not evaluation and self.guard.stopped_by:
             evaluation = self.evaluator.figures()  # the run ends here, and its last figures are complete
+        if evaluation:
+            answers = self.evaluator.answers
+            self.exports.offer(step, evaluation, answers, is_warned_of=self.guard.is_warning)
+            messages = [evaluation_line(step, evaluation), *messages]
         return figures | evaluation, messages
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,6 +60,16 @@ class Watch:
     def _parts(self) -> dict[str, Any]:
         parts = {"evaluator": self.evaluator, "guard": self.guard, "exports": self.exports}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def evaluation_line(step: int, figures: Figures) -> str:
+    """An evaluation for the console."""
+    when = f"after PPO step {step}" if step else "before training"
+    return (
+        f"evaluation {when}: score {figures['eval_score']:.4g} +- {figures['eval_score_stderr']:.2g}, "
+        f"KL {figures['eval_kl']:.3g}, score - beta KL {figures[OBJECTIVE]:.4g} ({OBJECTIVE}), "
+        f"answers of {figures['eval_answer_length']:.4g} tokens, {figures['eval_eos_share']:.0%} ended"
+    )
 
 
 def train_ppo(

@@ -299,12 +299,31 @@ def test_each_epoch_of_prompts_has_another_order():
     assert [row for row, _ in steps[0]] != [row for row, _ in steps[5]]
 
 
-def eval_prompts(num_rows, num_prompts, batch_size, world_size):
+def eval_prompts(num_rows, num_prompts, batch_size, world_size, samples_per_prompt=1):
     """Each rank's batches of a sample of held-out prompts."""
     settings = {"num_prompts": num_prompts, "batch_size": batch_size, "world_size": world_size}
+    settings["samples_per_prompt"] = samples_per_prompt
     return [
         build_eval_prompts(prompts(num_rows), pad_id=PAD, rank=rank, **settings) for rank in range(world_size)
     ]
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 2), (3, 2), (50, 1)])
+def test_an_evaluation_of_ppo_answers_each_prompt_so_many_times_with_samples_of_its_own(
+    batch_size, world_size
+):
+    dealt = eval_prompts(5, 9, batch_size, world_size, samples_per_prompt=3)
+    found = [
+        (number, sample)
+        for batches in zip(*dealt, strict=True)  # a global batch is dealt to the ranks in turn
+        for row in zip(
+            *([*zip(b.rows.tolist(), b.samples.tolist(), strict=True)] for b in batches), strict=True
+        )
+        for number, sample in row
+        if number >= 0
+    ]
+    once = eval_prompts(5, 9, 5, 1)[0][0].rows.tolist()
+    assert found == [(number, sample) for number in once for sample in range(3)]
 
 
 @pytest.mark.parametrize(

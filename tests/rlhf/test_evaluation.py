@@ -12,7 +12,7 @@ from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
 from dschat.arguments import parse_arguments
-from dschat.rlhf.evaluation import Evaluator, build_evaluator
+from dschat.rlhf.evaluation import Evaluator, build_evaluator, samples_per_prompt
 from dschat.rlhf.experience import Judgement, ScoreShaping
 
 WORKER = ROOT / "tests" / "workers" / "evaluations.py"
@@ -59,6 +59,7 @@ def one_rank(models) -> dict[str, list[dict]]:
             "gradient_accumulation_steps": 4,
         },
         "same reward model": {**ONE_RANK, "guard_reward_model_name_or_path": str(models / "reward")},
+        "several answers": {**ONE_RANK, "eval_samples_per_prompt": 3},
         "shaped": {**ONE_RANK, "score_normalization": "running", "missing_eos_penalty": 3},
     }
     return dict(zip(settings, run(models, list(settings.values()), ranks=1), strict=True))
@@ -178,8 +179,32 @@ def test_two_ranks_give_the_figures_of_one(models, one_rank):
     """Also where ZeRO-3 shards actor and reward models, and generation batches are small."""
     sharded = {"actor_zero_stage": 3, "critic_zero_stage": 3}
     small = {"per_device_generation_batch_size": 2, "generation_batches": 2}
-    for result in run(models, [TWO_RANKS, {**TWO_RANKS, **sharded, **small}], ranks=2):
+    several = {**TWO_RANKS, "eval_samples_per_prompt": 3}
+    *plain, several = run(models, [TWO_RANKS, {**TWO_RANKS, **sharded, **small}, several], ranks=2)
+    for result in plain:
         assert_same(result, one_rank["plain"])
+    assert_same(several, one_rank["several answers"])
+
+
+def test_several_answers_to_a_prompt_are_others(one_rank):
+    once, several = one_rank["plain"][1], one_rank["several answers"][1]
+    assert several["eval_score"] != pytest.approx(once["eval_score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_held_out", "samples"),
+    [("", 16, 1), ("", 200, 1), ("", 10, 2), ("", 3, 6), ("", 1, 8), ("--num_eval_prompts 100", 10, 8),
+     ("--num_eval_prompts 10", 10, 1), ("--eval_samples_per_prompt 1", 3, 1),
+     ("--eval_samples_per_prompt 9", 99, 9)],
+)  # fmt: skip
+def test_few_held_out_prompts_are_answered_several_times(flags, num_held_out, samples, capsys):
+    """A PPO step samples 16 answers by default."""
+    models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
+    args = parse_arguments("rlhf", [*models, *flags.split()])
+    wanted = args.guard.num_eval_prompts or 16
+    assert samples_per_prompt(args, num_held_out, wanted) == samples
+    is_told = samples > 1 and "samples" not in flags
+    assert (f"answered {samples} times (--eval_samples_per_prompt)" in capsys.readouterr().out) == is_told
 
 
 @pytest.mark.parametrize(("interval", "note"), [(10, "no prompts are held out (--eval_fraction"), (0, "")])

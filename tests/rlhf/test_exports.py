@@ -20,6 +20,7 @@ from dschat.data.preparation import SplitData
 from dschat.manifest import Manifest, changed_files, receive_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.exports import OBJECTIVE, Exports
+from dschat.rlhf.gains import Answers
 from dschat.rlhf.guard import Guard
 from dschat.rlhf.training import Watch
 
@@ -51,10 +52,18 @@ def mark(folder: Path) -> float:
     return load_file(folder / "model.safetensors")["model.norm.weight"][0].item()
 
 
+def offer(kept: Exports, step: int, objective: float, *, noise: float = 0.0, **more: bool) -> None:
+    """An evaluation of three prompts whose objectives lie so far around their mean."""
+    values = [objective - noise, objective, objective + noise]
+    answers = Answers([3, 1, 2], [value + 1 for value in values], values)
+    figures = {OBJECTIVE: objective, "eval_score": objective + 1, "seconds_evaluation": 1.0}
+    kept.offer(step, figures, answers, **more)
+
+
 def offer_three(kept: Exports, model: torch.nn.Module) -> None:
     for step, objective in enumerate((1.0, 3.0, 2.0)):
         move_to(model, step + 1)
-        kept.offer(step, {OBJECTIVE: objective, "seconds_evaluation": 1.0})
+        offer(kept, step, objective)
 
 
 def test_the_best_so_far_is_on_disk_while_the_run_goes_on(base):
@@ -68,18 +77,18 @@ def test_the_best_so_far_is_on_disk_while_the_run_goes_on(base):
 def test_an_equal_evaluation_replaces_nothing(base):
     kept, model, output = exports(base)
     offer_three(kept, model)
-    kept.offer(3, {OBJECTIVE: 3.0})
-    kept.offer(4, {OBJECTIVE: math.nan})
+    offer(kept, 3, 3.0)
+    offer(kept, 4, math.nan)
     assert kept.best_step == 1
     assert mark(output / "best") == 2
 
 
 def test_an_evaluation_without_a_number_is_never_the_best(base):
     kept, _, output = exports(base)
-    kept.offer(0, {OBJECTIVE: math.nan})
+    offer(kept, 0, math.nan)
     assert kept.best_step is None
     assert not (output / "best").exists()
-    kept.offer(1, {OBJECTIVE: -5.0})
+    offer(kept, 1, -5.0)
     assert kept.best_step == 1
 
 
@@ -89,7 +98,18 @@ def test_the_actor_is_the_best_by_default_moved_there_over_an_older_one(base):
     (output / "actor" / "notes.txt").write_text("someone's own")
     offer_three(kept, model)
     summary = kept.finish(2, {"score": 1.0})
-    assert summary == {"actor_step": 1, "best_step": 1, f"best_{OBJECTIVE}": 3.0}
+    assert (summary["actor_step"], summary["best_step"], summary[f"best_{OBJECTIVE}"]) == (1, 1, 3.0)
+    assert (summary[f"initial_{OBJECTIVE}"], summary["score_gain"], summary["objective_gain_stderr"]) == (
+        1,
+        2,
+        0,
+    )
+    assert summary["verdict"].startswith(
+        "better than the start: score +2 +- 0, score - beta KL +2 +- 0 (3 ans"
+    )
+    card = (output / "actor" / "README.md").read_text()
+    assert f"## Verdict\n\n{summary['verdict']}" in card
+    assert "| ppo_step | 1 |" in card
     assert mark(output / "actor") == 2
     assert (output / "actor" / "notes.txt").exists()
     assert not (output / "best").exists()
@@ -102,6 +122,56 @@ def test_the_actor_is_the_last_where_that_is_asked_for_and_the_best_stays_beside
     assert kept.finish(2, {"score": 1.0})["actor_step"] == 2
     assert mark(output / "actor") == 3
     assert mark(output / "best") == 2
+
+
+# Each around its mean by so much in the first and the last prompt: against a start without noise the mean of
+# the differences has the error noise / sqrt(3), so 2 is 1.2.
+def test_an_actor_that_is_better_within_noise_is_no_best_one(base):
+    kept, model, output = exports(base)
+    offer(kept, 0, 1.0)
+    move_to(model, 5)
+    offer(kept, 1, 2.0, noise=2.0)
+    assert kept.best_step == 0
+    offer(kept, 2, 2.3, noise=2.0)
+    assert kept.best_step == 2
+    move_to(model, 6)
+    offer(kept, 3, 2.4, noise=2.0)  # against the best so far: all answers are better by 0.1
+    assert (kept.best_step, mark(output / "best")) == (3, 6)
+
+
+def finished(base: Path, last: float, **more: float) -> tuple[dict, float]:
+    """The summary and the actor of a run whose start has 1.0, and whose last PPO step, 7, has `last`."""
+    kept, model, output = exports(base)
+    move_to(model, 4)
+    offer(kept, 0, 1.0)
+    move_to(model, 5)
+    offer(kept, 7, last, **more)
+    return kept.finish(7, {}), mark(output / "actor")
+
+
+def test_where_nothing_is_better_the_actor_is_the_last_unless_that_is_worse(base, capsys):
+    summary, marked = finished(base, 0.9, noise=2.0)  # within noise
+    assert (summary["actor_step"], summary["best_step"], marked) == (7, 0, 5)
+    assert summary["verdict"].startswith("no different from the start by more than noise: score -0.1 +- 1.2")
+    assert not (base.parent / "out" / "best").exists()
+    told = capsys.readouterr().out
+    assert "no actor is better than the one that the run started from by more than noise" in told
+    assert told.rstrip().splitlines()[-1] == f"did PPO help? actor/ is {summary['verdict']}"
+
+
+def test_where_the_last_is_worse_the_actor_is_the_start(base):
+    summary, marked = finished(base, 0.9)
+    assert (summary["actor_step"], summary["best_step"], marked) == (0, 0, 4)
+    assert summary["verdict"].startswith(
+        "the start itself: the last actor is worse than the start: score -0.1"
+    )
+    assert (summary["score_gain"], summary["objective_gain"]) == (0, 0)
+
+
+def test_where_the_guard_warned_of_the_last_the_actor_is_the_start(base):
+    summary, marked = finished(base, 0.9, noise=2.0, is_warned_of=True)
+    assert (summary["actor_step"], marked) == (0, 4)
+    assert "the last actor, of which the guard warned, is no different" in summary["verdict"]
 
 
 def test_without_an_evaluation_the_actor_is_the_last(base):
@@ -117,22 +187,22 @@ def test_it_goes_on_from_its_state_as_json(base):
     again, other, output = exports(base)
     again.load_state_dict(json.loads(json.dumps(kept.state_dict())))
     move_to(other, 9)
-    again.offer(3, {OBJECTIVE: 2.5})
+    offer(again, 3, 2.5)
     assert again.finish(3, {})["actor_step"] == 1
     assert mark(output / "actor") == 2
 
 
 def test_a_run_that_goes_back_knows_the_later_actor_in_best(base):
     kept, model, _ = exports(base)
-    kept.offer(0, {OBJECTIVE: 1.0})
+    offer(kept, 0, 1.0)
     saved = kept.state_dict()
     move_to(model, 5)
-    kept.offer(1, {OBJECTIVE: 3.0})
+    offer(kept, 1, 3.0)
     again, other, output = exports(base)
     again.load_state_dict(saved)
     assert again.best_step == 1
     move_to(other, 6)
-    again.offer(2, {OBJECTIVE: 2.0})
+    offer(again, 2, 2.0)
     assert mark(output / "best") == 5
     assert again.finish(2, {})["best_step"] == 1
     assert not (output / "best.json").exists()
@@ -140,22 +210,22 @@ def test_a_run_that_goes_back_knows_the_later_actor_in_best(base):
 
 def test_an_actor_in_best_that_nothing_is_known_of_is_replaced(base, capsys):
     kept, model, output = exports(base)
-    kept.offer(0, {OBJECTIVE: 1.0})
+    offer(kept, 0, 1.0)
     said, saved = (output / "best.json").read_text(), kept.state_dict()
     move_to(model, 5)
-    kept.offer(1, {OBJECTIVE: 3.0})
+    offer(kept, 1, 3.0)
     (output / "best.json").write_text(said)  # killed between the model and the note about it
     again, other, _ = exports(base)
     again.load_state_dict(saved)
-    assert "which actor best/ holds is not known" in capsys.readouterr().out
+    assert "which model best/ holds is not known" in capsys.readouterr().out
     move_to(other, 6)
-    again.offer(2, {OBJECTIVE: 0.5})
+    offer(again, 2, 0.5)
     assert (again.best_step, mark(output / "best")) == (2, 6)
 
 
 def test_a_best_actor_that_finds_no_room_leaves_the_earlier_one(base, monkeypatch, capsys):
     kept, model, output = exports(base)
-    kept.offer(0, {OBJECTIVE: 1.0})
+    offer(kept, 0, 1.0)
     marked = mark(output / "best")
 
     def full(*_, **__) -> None:
@@ -164,12 +234,12 @@ def test_a_best_actor_that_finds_no_room_leaves_the_earlier_one(base, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr("transformers.modeling_utils.safe_save_file", full)
         move_to(model, 5)
-        kept.offer(1, {OBJECTIVE: 3.0})
+        offer(kept, 1, 3.0)
     told = capsys.readouterr().out
     for part in ("WARNING: PPO step 1", "No space left", "Make room", "Kept is that of PPO step 0"):
         assert part in told
     assert (kept.best_step, mark(output / "best")) == (0, marked)
-    kept.offer(2, {OBJECTIVE: 2.0})
+    offer(kept, 2, 2.0)
     assert (kept.best_step, mark(output / "best")) == (2, 5)
 
 
@@ -239,7 +309,7 @@ def test_an_actor_is_named_for_the_weights_that_are_there(base, capsys):
         assert again.finish(2, {})["actor_step"] == step
         assert mark(output / "actor") == {1: 2, 2: 3}[step]
     told = capsys.readouterr().out
-    assert "which actor best/ holds is not known" in told
+    assert "which model best/ holds is not known" in told
     assert told.count("actor/ is that after PPO step 1 (--export_actor best)") == 2
 
 
@@ -250,7 +320,7 @@ def test_a_best_actor_whose_weights_were_replaced_is_not_exported_as_such(base, 
     model.save_pretrained(output / "best")
     assert kept.finish(2, {})["actor_step"] == 2
     assert mark(output / "actor") == 9
-    assert "the best actor, that after PPO step 1, is not in" in capsys.readouterr().out
+    assert "the best model, that after PPO step 1, is not in" in capsys.readouterr().out
 
 
 class Recorded:
@@ -261,10 +331,14 @@ class Recorded:
 
     def figures(self) -> dict[str, float]:
         self.num_evaluations += 1
-        return {"eval_score": 1.0}
+        names = ("score", "score_stderr", "kl", "objective", "answer_length", "eos_share")
+        return {f"eval_{name}": 1.0 for name in names}
 
-    def offer(self, step: int, evaluation: dict[str, float]) -> None:
-        self.offered.append(step)
+    answers = None
+
+    def offer(self, step: int, evaluation: dict[str, float], answers: None, *, is_warned_of: bool) -> None:
+        if not is_warned_of:
+            self.offered.append(step)
 
 
 def watched(kls: list[float], *, interval: int, patience: int = 2) -> tuple[Recorded, Watch, list[bool]]:
