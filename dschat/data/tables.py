@@ -41,10 +41,10 @@ def _rows(name: str, lines: Iterator[str], delimiter: str | None) -> Iterator[tu
                 yield f"{name}:{line}", _row(columns, fields, delimiter)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{name}:{line}: the row cannot be read ({error}). Correct its quotes: text that holds any "
-            "stands between double quotes, and they are doubled in it."
-        ) from error
+        remedy = "Correct its quotes: text that holds any stands between double quotes, each doubled in it."
+        if "new-line" in str(error):
+            remedy = "Lines end with a carriage return alone; save the file with line feeds."
+        raise UserError(f"{name}:{line}: the row cannot be read ({error}). {remedy}") from error
 
 
 def _row(columns: list[str], fields: list[str], delimiter: str) -> Row | BadRow:

@@ -1,6 +1,10 @@
+import csv
 import gzip
+import io
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dschat.data.cells import BadRow
 from dschat.data.files import file_rows, sound_rows
@@ -57,6 +61,21 @@ def test_rows_after_one_with_too_many_fields_are_read(tmp_path):
     assert isinstance(found[1], BadRow)
 
 
+@given(
+    table=st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2)),
+    delimiter=st.sampled_from(",;\t"),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+def test_what_a_writer_of_tables_writes_is_read(tmp_path, table, delimiter, end):
+    text = io.StringIO()
+    # By itself Python before 3.13 leaves a carriage return without quotes.
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([["a", "b"], *table])
+    found = [row for _, row in rows(tmp_path, text.getvalue())]
+    assert found == [{"a": a or None, "b": b or None} for a, b in table]
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "prompt,chosen\n"])
 def test_a_table_without_rows_gives_none(tmp_path, content):
     assert rows(tmp_path, content) == []
@@ -69,6 +88,7 @@ def test_a_table_without_rows_gives_none(tmp_path, content):
         ("a,b\n\n1\n", r"x\.csv:3: the row has 1 fields, but the first line names 2"),
         ('a,b\n1,2\n"x,2\n3,4\n', r"x\.csv:3: the row cannot be read \(unexpected end of data\)"),
         ('a,b\n1,2\n"x"y,2\n', r"x\.csv:3: the row cannot be read .*double quotes"),
+        ("a,b\r1,2\r", r"x\.csv:1: .*Lines end with a carriage return alone; save the file with line feeds"),
         ("a,b,a\n1,2,3\n", r"x\.csv:1: several columns are called a; rename"),
         (b"a,b\n1,2\n\xff,3\n", r"x\.csv:3: the text is not UTF-8"),
         (b"\xff\xfea\0,\0b\0", r"x\.csv:1: the text is not UTF-8"),
