@@ -77,7 +77,8 @@ def configuration(path: Path, entry: Entry) -> Path:
             return place
     names = [folder.name for folder in _folders(path)]
     found = f"found: {', '.join(names)}" if names else "it has no folders"
-    raise UserError(f"{entry}: the folder has no configuration {entry.config} ({found}); correct the name.")
+    remedy = f"write {entry.choices('config', names)}" if names else "leave config= out"
+    raise UserError(f"{entry}: the folder has no configuration {entry.config} ({found}); {remedy}.")
 
 
 def read_pattern(entry: Entry) -> Folder:

@@ -47,7 +47,7 @@ def choose_splits(names: Sequence[str], entry: Entry) -> tuple[list[str], list[s
     evaluation = [name for name in names if is_for_evaluation(name)]
     others = [name for name in names if name not in evaluation]
     if entry.split is not None:
-        training = [_named(wanted, names, entry) for wanted in entry.split.split("+")]
+        training = list(dict.fromkeys(_named(wanted, names, entry) for wanted in entry.split.split("+")))
     elif entry.evaluates and evaluation:
         if len(evaluation) > 1 and not set(evaluation) <= set(EVALUATION):
             raise _several(evaluation, entry, "evaluate")
@@ -81,10 +81,9 @@ def _named(wanted: str, names: Sequence[str], entry: Entry) -> str:
     for name in names:
         if name in (wanted, split_of(wanted)):
             return name
-    found = f"; write {entry.choices('split', sorted(names))}" if names else ""
-    raise UserError(
-        f"{entry}: there is no split {wanted} (found: {', '.join(sorted(names)) or 'none'}){found}."
-    )
+    names = sorted(names)
+    remedy = f"; write {entry.choices('split', names)}" if names else ""
+    raise UserError(f"{entry}: there is no split {wanted} (found: {', '.join(names) or 'none'}){remedy}.")
 
 
 def _several(names: list[str], entry: Entry, use: str) -> UserError:

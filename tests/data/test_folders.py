@@ -153,6 +153,7 @@ def test_a_named_split_takes_its_own_evaluation_split_along(uc):
     training, evaluation, unused = read(f"{uc}:split=train_sft+train_gen")
     assert training == ["train_sft.jsonl", "train_gen.jsonl"]
     assert (sorted(evaluation), unused) == (["test_gen.jsonl", "test_sft.jsonl"], ())
+    assert read(f"{uc}:split=train_sft+train_sft")[0] == ["train_sft.jsonl"]
     assert read(f"{uc}:split=test_sft", "--eval_data_path")[:2] == (["test_sft.jsonl"], [])
     assert read(f"{uc}:split=test_sft:2")[0] == ["test_sft.jsonl"]
     source = open_source(f"{uc}:split=train_sft:2")
