@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
+ASKING = ("user", "tool")
+"""The roles after which an answer follows."""
+
 
 class Families:
     """The families of conversations that are added one by one."""
@@ -23,7 +26,7 @@ class Families:
         key, num_before = 0, len(self._prefixes)
         for number, turn in enumerate(turns, start=1):
             key = xxhash.xxh3_64_intdigest(json.dumps([key, turn]).encode())
-            if turn[0] == "user" or number == len(turns):
+            if turn[0] in ASKING or number == len(turns):
                 self._prefixes.append(key)
         self._counts.append(len(self._prefixes) - num_before)
 

@@ -41,6 +41,19 @@ def test_a_dialogue_is_of_the_family_of_the_shortest_it_goes_on_from(dialogues, 
     assert families_of(*dialogues) == families
 
 
+def test_a_dialogue_that_waits_for_an_answer_to_a_tool_begins_another():
+    families = Families()
+    shorter = [("system", "s"), ("user", "a"), ("assistant", "call"), ("tool", "3")]
+    for dialogue in (
+        shorter,
+        [*shorter, ("assistant", "b"), ("user", "c")],
+        [("system", "s"), ("user", "x")],
+    ):
+        families.add(dialogue)
+    first, second, other = families.keys().tolist()
+    assert first == second != other
+
+
 def test_nothing_has_no_families():
     assert Families().keys().shape == (0,)
     assert Families().keys().dtype == np.uint64
