@@ -18,6 +18,24 @@ EVAL_BATCH = ("--per_device_eval_batch_size", "not there: evaluations use --per_
 ROLLOUTS = ("--per_device_generation_batch_size with --generation_batches",)
 CLIP_GRADIENT = ("--max_grad_norm",)
 
+LAUNCHER = "not there: the launcher is told, deepspeed by its num_gpus, torchrun by its nproc_per_node"
+FAMILIES = {
+    "bf16_": ("--dtype bf16, the default",),
+    "fp16_": ("--dtype fp16",),
+    "ddp_": ("not there: DeepSpeed shares out the work",),
+    "fsdp_": ("--zero_stage 3",),
+    "dataloader_": ("not there: rows are read from tokenised files",),
+    "deepspeed_": ("not there: --zero_stage, --offload and --dtype say what a file would",),
+    "hub_": ("not there: nothing is uploaded; --output_dir loads with transformers",),
+    "log_": (NO_STEPS,),
+    "logging_": (NO_STEPS,),
+    "torch_compile_": ("not there",),
+    "trackio_": (NO_TRACKER,),
+    "wandb_": (NO_TRACKER,),
+    "vllm_": (NO_VLLM,),
+}
+"""Names that begin alike, where a name of its own does not stand below."""
+
 FOREIGN: dict[str, tuple[str, ...]] = {
     # transformers' TrainingArguments
     "lr": ("--learning_rate",),
@@ -40,7 +58,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "run_name": (NO_TRACKER,),
     "use_wandb": (NO_TRACKER,),
     "wandb": (NO_TRACKER,),
-    "wandb_project": (NO_TRACKER,),
     "use_tensorboard": ("--enable_tensorboard",),
     "save_steps": (CHECKPOINTS,),
     "save_strategy": (CHECKPOINTS,),
@@ -115,8 +132,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "default_local_dir": ("--output_dir",),
     "ckpt_path": ("--output_dir, below which checkpoints are",),
     "push_to_hub": ("not there: nothing is uploaded; --output_dir loads with transformers",),
-    "hub_model_id": ("not there: nothing is uploaded; --output_dir loads with transformers",),
-    "hub_token": ("not there: huggingface_hub reads HF_TOKEN",),
     "use_cpu": ("not there: an empty CUDA_VISIBLE_DEVICES hides the GPUs",),
     "no_cuda": ("not there: an empty CUDA_VISIBLE_DEVICES hides the GPUs",),
     "device": ("not there: GPUs are used where there are some",),
@@ -140,6 +155,31 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "label_smoothing_factor": ("--label_smoothing", "not there"),
     "use_liger_kernel": ("not there",),
     "early_stopping_patience": ("--patience", "not there"),
+    "disable_tqdm": ("not there",),
+    "exp_name": (NO_TRACKER,),
+    "project": (NO_TRACKER,),
+    "eval_on_start": ("not there: there is always an evaluation before training",),
+    "eval_delay": (EVALUATION,),
+    "eval_every": (EVALUATION,),
+    "save_every": (CHECKPOINTS,),
+    "save_only_model": ("not there: checkpoints are for going on, and --output_dir gets the model alone",),
+    "average_tokens_across_devices": ("not there: losses are always means over all ranks",),
+    "skip_memory_metrics": ("not there",),
+    "config": ("not there: flags are given on the command line",),
+    "config_file": ("not there: flags are given on the command line",),
+    "num_gpus": (LAUNCHER,),
+    "n_gpus": (LAUNCHER,),
+    "n_gpus_per_node": (LAUNCHER,),
+    "num_processes": (LAUNCHER,),
+    "nproc_per_node": (LAUNCHER,),
+    "nnodes": (LAUNCHER,),
+    "num_nodes": (LAUNCHER,),
+    "world_size": (LAUNCHER,),
+    "master_port": (LAUNCHER,),
+    "hostfile": (LAUNCHER,),
+    "gas": ("--gradient_accumulation_steps",),
+    "bs": BATCH,
+    "wd": ("--weight_decay",),
     # models
     "model": ("--model_name_or_path",),
     "model_name": ("--model_name_or_path",),
@@ -175,6 +215,9 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     + ("--offload_reference_model",),
     "trust_remote": ("--trust_remote_code",),
     # adapters
+    "use_lora": ("--lora_dim",),
+    "lora": ("--lora_dim",),
+    "bits": ("--load_in_4bit",),
     "use_peft": ("--lora_dim",),
     "finetuning_type": ("--lora_dim with --only_optimize_lora",),
     "lora_r": ("--lora_dim",),
@@ -305,11 +348,13 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "stop_token_id": ("not there: an answer ends with the model's end token, see --add_eot_token",),
     "response_template": ("not there: answers are told by --chat_template",),
     "use_vllm": (NO_VLLM,),
-    "vllm_num_engines": (NO_VLLM,),
-    "vllm_gpu_memory_utilization": (NO_VLLM,),
     "tensor_model_parallel_size": (NO_VLLM,),
     "tensor_parallel_size": (NO_VLLM,),
     "importance_sampling_level": ("not there: a ratio is a token's",),
+    "ds3_gather_for_generation": ("--rollout_gather",),
+    "colocate_all_models": ("not there: the models always share the devices",),
+    "ppo_max_token_len_per_gpu": BATCH,
+    "use_dynamic_bsz": (NO_PACKING,),
     "ptx_coef": ("--unsup_coef",),
     "pretrain_data": ("--unsupervised_dataset_name",),
     "ema_beta": ("--ema_decay",),
@@ -342,7 +387,8 @@ def foreign(name: str, known: Collection[str], sides: Collection[str] = SIDES) -
 
     A setting of models is named for each of `sides` where the step has more than one model.
     """
-    for text in (*FOREIGN.get(name, ()), f"--{name}"):
+    family = next((texts for prefix, texts in FAMILIES.items() if name.startswith(prefix)), ())
+    for text in (*FOREIGN.get(name, family), f"--{name}"):
         told = _for_step(text, known, sides)
         if told:
             return told if told.startswith("not there") else f"here: {told}"

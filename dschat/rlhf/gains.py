@@ -47,7 +47,8 @@ class Gain:
         return abs(self.mean) > self.stderr
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4g} +- {self.stderr:.2g}"
+        error = f"+- {self.stderr:.2g}" if math.isfinite(self.stderr) else "(its error is unknown)"
+        return f"{self.mean:+.4g} {error}"
 
 
 def gain(before: Sequence[float], after: Sequence[float], prompts: Sequence[int]) -> Gain:

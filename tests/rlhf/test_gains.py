@@ -63,3 +63,9 @@ def test_gains_of_score_and_of_the_objective_are_told_apart():
 )
 def test_whether_it_helped(after, words):
     assert did_it_help(answers(0.0, 0.0, 0.0), answers(*after)).startswith(words)
+
+
+def test_one_prompt_tells_nothing_of_others():
+    told = did_it_help(answers(0.0, 0.0, prompts=(4, 4)), answers(1.0, 1.0, prompts=(4, 4)))
+    assert told.startswith("no different from the start by more than noise: score +1 (its error is unknown)")
+    assert told.endswith("(2 answers to 1 held-out prompts)")
