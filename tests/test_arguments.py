@@ -192,6 +192,24 @@ def test_deepspeed_chats_flags_are_accepted(step, argv):
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://host:80/a@b", "http://host:80/a@b"),  # no password
+        ("http://us:p/w@host/", "http://***@host/"),  # what should have been escaped
+        ("http://us:p?w=#@host/?a=b", "http://***@host/?a=***"),
+        ("http://us:p'w@host/", "http://***@host/"),
+        (
+            "see 'HTTPS://us:pw@[::1]:8/' and http://us@host.",
+            "see 'HTTPS://***@[::1]:8/' and http://***@host.",
+        ),
+        ("hub://us:pw@host", "hub://us:pw@host"),  # another kind of name
+    ],
+)
+def test_what_of_a_url_is_shown(text, shown):
+    assert without_secrets(text) == shown
+
+
+@pytest.mark.parametrize(
     ("argv", "num_steps", "expected"),
     [
         ([], 8, 8),  # the default of step 3, 100, is more than there are

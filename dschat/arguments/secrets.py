@@ -4,12 +4,15 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-_URL = re.compile(r"\bhttps?://[^\s'\"]+", re.IGNORECASE)
+_URL = re.compile(r"\b(https?://)(\S+?)(['\"]*(?:\s|$))", re.IGNORECASE)
+_AUTHORITY = re.compile(r"[^/?#]*")
+_PLACE = re.compile(r"(\[.*\]|[^:]*)(:\d*)?")
+"""Host and port."""
 
 
 def without_secrets(text: str) -> str:
     """The text with *** for the user and password of each URL in it, and for the values of its query."""
-    return _URL.sub(lambda match: _hidden(match[0]), text)
+    return _URL.sub(lambda match: match[1] + _hidden(match[2]) + match[3], text)
 
 
 def recorded(value: Any) -> Any:
@@ -20,14 +23,15 @@ def recorded(value: Any) -> Any:
 
 
 def _hidden(url: str) -> str:
-    address, mark, query = url.partition("?")
-    scheme, host = re.fullmatch(r"(.*?://)(.*)", address).groups()
-    user, at, _ = host.partition("/")[0].rpartition("@")
-    if at:
-        host = HIDDEN + host[len(user) :]
-    parts = [f"{name}={HIDDEN}" if is_pair else HIDDEN for name, is_pair, _ in map(_pair, query.split("&"))]
-    return scheme + host + (mark + "&".join(parts) if mark else "")
+    """A URL less its scheme."""
+    authority = _AUTHORITY.match(url)[0]
+    is_whole = "@" in authority or _PLACE.fullmatch(authority)
+    # A password may hold what should have been escaped, such as a slash: the last @ ends it then.
+    end = (authority if is_whole else url).rfind("@")
+    address, mark, query = (HIDDEN + url[end:] if end >= 0 else url).partition("?")
+    return address + mark + "&".join(map(_hidden_value, query.split("&"))) if mark else address
 
 
-def _pair(part: str) -> tuple[str, str, str]:
-    return part.partition("=")
+def _hidden_value(part: str) -> str:
+    name, is_pair, _ = part.partition("=")
+    return f"{name}={HIDDEN}" if is_pair else HIDDEN
