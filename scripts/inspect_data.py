@@ -264,7 +264,7 @@ def truncation(limited: Tokenized) -> list[tuple[str, str]]:
         return []
     counts = {"without their first turns": limited.num_fewer_turns, "cut in their text": limited.num_cut}
     counts |= {f"dropped: {reason}": number for reason, number in limited.dropped.items()}
-    counts |= {f"the chat template does not show: {name}": number for name, number in limited.unshown.items()}
+    counts |= {f"not shown by the chat template: {name}": number for name, number in limited.unshown.items()}
     return [(name, share(number, num_rows)) for name, number in counts.items()]
 
 

@@ -17,8 +17,8 @@ from dschat.errors import UserError
 KEPT, FEWER_TURNS, CUT, LONG_PROMPT, EQUAL_ANSWERS, NO_TOKEN, WITH_TOOLS, NOTHING_LEARNED = range(8)
 """What became of a row: whole; without its first turns; cut in its text; and why it was dropped."""
 
-MISSED = "earlier answers in the form in which they are generated, so they are not learned"
-"""What a template does not show that leaves out thoughts of earlier turns."""
+MISSED = "thoughts of earlier answers, so that these are not learned"
+"""What a template does not show where earlier turns are missed."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from dschat.data.report import describe, listed, num_related, rows_report, sourc
 from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.sources import Source, open_source
 from dschat.data.tokenization import (
+    NOT_FOR_LENGTH,
     RowError,
     Tokenized,
     default_num_proc,
@@ -378,6 +379,10 @@ def _check_rows_left(
     problem += listed("; rows have", sum((found.unlearned for found in findings), Counter()))
     if left_out[task.lacks] and not tokenized.dropped:
         raise UserError(f"{problem}. Give data that has what step {task.step} learns from (docs/data.md).")
+    if set(tokenized.dropped) <= NOT_FOR_LENGTH:
+        raise UserError(
+            f"{problem}. Give other data, or another template with --chat_template (docs/data.md)."
+        )
     raise UserError(
         f"{problem}. {task.limit} is {task.max_tokens} and the shortest prompt has "
         f"{tokenized.shortest_prompt} tokens: raise it, or give other data."

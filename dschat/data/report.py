@@ -90,7 +90,7 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + (f", {counts['cut']} cut in their text to {task.limit}" if counts["cut"] else "")
             + listed("; dropped", counts["dropped"])
             + (f"; {both} pairs are labelled both ways" if (both := counts.get("contradictions")) else "")
-            + listed("; the chat template does not show in as many rows", counts["unshown"])
+            + listed("; not shown by the chat template:", counts["unshown"])
             + ("; --num_train_epochs counts passes over them" if name == "train" else "")
         )
     if report["related"]:

@@ -160,7 +160,15 @@ class ChatTemplate:
         names = self._renderer.unshown(turns)
         if self._marks.thought_end and all(turn in answers for turn in turns):
             names.discard("reasoning")
+        if any(self._loses_thought(prompt, answer) for answer in answers):
+            names.add("reasoning")
         return names
+
+    def _loses_thought(self, prompt: Prompt, answer: Reply) -> bool:
+        """Whether the template takes a thought out of the answer's text and shows it nowhere."""
+        before, end, _ = text_of(answer).partition("</think>")
+        thought = before.replace("<think>", "").strip()
+        return bool(end and thought) and thought not in self.answer(prompt, answer)
 
     def turns(self, prompt: Prompt) -> tuple[Turn, ...]:
         """The conversation that a prompt is, in the form that the template takes."""
@@ -251,9 +259,14 @@ class ChatTemplate:
             return self._closed(whole[len(asked) :])
         if self._marks.opens:
             return self._after_opening(asked, turns, turn)
-        if turn.is_plain or tuple(turns) == ASKED:
-            return self._marks.lead + turn.content + self._marks.close
-        return self._continuation(self._renderer.render(ASKED, True), ASKED, turn)
+        if not turn.is_plain and tuple(turns) != ASKED:
+            return self._continuation(self._renderer.render(ASKED, True), ASKED, turn)
+        if {"reasoning", "tool_calls"} & set(json.loads(turn.fields or "{}")):
+            raise UserError(
+                "the chat template cannot be trained with where an answer has reasoning or calls: it shows "
+                "that answer elsewhere than after its generation prompt; give another with --chat_template."
+            )
+        return self._marks.lead + turn.content + self._marks.close
 
     def _after_opening(self, asked: str, turns: Sequence[Turn], turn: Turn) -> str:
         """The answer after a generation prompt whose end no answer in a conversation is shown with."""

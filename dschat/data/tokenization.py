@@ -46,6 +46,9 @@ REASONS = {
     NOTHING_LEARNED: "nothing left to learn",
 }
 
+NOT_FOR_LENGTH = {REASONS[WITH_TOOLS], REASONS[NOTHING_LEARNED], REASONS[EQUAL_ANSWERS]}
+"""Reasons that no other limit of length would mend."""
+
 SFT_COLUMNS = {
     "input_ids": Tokens(Value("int32")),
     "loss_mask": Tokens(Value("bool")),
@@ -205,7 +208,7 @@ def _tokenize(
         num_cut=counts[CUT],
         dropped={name.format(limit=flag): counts[fate] for fate, name in REASONS.items() if counts[fate]},
         unshown=_unshown(marked, fates),
-        shortest_prompt=int(column(marked, "prompt_size").min(initial=1 << 30)),
+        shortest_prompt=int(column(marked, "prompt_size")[fates != WITH_TOOLS].min(initial=1 << 30)),
     )
 
 

@@ -183,6 +183,19 @@ def test_a_thought_that_the_template_does_not_show_is_named_and_the_row_kept(tem
     assert (len(tokenized.rows), tokenized.unshown) == (2, {"reasoning": 1, "mood": 1})
 
 
+def test_a_thought_in_the_text_that_the_template_takes_away_is_named():
+    template = CHATML.replace("m.content +", "m.content.split('</think>')[-1] +")
+    tokenized = sft(template, *(Comparison("q", (answer,)) for answer in ("<think>hm</think>a", "a")))
+    assert tokenized.unshown == {"reasoning": 1}
+    assert sft(R1, Comparison("q", ("<think>hm</think>a",))).unshown == {}
+
+
+def test_an_answer_that_is_shown_elsewhere_than_after_the_generation_prompt_is_refused_and_not_cut():
+    template = CHATML.replace("m.role +", "m.role + (m.reasoning or '') +")
+    with pytest.raises(UserError, match=r"row 1 .* it shows that answer elsewhere than after its gen"):
+        sft(template, read([said("user", "q"), said("assistant", "a", reasoning="hm")]))
+
+
 def test_a_field_that_the_template_reads_is_shown():
     template = CHATML.replace("m.content +", "(m.mood + ': ' if m.mood else '') + m.content +")
     rows = read([said("user", "q"), said("assistant", "a", mood="calm")])
@@ -197,7 +210,7 @@ def test_earlier_answers_that_lose_their_thoughts_are_not_learned_without_them_a
         assert text.count("[") == 1
         assert text.endswith("a<|im_end|>]")
         (name,) = sft(template, read(thoughtful)).unshown
-        assert name.startswith("earlier answers in the form in which they are generated")
+        assert name == "thoughts of earlier answers, so that these are not learned"
     (text,) = learned(THINKING, read(thoughtful))
     assert text.count("[<t>hm</t>a<|im_end|>]") == 2
 
