@@ -14,10 +14,10 @@ from typing import Any
 
 from dschat.arguments import RlhfArguments, RunArguments, StepArguments, write_arguments
 from dschat.console import log
-from dschat.durable import COMPLETE, facts_of, write_json
+from dschat.durable import facts_of, write_json
 from dschat.errors import UserError
 from dschat.export_files import foreign_files, remove_export
-from dschat.run_lock import claim, has_begun_before, note_begun
+from dschat.run_lock import LOCK, claim, has_begun_before, note_begun
 
 SUMMARY = "summary.json"
 """The final numbers of a step. It is the last file written: where it is, the step has finished."""
@@ -43,8 +43,8 @@ EXPORTS = ("", "actor", "best", "critic", "actor_ema")
 TEMPORARY_CHECKPOINTS = tuple(f".{state}-step_*" for state in ("saving", "replaced", "resharded"))
 """What a run that was killed may leave beside its checkpoints."""
 
-CHECKPOINT_FILES = (COMPLETE, "progress.json", "rank_00000.json", "rank_00000.safetensors")
-"""Files that tell a checkpoint of ours, also a damaged one."""
+CHECKPOINT_FILES = ("progress.json", "rank_00000.json", "rank_00000.safetensors")
+"""Files that together tell a checkpoint of ours without a mark that is whole."""
 
 
 def tensorboard_folder(run: RunArguments) -> Path | None:
@@ -94,7 +94,7 @@ def check_free(run: RunArguments) -> None:
     that is resumed ends the program.
     """
     check_finished(run)
-    if run.output_dir and Path(run.output_dir).is_dir() and int(os.environ.get("RANK", 0)) == 0:
+    if run.output_dir and Path(run.output_dir, LOCK).exists() and int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError):  # of which `check_run_folder` says more
             claim(Path(run.output_dir))
 
@@ -205,7 +205,9 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return not folder.is_symlink() and any((folder / name).is_file() for name in CHECKPOINT_FILES)
+    if folder.is_symlink():
+        return False
+    return facts_of(folder) is not None or all((folder / name).is_file() for name in CHECKPOINT_FILES)
 
 
 def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:

@@ -119,7 +119,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(start, models, 
         *("adapter/adapter_model.safetensors", "adapter/README.md", "model-00001-of-00002.safetensors"),
         *("README.md", "config.json", "tokenizer.json", "pytorch_model.bin", "adapter_config.json"),
         *("metrics.jsonl", "summary.json", "arguments.json", "best/model.safetensors"),
-        "checkpoints/step_00000002/weights.pt",
+        *("checkpoints/step_00000002/weights.pt", "checkpoints/step_00000002/complete.json"),
     ],
 )
 def test_what_no_run_wrote_is_refused_by_name_before_the_run_starts(name, tmp_path):
