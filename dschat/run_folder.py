@@ -90,8 +90,8 @@ def newest_checkpoint(run: RunArguments) -> Path | None:
 def check_free(run: RunArguments) -> None:
     """Raise `UserError` at once where a finished run would be overwritten, or a live one writes.
 
-    What can be said before models and data are looked at; `check_run_folder` says the rest. A finished run
-    that is resumed ends the program.
+    What can be said without torch, models and data; `check_run_folder` says the rest. A finished run that is
+    resumed ends the program.
     """
     check_finished(run)
     if run.output_dir and Path(run.output_dir, LOCK).exists() and int(os.environ.get("RANK", 0)) == 0:

@@ -9,17 +9,12 @@ from dschat.distributed import check_precision
 from dschat.models.remote_code import set_consent
 from dschat.out_of_memory import remember
 from dschat.rendezvous import settle_environment
-from dschat.run_folder import check_free
 
 
 def prepare(arguments: StepArguments) -> None:
-    """Ranks, precision, foreign code, determinism. Raises `UserError` for what this machine cannot run.
-
-    A run in the output folder, finished or alive, ends the program here, as `check_free` says.
-    """
+    """Ranks, precision, foreign code, determinism. Raises `UserError` for what this machine cannot run."""
     run = arguments.run
     settle_environment(run.local_rank)
-    check_free(run)
     remember(arguments)
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)

@@ -12,10 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import RlhfArguments, parse_arguments
 from dschat.errors import readable_errors
+from dschat.run_folder import check_free
 
-if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
+if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
     with readable_errors():
         ARGS = parse_arguments("rlhf")
+        check_free(ARGS.run)
 
 
 from dschat import distributed
