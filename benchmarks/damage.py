@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import faults
 
+from dschat.console import take_over
 from dschat.durable import names_of_files
 from dschat.errors import EXIT_TRY_AGAIN
 
@@ -61,6 +62,7 @@ class Trials:
 
 def main() -> int:
     """All trials. Returns the exit code."""
+    take_over()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -34,6 +34,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dschat.console import take_over
 from dschat.durable import damage
 from dschat.errors import EXIT_TRY_AGAIN
 from dschat.peers import is_gone
@@ -103,6 +104,7 @@ CHANGING = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 def main() -> int:
     """Prepare, run every case without faults, then the trials. The exit code is 1 where anything is amiss."""
+    take_over()
     args = parse()
     prepare(args.output_dir)
     references = {}

@@ -55,14 +55,6 @@ class Stopped(Exception):
 
 @contextmanager
 def readable_errors(debug: bool = False) -> Iterator[None]:
-    """As `_errors_told`, on a `Console`; where several ranks run, their watch ends before the process."""
-    take_over()
-    with errors_end_ranks(), _errors_told(debug):
-        yield
-
-
-@contextmanager
-def _errors_told(debug: bool) -> Iterator[None]:
     """End the program with one message, on one rank, and exit code 2 when a `UserError` is raised inside.
 
     Every rank checks its own input, so all of them usually fail alike. Rank 0 speaks at once; the others wait
@@ -70,9 +62,22 @@ def _errors_told(debug: bool) -> Iterator[None]:
     A full or broken disk counts as one. With `debug` the traceback is left alone. Any other error is a bug
     and keeps its traceback, except that of a collective that failed because another rank is gone: then the
     exit code is 1. A run that was asked to stop ends with exit code 75.
+
+    What is printed goes through a `Console` from here on. Where several ranks run, an error ends their watch
+    over each other before the process.
     """
-    rank = int(os.environ.get("RANK", 0))
+    take_over()
+    with errors_end_ranks(), _errors_told(debug):
+        yield
+
+
+@contextmanager
+def _errors_told(debug: bool) -> Iterator[None]:
+    """What `readable_errors` says of errors."""
+    number = os.environ.get("RANK", "0")
+    rank = int(number) if number.isdecimal() else 0  # what else it is, `settle_environment` says
     try:
+        _check_numbers()
         with _storage_errors_told(debug):
             yield
     except KeyboardInterrupt:
@@ -103,6 +108,16 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if not report_lost_peers():
             raise
         sys.exit(1)
+
+
+def _check_numbers() -> None:
+    """Raise `UserError` where what says which process prints is no number; what is blank is not set."""
+    for name in ("RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "0").strip()
+        if not value:
+            del os.environ[name]
+        elif not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name}={value!r} must be a whole number; correct it or unset it.")
 
 
 STORAGE_REMEDY = (

@@ -342,7 +342,7 @@ def show(report: Report, console: Console, max_seq_len: int) -> None:
             console.print(f"  {limits:>13} {number:>7} {bar}".rstrip())
     for number, parts in enumerate(report.examples, start=1):
         for title, text in parts.items():
-            console.print(Text(f"\n--- row {number}: {title}", style="bold"))
+            console.print(Text(f"\n--- row {number}: {printable(title)}", style="bold"))
             console.print(coloured(text, brackets=not console.is_terminal))
     console.print()
 

@@ -1,10 +1,11 @@
 """Messages for people: one line, whatever is quoted in them."""
 
+import os
 import pickle
 
 import pytest
 
-from dschat.errors import LONGEST_MESSAGE, UserError
+from dschat.errors import LONGEST_MESSAGE, UserError, readable_errors
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,14 @@ def test_details_are_lines_of_their_own_and_travel_too():
     error = UserError("out of\nmemory:", "  12 GiB  weights", "What helps:\nless")
     assert str(error) == "out of memory:\n  12 GiB  weights\nWhat helps: less"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_rank_that_is_no_number_is_named_before_anything_reads_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        pass
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: RANK='one' must be a whole number; correct it or unset it.\n"
+    monkeypatch.setenv("RANK", " ")
+    with readable_errors():
+        assert "RANK" not in os.environ

@@ -1,0 +1,56 @@
+"""Text from data and models is text on a terminal, wherever it is printed: it has no effects."""
+
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import rich.console
+import torch
+
+from dschat.console import PLAIN
+from dschat.rlhf.experience import Experience
+from scripts import compare, inspect_data
+
+HOSTILE = "[red]x[/] [/] :smile: \x1b[2J\x1b]0;title\x07\x08\r\x9b31m\u202e end"
+SHOWN = r"[red]x[/] [/] :smile: \x1b[2J\x1b]0;title\x07\x08\r\x9b31m\u202e end"
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> StringIO:
+    """What rich prints, as on a terminal that shows colours and is wide."""
+    shown = StringIO()
+
+    def console(**settings) -> rich.console.Console:
+        return RichConsole(file=shown, force_terminal=True, width=400, **settings)
+
+    RichConsole = rich.console.Console
+    monkeypatch.setattr(rich.console, "Console", console)
+    return shown
+
+
+def test_inspect_data(terminal):
+    texts = {"name": HOSTILE, "facts": [("rows", HOSTILE)], "warnings": [HOSTILE], "bad_rows": []}
+    examples = [{HOSTILE: [(HOSTILE, True)]}]
+    report = inspect_data.Report(**texts, stops=False, lengths=[], examples=examples)
+    inspect_data.show(report, rich.console.Console(**PLAIN), 64)
+    assert terminal.getvalue().count(SHOWN) == 5
+    assert "\x1b[2J" not in terminal.getvalue()
+
+
+def test_compare(terminal):
+    args = SimpleNamespace(num_shown=1, demo_task=False, reference=None)
+    compare.show(args, [HOSTILE], {"[b]one": [HOSTILE]}, {"[b]one": {"answer_length": 1.0}})
+    assert terminal.getvalue().count(SHOWN) == 2
+    assert "[b]one" in terminal.getvalue()
+
+
+def test_print_answers():
+    rollout = SimpleNamespace(
+        input_ids=torch.zeros(1, 4, dtype=torch.long), prompt_length=2, answer_mask=torch.ones(1, 2)
+    )
+    rollout.rows = lambda rows: rollout
+    judgement = SimpleNamespace(scores=torch.ones(1))
+    experience = SimpleNamespace(rollout=rollout, judgement=judgement, returns=torch.ones(1))
+    tokenizer = SimpleNamespace(decode=lambda ids: HOSTILE)
+    shown = Experience.examples(experience, tokenizer, 1)
+    assert shown == f"--- prompt: {SHOWN}\n--- answer (score 1.000): {SHOWN}"
