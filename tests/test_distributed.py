@@ -1,10 +1,13 @@
 import errno
 import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT, python
+from processes import ROOT, environment, python
 from safetensors import SafetensorError
 
 from dschat import distributed
@@ -36,6 +39,26 @@ def test_collectives_on_two_ranks(two_ranks):
 def test_the_main_process_goes_first(two_ranks):
     first, second = (result["arrived"] for result in two_ranks)
     assert second - first >= 0.5
+
+
+def test_one_process_on_a_cpu_compiles_no_collectives(tmp_path):
+    code = "from dschat.distributed import setup, leave; setup(); leave()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(CUDA_VISIBLE_DEVICES="", TORCH_EXTENSIONS_DIR=str(tmp_path)), check=False,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_more_processes_than_devices_are_refused_in_one_line(monkeypatch):
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 2)
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed._check_device()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="LOCAL_RANK is 2, but this machine shows 2 devices"):
+        distributed._check_device()
 
 
 def test_without_a_group_a_rank_is_alone(monkeypatch):
