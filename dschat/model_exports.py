@@ -65,6 +65,9 @@ class ModelExports:
                 f"{until[-1].loss:.4g}; that after step {step}, the last, has {evaluations[-1].loss:.4g} "
                 "(--export_model best)."
             )
+            if self._verdict_of:
+                last["last_verdict"] = self._verdict_of(evaluations)
+                print_once(f"verdict on the model after step {step}, not exported: {last['last_verdict']}")
         if provenance.verdict:
             warning = "" if is_good(provenance.verdict) else "WARNING: "
             print_once(f"{warning}verdict on the reward model: {provenance.verdict}")

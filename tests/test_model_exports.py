@@ -68,6 +68,7 @@ def test_step_2_exports_the_best_of_its_evaluations(base, capsys):
     assert (summary["model_step"], marked) == (20, 20)
     assert (summary["initial_eval_loss"], summary["eval_loss"], summary["last_eval_loss"]) == (0.1, 0.6, 0.9)
     assert summary["verdict"] == "better than chance: by 3 evaluations"
+    assert summary["last_verdict"] == "better than chance: by 4 evaluations"
     output = base.parent / "out"
     assert not (output / "best").exists()
     assert not (output / "best.json").exists()
@@ -76,6 +77,7 @@ def test_step_2_exports_the_best_of_its_evaluations(base, capsys):
     assert "| eval_loss | 0.6 |" in card
     told = capsys.readouterr().out
     assert "the exported model is that after step 20, of the lowest evaluation loss, 0.6" in told
+    assert "verdict on the model after step 30, not exported: better than chance: by 4" in told
     receive_model(str(output), "--actor_model_name_or_path", "language_model")  # promises hold
 
 
