@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,9 @@ def inspect(
         shown = rows.select(splits.some_rows(index.row_keys, args.inspect.num_rows, args.inspect.seed))
         usable = rows.select(sample)
         tokens = Tokens(usable, tokenizer, args.inspect.max_seq_len)
+        add_refused(
+            {int(sample[number]): why for number, why in tokens.refused.items()}, source, form, counts
+        )
         counts.contradictions = count_contradictions(rows, index.keys)
         stops = bool(counts.bad_rows) and not form.drop_bad_rows
         facts = [*text_facts(counts, index.keys, index.row_keys, stops), *tokens.facts()]
@@ -156,17 +159,33 @@ def inspect(
 
 def counted(source: Source, form: Format, counts: Counts) -> Iterator[Comparison]:
     """Every row that can be used; the others and what answers are like go into `counts`."""
+    for place, found in all_rows(source, form, counts.findings):
+        counts.rows += 1
+        if isinstance(found, BadRow):
+            counts.findings.bad[found.reason] += 1
+            counts.bad_rows.append(f"{place}: {found}")
+        elif isinstance(found, DroppedRow):
+            counts.findings.dropped[str(found)] += 1
+        else:
+            count_answers(found, counts)
+            yield found
+
+
+def all_rows(
+    source: Source, form: Format, findings: Findings | None = None
+) -> Iterator[tuple[str, Comparison | BadRow | DroppedRow]]:
+    """The rows of training and of evaluation, as `read_rows` streams them."""
     for rows in filter(None, (source.training, source.evaluation)):
-        for place, found in read_rows(source, rows, form, counts.findings):
-            counts.rows += 1
-            if isinstance(found, BadRow):
-                counts.findings.bad[found.reason] += 1
-                counts.bad_rows.append(f"{place}: {found}")
-            elif isinstance(found, DroppedRow):
-                counts.findings.dropped[str(found)] += 1
-            else:
-                count_answers(found, counts)
-                yield found
+        yield from read_rows(source, rows, form, findings or Findings())
+
+
+def add_refused(refused: dict[int, str], source: Source, form: Format, counts: Counts) -> None:
+    """Add the rows, by their numbers among those that can be read, that tokenizer or template refuse."""
+    places = (place for place, found in all_rows(source, form) if isinstance(found, Comparison))
+    for number, place in enumerate(places if refused else ()):
+        if number in refused:
+            counts.findings.bad[BadRow(refused[number]).reason] += 1
+            counts.bad_rows.append(f"{place}: {refused[number]}")
 
 
 def count_answers(row: Comparison, counts: Counts) -> None:
@@ -185,7 +204,8 @@ def count_answers(row: Comparison, counts: Counts) -> None:
 
 def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray, stops: bool) -> list[tuple[str, str]]:
     """What the text tells, as names and values."""
-    num_usable, num_prompts = len(keys), len(np.unique(keys))
+    num_read, num_prompts = len(keys), len(np.unique(keys))
+    num_usable = counts.rows - counts.findings.num_left_out
     usable = f"{num_usable} could be used with --on_bad_row drop" if stops else f"{num_usable} can be used"
     facts = [("rows", f"{counts.rows}, of which {usable}")]
     facts += [(f"dropped: {reason}", str(number)) for reason, number in counts.findings.dropped.items()]
@@ -193,9 +213,9 @@ def text_facts(counts: Counts, keys: np.ndarray, row_keys: np.ndarray, stops: bo
     facts += [(f"not learned: {reason}", str(number)) for reason, number in counts.findings.unlearned.items()]
     facts += [
         ("different prompts", str(num_prompts)),
-        ("repeated prompts", share(num_usable - num_prompts, num_usable)),
-        ("repeated rows", share(num_usable - len(np.unique(row_keys)), num_usable)),
-        ("several turns", share(counts.several_turns, num_usable)),
+        ("repeated prompts", share(num_read - num_prompts, num_read)),
+        ("repeated rows", share(num_read - len(np.unique(row_keys)), num_read)),
+        ("several turns", share(counts.several_turns, num_read)),
         ("pairs", str(counts.pairs)),
     ]
     if counts.pairs:
@@ -215,16 +235,21 @@ class Tokens:
     """The sampled rows' tokens, without a limit and within --max_seq_len."""
 
     def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> None:
-        numbers = [len(answers) for answers in rows["answers"]]
+        numbers = np.array([len(answers) for answers in rows["answers"]])
         self._num_rows = len(rows)
-        self._prompts = tokenize_prompts(rows, tokenizer, max_prompt_seq_len=NO_LIMIT).rows
-        answered = rows.select(np.flatnonzero(np.array(numbers) > 0))
-        paired = rows.select(np.flatnonzero(np.array(numbers) > 1))
-        self._sft = tokenize_sft(answered, tokenizer, max_seq_len=NO_LIMIT).rows
-        self._pairs = tokenize_pairs(paired, tokenizer, max_seq_len=NO_LIMIT).rows
+        with_answer, with_pair = np.flatnonzero(numbers > 0), np.flatnonzero(numbers > 1)
+        answered, paired = rows.select(with_answer), rows.select(with_pair)
+        prompts = tokenize_prompts(rows, tokenizer, max_prompt_seq_len=NO_LIMIT, mark_refused=True)
+        sft = tokenize_sft(answered, tokenizer, max_seq_len=NO_LIMIT, mark_refused=True)
+        pairs = tokenize_pairs(paired, tokenizer, max_seq_len=NO_LIMIT, mark_refused=True)
+        self._prompts, self._sft, self._pairs = prompts.rows, sft.rows, pairs.rows
+        self.refused = dict(prompts.refused)
+        """The numbers of the rows that tokenizer or template refuse, and why."""
+        for some, tokenized in ((with_answer, sft), (with_pair, pairs)):
+            self.refused |= {int(some[number]): why for number, why in tokenized.refused.items()}
         self._limited = {
-            "1 (SFT)": tokenize_sft(answered, tokenizer, max_seq_len=max_seq_len),
-            "2 (reward)": tokenize_pairs(paired, tokenizer, max_seq_len=max_seq_len),
+            "1 (SFT)": tokenize_sft(answered, tokenizer, max_seq_len=max_seq_len, mark_refused=True),
+            "2 (reward)": tokenize_pairs(paired, tokenizer, max_seq_len=max_seq_len, mark_refused=True),
         }
 
     def facts(self) -> list[tuple[str, str]]:
@@ -304,20 +329,22 @@ def example_rows(
         row, parts = rows.select([number]), {}
         num_answers = len(row[0]["answers"])
         if num_answers == 0:
-            prompts = tokenize_prompts(row, tokenizer, max_prompt_seq_len=max_seq_len).rows
-            ids = [list(ids) for ids in prompts["input_ids"]]
-            parts = {
-                f"step 3, {len(row_ids)} tokens": [(tokenizer.decode(row_ids), False)] for row_ids in ids
-            }
+            limit = {"max_prompt_seq_len": max_seq_len, "mark_refused": True}
+            prompts = tokenize_prompts(row, tokenizer, **limit).rows
+            for ids in prompts["input_ids"]:
+                parts[f"step 3, {len(ids)} tokens"] = [(tokenizer.decode(list(ids)), False)]
         if num_answers > 0:
-            for sft in tokenize_sft(row, tokenizer, max_seq_len=max_seq_len).rows:
+            for sft in tokenize_sft(row, tokenizer, max_seq_len=max_seq_len, mark_refused=True).rows:
                 title = f"step 1, {sft['length']} tokens, {sft['num_targets']} of them learned"
                 parts[title] = pieces(sft["input_ids"], sft["loss_mask"], tokenizer)
         if num_answers > 1:
-            for pair in tokenize_pairs(row, tokenizer, max_seq_len=max_seq_len).rows.select([0]):
+            pairs = tokenize_pairs(row, tokenizer, max_seq_len=max_seq_len, mark_refused=True).rows
+            for pair in islice(pairs, 1):
                 ids = pair["rejected_ids"]
                 parts[f"step 2, the worse answer, {len(ids)} tokens"] = [(tokenizer.decode(ids), False)]
-        yield parts or {"dropped": [("this row is dropped at this --max_seq_len", False)]}
+        yield parts or {
+            "dropped": [("tokenizer or template refuse this row, or --max_seq_len drops it", False)]
+        }
 
 
 def pieces(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase) -> Pieces:

@@ -28,17 +28,18 @@ from transformers import PreTrainedTokenizerBase
 from dschat.arguments import DataArguments
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached, fingerprint
+from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
 from dschat.data.contradictions import count_contradictions
 from dschat.data.files import Rows
 from dschat.data.findings import Findings
 from dschat.data.reading import Format, read_comparisons, read_rows
-from dschat.data.report import describe, listed, num_related, rows_report, source_report
+from dschat.data.refused_rows import RowError
+from dschat.data.report import columns_of, describe, listed, num_related, rows_report, source_report
 from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.sources import Source, open_source
 from dschat.data.tokenization import (
     NOT_FOR_LENGTH,
-    RowError,
     Tokenized,
     default_num_proc,
     tokenize_pairs,
@@ -245,18 +246,24 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
             tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
         except RowError as error:
             place = _place_of(int(chosen[error.number]), sources, form)
-            raise UserError(f"{place}: {error.reason} Correct the row or remove it.") from error
+            raise UserError(
+                f"{place}: {error.reason} Correct the row or remove it, or leave out all such rows with "
+                "--on_bad_row drop."
+            ) from error
         left_out.update(tokenized.dropped)
+        left_out.update(f"bad row: {BadRow(reason).reason}" for reason in tokenized.refused.values())
         if name == "train":
             _check_rows_left(tokenized, left_out, task, findings)
         with _without_progress_bar():
             # By itself `datasets` gives no rows no file, and cannot load that.
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
         report[name] = rows_report(tokenized, +left_out)
+        for number, reason in islice(tokenized.refused.items(), 1):
+            report[name]["refused"] = f"{_place_of(int(chosen[number]), sources, form)}: {reason}"
         if task.step == 2:
             report[name]["contradictions"] = count_contradictions(rows.select(chosen), index.keys[chosen])
         if task.keep_rows:
-            report["columns"] = sorted({*report.get("columns", ()), *_columns_of(tokenized.rows)})
+            report["columns"] = sorted({*report.get("columns", ()), *columns_of(tokenized.rows)})
     text.unlink()
     for scratch in folder.glob("cache-*.arrow"):
         scratch.unlink()
@@ -278,11 +285,14 @@ def _place_of(number: int, sources: _Sources, form: Format) -> str:
 def _tokenized(
     rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: Task, data: DataArguments
 ) -> Tokenized:
-    num_proc = data.preprocessing_num_workers or default_num_proc()
+    how = {
+        "num_proc": data.preprocessing_num_workers or default_num_proc(),
+        "mark_refused": data.on_bad_row == "drop",
+    }
     if task.step != 2:
-        return task.tokenize(rows, num_proc=num_proc)
+        return task.tokenize(rows, **how)
     _, group = np.unique(index.keys[chosen], return_inverse=True)
-    return task.tokenize(rows, groups=group, num_proc=num_proc)
+    return task.tokenize(rows, groups=group, **how)
 
 
 @contextmanager
@@ -377,19 +387,13 @@ def _check_rows_left(
         return
     problem = f"step {task.step} has no rows left to train on" + listed(": dropped", +left_out)
     problem += listed("; rows have", sum((found.unlearned for found in findings), Counter()))
+    if tokenized.refused:
+        raise UserError(f"{problem}. The first that is refused: {next(iter(tokenized.refused.values()))}")
     if left_out[task.lacks] and not tokenized.dropped:
         raise UserError(f"{problem}. Give data that has what step {task.step} learns from (docs/data.md).")
     if set(tokenized.dropped) <= NOT_FOR_LENGTH:
-        raise UserError(
-            f"{problem}. Give other data, or another template with --chat_template (docs/data.md)."
-        )
+        raise UserError(f"{problem}. Give other data, or another --chat_template (docs/data.md).")
     raise UserError(
         f"{problem}. {task.limit} is {task.max_tokens} and the shortest prompt has "
         f"{tokenized.shortest_prompt} tokens: raise it, or give other data."
     )
-
-
-def _columns_of(rows: Dataset) -> set[str]:
-    """The names of the columns that any of the kept data rows has."""
-    tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
-    return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}

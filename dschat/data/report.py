@@ -1,10 +1,12 @@
 """What a step tells of its data before it starts: a line a source, one for training, one for evaluation."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from dschat.data import splits
 from dschat.data.comparisons import ComparisonIndex
@@ -68,6 +70,12 @@ def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, 
     }
 
 
+def columns_of(rows: Dataset) -> set[str]:
+    """The names of the columns that any of the kept data rows has."""
+    tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
+    return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}
+
+
 def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], folder: Path) -> str:
     """What became of the data, a line a source and two for the step."""
     lines = [f"data of step {task.step} (tokens kept in {folder})"]
@@ -93,6 +101,8 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
             + listed("; not shown by the chat template:", counts["unshown"])
             + ("; --num_train_epochs counts passes over them" if name == "train" else "")
         )
+        if "refused" in counts:
+            lines.append(f"    the first that tokenizer or template refuse: {counts['refused']}")
     if report["related"]:
         lines.append(
             f"  {report['related']} prompts for evaluation begin a training dialogue or go on from one"

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -32,6 +32,7 @@ from dschat.data.encoder import (
     EncodedRow,
     Encoder,
 )
+from dschat.data.refused_rows import Columns, encode_rows, refused_rows
 from dschat.data.templates import TOOLS
 from dschat.errors import UserError
 
@@ -65,19 +66,6 @@ PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
 READER_COLUMN = {"reader_ids": Tokens(Value("int32"))}
 ROW_COLUMN = {"row": Value("string")}
 
-Columns = dict[str, list]
-
-
-class RowError(UserError):
-    """A row cannot be tokenised: its number among the rows, and why. It can be pickled."""
-
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(f"row {number + 1} cannot be tokenised: {reason}")
-        self.number, self.reason = number, reason
-
-    def __reduce__(self) -> tuple[type, tuple[int, str]]:
-        return RowError, (self.number, self.reason)
-
 
 @dataclass(frozen=True)
 class Tokenized:
@@ -94,6 +82,8 @@ class Tokenized:
     """What kept rows hold that the template does not show, and in how many."""
     shortest_prompt: int
     """Tokens of the shortest prompt, before any was shortened or dropped; 0 without rows."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """The numbers of rows that are left out since they cannot be tokenised, and why."""
 
 
 def tokenize_sft(
@@ -103,6 +93,7 @@ def tokenize_sft(
     max_seq_len: int,
     train_on_prompt: bool = False,
     num_proc: int = 1,
+    mark_refused: bool = False,
 ) -> Tokenized:
     """Columns input_ids (prompt and best answer), loss_mask, num_targets (how many it marks), length.
 
@@ -113,7 +104,7 @@ def tokenize_sft(
     encoder = Encoder(tokenizer)
     encoder.check_answers()
     encode = partial(_sft_batch, encoder=encoder, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt)
-    return _tokenize(rows, encode, SFT_COLUMNS, "--max_seq_len", num_proc)
+    return _tokenize(rows, encode, SFT_COLUMNS, "--max_seq_len", num_proc, mark_refused)
 
 
 def tokenize_pairs(
@@ -123,6 +114,7 @@ def tokenize_pairs(
     max_seq_len: int,
     groups: np.ndarray | None = None,
     num_proc: int = 1,
+    mark_refused: bool = False,
 ) -> Tokenized:
     """Columns chosen_ids, rejected_ids (the same prompt and an answer each), prompt_length (the tokens before
     both answers), margin, length, of the longer one, group and weight: a row for every pair of answers.
@@ -134,7 +126,7 @@ def tokenize_pairs(
     encoder = Encoder(tokenizer)
     encoder.check_answers()
     encode = partial(_pair_batch, encoder=encoder, max_seq_len=max_seq_len, groups=groups)
-    return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc, with_indices=True)
+    return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc, mark_refused, with_indices=True)
 
 
 def tokenize_prompts(
@@ -145,6 +137,7 @@ def tokenize_prompts(
     reader: PreTrainedTokenizerBase | None = None,
     keep_rows: bool = False,
     num_proc: int = 1,
+    mark_refused: bool = False,
 ) -> Tokenized:
     """Columns input_ids (the prompt), key (a hash of them, int64) and length. Prompts that are too long lose
     whole early turns; those that still are are dropped.
@@ -160,7 +153,7 @@ def tokenize_prompts(
         keep_rows=keep_rows,
     )
     columns = PROMPT_COLUMNS | (READER_COLUMN if reader else {}) | (ROW_COLUMN if keep_rows else {})
-    return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc)
+    return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc, mark_refused)
 
 
 def default_num_proc() -> int:
@@ -174,12 +167,14 @@ def _tokenize(
     columns: dict[str, Any],
     flag: str,
     num_proc: int,
+    mark_refused: bool,
     *,
     with_indices: bool = False,
 ) -> Tokenized:
     """Run `encode` over batches of rows in parallel, then leave out and count what it marked as dropped.
 
-    Raises `RowError` for a row that cannot be encoded, and `UserError` where a process was killed.
+    Raises `RowError` for a row that cannot be encoded, unless those are to be left out too, and `UserError`
+    where a process was killed.
     """
     aside = {"prompt_size": Value("int32"), "unshown": Value("string"), "fate": Value("int8")}
     features = Features(**columns, length=Value("int32"), **aside)
@@ -188,7 +183,12 @@ def _tokenize(
     num_proc = max(min(num_proc, len(rows) // ROWS_A_PROCESS), 1)
     with _threads_allowed(num_proc == 1), _killed_workers_named(num_proc):
         marked = rows.map(
-            partial(_naming_the_row, encode=encode, with_indices=with_indices),
+            partial(
+                encode_rows,
+                encode=encode,
+                with_indices=with_indices,
+                marked_as=features if mark_refused else None,
+            ),
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
@@ -209,6 +209,7 @@ def _tokenize(
         dropped={name.format(limit=flag): counts[fate] for fate, name in REASONS.items() if counts[fate]},
         unshown=_unshown(marked, fates),
         shortest_prompt=int(column(marked, "prompt_size")[fates != WITH_TOOLS].min(initial=1 << 30)),
+        refused=refused_rows(marked, fates),
     )
 
 
@@ -221,26 +222,6 @@ def _unshown(marked: Dataset, fates: np.ndarray) -> dict[str, int]:
     for listed, count in zip(names.tolist(), counts.tolist(), strict=True):
         found.update({name: count for name in listed.split("\n") if name})
     return dict(found)
-
-
-def _naming_the_row(
-    batch: Columns, indices: list[int], encode: Callable[..., Columns], *, with_indices: bool
-) -> Columns:
-    """What `encode` makes of the rows. Raises `RowError` for the first that fails by itself."""
-
-    def encoded(rows: Columns, numbers: list[int]) -> Columns:
-        return encode(rows, numbers) if with_indices else encode(rows)
-
-    try:
-        return encoded(batch, indices)
-    except Exception:
-        for place, number in enumerate(indices):
-            try:
-                encoded({name: values[place : place + 1] for name, values in batch.items()}, [number])
-            except Exception as error:
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                raise RowError(number, reason) from error
-        raise  # no row by itself
 
 
 @contextmanager

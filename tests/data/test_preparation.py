@@ -17,8 +17,8 @@ from dschat.arguments import DataArguments
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_train_loader
 from dschat.data.preparation import prompt_data, reward_data, sft_data
+from dschat.data.refused_rows import RowError, encode_rows
 from dschat.data.templates import NONE, PLAIN
-from dschat.data.tokenization import RowError, _naming_the_row
 from dschat.errors import UserError
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
@@ -741,6 +741,31 @@ def test_a_row_that_cannot_be_tokenised_is_named(
     assert "not that" in str(caught.value)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_rows_that_cannot_be_tokenised_are_left_out_where_the_flag_says_so(
+    tmp_path, picky_tokenizer, monkeypatch, step, num_processes, capsys
+):
+    monkeypatch.setattr("dschat.data.tokenization.ROWS_A_PROCESS", 10)
+    rows = [{"prompt": f"Q {n}:", "chosen": "a", "rejected": "b"} for n in range(40)]
+    for n in (3, 30, 31):
+        rows[n]["prompt"] = f"Q {n}: this is refused"
+    settings = {"data_split": "0,0,0".replace("0", "1", 1) if step == 1 else f"0,{3 - step},{step - 2}"}
+    settings |= {"preprocessing_num_workers": num_processes, "eval_fraction": 0, "on_bad_row": "drop"}
+    data = arguments(tmp_path, write(tmp_path / "a.jsonl", *rows), **settings)
+    for _ in range(2):  # the second time from the cache
+        split = prepared(data, picky_tokenizer, step)
+        told = capsys.readouterr().out
+        assert "dropped 3 (bad row: the chat template does not take a conversation" in told
+        assert f"the first that tokenizer or template refuse: {tmp_path}/a.jsonl:4: the chat" in told
+    assert len(split.train) == 37
+    if step == 2:
+        assert sum(split.train["weight"]) == pytest.approx(37)
+    refused = write(tmp_path / "b.jsonl", *[row for row in rows if "refused" in row["prompt"]])
+    with pytest.raises(UserError, match=r"no rows left to train on: dropped 3 \(bad row.*not that"):
+        prepared(arguments(tmp_path, refused, **settings), picky_tokenizer, step)
+
+
 def test_the_first_row_that_fails_by_itself_is_named():
     def encode(batch):
         if "bad" in batch["prompt"]:
@@ -749,9 +774,9 @@ def test_the_first_row_that_fails_by_itself_is_named():
 
     rows = {"prompt": ["a", "bad", "bad"]}
     with pytest.raises(RowError, match="row 8 cannot be tokenised: KeyError: 'what is it'"):
-        _naming_the_row(rows, [6, 7, 8], encode, with_indices=False)
+        encode_rows(rows, [6, 7, 8], encode, with_indices=False)
     with pytest.raises(RowError) as caught:
-        _naming_the_row(rows, [6, 7, 8], encode, with_indices=False)
+        encode_rows(rows, [6, 7, 8], encode, with_indices=False)
     assert pickle.loads(pickle.dumps(caught.value)).number == 7
 
 

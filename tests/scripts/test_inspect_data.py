@@ -108,6 +108,29 @@ def test_rows_are_shown_in_the_template_with_what_is_learned_marked(told):
     assert shown in page
 
 
+def test_rows_that_are_left_out_are_all_told_of_and_the_others_count_as_used(model, tmp_path):
+    template = tmp_path / "picky.jinja"
+    refusal = "{% for m in messages %}{% if 'refused' in m['content'] %}{{ raise_exception('not that') }}"
+    template.write_text(refusal + "{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    rows = [{"prompt": f"Q{n}", "chosen": "a", "rejected": "b", "mood": "x"} for n in range(12)]
+    rows[4]["prompt"] = "refused"
+    for number in range(6, 12):
+        rows[number]["chosen"] = ""
+    rows.append({**rows[0], "chosen": "b", "rejected": "a"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--data_path={tmp_path / 'rows.jsonl'}", f"--model_name_or_path={model}"]
+    flags += [f"--chat_template={template}", "--on_bad_row=drop"]
+    text = python(PROGRAM, *flags, cwd=tmp_path, env={"COLUMNS": "200"}).stdout
+    assert fact(text, "rows") == "13, of which 6 can be used"
+    assert fact(text, 'cannot be read: "chosen" is empty') == "6"
+    assert fact(text, "pairs that are labelled both ways") == "1 (14.3%)"
+    assert "7 of 13 rows cannot be read: training will leave them out (--on_bad_row drop)" in text
+    assert "1 column is not read: `mood` (7 rows)" in text
+    page = (tmp_path / "inspect_data.html").read_text()
+    assert all(f"rows.jsonl:{line}: " in page for line in (5, 7, 8, 9, 10, 11, 12))
+    assert "not that" in page
+
+
 def test_a_page_can_be_left_out_and_a_wrong_one_is_named(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "only a prompt"}) + "\n")
     flags = [f"--data_path={tmp_path / 'rows.jsonl'}", f"--model_name_or_path={model}"]

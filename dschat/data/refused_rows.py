@@ -1,0 +1,74 @@
+"""Rows that the tokenizer or the chat template refuses: the first ends the work, or all are marked."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from dschat.errors import UserError
+
+REFUSED = 99
+"""The fate of a row that is left out since it cannot be tokenised."""
+
+Columns = dict[str, list]
+
+
+class RowError(UserError):
+    """A row cannot be tokenised: its number among the rows, and why. It can be pickled."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"row {number + 1} cannot be tokenised: {reason}")
+        self.number, self.reason = number, reason
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return RowError, (self.number, self.reason)
+
+
+def encode_rows(
+    batch: Columns,
+    indices: list[int],
+    encode: Callable[..., Columns],
+    *,
+    with_indices: bool,
+    marked_as: Features | None = None,
+) -> Columns:
+    """What `encode` makes of the rows. Raises `RowError` for the first that fails by itself; or, with the
+    columns of `marked_as`, makes such rows empty, of the fate `REFUSED`, with the reason in "unshown"."""
+
+    def encoded(rows: Columns, numbers: list[int]) -> Columns:
+        return encode(rows, numbers) if with_indices else encode(rows)
+
+    try:
+        return encoded(batch, indices)
+    except Exception:
+        parts, num_refused = [], 0
+        for place, number in enumerate(indices):
+            try:
+                one = {name: values[place : place + 1] for name, values in batch.items()}
+                parts.append(encoded(one, [number]))
+            except Exception as error:
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                if marked_as is None:
+                    raise RowError(number, reason) from error
+                parts.append(_mark(marked_as, number, reason))
+                num_refused += 1
+        if num_refused == 0:
+            raise  # no row by itself
+        return {name: list(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
+
+
+def _mark(features: Features, number: int, reason: str) -> Columns:
+    def nothing(kind: Any) -> Any:
+        return ([], "", 0)[1 if kind == Value("string") else 2 if isinstance(kind, Value) else 0]
+
+    row = {name: nothing(kind) for name, kind in features.items()}
+    row |= {"prompt_size": 2**31 - 1, "unshown": f"{number} {reason}", "fate": REFUSED}
+    return {name: [value] for name, value in row.items()}
+
+
+def refused_rows(marked: Dataset, fates: np.ndarray) -> dict[int, str]:
+    """The numbers of the rows that `encode_rows` marked, and why each was refused."""
+    told = marked.select(np.flatnonzero(fates == REFUSED))["unshown"]
+    return {int(number): reason for number, _, reason in (text.partition(" ") for text in told)}
