@@ -91,5 +91,6 @@ class TurnSpans:
         return None
 
     def _thinks(self, turn: Turn) -> bool:
-        thought, _ = self._marks.thought_and_rest(turn.content)
-        return bool(thought) or "reasoning" in json.loads(turn.fields or "{}")
+        """Whether there is a thought before what the turn says."""
+        in_text = (self._marks.thought_end or "</think>") in turn.content
+        return in_text or "reasoning" in json.loads(turn.fields or "{}")

@@ -2,6 +2,7 @@ import pytest
 from tiny import comparison_rows, tiny_tokenizer
 from transformers import ByT5Tokenizer
 
+from dschat.data import tokenizer_fingerprint as module
 from dschat.data.comparisons import Comparison
 from dschat.data.tokenization import tokenize_sft
 from dschat.data.tokenizer_fingerprint import start_tokens, tokenizer_fingerprint
@@ -29,7 +30,7 @@ def test_without_the_version_the_fingerprint_outlives_an_upgrade(monkeypatch):
     for made, library in ((ByT5Tokenizer(), "transformers"), (tiny_tokenizer(), "tokenizers")):
         versioned, plain = tokenizer_fingerprint(made), tokenizer_fingerprint(made, versioned=False)
         with monkeypatch.context() as patch:
-            patch.setattr(f"{library}.__version__", "99")
+            patch.setattr(getattr(module, library), "__version__", "99")
             assert tokenizer_fingerprint(made) != versioned
             assert tokenizer_fingerprint(made, versioned=False) == plain
 
