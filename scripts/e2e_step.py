@@ -44,6 +44,11 @@ class Command:
         return f"step {self.step} ({TITLES[self.step]})"
 
     @property
+    def is_launched(self) -> bool:
+        """Whether a launcher starts the program, rather than this Python."""
+        return len(self.argv) > 2 + len(self.flags)
+
+    @property
     def log(self) -> Path:
         """Where its console goes, after that of earlier runs."""
         return self.folder / LOG
@@ -80,8 +85,7 @@ def run(command: Command) -> tuple[int, bool, int]:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
             code = process.wait()
-    is_launched = command.argv[1] == "-m"
-    said = last_lines(command.log, SEARCHED_LINES, start=start) if is_launched else []
+    said = last_lines(command.log, SEARCHED_LINES, start=start) if command.is_launched else []
     return code, was_stopped(code, said, passed_on), start
 
 

@@ -109,7 +109,9 @@ def test_extra_flags_reach_their_step_last_and_quotes_hold_them_together(tmp_pat
     ],
 )
 def test_a_deployment_type_decides_what_starts_the_step(flags, start):
-    argv = e2e_rlhf.commands(e2e_rlhf.parse(["--step", "1", *flags]))[0].argv
+    command = e2e_rlhf.commands(e2e_rlhf.parse(["--step", "1", *flags]))[0]
+    assert command.is_launched == bool(flags)
+    argv = command.argv
     main = argv.index(str(ROOT / "step1_sft" / "main.py"))
     assert argv[0] == sys.executable
     launchers = ("deepspeed.launcher.runner", str(e2e_rlhf.ROOT / "scripts/launch.py"))
