@@ -153,13 +153,18 @@ def dpo_figures(
     margin = chosen_reward - rejected_reward
     return {
         "loss": loss,
-        "accuracy": (margin.sign() + 1) / 2,
+        "accuracy": pair_accuracy(chosen_reward, rejected_reward),
         "reward_margin": margin,
         "chosen_reward": chosen_reward,
         "rejected_reward": rejected_reward,
         "chosen_logprob": chosen.detach(),
         "rejected_logprob": rejected.detach(),
     }
+
+
+def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen answer has the higher score, 0 where the rejected one has, 0.5 in a tie. All [B]."""
+    return ((chosen - rejected).sign() + 1) / 2
 
 
 KlEstimator = Literal["k1", "k2", "k3"]

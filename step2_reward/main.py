@@ -30,6 +30,7 @@ from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
 from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
+from dschat.losses import pair_accuracy
 from dschat.manifest import receive_model
 from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
@@ -107,26 +108,27 @@ def judge(
 def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:
     """A micro-batch's shares of the optimiser step's loss and accuracy."""
     judged = judge(engine, batch, args, denominator=batch.denominator)
-    is_right = (judged["chosen_mean_scores"] > judged["rejected_mean_scores"]) * batch.weights
-    return {"loss": judged["loss"], "accuracy": is_right.sum() / batch.denominator}
+    accuracy = pair_accuracy(judged["chosen_mean_scores"], judged["rejected_mean_scores"]) * batch.weights
+    return {"loss": judged["loss"], "accuracy": accuracy.sum() / batch.denominator}
 
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments) -> dict[str, float]:
     """Loss, accuracy with its standard error, and the scores' statistics, over all pairs of all ranks."""
-    sums, is_right = torch.zeros(7, device=engine.device, dtype=torch.float64), MeanOverRanks()
+    sums, accuracies = torch.zeros(7, device=engine.device, dtype=torch.float64), MeanOverRanks()
     for batch in loader:
         batch = batch.to(engine.device)
         judged = judge(engine, batch, args, denominator=1.0)
         chosen, rejected = judged["chosen_mean_scores"].double(), judged["rejected_mean_scores"].double()
-        columns = (torch.ones_like(chosen), chosen > rejected, chosen, rejected, chosen**2 + rejected**2)
+        right = pair_accuracy(chosen, rejected)
+        columns = (torch.ones_like(chosen), right, chosen, rejected, chosen**2 + rejected**2)
         sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
         sums[5:] += torch.stack([judged["loss"], batch.weights.sum()])
-        is_right.add(chosen > rejected, groups=batch.groups, mask=batch.pair_mask)
+        accuracies.add(right, groups=batch.groups, mask=batch.pair_mask)
     totals = distributed.sum_across_ranks(sums).tolist()
     num_pairs, num_right, chosen, rejected, squares, loss, weight = totals
     if num_pairs == 0:
         return {}
-    stderr, eval_pairs, eval_prompts = is_right.error_and_counts()
+    stderr, eval_pairs, eval_prompts = accuracies.error_and_counts()
     accuracy, mean = num_right / num_pairs, (chosen + rejected) / (2 * num_pairs)
     return {
         "eval_loss": loss / weight,

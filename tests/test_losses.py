@@ -21,6 +21,7 @@ from dschat.losses import (
     kl_shaped_rewards,
     masked_mean,
     masked_whiten,
+    pair_accuracy,
     pairwise_ranking_loss,
     policy_ratio,
     text_loss,
@@ -428,3 +429,8 @@ def test_losses_do_not_see_padding(padding):
     value = clipped_value_loss(padded(1, 2), padded(1, 2), padded(2, 4), mask, value_clip=0.2)
     assert policy.item() == pytest.approx(-(math.exp(0.1) + 2) / 2)
     assert value.item() == pytest.approx((0.5 * 1 + 0.5 * 4) / 2)
+
+
+def test_a_tie_is_half_accurate_so_that_a_constant_score_is_no_better_or_worse_than_chance():
+    chosen, rejected = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([0.0, 2.0, 4.0])
+    assert pair_accuracy(chosen, rejected).tolist() == [1, 0.5, 0]
