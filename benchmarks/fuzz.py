@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dschat.arguments import STEPS, DataArguments, ModelArguments, parse_arguments
+from dschat.console import printable
 from dschat.data.comparisons import write_comparisons
 from dschat.data.findings import Findings
 from dschat.data.known_sets import KNOWN_SETS
@@ -609,12 +610,12 @@ def program_arguments(chance: random.Random, folder: Path) -> None:
 
 
 def problem_with(message: str) -> str | None:
-    """What is wrong with a message for people, None where nothing is."""
+    """What is wrong with a line of a message for people, None where nothing is."""
     if not message.strip():
         return "it is empty"
     if len(message) > LONGEST_MESSAGE:
         return f"it has {len(message)} characters"
-    if not message.isprintable():
+    if printable(message, keep="") != message:
         return "it holds line breaks or control characters"
     found = PYTHON_IN_A_MESSAGE.search(message)
     return f"it shows {found[0]!r}" if found else None
@@ -625,8 +626,9 @@ def attempt(run: Target, chance: random.Random, folder: Path) -> bool:
     try:
         run(chance, folder)
     except UserError as error:
-        if problem := problem_with(str(error)):
-            raise AssertionError(f"the message cannot be read, {problem}: {str(error)[:300]!r}") from error
+        for line in error.args:
+            if problem := problem_with(line):
+                raise AssertionError(f"the message cannot be read, {problem}: {line[:300]!r}") from error
         return False
     except SystemExit as end:  # --help
         if end.code:
