@@ -90,7 +90,7 @@ def _errors_told(debug: bool) -> Iterator[None]:
         from dschat.distributed import leave  # which imports torch, as has been done where a run can stop
 
         if rank == 0:
-            print(stop, file=sys.stderr, flush=True)
+            _tell(str(stop))
         leave(EXIT_TRY_AGAIN)
         sys.exit(EXIT_TRY_AGAIN)
     except UserError as error:
@@ -99,7 +99,7 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if rank != 0:
             time.sleep(15)
         prefix = "error" if rank == 0 else f"error on rank {rank}"
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        _tell(f"{prefix}: {error}")
         sys.exit(2)
     except Exception:
         if debug:
@@ -108,6 +108,14 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if not report_lost_peers():
             raise
         sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    """Print the last message of a program, in lines of its own where a progress bar has not ended."""
+    from tqdm import tqdm  # not before a program has something to tell: --help is to answer at once
+
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _check_numbers() -> None:

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import sys
 
 import pytest
+from tqdm import tqdm
 
 from dschat.errors import LONGEST_MESSAGE, UserError, readable_errors
 
@@ -44,3 +46,12 @@ def test_a_rank_that_is_no_number_is_named_before_anything_reads_it(monkeypatch,
     monkeypatch.setenv("RANK", " ")
     with readable_errors():
         assert "RANK" not in os.environ
+
+
+def test_the_last_message_stands_in_a_line_of_its_own_beside_a_progress_bar(capsys):
+    bar = tqdm(total=2, file=sys.stderr)
+    with pytest.raises(SystemExit), readable_errors():
+        raise UserError("no more data")
+    bar.close()
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "error: no more data" in lines
