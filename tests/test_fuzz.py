@@ -39,9 +39,7 @@ def test_every_target_is_tried_here():
 def test_an_input_is_accepted_or_refused_in_one_readable_line(name, folder, monkeypatch):
     monkeypatch.setattr(fuzz, "BOMBS", [])  # tests/data/test_templates.py has them
 
-    @settings(
-        max_examples=EXAMPLES[name], deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=EXAMPLES[name], database=None, suppress_health_check=list(HealthCheck))
     @given(chance=st.randoms(use_true_random=False))
     def attempt(chance):
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

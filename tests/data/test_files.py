@@ -45,7 +45,7 @@ def file(tmp_path_factory):
     mark=st.booleans(),
 )
 @example(rows=[1.5, -2e300, 10**30, "é\\"], chunk=1, indent=None, ascii_only=False, mark=True)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_list_is_what_json_makes_of_it_whatever_the_chunks(file, rows, chunk, indent, ascii_only, mark):
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     file.write_bytes(("\ufeff" * mark + text).encode())
@@ -65,7 +65,7 @@ def test_a_number_is_not_cut_where_the_window_ends(tmp_path, monkeypatch, number
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=6), crlf=st.booleans()
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_lines_are_what_json_makes_of_each(file, rows, crlf):
     end = "\r\n" if crlf else "\n"
     # U+2028 and the like end a line for str.splitlines, but not in JSON Lines.

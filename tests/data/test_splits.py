@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dschat.data.splits import (
@@ -68,7 +68,6 @@ def test_share_sizes_lose_nothing_and_starve_nobody(num_prompts, shares):
 rows = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2), st.booleans()), max_size=120)
 
 
-@settings(deadline=None)
 @given(rows=rows, shares=SHARES, fraction=st.sampled_from([0.0, 0.05, 0.4]), seed=st.integers(0, 9))
 def test_no_prompt_is_lost_or_in_two_parts(rows, shares, fraction, seed):
     prompts = np.array([row[0] for row in rows], dtype=np.int64)
@@ -214,7 +213,6 @@ def test_fewer_samples_are_among_more_and_the_same_again(count, more, seed):
     assert sorted(backwards) == list(some)
 
 
-@settings(deadline=None)
 @given(rows=rows, weights=st.dictionaries(st.integers(0, 2), st.floats(0.1, 3)), seed=st.integers(0, 9))
 def test_rows_of_one_prompt_are_of_one_part(rows, weights, seed):
     prompts = np.array([row[0] for row in rows], dtype=np.int64)

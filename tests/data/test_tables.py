@@ -66,7 +66,7 @@ def test_rows_after_one_with_too_many_fields_are_read(tmp_path):
     delimiter=st.sampled_from(",;\t"),
     end=st.sampled_from(["\n", "\r\n"]),
 )
-@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 def test_what_a_writer_of_tables_writes_is_read(tmp_path, table, delimiter, end):
     text = io.StringIO()
     # By itself Python before 3.13 leaves a carriage return without quotes.
