@@ -232,7 +232,15 @@ FREE = {
         "actor_gradient_checkpointing",
         "critic_gradient_checkpointing",
     ),
-    *("export_actor", "max_kl", "min_entropy_ratio", "max_length_ratio", "min_eos_ratio", "patience"),
+    *(
+        "export_actor",
+        "export_model",
+        "max_kl",
+        "min_entropy_ratio",
+        "max_length_ratio",
+        "min_eos_ratio",
+        "patience",
+    ),
     *("max_skipped_steps", "auto_micro_batch", "rollout_tolerance", "rollout_on_mismatch"),
     # What these name is compared by its content.
     *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),

@@ -23,7 +23,7 @@ from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.evaluation import EVALUATION
 from dschat.rlhf.judging import answer_logits
-from dschat.rlhf.reading import answer_texts
+from dschat.rlhf.retokenize import answer_texts
 from dschat.rlhf.rollout import Rollout, RolloutBatch
 
 

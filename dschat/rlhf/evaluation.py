@@ -18,7 +18,7 @@ from dschat.rlhf.experience import Judgement, finite_scores
 from dschat.rlhf.gains import Answers
 from dschat.rlhf.judging import Judges, scores_of_answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.reading import Reading
+from dschat.rlhf.retokenize import Reading
 from dschat.rlhf.rollout import RolloutBatch
 from dschat.statistics import standard_error
 

@@ -13,7 +13,7 @@ from dschat.models.config import learned_positions
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.out_of_memory import phase
 from dschat.rlhf.experience import Judgement, at_answers
-from dschat.rlhf.reading import Reading
+from dschat.rlhf.retokenize import Reading
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import RolloutBatch

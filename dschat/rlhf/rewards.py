@@ -16,7 +16,7 @@ from dschat.distributed import gather_json, gather_rows, is_main_process
 from dschat.errors import UserError
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.answered import Answered, Problem, Score
-from dschat.rlhf.reading import answer_texts, prompt_texts
+from dschat.rlhf.retokenize import answer_texts, prompt_texts
 from dschat.rlhf.reward_endpoints import RewardEndpoint
 from dschat.rlhf.reward_functions import RewardFunction
 from dschat.rlhf.rollout import RolloutBatch

@@ -13,7 +13,7 @@ from dschat.data.tokenization import tokenize_prompts
 from dschat.errors import UserError
 from dschat.rlhf import answering
 from dschat.rlhf.evaluation import EVALUATION
-from dschat.rlhf.reading import answer_texts
+from dschat.rlhf.retokenize import answer_texts
 from dschat.rlhf.rollout import Rollout
 from scripts import compare
 

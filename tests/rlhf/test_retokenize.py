@@ -13,7 +13,7 @@ from dschat.data.templates import NONE, PLAIN
 from dschat.data.tokenization import tokenize_prompts
 from dschat.models.factory import create_critic_model
 from dschat.rlhf.judging import scores_of_answers
-from dschat.rlhf.reading import Reading, answer_texts
+from dschat.rlhf.retokenize import Reading, answer_texts
 from dschat.rlhf.rollout import RolloutBatch
 
 CHATML = (
