@@ -24,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dschat import distributed
+from dschat import distributed, model_exports
 from dschat.arguments import parse_arguments
 from dschat.engines import DeepSpeedEngine
 from dschat.models.factory import create_critic_model
+from dschat.models.reward_model import RewardModel
 
 PROGRAMS = {"sft": "step1_sft", "reward": "step2_reward", "rlhf": "step3_ppo"}
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -92,20 +93,21 @@ def answers(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     return batch
 
 
-def keep_scores(reward: ModuleType, live: list[Tensor]) -> None:
+def keep_scores(live: list[Tensor]) -> None:
     """Let step 2 append to `live` what its trained engine says of `answers` before it is exported."""
-    export = reward.export_model
+    export = model_exports.export_model
 
     def judge_and_export(
         engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
     ) -> None:
-        engine.eval()
-        batch = {name: column.to(engine.device) for name, column in answers(tokenizer).items()}
-        with torch.no_grad():
-            live.append(engine.module.forward_value(**batch)["chosen_end_scores"].cpu())
+        if isinstance(engine.module, RewardModel):
+            engine.eval()
+            batch = {name: column.to(engine.device) for name, column in answers(tokenizer).items()}
+            with torch.no_grad():
+                live.append(engine.module.forward_value(**batch)["chosen_end_scores"].cpu())
         export(engine, tokenizer, folder, **options)
 
-    reward.export_model = judge_and_export
+    model_exports.export_model = judge_and_export
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def main(folder: Path, stage: int, families: list[str]) -> None:
     """Train and inspect one family after the other; rank 0 writes after each what it has seen so far."""
     distributed.setup()
     programs, live, seen = {step: program(step) for step in PROGRAMS}, [], {}
-    keep_scores(programs["reward"], live)
+    keep_scores(live)
     if distributed.is_main_process():
         write_pairs(folder / "pairs.jsonl")
     for family in families:
