@@ -466,7 +466,7 @@ def test_step_3_refuses_a_reward_model_that_is_not_what_step_2_wrote(sabotage, s
     assert FLAG in message
     assert SABOTAGE[sabotage] in message
     assert ("Loading weights" in result.stderr) is (sabotage is forged)
-    assert seconds < 120  # seconds on a machine that is not loaded
+    assert seconds < 30
 
 
 @pytest.mark.parametrize("verdict", ["not better than chance: 0.45", "too few pairs to say: 0.9", None])
