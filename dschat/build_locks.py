@@ -36,8 +36,8 @@ def clear_build_locks(*, on_one_machine: bool) -> list[Path]:
 
 def _build_folder() -> Path:
     """Where torch builds extensions for this Python and this kind of device."""
-    # The operator's folder is made where it is not there yet, as by torch itself.
-    return Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).parent
+    # The folder of an operator is made where it is not there yet, as by torch itself.
+    return Path(_get_build_directory("cpu_adam", verbose=False)).parent
 
 
 def _is_left_behind(lock: Path, youngest: float) -> bool:

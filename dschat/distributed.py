@@ -85,12 +85,9 @@ def setup(local_rank: int = -1) -> torch.device:
     )
     settle_environment(local_rank)
     _check_device()
-    has_compiler = shutil.which("g++") is not None
-    if get_accelerator().device_name() == "cpu" and (world_size() == 1 or not has_compiler):
-        # DeepSpeed would compile its shared-memory collectives; gloo does their work, slower.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if world_size() > 1:
-            print_once("note: no g++ found: ranks talk through gloo, slower than DeepSpeed's own way.")
+    # DeepSpeed would compile collectives in shared memory, which only tensor-parallel inference calls. Their
+    # buffers, 66 MiB a rank, stay in /dev/shm for ever, and where that is full the process dies.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

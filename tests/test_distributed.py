@@ -1,13 +1,12 @@
 import errno
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT, environment, python
+from processes import ROOT, python
 from safetensors import SafetensorError
 
 from dschat import distributed
@@ -41,14 +40,21 @@ def test_the_main_process_goes_first(two_ranks):
     assert second - first >= 0.5
 
 
-def test_one_process_on_a_cpu_compiles_no_collectives(tmp_path):
-    code = "from dschat.distributed import setup, leave; setup(); leave()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(CUDA_VISIBLE_DEVICES="", TORCH_EXTENSIONS_DIR=str(tmp_path)), check=False,
-    )  # fmt: skip
-    assert result.returncode == 0
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes_on_a_cpu_compile_no_collectives_and_leave_no_shared_memory(tmp_path, ranks):
+    worker = tmp_path / "joins.py"
+    worker.write_text("from dschat.distributed import setup, leave; setup(); leave()")
+    extensions, before = tmp_path / "extensions", buffers()
+    # LOCAL_SIZE is what the deepspeed launcher sets: all ranks are on this machine.
+    env = {"CUDA_VISIBLE_DEVICES": "", "TORCH_EXTENSIONS_DIR": str(extensions), "LOCAL_SIZE": str(ranks)}
+    python(worker, ranks=ranks, env=env)
+    assert [path.name for path in extensions.rglob("*") if path.is_file()] == []
+    assert buffers() <= before
+
+
+def buffers() -> set[Path]:
+    """What DeepSpeed's collectives in shared memory leave behind."""
+    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 
 
 def test_more_processes_than_devices_are_refused_in_one_line(monkeypatch):
