@@ -85,6 +85,15 @@ def test_losses_know_no_model_rank_or_engine():
     assert {name.split(".")[0] for name in imports(ROOT / "dschat" / "losses.py")} <= {"torch", "typing"}
 
 
+@pytest.mark.parametrize("path", sources("dschat", *PROGRAMS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_depends_on_the_built_in_hash(path):
+    """It differs between versions of Python, and for text between processes."""
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ]
+    assert not [call for call in calls if getattr(call.func, "id", "") == "hash"]
+
+
 def test_flags_are_declared_without_torch():
     for path in [*sources("dschat/arguments"), ROOT / "dschat" / "errors.py"]:
         assert not [n for n in imports(path) if n.startswith(("torch", "deepspeed"))], path

@@ -10,6 +10,7 @@ advantages, whitening, permutations and statistics are the same on any number of
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -84,8 +85,8 @@ class Schedule:
         assert len(lengths) % step_size == 0, (
             f"{len(lengths)} rows do not fill optimiser steps of {step_size}"
         )
-        generator = torch.Generator().manual_seed(hash((self.seed, ppo_step, epoch)) % 2**63)
-        permutation = torch.randperm(len(lengths), generator=generator)
+        generator = np.random.default_rng([self.seed % 2**64, ppo_step, epoch])
+        permutation = torch.from_numpy(generator.permutation(len(lengths)))
         return [rows[lengths[rows].argsort(stable=True)] for rows in permutation.split(step_size)]
 
     def micro_batches(self, step_rows: Tensor) -> list[Tensor]:
