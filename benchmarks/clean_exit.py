@@ -182,9 +182,9 @@ def child(folder: Path, ports: list[int], amplified: bool, flags: list[str]) -> 
 
 def linger_in_store() -> None:
     """Let each look of the watch wait in the store for a key that nobody sets, up to two seconds."""
-    from dschat import peers, restart
+    from dschat.distributed import restart, watchdog
 
-    obey, peers.INTERVAL = restart.obey, 0.0
+    obey, watchdog.INTERVAL = restart.obey, 0.0
 
     def linger() -> None:
         obey()

@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import faults
 
-from dschat.console import take_over
-from dschat.durable import names_of_files
+from dschat.console.streams import take_over
 from dschat.errors import EXIT_TRY_AGAIN
+from dschat.runs.atomic_folder import names_of_files
 
 CASE = {case.name: case for case in faults.CASES}
 ONE_RANK, TWO_RANKS = CASE["ppo zero 0 fp32"], CASE["sft zero 2 bf16 LoRA"]

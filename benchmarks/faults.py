@@ -34,10 +34,10 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.console import take_over
-from dschat.durable import damage
+from dschat.console.streams import take_over
+from dschat.distributed.watchdog import is_gone
 from dschat.errors import EXIT_TRY_AGAIN
-from dschat.peers import is_gone
+from dschat.runs.atomic_folder import damage
 
 SFT, REWARD, DPO, PPO = (
     "step1_sft/main.py",
@@ -221,7 +221,7 @@ def child(folder: str, program: str, flags: list[str]) -> None:
 
 def note_steps(path: Path) -> None:
     """From here on add a line to the file when an optimiser step has ended: the time and its number."""
-    from dschat.progress import Checkpoints
+    from dschat.checkpoints.checkpoint import Checkpoints
 
     is_due = Checkpoints.is_due
 

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dschat.arguments import STEPS, DataArguments, ModelArguments, parse_arguments
-from dschat.console import printable
+from dschat.console.text import printable
 from dschat.data.comparisons import write_comparisons
 from dschat.data.findings import Findings
 from dschat.data.known_sets import KNOWN_SETS
@@ -423,7 +423,7 @@ def model_folder(folder: Path) -> dict[str, bytes]:
         from tiny import save_tiny_model
 
         from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
-        from dschat.manifest import FORMAT, MANIFEST, Manifest, template_fingerprint, weight_checksums
+        from dschat.export.manifest import FORMAT, MANIFEST, Manifest, template_fingerprint, weight_checksums
         from dschat.models.tokenizer import load_tokenizer
 
         place = folder / "model"
@@ -460,7 +460,8 @@ def broken_json(chance: random.Random, data: bytes) -> bytes:
 @target("manifests", 0.1)
 def manifests(chance: random.Random, folder: Path) -> None:
     """manifest.json, and what uses its values before a model is there."""
-    from dschat.manifest import MANIFEST, Handover, Manifest, changed_files
+    from dschat.export.manifest import MANIFEST, Manifest, changed_files
+    from dschat.export.upstream import UpstreamModel
 
     place = folder / "manifest"
     place.mkdir(exist_ok=True)
@@ -470,25 +471,25 @@ def manifests(chance: random.Random, folder: Path) -> None:
     changed = changed_files(manifest, place)
     if changed:
         raise UserError(f"--model_name_or_path {place}: {changed}.")
-    Handover(str(place), "--model_name_or_path", manifest).score_statistics()
+    UpstreamModel(str(place), "--model_name_or_path", manifest).score_statistics()
 
 
 @target("model names", 0.005)
 def model_names(chance: random.Random, folder: Path) -> None:
     """What stands behind --model_name_or_path and is no model."""
-    from dschat.manifest import receive_model
+    from dschat.export.upstream import verify_model
     from dschat.models.tokenizer import load_tokenizer
 
     name = chance.choice(("", str(folder / "model" / ""), "owner/", "../")) + chance.choice(ODD_WORDS)
     if chance.random() < 0.5:
         load_tokenizer(name)
-    receive_model(name, "--model_name_or_path", "language_model")
+    verify_model(name, "--model_name_or_path", "language_model")
 
 
 @target("model folders", 0.005)
 def model_folders(chance: random.Random, folder: Path) -> None:
     """A model's folder of which one JSON file is broken: config, tokenizer, index of shards, manifest."""
-    from dschat.manifest import receive_model
+    from dschat.export.upstream import verify_model
 
     files, place = model_folder(folder), folder / "model"
     for name, data in files.items():
@@ -502,7 +503,7 @@ def model_folders(chance: random.Random, folder: Path) -> None:
     (place / name).write_bytes(broken_json(chance, data))
     heads = chance.choice(((), ("language_model",), ("score",)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        receive_model(str(place), "--model_name_or_path", *heads)
+        verify_model(str(place), "--model_name_or_path", *heads)
 
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "bias": "none",

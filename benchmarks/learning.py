@@ -43,8 +43,9 @@ from learning_recipes import (
     trl_rows,
 )
 
-from dschat.command_line import ReadableParser
-from dschat.errors import UserError, readable_errors
+from dschat.arguments import ReadableParser
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 PARTS = ("a", "b", "c", "d", "e")
 QUICK_STEPS, QUICK_ROWS = 6, 320

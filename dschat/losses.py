@@ -132,7 +132,7 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
-def dpo_figures(
+def dpo_metrics(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     *,

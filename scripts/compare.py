@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from dschat.command_line import ReadableParser
-from dschat.console import PLAIN, printable
-from dschat.errors import UserError, readable_errors
+from dschat.arguments import ReadableParser
+from dschat.console.text import PLAIN, printable
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.command_line import ReadableParser
-from dschat.errors import UserError, readable_errors
+from dschat.arguments import ReadableParser
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 THEIR_WEIGHTS = "pytorch_model.bin"
 FORMATS = ("deepspeed-chat", "dschat")
@@ -78,9 +79,9 @@ def convert(args: argparse.Namespace) -> None:
 
 def from_deepspeed_chat(folder: Path, output: Path) -> None:
     """Write DeepSpeed-Chat's model in `folder` as `export_model` does, in its own precision."""
-    from dschat.checkpoint import export_model
-    from dschat.model_card import GOLDEN_TOKENS, Provenance
-    from dschat.models.factory import BACKBONE_NAMES
+    from dschat.export.export import export_model
+    from dschat.export.model_card import GOLDEN_TOKENS, Provenance
+    from dschat.models.loading import BACKBONE_NAMES
 
     tensors = _their_tensors(folder)
     is_reward = any(name.startswith((*BACKBONE_NAMES, "v_head.")) for name in tensors)
@@ -120,14 +121,14 @@ def to_deepspeed_chat(folder: Path, output: Path) -> None:
     import torch
     from transformers import AutoConfig
 
-    from dschat.export_files import replacing_export
-    from dschat.manifest import receive_model
+    from dschat.export.upstream import verify_model
+    from dschat.runs.export_files import replacing_export
 
     if not _is_ours(folder):
         raise UserError(f"INPUT {folder} holds no model of ours: config.json beside model*.safetensors.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     is_reward = config.architectures[0].endswith("ForSequenceClassification")
-    receive_model(str(folder), "INPUT", *(("score", "value") if is_reward else ("language_model",)))
+    verify_model(str(folder), "INPUT", *(("score", "value") if is_reward else ("language_model",)))
     model, tokenizer = _load(folder, is_reward=is_reward, dtype=config.dtype or torch.float32)
     with replacing_export(output) as place:
         torch.save(model.state_dict(), place / THEIR_WEIGHTS)
@@ -145,8 +146,8 @@ def _load(
     """The whole model in that precision, its keys checked, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from dschat.manifest import PRECISIONS
-    from dschat.models.factory import create_critic_model, create_hf_model
+    from dschat.export.manifest import PRECISIONS
+    from dschat.models.loading import create_critic_model, create_hf_model
     from dschat.models.tokenizer import load_tokenizer
 
     if dtype not in PRECISIONS:

@@ -221,7 +221,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from dschat.console import take_over
+    from dschat.console.streams import take_over
 
     take_over()
     main()

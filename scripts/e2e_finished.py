@@ -9,7 +9,7 @@ from typing import Any
 from dschat.arguments import STARTING, StepArguments, saved_settings, settings
 from dschat.data.entries import parse_entry
 from dschat.data.files import user_path
-from dschat.run_folder import ARGUMENTS, SUMMARY
+from dschat.runs.output_folder import ARGUMENTS, SUMMARY
 
 WITHOUT_EFFECT = (
     *STARTING,

@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from dschat.command_line import ReadableParser
-from dschat.console import PLAIN
+from dschat.arguments import ReadableParser
+from dschat.console.text import PLAIN
 from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
-from dschat.errors import EXIT_TRY_AGAIN, UserError, readable_errors
-from dschat.rendezvous import free_port
-from dschat.run_folder import read_summary
+from dschat.distributed.rendezvous import free_port
+from dschat.errors import EXIT_TRY_AGAIN, UserError
+from dschat.program import readable_errors
+from dschat.runs.output_folder import read_summary
 from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
 from scripts.e2e_step import FOLDERS, TITLES, Command, run

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from dschat.arguments import StepArguments, parse_arguments, without_secrets
+from dschat.distributed.signals import STOPPING
 from dschat.errors import EXIT_TRY_AGAIN, UserError
-from dschat.signals import STOPPING
 from scripts.e2e_failures import SEARCHED_LINES, last_lines
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}

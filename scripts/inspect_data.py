@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.arguments import InspectArguments, parse_arguments
-from dschat.console import PLAIN, printable
-from dschat.errors import UserError, readable_errors
+from dschat.console.text import PLAIN, printable
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped flag answer at once
     with readable_errors():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.errors import UserError, readable_errors
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 
 def quoted(word: str) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.command_line import ReadableParser
-from dschat.errors import UserError, readable_errors
+from dschat.arguments import ReadableParser
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

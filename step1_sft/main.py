@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import SftArguments, parse_arguments
-from dschat.errors import readable_errors
-from dschat.run_folder import check_free
+from dschat.program import prepare, readable_errors
+from dschat.runs.output_folder import check_free
 
 if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
     with readable_errors():
@@ -25,32 +25,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
-from dschat.distributed import (
-    leave,
-    seed_everything,
-    setup,
-    sum_across_ranks,
-)
-from dschat.engines import DeepSpeedEngine
+from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.process_group import leave, setup
+from dschat.distributed.random_state import seed_everything
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.upstream import verify_model
 from dschat.losses import masked_mean
-from dschat.manifest import receive_model
-from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder
-from dschat.startup import prepare
-from dschat.supervised import build_language_model, build_loaders, logprobs_at, train_epochs
+from dschat.runs.output_folder import check_run_folder
+from dschat.supervised.exports import ModelExports
+from dschat.supervised.loop import build_language_model, build_loaders, logprobs_at, train_epochs
 
 
 def main(args: SftArguments) -> None:
     """The step from flags to the saved model."""
     prepare(args)
-    base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
+    base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
@@ -102,7 +98,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
         sums += torch.stack(
             [answer_loss(engine, batch, denominator=1.0).double(), batch.loss_mask.sum().double()]
         )
-    loss_sum, num_tokens = sum_across_ranks(sums).tolist()
+    loss_sum, num_tokens = sum_across_ranks(sums, axis="data").tolist()
     if num_tokens == 0:
         return {}
     loss = loss_sum / num_tokens

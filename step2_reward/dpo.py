@@ -10,8 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import DpoArguments, parse_arguments
-from dschat.errors import readable_errors
-from dschat.run_folder import check_free
+from dschat.console.messages import print_rank_0
+from dschat.program import prepare, readable_errors
+from dschat.runs.output_folder import check_free
 
 if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
     with readable_errors():
@@ -24,36 +25,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat import distributed
+from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, reward_data
 from dschat.data.tokenization import column
-from dschat.engines import DeepSpeedEngine
-from dschat.losses import dpo_figures
-from dschat.manifest import Handover, receive_model
-from dschat.model_exports import ModelExports
+from dschat.distributed import collectives, process_group, random_state
+from dschat.distributed.statistics import MeanOverRanks
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.upstream import UpstreamModel, verify_model
+from dschat.losses import dpo_metrics
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters, will_train_adapters_only
 from dschat.models.tokenizer import load_tokenizer
-from dschat.reference import (
+from dschat.runs.output_folder import check_run_folder
+from dschat.supervised.exports import ModelExports
+from dschat.supervised.loop import Loaders, build_language_model, build_loaders, train_epochs
+from dschat.supervised.reference_logprobs import (
     ReferenceStore,
     answer_logprobs,
     reference_of_copy,
     reference_of_policy,
     with_reference,
 )
-from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder
-from dschat.startup import prepare
-from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_language_model, build_loaders, train_epochs
 
 
 def main(args: DpoArguments) -> None:
     """The step from flags to the saved model."""
     prepare(args)
-    base = receive_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
+    base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
     check_run_folder(args, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
@@ -64,11 +64,11 @@ def main(args: DpoArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
     store = ReferenceStore.open(args, base, data)
 
-    distributed.setup(args.run.local_rank)
+    process_group.setup(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=[base])
     if column(data.train, "margin").any():
-        distributed.print_once("note: the data has margins, which DPO does not use.")
-    distributed.seed_everything(args.run.seed)
+        print_rank_0("note: the data has margins, which DPO does not use.")
+    random_state.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
     train_epochs(
@@ -87,7 +87,7 @@ def main(args: DpoArguments) -> None:
 def build_policy(
     args: DpoArguments,
     tokenizer: PreTrainedTokenizerBase,
-    base: Handover,
+    base: UpstreamModel,
     store: ReferenceStore,
     data: SplitData,
     loaders: Loaders,
@@ -105,7 +105,7 @@ def judge(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict
     """Loss, implicit rewards and log-probabilities of each pair, [B]; with ipo the latter are a token's."""
     is_mean = args.dpo.loss_type == "ipo"
     num_tokens = batch.answer_mask.sum(dim=1).clamp(min=1) if is_mean else 1
-    return dpo_figures(
+    return dpo_metrics(
         answer_logprobs(engine, batch) / num_tokens,
         batch.ref_logprobs / num_tokens,
         beta=args.dpo.beta,
@@ -131,7 +131,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) ->
         accuracy.add(judged["accuracy"], groups=batch.groups, mask=batch.pair_mask)
         columns = [batch.pair_mask, *judged.values()]
         sums[2:] += (torch.stack(columns).double() * batch.pair_mask).sum(dim=1)
-    loss, weight, num_pairs, *totals = distributed.sum_across_ranks(sums).tolist()
+    loss, weight, num_pairs, *totals = collectives.sum_across_ranks(sums, axis="data").tolist()
     if num_pairs == 0:
         return {}
     means = {f"eval_{name}": total / num_pairs for name, total in zip(judged, totals, strict=True)}
@@ -141,4 +141,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) ->
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        distributed.leave()
+        process_group.leave()

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import RewardArguments, parse_arguments
-from dschat.errors import readable_errors
-from dschat.run_folder import check_free
+from dschat.program import prepare, readable_errors
+from dschat.runs.output_folder import check_free
 
 if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
     with readable_errors():
@@ -25,31 +25,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat import distributed
+from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
-from dschat.engines import DeepSpeedEngine, build_trained_engine, train_config
+from dschat.distributed import collectives, process_group, random_state
+from dschat.distributed.statistics import MeanOverRanks
+from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.out_of_memory import phase
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.upstream import verify_model
+from dschat.export.verdict import reward_verdict
 from dschat.losses import pair_accuracy
-from dschat.manifest import receive_model
-from dschat.model_exports import ModelExports
 from dschat.models.config import check_positions
-from dschat.models.factory import create_critic_model
+from dschat.models.loading import create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.out_of_memory import phase
-from dschat.resume import begin_run
-from dschat.run_folder import check_run_folder
-from dschat.startup import prepare
-from dschat.statistics import MeanOverRanks
-from dschat.supervised import Loaders, build_loaders, train_epochs
-from dschat.verdict import reward_verdict
+from dschat.runs.output_folder import check_run_folder
+from dschat.supervised.exports import ModelExports
+from dschat.supervised.loop import Loaders, build_loaders, train_epochs
 
 
 def main(args: RewardArguments) -> None:
     """The step from flags to the saved model."""
     prepare(args)
-    base = receive_model(args.model.model_name_or_path, "--model_name_or_path")
+    base = verify_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
     check_run_folder(args, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
@@ -58,9 +58,9 @@ def main(args: RewardArguments) -> None:
     loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    distributed.setup(args.run.local_rank)
+    process_group.setup(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=[base])
-    distributed.seed_everything(args.run.seed)
+    random_state.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
     train_epochs(
         engine,
@@ -124,7 +124,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
         sums[:5] += torch.stack([(column * batch.pair_mask).sum() for column in columns])
         sums[5:] += torch.stack([judged["loss"], batch.weights.sum()])
         accuracies.add(right, groups=batch.groups, mask=batch.pair_mask)
-    totals = distributed.sum_across_ranks(sums).tolist()
+    totals = collectives.sum_across_ranks(sums, axis="data").tolist()
     num_pairs, num_right, chosen, rejected, squares, loss, weight = totals
     if num_pairs == 0:
         return {}
@@ -146,4 +146,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        distributed.leave()
+        process_group.leave()

@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import RlhfArguments, parse_arguments
-from dschat.errors import readable_errors
-from dschat.run_folder import check_free
+from dschat.distributed.mesh import mesh
+from dschat.program import prepare, readable_errors
+from dschat.runs.output_folder import check_free
 
 if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
     with readable_errors():
@@ -20,31 +21,31 @@ if __name__ == "__main__":  # before torch is imported, so that what can be said
         check_free(ARGS.run)
 
 
-from dschat import distributed
+from dschat.checkpoints.resume import begin_run
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
+from dschat.distributed import process_group, random_state
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import RlhfTokenizers, load_rlhf_tokenizers
-from dschat.resume import begin_run
-from dschat.rlhf.evaluation import build_evaluator
-from dschat.rlhf.exports import Exports
-from dschat.rlhf.guard import Guard
-from dschat.rlhf.handovers import receive_models
+from dschat.rlhf.monitoring.best_actor import Exports
+from dschat.rlhf.monitoring.evaluation import build_evaluator
+from dschat.rlhf.monitoring.guard import Guard
+from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rewards import build_rewards
+from dschat.rlhf.rewards.sources import build_rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.training import Watch, train_ppo
-from dschat.rlhf.unsupervised import build_text_loader
-from dschat.run_folder import check_run_folder, write_summary
-from dschat.startup import prepare
+from dschat.rlhf.text_loader import build_text_loader
+from dschat.rlhf.train import train_ppo
+from dschat.rlhf.upstream import verify_models
+from dschat.runs.output_folder import check_run_folder, write_summary
 
 
 def main(args: RlhfArguments) -> None:
     """The step from flags to the saved actor and critic."""
     prepare(args)
-    handovers = receive_models(args)
+    handovers = verify_models(args)
     check_adapters(language=args.actor, reward=args.starting_critic)
     check_run_folder(args, *args.model_paths)
     tokenizers = load_rlhf_tokenizers(args)
@@ -62,9 +63,9 @@ def main(args: RlhfArguments) -> None:
     texts = build_text_loader(args, tokenizers.actor)
     rewards = build_rewards(args, tokenizers, data, score_scale)
 
-    distributed.setup(args.run.local_rank)
+    process_group.setup(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=handovers.all)
-    distributed.seed_everything(args.run.seed)
+    random_state.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     num_updates = num_ppo_steps * args.updates_per_ppo_step
@@ -73,7 +74,7 @@ def main(args: RlhfArguments) -> None:
     trainer = DeepSpeedPPOTrainer(
         engine, tokenizers, args, prompts=data.train, score_scale=score_scale, rewards=rewards, texts=texts
     )
-    watch = Watch(
+    watch = TrainingMonitor(
         build_evaluator(trainer, tokenizers, args, data.evaluation),
         Guard(args.guard, kl_target=args.ppo.kl_target),
         Exports(args, engine, tokenizers.actor, data),
@@ -89,7 +90,7 @@ def main(args: RlhfArguments) -> None:
         checkpoints=checkpoints,
     )
     figures |= watch.exports.finish(num_done, figures) | watch.guard.verdict()
-    if distributed.is_main_process():
+    if mesh().is_main_process:
         summary = {"step": "rlhf", "ppo_steps": num_done, **figures, "seconds": seconds}
         write_summary(args.run.output_dir, summary)
 
@@ -115,8 +116,8 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
         pad_id=tokenizers.actor.pad_token_id,
         batch_size=args.rollout.per_device_generation_batch_size,
         batches_per_step=args.rollout.generation_batches,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=mesh().data.rank,
+        world_size=mesh().data.size,
         seed=args.run.seed,
         num_epochs=args.optimizer.num_train_epochs,
         samples_per_prompt=args.rollout.num_samples_per_prompt,
@@ -126,4 +127,4 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        distributed.leave()
+        process_group.leave()

@@ -1,6 +1,7 @@
 """The house rules of docs/architecture.md that a program can check."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,20 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
-LAYERS = {
-    0: ("errors", "arguments", "losses", "distributed", "peers", "restart", "throughput", "signals")
-    + ("build_locks", "command_line", "statistics")
-    + ("ending", "console", "rendezvous"),
-    1: ("data", "models", "metrics", "deepspeed_config", "run_folder", "startup", "memory", "durable")
-    + ("out_of_memory", "export_files", "run_lock"),
-    2: ("engines", "checkpoint", "manifest", "model_card", "supervised", "reference", "progress")
-    + ("engine_files", "evaluations", "resume", "skipped_steps", "verdict", "shared_prompts")
-    + ("best_model", "model_exports"),
-    3: ("rlhf",),
-    4: ("utils",),
-}
-LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
-DEEPSPEED_USERS = ("distributed", "engines", "engine_files", "checkpoint", "models")
+LAYERS = [
+    rooms.split()
+    for rooms in re.search(
+        r"^Layers: `(.*)`$", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+    )[1].split("` < `")
+]
+"""The rooms of dschat/, folders and modules, from the bottom up, as the documentation has them."""
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+DEEPSPEED_USERS = ("distributed", "engines", "checkpoints", "models")
 LONGEST_FUNCTION = 80
 
 
@@ -42,6 +38,38 @@ def imports(path: Path) -> Iterator[str]:
 
 
 LIBRARY = [path for path in sources("dschat") if path.parent != ROOT / "dschat" or path.name != "__init__.py"]
+
+
+def test_every_room_has_a_layer():
+    assert sorted(LAYER_OF) == sorted({room(path) for path in LIBRARY})
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in LIBRARY}
+    graph = {
+        name: [other for other in imported_modules(path) if other in names] for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Of the library, those of imports inside functions among them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
@@ -101,7 +129,7 @@ def test_flags_are_declared_without_torch():
 
 def test_flags_are_declared_in_one_folder_and_taken_from_its_front():
     for path in sources("dschat", *PROGRAMS, "tests"):
-        if path.parent != ROOT / "dschat" / "arguments":
+        if path.parent not in (ROOT / "dschat" / "arguments", ROOT / "tests" / "arguments"):
             assert not [name for name in imports(path) if name.startswith("dschat.arguments.")], path
 
 

@@ -12,8 +12,8 @@ from dschat.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     discounted_returns,
-    dpo_figures,
     dpo_loss,
+    dpo_metrics,
     group_advantages,
     implicit_reward,
     kl_estimate,
@@ -187,7 +187,7 @@ def test_dpo_figures_count_a_tie_half_and_have_one_gradient():
     # Rewards at beta 0.5: chosen 1, 0, 0; rejected 0.5, 0, 1.
     logprobs = torch.tensor([-1.0, -2, -3, -4, -5, -6], requires_grad=True)
     reference = torch.tensor([-3.0, -2, -3, -5, -5, -8])
-    figures = dpo_figures(logprobs, reference, beta=0.5)
+    figures = dpo_metrics(logprobs, reference, beta=0.5)
     assert figures["chosen_reward"].tolist() == [1, 0, 0]
     assert figures["rejected_reward"].tolist() == [0.5, 0, 1]
     assert figures["reward_margin"].tolist() == [0.5, 0, -1]

@@ -28,9 +28,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dschat.checkpoint import export_model
 from dschat.data.comparisons import Comparison, record_batch
-from dschat.models.factory import create_critic_model
+from dschat.export.export import export_model
+from dschat.models.loading import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
 
 # "opt_projected" is OPT-350m's shape: embeddings narrower than the hidden states, norms after the layers.

@@ -5,6 +5,7 @@ into that object. Importing this package does not import torch, so `--help` answ
 library imports from here alone.
 """
 
+from dschat.arguments.command_line import ReadableParser
 from dschat.arguments.data import DataArguments, TokenizerArguments
 from dschat.arguments.foreign import FOREIGN
 from dschat.arguments.guard import GuardArguments
@@ -48,6 +49,7 @@ __all__ = [
     "ModelArguments",
     "OptimizerArguments",
     "PpoArguments",
+    "ReadableParser",
     "RewardArguments",
     "RlhfArguments",
     "RolloutArguments",

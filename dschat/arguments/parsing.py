@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from dschat.arguments.command_line import LIKENESS, ReadableParser
 from dschat.arguments.foreign import FOREIGN, foreign
 from dschat.arguments.steps import STEPS, InspectArguments, StepArguments
-from dschat.command_line import LIKENESS, ReadableParser
 from dschat.errors import UserError
 
 PROGRAMS = {

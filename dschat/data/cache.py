@@ -4,36 +4,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import xxhash
 from filelock import FileLock
 
-from dschat.data.files import readable, user_path
+from dschat.data.files import user_path
 from dschat.errors import UserError
 
-CHUNK = 1 << 20
 MANIFEST = "files.json"
 """Written last: the size of each file of an entry."""
-
-
-def fingerprint(parts: dict[str, Any]) -> str:
-    """32 hex digits that change with any value in `parts` (JSON values), not with their order."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-
-
-def files_fingerprint(paths: Iterable[Path]) -> str:
-    """32 hex digits of the files' bytes, in the order given; their names and times do not matter."""
-    whole = xxhash.xxh3_128()
-    for path in paths:
-        one = xxhash.xxh3_128()
-        with readable(path), path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                one.update(chunk)
-        whole.update(one.digest())
-    return whole.hexdigest()
 
 
 def cache_folder(data_output_path: str | None) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 Batch = TypeVar("Batch", "SftBatch", "PairBatch", "PromptBatch")
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
-"""What `dschat.reference` adds to pairs: their answers' log-probabilities, in nats."""
+"""What `dschat.supervised.reference_logprobs` adds to pairs: their answers' log-probabilities, in nats."""
 
 
 @dataclass(frozen=True)

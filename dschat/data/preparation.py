@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import DataArguments
 from dschat.data import splits
-from dschat.data.cache import cache_folder, cached, fingerprint
+from dschat.data.cache import cache_folder, cached
 from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
 from dschat.data.contradictions import count_contradictions
@@ -48,6 +48,7 @@ from dschat.data.tokenization import (
 )
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.errors import UserError
+from dschat.fingerprint import fingerprint
 
 FORMAT = 7
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""

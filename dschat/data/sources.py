@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 
-from dschat.data.cache import files_fingerprint
 from dschat.data.entries import OPTIONS, Entry, parse_entry
 from dschat.data.files import Rows, arrow_rows, file_rows, is_data_file, readable, user_path
 from dschat.data.folders import Folder, configuration, is_pattern, read_folder, read_pattern
@@ -24,6 +23,7 @@ from dschat.data.packed import packing
 from dschat.data.pipes import is_pipe, spooled
 from dschat.data.split_names import choose_splits
 from dschat.errors import UserError
+from dschat.fingerprint import files_fingerprint
 
 ROWS_AT_ONCE = 1000
 

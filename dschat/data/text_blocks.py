@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint
+from dschat.data.cache import cache_folder, cached
 from dschat.data.files import readable, sound_rows, user_path
 from dschat.data.sources import open_source
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.errors import UserError
+from dschat.fingerprint import files_fingerprint, fingerprint
 
 FORMAT = 1
 """Raised where equal input makes other blocks than before."""

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.arguments import ModelArguments
-from dschat.distributed import print_once
+from dschat.console.messages import print_rank_0
 from dschat.errors import UserError
-from dschat.models.factory import skeleton
 from dschat.models.lora_file import read_lora_file
+from dschat.models.preflight import meta_model
 from dschat.models.quantization import check_bitsandbytes, num_weights
 from dschat.models.reward_model import RewardModel
 from dschat.models.token_rows import PEFT_ROWS, ROWS, merge_rows, merged_rows, new_rows_of, train_new_rows
@@ -54,7 +54,7 @@ def check_adapters(*, language: ModelArguments | None = None, reward: ModelArgum
             continue
         if args.load_in_4bit:
             check_bitsandbytes(f"--{args.prefix}load_in_4bit")
-        model = skeleton(args.model_name_or_path, is_reward_model=is_reward_model)
+        model = meta_model(args.model_name_or_path, is_reward_model=is_reward_model)
         layers = _covered_layers(model, args, _wanted(args))
         if args.load_in_4bit and any(isinstance(layer, Conv1D) for layer in layers.values()):
             raise UserError(
@@ -268,15 +268,15 @@ def _kinds(names: Iterable[str]) -> str:
 def _announce(model: nn.Module, num_layers: int) -> None:
     sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-    print_once(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
+    print_rank_0(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
     if lora_config(model).trainable_token_indices:
         shown = [repr(token) for token in model.new_tokens.values()]
         more = f" and {len(shown) - SHOWN_TOKENS} more" if len(shown) > SHOWN_TOKENS else ""
-        print_once(
+        print_rank_0(
             f"the vocabulary's rows of {', '.join(shown[:SHOWN_TOKENS])}{more} are trained too: "
             "these tokens are new to the model."
         )
     stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]
     if stacked:
         fate = "trained whole" if stacked[0].requires_grad else "not trained"
-        print_once(f"note: the experts' weights are no linear layers and get no adapters; they are {fate}.")
+        print_rank_0(f"note: the experts' weights are no linear layers and get no adapters; they are {fate}.")

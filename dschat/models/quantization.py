@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from dschat.distributed import current_device
+from dschat.distributed.device import current_device
 from dschat.errors import UserError
 
 

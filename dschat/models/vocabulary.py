@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dschat.distributed import gathered
+from dschat.distributed.zero3 import gathered
 from dschat.models.end_tokens import end_token_ids, written_ids
 
 NUM_KNOWN = "num_known_tokens"

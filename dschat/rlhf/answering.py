@@ -18,13 +18,14 @@ from dschat.data.encoder import Encoder
 from dschat.data.tokenization import content_key
 from dschat.errors import UserError
 from dschat.losses import token_logprobs
-from dschat.models.factory import create_hf_model
+from dschat.models.loading import create_hf_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer
-from dschat.rlhf.evaluation import EVALUATION
-from dschat.rlhf.judging import answer_logits
-from dschat.rlhf.retokenize import answer_texts
-from dschat.rlhf.rollout import Rollout, RolloutBatch
+from dschat.rlhf.analysis import answer_logits
+from dschat.rlhf.monitoring.evaluation import EVALUATION
+from dschat.rlhf.rewards.retokenize import answer_texts
+from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.rollout.hf_generate import Rollout
 
 
 @dataclass(frozen=True)

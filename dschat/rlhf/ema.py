@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dschat.distributed import current_device, gather_rows, is_zero3_parameter, rank
+from dschat.distributed.collectives import gather_rows
+from dschat.distributed.device import current_device
+from dschat.distributed.mesh import mesh
+from dschat.distributed.zero3 import is_zero3_parameter
 
 
 def _held_weights(parameter: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ class MovingAverage:
         """Go on from what `state_dict` gave on each of another number of ranks, where it is sharded."""
         for name, average in self._averages.items():
             whole = torch.cat([part[name].flatten() for part in parts])[: self._parameters[name].ds_numel]
-            own = whole[rank() * average.numel() :][: average.numel()]
+            own = whole[mesh().data.rank * average.numel() :][: average.numel()]
             average.zero_()  # the end of the last shard belongs to nothing
             average[: own.numel()].copy_(own)
 
@@ -65,6 +68,6 @@ class MovingAverage:
         parameter, average = self._parameters[name], self._averages[name]
         if not is_zero3_parameter(parameter):
             return average.cpu()
-        shards = gather_rows(average.to(current_device()))  # an offloaded shard lies on the CPU
+        shards = gather_rows(average.to(current_device()), axis="data")  # an offloaded shard lies on the CPU
         # DeepSpeed pads the last shard.
         return shards[: parameter.ds_numel].view(parameter.ds_shape).cpu()

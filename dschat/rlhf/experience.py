@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import PpoArguments
-from dschat.console import printable
-from dschat.distributed import gather_rows
+from dschat.console.text import printable
+from dschat.distributed.collectives import gather_rows
 from dschat.losses import (
     advantages_and_returns,
     discounted_returns,
@@ -28,8 +28,8 @@ from dschat.losses import (
     masked_whiten,
     truncated_importance_weights,
 )
-from dschat.rlhf.rollout import RolloutBatch
-from dschat.rlhf.rollout_check import Difference
+from dschat.rlhf.rollout.agreement import Difference
+from dschat.rlhf.rollout.batch import RolloutBatch
 
 
 def at_answers(per_position: Tensor, prompt_length: int) -> Tensor:
@@ -66,7 +66,7 @@ class ScoreShaping:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class MinibatchSampler:
     """Which rows meet in which optimiser step, in which micro-batch, on which rank."""
 
     micro_batch_size: int
@@ -96,7 +96,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class AnswerAnalysis:
     """What the models, and other sources of scores, say of the answers.
 
     [B, T], with anything beyond the answers, but `scores` and those by source [B].
@@ -115,9 +115,9 @@ class Judgement:
         return torch.where(mask, self.logprobs - self.ref_logprobs, 0)
 
     @staticmethod
-    def gather(parts: list["Judgement"], rows: list[Tensor], answer_length: int) -> "Judgement":
+    def gather(parts: list["AnswerAnalysis"], rows: list[Tensor], answer_length: int) -> "AnswerAnalysis":
         """Judgements of this rank's micro-batches -> those of all ranks, each at its row's number."""
-        row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device))
+        row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device), axis="data")
         order = row_numbers.argsort()
 
         def column(name: str) -> Tensor | None:
@@ -126,12 +126,12 @@ class Judgement:
                 return None
             if values[0].dim() == 2:
                 values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
-            return gather_rows(torch.cat(values))[order]
+            return gather_rows(torch.cat(values), axis="data")[order]
 
         names = ("logprobs", "entropy", "ref_logprobs", "values", "scores")
-        return Judgement(*(column(name) for name in names))
+        return AnswerAnalysis(*(column(name) for name in names))
 
-    def with_finite_scores(self) -> tuple["Judgement", int]:
+    def with_finite_scores(self) -> tuple["AnswerAnalysis", int]:
         """The same with the mean of the finite scores in place of each that is not, and how many were not.
 
         So one answer whose score overflowed is about neutral, instead of making every advantage of the
@@ -182,7 +182,7 @@ class Experience:
     """A rollout batch of all ranks, judged: what every pass over it learns from. All [B, T]."""
 
     rollout: RolloutBatch
-    judgement: Judgement
+    judgement: AnswerAnalysis
     raw_advantages: Tensor
     advantages: Tensor
     """Whitened over the rollout batch, unless told otherwise or made by comparison of answers."""
@@ -190,7 +190,7 @@ class Experience:
     weights: Tensor | None
     """Of the tokens' policy losses, with --rollout_correction, and where they are truncated."""
     weight_cap: float
-    schedule: Schedule
+    schedule: MinibatchSampler
     shaping: ScoreShaping
     kl_coef: float
     ppo_step: int
@@ -198,9 +198,9 @@ class Experience:
     @staticmethod
     def build(
         rollout: RolloutBatch,
-        judgement: Judgement,
+        judgement: AnswerAnalysis,
         args: PpoArguments,
-        schedule: Schedule,
+        schedule: MinibatchSampler,
         shaping: ScoreShaping,
         *,
         ppo_step: int,

@@ -13,18 +13,16 @@ from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
+from dschat.checkpoints.checkpoint import Progress
+from dschat.console.messages import print_rank_0
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
-from dschat.distributed import (
-    current_device,
-    peak_memory_gib,
-    print_once,
-    rank,
-    sum_across_ranks,
-    synchronize,
-    world_size,
-)
-from dschat.engines import (
+from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.device import current_device, peak_memory_gib, synchronize
+from dschat.distributed.mesh import mesh
+from dschat.engines.out_of_memory import phase
+from dschat.engines.skipped_steps import SkippedSteps
+from dschat.engines.step import (
     DeepSpeedEngine,
     backward_on,
     gradient_norm,
@@ -36,28 +34,26 @@ from dschat.engines import (
 )
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.tokenizer import RlhfTokenizers
-from dschat.out_of_memory import phase
-from dschat.progress import Progress
+from dschat.rlhf.actor_loss import actor_loss
+from dschat.rlhf.analysis import AnswerAnalyzer, answer_logits, values_at_answers
 from dschat.rlhf.ema import MovingAverage
 from dschat.rlhf.experience import (
+    AnswerAnalysis,
     Experience,
-    Judgement,
     MicroBatch,
     Minibatch,
-    Schedule,
+    MinibatchSampler,
     ScoreShaping,
 )
-from dschat.rlhf.judging import Judges, answer_logits, values_at_answers
 from dschat.rlhf.kl_controller import KlController
-from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.ppo_state import Position, flat_names, flat_tensors, from_flat_tensors, of_name
-from dschat.rlhf.rewards import Rewards
+from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout import Rollout, RolloutBatch, gather_rollouts
-from dschat.rlhf.rollout_check import RolloutCheck
+from dschat.rlhf.rollout.agreement import RolloutCheck
+from dschat.rlhf.rollout.batch import RolloutBatch, gather_rollouts
+from dschat.rlhf.rollout.hf_generate import Rollout
 from dschat.rlhf.running_statistics import RunningStatistics
 from dschat.rlhf.update_statistics import UpdateStatistics
-from dschat.skipped_steps import SkippedSteps
 
 
 class DeepSpeedPPOTrainer:
@@ -83,7 +79,7 @@ class DeepSpeedPPOTrainer:
         self.engine = engine
         self._args = args
         self.rewards = rewards
-        self._judges = Judges(engine, tokenizers, args, prompts, rewards)
+        self._judges = AnswerAnalyzer(engine, tokenizers, args, prompts, rewards)
         self._pad_token_id = tokenizer.pad_token_id
         self._num_tokens = len(tokenizer)
         self._rollout = Rollout(
@@ -96,11 +92,11 @@ class DeepSpeedPPOTrainer:
         self._rollout_check: RolloutCheck | None = None
         if args.rollout_tolerance > 0:
             self._rollout_check = RolloutCheck(args.rollout_tolerance, args.rollout.rollout_on_mismatch)
-        self.schedule = Schedule(
+        self.schedule = MinibatchSampler(
             micro_batch_size=args.ppo.per_device_training_batch_size,
             accumulation_steps=args.optimizer.gradient_accumulation_steps,
-            world_size=world_size(),
-            rank=rank(),
+            world_size=mesh().data.size,
+            rank=mesh().data.rank,
             seed=args.run.seed,
         )
         self._scores = RunningStatistics() if args.ppo.score_scale == "running" else None
@@ -196,15 +192,15 @@ class DeepSpeedPPOTrainer:
         )
         return islice(steps, self._at.minibatches_done, None)
 
-    def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, Judgement]:
+    def _answer_and_judge(self, batches: list[PromptBatch]) -> tuple[RolloutBatch, AnswerAnalysis]:
         with self._timed("generation"):
             rollout = self.answer(batches, ppo_step=self._at.ppo_step)
         with self._timed("experience"):
             return rollout, self._judges.judge(rollout, self._rows_of_first_pass(rollout))
 
     def _checked(
-        self, rollout: RolloutBatch, judgement: Judgement, batches: list[PromptBatch]
-    ) -> tuple[RolloutBatch, Judgement]:
+        self, rollout: RolloutBatch, judgement: AnswerAnalysis, batches: list[PromptBatch]
+    ) -> tuple[RolloutBatch, AnswerAnalysis]:
         """Answers that passed the rollout check, which is made once, before this process learns anything."""
         check, self._rollout_check = self._rollout_check, None
         if check is None:
@@ -273,10 +269,10 @@ class DeepSpeedPPOTrainer:
             if engine is not None:
                 self._at.num_skipped += self._skipped.note(engine, step=self._at.ppo_step, model=name)
 
-    def _tell_of_nonfinite_scores(self, judgement: Judgement) -> None:
+    def _tell_of_nonfinite_scores(self, judgement: AnswerAnalysis) -> None:
         if self._at.nonfinite_scores and not self._told_of_nonfinite_scores:
             self._told_of_nonfinite_scores = True
-            print_once(
+            print_rank_0(
                 f"WARNING: PPO step {self._at.ppo_step + 1}: {self._at.nonfinite_scores} of "
                 f"{len(judgement.scores)} scores are not finite. Such an answer counts with the mean of the "
                 "others, and where there is no other the updates are skipped. metrics.jsonl goes on counting "
@@ -290,7 +286,10 @@ class DeepSpeedPPOTrainer:
         """
         target, shares = self._args.ppo.target_approx_kl, self._moved
         self._moved = []
-        return target is not None and sum_across_ranks(sum(shares)).item() / minibatch.num_tokens > target
+        return (
+            target is not None
+            and sum_across_ranks(sum(shares), axis="data").item() / minibatch.num_tokens > target
+        )
 
     def _train_on(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
         """Backward and step, or the backward alone where the steps are taken together."""
@@ -399,7 +398,7 @@ class DeepSpeedPPOTrainer:
         device = current_device()
         return Experience.build(
             from_flat_tensors(RolloutBatch, "rollout", tensors, device),
-            from_flat_tensors(Judgement, "judgement", tensors, device),
+            from_flat_tensors(AnswerAnalysis, "judgement", tensors, device),
             self._args.ppo,
             self.schedule,
             replace(self.shaping, mean=settings["mean"], std=settings["std"]),

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dschat.distributed import current_device, is_main_process, max_across_ranks, sum_across_ranks
+from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
+from dschat.distributed.device import current_device
+from dschat.distributed.mesh import is_main_process
 
 
 class UpdateStatistics:
@@ -28,10 +30,10 @@ class UpdateStatistics:
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and maxima over all ranks. Every rank must call it."""
-        sums = sum_across_ranks(torch.stack(list(self._sums.values()))).tolist()
+        sums = sum_across_ranks(torch.stack(list(self._sums.values())), axis="data").tolist()
         maxima = []
         if self._maxima:  # none while the actor waits for the critic, on any rank
-            maxima = max_across_ranks(torch.stack(list(self._maxima.values()))).tolist()
+            maxima = max_across_ranks(torch.stack(list(self._maxima.values())), axis="data").tolist()
         return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:

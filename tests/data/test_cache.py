@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.cache import cache_folder, cached, files_fingerprint, fingerprint, kept
+from dschat.data.cache import cache_folder, cached, kept
 from dschat.errors import UserError
+from dschat.fingerprint import files_fingerprint, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 

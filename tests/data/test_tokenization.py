@@ -11,13 +11,7 @@ from tokenizers import processors
 
 from dschat.data.comparisons import Comparison, Turn
 from dschat.data.templates import NONE
-from dschat.data.tokenization import (
-    column,
-    content_key,
-    tokenize_pairs,
-    tokenize_prompts,
-    tokenize_sft,
-)
+from dschat.data.tokenization import column, content_key, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.data.tokenizer_fingerprint import start_tokens, tokenizer_fingerprint
 
 # Untrained on these characters' pairs, the tokenizer gives digits and letters such as "q" one token each.

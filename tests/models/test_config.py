@@ -16,12 +16,8 @@ from transformers import (
 )
 
 from dschat.errors import UserError
-from dschat.models.factory import (
-    check_backbone,
-    check_language_model,
-    check_reward_model,
-    create_critic_model,
-)
+from dschat.models.loading import create_critic_model
+from dschat.models.preflight import check_backbone, check_language_model, check_reward_model
 
 FLAG = "--model_name_or_path"
 

@@ -7,10 +7,10 @@ import torch
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dschat.checkpoint import export_model
 from dschat.data.templates import PLAIN
+from dschat.export.export import export_model
 from dschat.models.end_tokens import end_token_ids, is_end
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 
 CHATML = (

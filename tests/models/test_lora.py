@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dschat.arguments import ModelArguments
 from dschat.errors import UserError
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import (
     adapters_off,
     add_lora,

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 
 from dschat.errors import UserError
-from dschat.models.factory import check_language_model
 from dschat.models.model_folder import check_model_path
+from dschat.models.preflight import check_language_model
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat.arguments import ModelArguments
-from dschat.checkpoint import export_model
 from dschat.errors import UserError
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.export.export import export_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import add_lora, check_adapters
 from dschat.models.quantization import check_bitsandbytes, is_4bit, num_weights, unpacked
 

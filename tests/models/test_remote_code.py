@@ -6,9 +6,10 @@ import pytest
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from dschat.checkpoint import export_model
 from dschat.errors import UserError
-from dschat.models.factory import check_language_model, create_hf_model
+from dschat.export.export import export_model
+from dschat.models.loading import create_hf_model
+from dschat.models.preflight import check_language_model
 from dschat.models.remote_code import set_consent
 from dschat.models.tokenizer import load_tokenizer
 

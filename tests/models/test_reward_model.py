@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
 from torch import nn
 
-from dschat.models.factory import create_critic_model
+from dschat.models.loading import create_critic_model
 from dschat.models.reward_model import RewardModel, _at_last_token
 
 

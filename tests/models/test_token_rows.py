@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat.arguments import ModelArguments, TokenizerArguments
-from dschat.checkpoint import export_model
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.export.export import export_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, add_lora, trains_adapters_only, trains_more_than_adapters
 from dschat.models.token_rows import new_rows_of
 from dschat.models.tokenizer import load_tokenizer

@@ -5,12 +5,12 @@ import torch
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dschat.export.golden_outputs import golden_outputs
 from dschat.losses import token_logprobs
-from dschat.manifest import golden_outputs
-from dschat.models.factory import create_hf_model
-from dschat.rlhf.judging import answer_logits
-from dschat.rlhf.rollout import RolloutBatch
-from dschat.supervised import logprobs_at
+from dschat.models.loading import create_hf_model
+from dschat.rlhf.analysis import answer_logits
+from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.supervised.loop import logprobs_at
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 PADDED = 500

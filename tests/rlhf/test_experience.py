@@ -5,15 +5,22 @@ import pytest
 import torch
 
 from dschat.arguments import PpoArguments
-from dschat.rlhf.experience import Experience, Judgement, Schedule, ScoreShaping, at_answers, masked_variance
-from dschat.rlhf.rollout import RolloutBatch
+from dschat.rlhf.experience import (
+    AnswerAnalysis,
+    Experience,
+    MinibatchSampler,
+    ScoreShaping,
+    at_answers,
+    masked_variance,
+)
+from dschat.rlhf.rollout.batch import RolloutBatch
 
 NUM_ROWS, PROMPT, ANSWER = 12, 3, 4
 LENGTHS = torch.tensor([1, 2, 3, 4, 4, 3, 2, 1, 4, 4, 2, 3])
 
 
-def schedule(micro_batch_size=3, accumulation_steps=1, world_size=1, rank=0) -> Schedule:
-    return Schedule(micro_batch_size, accumulation_steps, world_size, rank, seed=0)
+def schedule(micro_batch_size=3, accumulation_steps=1, world_size=1, rank=0) -> MinibatchSampler:
+    return MinibatchSampler(micro_batch_size, accumulation_steps, world_size, rank, seed=0)
 
 
 def make_rollout() -> RolloutBatch:
@@ -28,11 +35,11 @@ def make_rollout() -> RolloutBatch:
     )
 
 
-def make_judgement() -> Judgement:
+def make_judgement() -> AnswerAnalysis:
     generator = torch.Generator().manual_seed(0)
     logprobs, entropy, ref_logprobs, values = torch.randn(4, NUM_ROWS, ANSWER, generator=generator)
     scores = torch.randn(NUM_ROWS, generator=generator) * 4
-    return Judgement(logprobs, entropy, ref_logprobs, values, scores)
+    return AnswerAnalysis(logprobs, entropy, ref_logprobs, values, scores)
 
 
 def make_experience(**settings) -> Experience:
@@ -210,10 +217,10 @@ def test_judgements_return_to_the_rows_they_were_made_of():
     for numbers in rows:
         width = int(LENGTHS[numbers].max())
         columns = (judgement.logprobs, judgement.entropy, judgement.ref_logprobs, judgement.values)
-        parts.append(Judgement(*(c[numbers, :width] for c in columns), judgement.scores[numbers]))
-    gathered = Judgement.gather(parts, rows, ANSWER)
+        parts.append(AnswerAnalysis(*(c[numbers, :width] for c in columns), judgement.scores[numbers]))
+    gathered = AnswerAnalysis.gather(parts, rows, ANSWER)
     assert torch.equal(gathered.scores, judgement.scores[:6])
-    without = Judgement.gather([replace(part, values=None) for part in parts], rows, ANSWER)
+    without = AnswerAnalysis.gather([replace(part, values=None) for part in parts], rows, ANSWER)
     assert without.values is None
     assert torch.equal(without.logprobs, gathered.logprobs)
     mask = make_rollout().answer_mask[:6]
@@ -230,7 +237,7 @@ def test_metrics_of_a_batch_worked_out_by_hand():
         prompt_rows=torch.arange(2),
         prompt_length=1,
     )
-    judgement = Judgement(
+    judgement = AnswerAnalysis(
         logprobs=torch.tensor([[-1.0, -2.0], [-3.0, 7.0]]),
         ref_logprobs=torch.tensor([[-1.5, -1.9], [-3.2, 0.0]]),
         entropy=torch.tensor([[1.0, 2.0], [3.0, 100.0]]),
@@ -291,14 +298,14 @@ def test_without_correction_nothing_is_weighed():
 def test_a_score_that_is_not_finite_becomes_the_mean_of_the_others():
     nothing = torch.zeros(4, 1)
     scores = torch.tensor([1.0, torch.inf, 4.0, torch.nan])
-    finite, num_bad = Judgement(nothing, nothing, nothing, None, scores).with_finite_scores()
+    finite, num_bad = AnswerAnalysis(nothing, nothing, nothing, None, scores).with_finite_scores()
     assert finite.scores.tolist() == [1.0, 2.5, 4.0, 2.5]
     assert num_bad == 2
 
 
 def test_where_no_score_is_finite_they_stay_so_that_every_update_is_skipped():
     nothing = torch.zeros(2, 1)
-    judgement, num_bad = Judgement(
+    judgement, num_bad = AnswerAnalysis(
         nothing, nothing, nothing, None, torch.tensor([torch.nan, -torch.inf])
     ).with_finite_scores()
     assert num_bad == 2

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from dschat.arguments import PpoArguments
-from dschat.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    kl_loss,
-    truncated_importance_weights,
-)
-from dschat.rlhf.experience import Experience, Judgement, Schedule, ScoreShaping
-from dschat.rlhf.rollout import RolloutBatch
+from dschat.losses import clipped_policy_loss, clipped_value_loss, kl_loss, truncated_importance_weights
+from dschat.rlhf.experience import AnswerAnalysis, Experience, MinibatchSampler, ScoreShaping
+from dschat.rlhf.rollout.batch import RolloutBatch
 
 NUM_ANSWERS, LONGEST, BETA = 12, 7, 0.3
 GROUPS = np.arange(NUM_ANSWERS) % 3
@@ -65,9 +60,9 @@ class Answers:
             prompt_length=1,
         )
         old, ref, values = (self.padded(name) for name in ("old", "ref", "values"))
-        judgement = Judgement(old, old, ref, values, torch.from_numpy(self.scores))
+        judgement = AnswerAnalysis(old, old, ref, values, torch.from_numpy(self.scores))
         return Experience.build(
-            rollout, judgement, args, Schedule(1, 1, 1, 0, 0), ScoreShaping(0, 0), ppo_step=0
+            rollout, judgement, args, MinibatchSampler(1, 1, 1, 0, 0), ScoreShaping(0, 0), ppo_step=0
         )
 
 

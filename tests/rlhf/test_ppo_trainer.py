@@ -16,13 +16,13 @@ from dschat.losses import (
     token_logprobs,
     truncated_importance_weights,
 )
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
+from dschat.rlhf.actor_loss import actor_loss
+from dschat.rlhf.analysis import answer_logits, scores_of_answers, values_at_tokens
 from dschat.rlhf.experience import MicroBatch, ScoreShaping, at_answers
-from dschat.rlhf.judging import answer_logits, scores_of_answers, values_at_tokens
-from dschat.rlhf.objective import actor_loss
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rollout import RolloutBatch
+from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.running_statistics import RunningStatistics
 from dschat.rlhf.update_statistics import UpdateStatistics
 

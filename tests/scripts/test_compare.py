@@ -12,9 +12,9 @@ from dschat.data.loaders import build_eval_prompts
 from dschat.data.tokenization import tokenize_prompts
 from dschat.errors import UserError
 from dschat.rlhf import answering
-from dschat.rlhf.evaluation import EVALUATION
-from dschat.rlhf.retokenize import answer_texts
-from dschat.rlhf.rollout import Rollout
+from dschat.rlhf.monitoring.evaluation import EVALUATION
+from dschat.rlhf.rewards.retokenize import answer_texts
+from dschat.rlhf.rollout.hf_generate import Rollout
 from scripts import compare
 
 PROMPTS = [

@@ -10,8 +10,9 @@ from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dschat.errors import UserError
-from dschat.manifest import Manifest, receive_model
-from dschat.models.factory import create_critic_model
+from dschat.export.manifest import Manifest
+from dschat.export.upstream import verify_model
+from dschat.models.loading import create_critic_model
 from scripts import convert_checkpoint
 
 SCRIPT = Path(convert_checkpoint.__file__)
@@ -70,7 +71,7 @@ def test_their_reward_model_comes_back_with_its_misspelling_corrected(family, ba
     base = save_tiny_model(tmp_path / "base", family)
     state = save_theirs(tmp_path / "theirs", base, backbone=backbone)
     convert("deepspeed-chat", tmp_path / "theirs", tmp_path / "ours")
-    manifest = receive_model(str(tmp_path / "ours"), "--critic_model_name_or_path", "score").manifest
+    manifest = verify_model(str(tmp_path / "ours"), "--critic_model_name_or_path", "score").manifest
     assert (manifest.step, manifest.head, manifest.dtype) == ("deepspeed-chat", "score", "fp16")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     with torch.no_grad():

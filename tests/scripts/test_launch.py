@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, environment
 
-from dschat.rendezvous import free_port
+from dschat.distributed.rendezvous import free_port
 
 PDSH = """#!/bin/bash
 # pdsh -S -f N -w HOSTS COMMAND...: a shell for each host gets one line, in which %n is the host's number.

@@ -11,16 +11,12 @@ from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dschat.arguments import ModelArguments, TokenizerArguments
-from dschat.checkpoint import export_model
 from dschat.errors import UserError
-from dschat.models.factory import (
-    check_language_model,
-    check_reward_model,
-    create_critic_model,
-    create_hf_model,
-)
+from dschat.export.export import export_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import add_lora
 from dschat.models.model_folder import check_model_path
+from dschat.models.preflight import check_language_model, check_reward_model
 from dschat.models.tokenizer import load_tokenizer
 from scripts.merge_adapter import main, parse
 

@@ -7,7 +7,7 @@ import pytest
 import rich.console
 import torch
 
-from dschat.console import PLAIN
+from dschat.console.text import PLAIN
 from dschat.rlhf.experience import Experience
 from scripts import compare, inspect_data
 

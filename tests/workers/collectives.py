@@ -5,33 +5,30 @@ torchrun --nproc_per_node 2 collectives.py OUTPUT_FOLDER
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from dschat import distributed
-from dschat.statistics import MeanOverRanks
+from dschat.distributed import collectives, process_group
+from dschat.distributed.mesh import mesh
+from dschat.distributed.statistics import MeanOverRanks
 
 
 def main(folder: Path) -> None:
     """Run them all on numbers that differ by rank."""
-    device = distributed.setup()
-    rank = distributed.rank()
+    device = process_group.setup()
+    rank = mesh().world.rank
     mine = torch.tensor([1.0, 10.0], device=device) * (rank + 1)
-    with distributed.main_process_first():
-        arrived = time.time()
-        time.sleep(0.5)
     results = {
-        "sum": distributed.sum_across_ranks(mine).tolist(),
-        "max": distributed.max_across_ranks(-mine).tolist(),
-        "largest": distributed.largest_across_ranks(5 - rank, device),
-        "gathered": distributed.gather_rows(mine.unsqueeze(0)).tolist(),
-        "flags": distributed.gather_rows(torch.tensor([rank == 0])).tolist(),
-        "texts": distributed.gather_json("né" * (2 * rank) + str(rank)),
-        "arrived": arrived,
+        "sum": collectives.sum_across_ranks(mine, axis="data").tolist(),
+        "max": collectives.max_across_ranks(-mine, axis="data").tolist(),
+        "largest": collectives.largest_across_ranks(5 - rank, device, axis="data"),
+        "gathered": collectives.gather_rows(mine.unsqueeze(0), axis="data").tolist(),
+        "flags": collectives.gather_rows(torch.tensor([rank == 0]), axis="data").tolist(),
+        "texts": collectives.all_gather_object("né" * (2 * rank) + str(rank), axis="world"),
+        "broadcast": collectives.broadcast_from_rank_0(lambda: {"rank": rank}),
         "standard_error": standard_error_over_ranks(rank, device),
-        "is_main": distributed.is_main_process(),
+        "is_main": mesh().is_main_process,
         "threads": torch.get_num_threads(),
     }
     (folder / f"{rank}.json").write_text(json.dumps(results))
@@ -50,4 +47,4 @@ def standard_error_over_ranks(rank: int, device: torch.device) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.leave()
+    process_group.leave()

@@ -13,9 +13,12 @@ from typing import Any
 
 from processes import ROOT
 
-from dschat import distributed, reference
 from dschat.arguments import parse_arguments
-from dschat.engines import DeepSpeedEngine, build_frozen_engine
+from dschat.console.messages import print_rank_0
+from dschat.distributed import process_group
+from dschat.engines.build import build_frozen_engine
+from dschat.engines.step import DeepSpeedEngine
+from dschat.supervised import reference_logprobs
 
 
 def program() -> ModuleType:
@@ -41,16 +44,16 @@ def main(runs: Path) -> None:
 
     def look_and_train(*args: Any, **settings: Any) -> dict[str, float]:
         left = sum(weight.untyped_storage().nbytes() for weight in weights)
-        distributed.print_once(f"{len(weights)} weights of the reference model have {left} bytes")
+        print_rank_0(f"{len(weights)} weights of the reference model have {left} bytes")
         weights.clear()
         return train(*args, **settings)
 
-    reference.build_frozen_engine, dpo.train_epochs = build_and_watch, look_and_train
+    reference_logprobs.build_frozen_engine, dpo.train_epochs = build_and_watch, look_and_train
     for name, flags in json.loads(runs.read_text()).items():
-        distributed.print_once(f"== {name}")
+        print_rank_0(f"== {name}")
         dpo.main(parse_arguments("dpo", flags))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.leave()
+    process_group.leave()

@@ -13,9 +13,9 @@ from tiny import comparison_rows
 from dschat.arguments import parse_arguments
 from dschat.data.comparisons import Comparison
 from dschat.data.tokenization import tokenize_prompts
-from dschat.distributed import seed_everything
+from dschat.distributed.random_state import seed_everything
 from dschat.models.tokenizer import load_rlhf_tokenizers
-from dschat.rlhf.evaluation import Evaluator
+from dschat.rlhf.monitoring.evaluation import Evaluator
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
-from dschat.distributed import gathered, is_main_process, leave, setup
-from dschat.engine_files import load_engine, save_engine
-from dschat.engines import DeepSpeedEngine, build_trained_engine, learning_rate, train_config, train_on
+from dschat.checkpoints.engine_state import load_engine, save_engine
+from dschat.distributed.mesh import is_main_process
+from dschat.distributed.process_group import leave, setup
+from dschat.distributed.zero3 import gathered
+from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.step import DeepSpeedEngine, learning_rate, train_on
 
 FACTORS = (1e-3, 1e9, 1e-3, 1e9, 1e9, 1e-3)
 """Of the loss; the large ones overflow, and the scale falls with every second of them at first."""

@@ -10,11 +10,11 @@ import unittest.mock
 from three_steps import program
 from torch import Tensor
 
-from dschat import distributed
 from dschat.arguments import parse_arguments
-from dschat.engines import DeepSpeedEngine
-from dschat.rlhf import judging
-from dschat.rlhf.rollout import RolloutBatch
+from dschat.distributed import process_group
+from dschat.engines.step import DeepSpeedEngine
+from dschat.rlhf import analysis
+from dschat.rlhf.rollout.batch import RolloutBatch
 
 
 def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
@@ -23,9 +23,9 @@ def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
 
 
 if __name__ == "__main__":
-    distributed.setup()
+    process_group.setup()
     sft, ppo = map(json.loads, sys.argv[1:])
     program("sft").main(parse_arguments("sft", sft))
-    with unittest.mock.patch.object(judging, "scores_of_answers", length_of_answers):
+    with unittest.mock.patch.object(analysis, "scores_of_answers", length_of_answers):
         program("rlhf").main(parse_arguments("rlhf", ppo))
-    distributed.leave()
+    process_group.leave()

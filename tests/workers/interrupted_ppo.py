@@ -14,8 +14,10 @@ from typing import Any
 from interrupted_runs import program
 from processes import ROOT
 
-from dschat import distributed
 from dschat.arguments import parse_arguments
+from dschat.console.messages import print_rank_0
+from dschat.distributed import process_group
+from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
 from dschat.rlhf import ppo_trainer
 
@@ -25,7 +27,7 @@ def stopping(train_rlhf: Any, stop_after: int | None) -> Any:
 
     def train(self: ppo_trainer.DeepSpeedPPOTrainer, minibatch: Any) -> None:
         train_rlhf(self, minibatch)
-        if self.num_updates_passed == stop_after and distributed.is_main_process():
+        if self.num_updates_passed == stop_after and mesh().is_main_process:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     return train
@@ -43,9 +45,9 @@ def main(runs: Path) -> None:
             how = "finished"
         except Stopped as stop:
             how = f"stopped: {stop}"
-        distributed.print_once(f"== {args.run.output_dir} {how}")
+        print_rank_0(f"== {args.run.output_dir} {how}")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.leave()
+    process_group.leave()

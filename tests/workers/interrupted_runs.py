@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from processes import ROOT
 
-from dschat import distributed, engine_files, supervised
 from dschat.arguments import parse_arguments
+from dschat.checkpoints import engine_state
+from dschat.console.messages import print_rank_0
+from dschat.distributed import process_group
+from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
-from dschat.metrics import MetricsLogger
+from dschat.runs.metrics import MetricsLogger
+from dschat.supervised import loop
 
 PROGRAMS = {"sft": "step1_sft/main.py", "reward": "step2_reward/main.py", "dpo": "step2_reward/dpo.py"}
 
@@ -50,7 +54,7 @@ def program(name: str, path: Path) -> ModuleType:
 def logger(run: dict[str, Any]) -> type[MetricsLogger]:
     """A logger that does to the run what it is to suffer, when it is told of a step."""
     is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    is_last_rank = distributed.rank() == distributed.world_size() - 1
+    is_last_rank = mesh().world.rank == mesh().world.size - 1
 
     class Ending(MetricsLogger):
         def log(self, step: int, **values: Any) -> None:
@@ -61,7 +65,7 @@ def logger(run: dict[str, Any]) -> type[MetricsLogger]:
             if "loss" in values and step == run.get("kill_in") and is_last_rank and not is_restarted:
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_last_rank:
-                engine_files.torch.save = no_room if step == run.get("full_after") else SAVE
+                engine_state.torch.save = no_room if step == run.get("full_after") else SAVE
             super().log(step, **values)
 
     return Ending
@@ -72,15 +76,15 @@ def main(runs: Path) -> None:
     programs = {name: program(name, ROOT / path) for name, path in PROGRAMS.items()}
     for run in json.loads(runs.read_text()):
         args = parse_arguments(run["program"], run["flags"])
-        supervised.MetricsLogger = logger(run)
+        loop.MetricsLogger = logger(run)
         try:
             programs[run["program"]].main(args)
             how = "finished"
         except (Stopped, Died) as end:
             how = f"{type(end).__name__}: {end}"
-        distributed.print_once(f"== {args.run.output_dir} {how}")
+        print_rank_0(f"== {args.run.output_dir} {how}")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.leave()
+    process_group.leave()

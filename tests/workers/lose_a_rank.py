@@ -12,21 +12,22 @@ from pathlib import Path
 
 import torch
 
-from dschat import distributed, peers
-from dschat.errors import readable_errors
+from dschat.distributed import collectives, process_group, watchdog
+from dschat.distributed.mesh import mesh
+from dschat.program import readable_errors
 
 
 def main(waiting: str) -> None:
     """Lose rank 1."""
-    peers.GRACE = 3.0
-    distributed.setup(int(os.environ["LOCAL_RANK"]))
+    watchdog.GRACE = 3.0
+    process_group.setup(int(os.environ["LOCAL_RANK"]))
     if waiting not in ("collective", "sleep"):
         Path(waiting, str(os.getpid())).touch()
-    elif distributed.rank() == 1:
+    elif mesh().world.rank == 1:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     if waiting == "collective":
-        distributed.sum_across_ranks(torch.ones(1))
+        collectives.sum_across_ranks(torch.ones(1), axis="data")
     time.sleep(60)
 
 

@@ -13,12 +13,13 @@ import torch
 from tiny import TEXTS
 from transformers import AutoModelForCausalLM
 
-from dschat import distributed
-from dschat.checkpoint import export_model
+from dschat.distributed import collectives, process_group, random_state, zero3
+from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
-from dschat.manifest import Handover, receive_model
-from dschat.model_card import Provenance
-from dschat.models.factory import create_critic_model, create_hf_model
+from dschat.export.export import export_model
+from dschat.export.model_card import Provenance
+from dschat.export.upstream import UpstreamModel, verify_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
 
@@ -38,7 +39,7 @@ def ds_config(stage: int, dtype: str) -> dict:
 def batch(tokenizer) -> dict[str, torch.Tensor]:
     """This rank's pairs, chosen rows first; over all ranks two pairs, whatever their number."""
     tokens = tokenizer(list(TEXTS), padding=True, return_tensors="pt", padding_side="right")
-    pairs = range(distributed.rank(), 2, distributed.world_size())
+    pairs = range(mesh().world.rank, 2, mesh().world.size)
     rows = [*pairs, *(pair + 2 for pair in pairs)]
     return {name: tokens[name][rows] for name in ("input_ids", "attention_mask")}
 
@@ -56,14 +57,14 @@ def train(model: RewardModel, tokenizer, config: dict) -> tuple[deepspeed.DeepSp
             loss = engine.module.forward_value(**batch(tokenizer), return_value_only=True).pow(2).mean()
         engine.backward(loss)
         engine.step()
-        losses.append(distributed.sum_across_ranks(loss).item() / distributed.world_size())
+        losses.append(collectives.sum_across_ranks(loss, axis="data").item() / mesh().world.size)
     return engine, losses
 
 
-def refuses(handover: Handover, model: RewardModel) -> bool:
+def refuses(handover: UpstreamModel, model: RewardModel) -> bool:
     """Whether this rank notices that the head is another one."""
     head = model.v_head.weight
-    with distributed.gathered([head], modifier_rank=0), torch.no_grad():
+    with zero3.gathered([head], modifier_rank=0), torch.no_grad():
         head.zero_()
     try:
         handover.check_outputs(model)
@@ -73,17 +74,17 @@ def refuses(handover: Handover, model: RewardModel) -> bool:
 
 
 def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
-    distributed.setup()
-    distributed.seed_everything(7)
+    process_group.setup()
+    random_state.seed_everything(7)
     tokenizer, config = load_tokenizer(model_folder), ds_config(stage, dtype)
     critic = create_critic_model(model_folder, tokenizer, config, dropout=0.0)
     critic.gradient_checkpointing_enable()
-    sharded = sum(distributed.is_zero3_parameter(p) for p in critic.parameters())
+    sharded = sum(zero3.is_zero3_parameter(p) for p in critic.parameters())
     engine, losses = train(critic, tokenizer, config)
     rows = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
     provenance = Provenance(step="reward", base_model=model_folder, golden_inputs=rows)
     export_model(engine, tokenizer, output / "critic", provenance=provenance)
-    handover = receive_model(str(output / "critic"), "critic", "score")
+    handover = verify_model(str(output / "critic"), "critic", "score")
     handover.check_outputs(engine)
     with torch.no_grad():
         engine.eval()
@@ -97,21 +98,21 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
     actor = create_hf_model(AutoModelForCausalLM, model_folder, tokenizer, config)
     export_model(actor, tokenizer, output / "actor", provenance=provenance)
     engine = deepspeed.initialize(model=actor, config=config, model_parameters=actor.parameters())[0]
-    receive_model(str(output / "actor"), "actor", "language_model").check_outputs(engine)
+    verify_model(str(output / "actor"), "actor", "language_model").check_outputs(engine)
     plain = create_hf_model(AutoModelForCausalLM, str(output / "actor"), tokenizer)
     seen = {
         "sharded": sharded,
         "losses": losses,
-        "scores": distributed.gather_rows(scores).tolist(),
+        "scores": collectives.gather_rows(scores, axis="data").tolist(),
         "reload_error": (scores - reloaded).abs().max().item(),
         "plain_is_whole": all(p.numel() > 0 and not hasattr(p, "ds_id") for p in plain.parameters()),
-        "refusals": distributed.sum_across_ranks(torch.tensor(refuses(handover, again))).item(),
+        "refusals": collectives.sum_across_ranks(torch.tensor(refuses(handover, again)), axis="data").item(),
         "vocabulary": [len(tokenizer), plain.config.vocab_size, plain.get_input_embeddings().weight.shape[0]],
     }
-    if distributed.is_main_process():
+    if mesh().is_main_process:
         (output / "seen.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    distributed.leave()
+    process_group.leave()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from three_steps import program
 
-from dschat import distributed
 from dschat.arguments import parse_arguments
-from dschat.errors import readable_errors
+from dschat.distributed import process_group
+from dschat.distributed.mesh import mesh
+from dschat.program import readable_errors
 
 
 def run_out(step: str, limit: int, rank: int) -> Any:
@@ -27,7 +28,7 @@ def run_out(step: str, limit: int, rank: int) -> Any:
 
     def fails(*args: Any, **settings: Any) -> Any:
         rows = len(args[1].rollout.input_ids if step == "rlhf" else args[1].input_ids)
-        if torch.is_grad_enabled() and rows > limit and distributed.rank() == rank:
+        if torch.is_grad_enabled() and rows > limit and mesh().world.rank == rank:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
         return right(*args, **settings)
 
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     args = parse_arguments(step, [*place, *flags])
     with readable_errors(args.run.debug):
         run_out(step, int(limit), int(rank)).main(args)
-        distributed.leave()
+        process_group.leave()

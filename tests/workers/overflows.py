@@ -10,9 +10,11 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from dschat.deepspeed_config import get_train_ds_config
-from dschat.distributed import gathered, is_main_process, leave, setup, world_size
-from dschat.engines import backward_on, has_overflow, learning_rate, take_steps_together
+from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.process_group import leave, setup
+from dschat.distributed.zero3 import gathered
+from dschat.engines.deepspeed_config import get_train_ds_config
+from dschat.engines.step import backward_on, has_overflow, learning_rate, take_steps_together
 
 
 def build(stage: int):
@@ -21,7 +23,7 @@ def build(stage: int):
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    config = get_train_ds_config(stage=stage, dtype="fp16", world_size=world_size(), max_grad_norm=0)
+    config = get_train_ds_config(stage=stage, dtype="fp16", world_size=mesh().world.size, max_grad_norm=0)
     config["fp16"]["hysteresis"] = 1  # the first overflow lowers the scale
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     engine.num_bad_losses, engine.skip_reason = 0, None  # as build_trained_engine leaves it
@@ -44,7 +46,7 @@ def run(stages: list[int]) -> list[dict]:
     for factors in ((1e-3, 1e-3), (1e-3, 1e9), (1e-3, 1e-3)):
         for engine, factor in zip(engines, factors, strict=True):
             inputs = torch.ones(1, 8, dtype=torch.half, device=engine.device)
-            backward_on(engine, engine(inputs).float().sum() * factor / world_size())
+            backward_on(engine, engine(inputs).float().sum() * factor / mesh().world.size)
         overflows = [has_overflow(engine) for engine in engines]
         take_steps_together(engines)
         states.append({"overflows": overflows, "engines": [state(engine) for engine in engines]})

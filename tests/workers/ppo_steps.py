@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import load_file
 
 from dschat.arguments import RlhfArguments, parse_arguments
-from dschat.checkpoint import export_model
 from dschat.data.collate import PromptBatch
-from dschat.distributed import is_main_process, leave, rank, seed_everything, setup, world_size
+from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.process_group import leave, setup
+from dschat.distributed.random_state import seed_everything
 from dschat.errors import UserError
+from dschat.export.export import export_model
 from dschat.models.lora import trains_adapters_only
 from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf import rlhf_engine
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.unsupervised import build_text_loader
+from dschat.rlhf.text_loader import build_text_loader
 
 GLOBAL_ROWS = 8
 
@@ -45,7 +47,7 @@ def prompts(tokenizer, ppo_step: int, num_batches: int, times: int) -> list[Prom
             rows=numbers[mine],
             samples=mine % times,
         )
-        for mine in (part[rank() :: world_size()] for part in parts)
+        for mine in (part[mesh().world.rank :: mesh().world.size] for part in parts)
     ]
 
 

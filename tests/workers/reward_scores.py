@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 
 from dschat.arguments import parse_arguments
-from dschat.distributed import leave, rank, setup, world_size
+from dschat.distributed.mesh import mesh
+from dschat.distributed.process_group import leave, setup
 from dschat.errors import UserError
 from dschat.models.tokenizer import RlhfTokenizers, load_tokenizer
-from dschat.rlhf.rewards import Rewards
-from dschat.rlhf.rollout import RolloutBatch
+from dschat.rlhf.rewards.sources import Rewards
+from dschat.rlhf.rollout.batch import RolloutBatch
 
 PROMPTS = ["Say a.", "Say it again, b.", "c?", "And d"]
 ROWS = [{"prompt": text, "number": place} for place, text in enumerate(PROMPTS)]
@@ -53,7 +54,7 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
         model_scale=scale,
     )
     prompts = Dataset.from_dict({"row": [json.dumps(row) for row in ROWS]})
-    mine = torch.arange(4)[rank() :: world_size()].flip(0).split(1)  # in no order
+    mine = torch.arange(4)[mesh().world.rank :: mesh().world.size].flip(0).split(1)  # in no order
     results, error = [], None
     try:
         for answers in batches:
@@ -69,5 +70,5 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
 if __name__ == "__main__":
     setup()
     every = [run(Path(sys.argv[1]), flags, batches) for flags, batches in json.loads(sys.argv[3])]
-    (Path(sys.argv[2]) / f"{rank()}.json").write_text(json.dumps(every))
+    (Path(sys.argv[2]) / f"{mesh().world.rank}.json").write_text(json.dumps(every))
     leave()

@@ -12,16 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dschat import distributed
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
-from dschat.engines import (
-    DeepSpeedEngine,
-    build_trained_engine,
-    learning_rate,
-    skipped_because,
-    train_config,
-    train_on,
-)
+from dschat.distributed import process_group, zero3
+from dschat.distributed.mesh import mesh
+from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.step import DeepSpeedEngine, learning_rate, skipped_because, train_on
 
 KINDS = ("fine", "loss", "gradient", "fine")
 
@@ -39,7 +34,7 @@ def build(stage: int, dtype: str) -> DeepSpeedEngine:
 def weights(engine: DeepSpeedEngine) -> Tensor:
     """All of them, in one vector."""
     parameters = list(engine.module.parameters())
-    with distributed.gathered(parameters):
+    with zero3.gathered(parameters):
         return torch.cat([p.detach().double().flatten() for p in parameters])
 
 
@@ -48,7 +43,7 @@ def step(engine: DeepSpeedEngine, kind: str, dtype: torch.dtype) -> dict:
     before = weights(engine)
     for part in range(2):
         loss = engine(torch.full((1, 4), 1.0 + part, dtype=dtype)).float().sum()
-        if part == 0 and distributed.rank() == distributed.world_size() - 1:
+        if part == 0 and mesh().world.rank == mesh().world.size - 1:
             # The root of 0 has an infinite slope.
             loss = {"fine": loss, "loss": loss * torch.nan, "gradient": loss + (loss * 0).sqrt()}[kind]
         train_on(engine, loss)
@@ -66,11 +61,11 @@ def main(output: Path) -> None:
             step(undisturbed, "fine", dtype)
         apart = (weights(engine) - weights(undisturbed)).abs().max().item()
         seen[f"{name} at stage {stage}"] = {"steps": steps, "apart": apart}
-    if distributed.is_main_process():
+    if mesh().is_main_process:
         output.write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    distributed.setup()
+    process_group.setup()
     main(Path(sys.argv[1]))
-    distributed.leave()
+    process_group.leave()

@@ -24,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dschat import distributed, model_exports
 from dschat.arguments import parse_arguments
-from dschat.engines import DeepSpeedEngine
-from dschat.models.factory import create_critic_model
+from dschat.distributed import collectives, process_group
+from dschat.distributed.mesh import mesh
+from dschat.engines.step import DeepSpeedEngine
+from dschat.models.loading import create_critic_model
 from dschat.models.reward_model import RewardModel
+from dschat.supervised import exports
 
 PROGRAMS = {"sft": "step1_sft", "reward": "step2_reward", "rlhf": "step3_ppo"}
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -57,7 +59,7 @@ def write_pairs(path: Path) -> None:
 
 def flags(folder: Path, family: str, stage: int) -> dict[str, list[str]]:
     """The flags of every step: a few rows, two optimiser steps or one PPO step."""
-    rows = 4 // distributed.world_size()
+    rows = 4 // mesh().world.size
     common = [
         f"--data_path={folder / 'pairs.jsonl'}",
         f"--data_output_path={folder / 'cache'}",
@@ -95,7 +97,7 @@ def answers(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
 
 def keep_scores(live: list[Tensor]) -> None:
     """Let step 2 append to `live` what its trained engine says of `answers` before it is exported."""
-    export = model_exports.export_model
+    export = exports.export_model
 
     def judge_and_export(
         engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
@@ -107,7 +109,7 @@ def keep_scores(live: list[Tensor]) -> None:
                 live.append(engine.module.forward_value(**batch)["chosen_end_scores"].cpu())
         export(engine, tokenizer, folder, **options)
 
-    model_exports.export_model = judge_and_export
+    exports.export_model = judge_and_export
 
 
 @torch.no_grad()
@@ -151,24 +153,24 @@ def inspect(folder: Path, live: Tensor) -> dict:
 
 def main(folder: Path, stage: int, families: list[str]) -> None:
     """Train and inspect one family after the other; rank 0 writes after each what it has seen so far."""
-    distributed.setup()
+    process_group.setup()
     programs, live, seen = {step: program(step) for step in PROGRAMS}, [], {}
     keep_scores(live)
-    if distributed.is_main_process():
+    if mesh().is_main_process:
         write_pairs(folder / "pairs.jsonl")
     for family in families:
         start = time.perf_counter()
-        if distributed.is_main_process():
+        if mesh().is_main_process:
             save_tiny_model(folder / family / "base", family, tokenizer=tiny_tokenizer(pad_token=None))
-        distributed.barrier()
+        collectives.barrier(axis="world")
         for step, argv in flags(folder, family, stage).items():
             programs[step].main(parse_arguments(step, argv))
-        if distributed.is_main_process():
+        if mesh().is_main_process:
             seen[family] = inspect(folder / family, live[-1]) | {"seconds": time.perf_counter() - start}
             (folder / "seen.json").write_text(json.dumps(seen))
-        distributed.barrier()
+        collectives.barrier(axis="world")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
-    distributed.leave()
+    process_group.leave()

@@ -1,0 +1,309 @@
+"""Checkpoints of a run in training: when to make one, what is in it, and how a run goes on from it.
+
+output_dir/checkpoints/step_00000120/
+    ENGINE/                what DeepSpeed writes of each engine, every rank its own part
+    rank_00000.safetensors random states and whatever tensors a rank has of its own
+    rank_00000.json        random states of Python and NumPy
+    shared.safetensors     tensors that are the same for all ranks, where there are some
+    progress.json          step, state, settings, sizes, versions
+    metrics.jsonl          the figures so far
+    complete.json          checksums of all these; written last
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dschat.arguments import StepArguments, global_sizes, settings
+from dschat.checkpoints.engine_state import load_engine, load_engine_resharded, save_engine
+from dschat.console.messages import print_rank_0
+from dschat.distributed.collectives import (
+    all_gather_object,
+    barrier,
+    broadcast_from_rank_0,
+    first_error_across_ranks,
+    max_across_ranks,
+)
+from dschat.distributed.device import current_device
+from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.random_state import random_state, restore_random_state
+from dschat.distributed.signals import StopRequests
+from dschat.engines.step import DeepSpeedEngine
+from dschat.errors import Stopped
+from dschat.runs.atomic_folder import flushed, names_of_files, private_files, put_in_place
+from dschat.runs.lock import note_stopping
+from dschat.runs.output_folder import METRICS, checkpoints_folder, finished_checkpoints
+
+FORMAT = 3
+"""Raise it when older checkpoints cannot be read any more."""
+
+PROGRESS, SHARED = "progress.json", "shared.safetensors"
+
+RANDOM = "random."
+"""What the names of random states begin with, beside a rank's own tensors."""
+
+VERSIONED = ("dschat", "torch", "deepspeed", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Steps done; 0: nothing is restored, the run begins."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What `save` was given."""
+    tensors: dict[str, Tensor] | None = None
+    """This rank's, on the CPU; None where the number of ranks is another now."""
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
+    """Then those of every rank that saved, in the order of the ranks."""
+    shared_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank makes the same calls in the same order.
+
+    begin_run; load once the engines exist; after each step, `if is_due(step): save(step, ...)`.
+    """
+
+    def __init__(
+        self,
+        arguments: StepArguments,
+        identity: dict[str, Any],
+        chosen: Path | None = None,
+        damaged: Sequence[str] = (),
+    ) -> None:
+        """`identity` is kept beside `chosen`, the verified checkpoint that the run goes on from, if any.
+
+        `damaged` are named on rank 0.
+        """
+        self._run = arguments.run
+        self._identity = identity
+        self._root = checkpoints_folder(arguments.run)
+        self._chosen = self._newest = chosen
+        self._damaged = damaged
+        self._requests = StopRequests(note_stopping)
+        self._saved_at = time.monotonic()
+
+    def load(self, engines: Mapping[str, DeepSpeedEngine]) -> Progress:
+        """Restore the engines and random states from the chosen checkpoint, if there is one.
+
+        From here on a request to stop waits for the end of a step.
+        """
+        self._requests.listen()
+        self._saved_at = time.monotonic()
+        if self._chosen is None:
+            return Progress()
+        saved = read_progress(self._chosen)
+        same_ranks = saved["world_size"] == mesh().world.size
+        for name, engine in engines.items():
+            if same_ranks:
+                load_engine(engine, self._chosen / name)
+            else:
+                self._load_resharded(engine, self._chosen / name)
+        self._restore_random_state(mesh().world.rank % saved["world_size"])
+        shared = self._chosen / SHARED
+        return Progress(
+            step=saved["step"],
+            state=saved["state"],
+            tensors=self._tensors_of(mesh().world.rank) if same_ranks else None,
+            parts=[] if same_ranks else [self._tensors_of(number) for number in range(saved["world_size"])],
+            shared_tensors=load_file(shared) if shared.is_file() else {},
+        )
+
+    def _restore_random_state(self, number: int) -> None:
+        own = _own_file(self._chosen, number)
+        tensors = load_file(own.with_suffix(".safetensors"))
+        random_tensors = {
+            name.removeprefix(RANDOM): t for name, t in tensors.items() if name.startswith(RANDOM)
+        }
+        restore_random_state(json.loads(own.with_suffix(".json").read_text()), random_tensors)
+
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
+        """What that rank gave to `save`."""
+        tensors = load_file(_own_file(self._chosen, number).with_suffix(".safetensors"))
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(RANDOM)}
+
+    def _load_resharded(self, engine: DeepSpeedEngine, folder: Path) -> None:
+        scratch = self._root / f".resharded-{folder.parent.name}"
+        with private_files():
+            load_engine_resharded(engine, folder, scratch)
+        if is_main_process():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def is_due(self, step: int, *, is_last: bool = False) -> bool:
+        """Whether a checkpoint is to be made after this step: its number, the time, or a request to stop.
+
+        One small collective. After the last step a signal ends the program as usual again.
+        """
+        run = self._run
+        is_stop = self._requests.received is not None
+        is_late = run.save_minutes > 0 and time.monotonic() - self._saved_at >= 60 * run.save_minutes
+        asked = torch.tensor([is_stop, is_late and is_main_process()], dtype=torch.int32)
+        stop, late = max_across_ranks(asked.to(current_device()), axis="world").tolist()
+        if stop and self._requests.received is None:
+            self._requests.received = "another rank's signal"
+            note_stopping()
+        if is_last:
+            self._requests.release()
+        on_schedule = run.save_interval > 0 and step % run.save_interval == 0
+        is_end = is_last and (run.save_interval > 0 or run.save_minutes > 0)
+        return bool(stop or late or on_schedule or is_end)
+
+    def save(
+        self,
+        step: int,
+        *,
+        engines: Mapping[str, DeepSpeedEngine],
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        shared_tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make a checkpoint: `state` as JSON, `tensors` of each rank, `shared_tensors` of rank 0.
+
+        One that cannot be written is warned of, and the run goes on: the earlier ones are kept. Where a
+        signal has asked for it, the run ends with `Stopped` after that.
+        """
+        if self._root is not None:
+            with private_files():
+                described = {**self._identity, "step": step, "state": dict(state)}
+                problem = self._write(step, engines, described, tensors or {}, shared_tensors or {})
+            self._saved_at = time.monotonic()
+            if problem:
+                print_rank_0(
+                    f"WARNING: no checkpoint at step {step}: {problem}; {self._kept()}. Make room or "
+                    "repair the disk; it is tried again when the next one is due."
+                )
+        if self._requests.received is not None:
+            self._requests.release()
+            raise Stopped(self._farewell(step))
+
+    def _write(
+        self,
+        step: int,
+        engines: Mapping[str, DeepSpeedEngine],
+        described: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        shared_tensors: Mapping[str, Tensor],
+    ) -> str | None:
+        """Write, flush, move, mark, delete older ones. Returns on every rank what went wrong on any."""
+        target = self._root / f"step_{step:08d}"
+        temporary = self._root / f".saving-{target.name}"
+        problem = first_error_across_ranks(
+            lambda: self._make(temporary) if is_main_process() else None, axis="world"
+        )
+        if problem is None:
+            problems = [save_engine(engine, temporary / name) for name, engine in engines.items()]
+            problem = first_error_across_ranks(
+                lambda: (
+                    next(filter(None, problems), None)
+                    or self._write_own(temporary, described, tensors, shared_tensors)
+                ),
+                axis="world",
+            )
+        found: list[dict] = []
+        if problem is None:
+            names = broadcast_from_rank_0(lambda: names_of_files(temporary))
+            mine: dict = {}
+            problem = first_error_across_ranks(
+                lambda: mine.update(flushed(temporary, names[mesh().world.rank :: mesh().world.size])),
+                axis="world",
+            )
+            found = all_gather_object(mine, axis="world")
+        if problem is None:
+            files = {name: entry for part in found for name, entry in part.items()}
+            problem = first_error_across_ranks(
+                lambda: self._finish(temporary, target, files) if is_main_process() else None, axis="world"
+            )
+        if problem is None:
+            self._newest = target
+        elif is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+        barrier(axis="world")
+        return problem
+
+    def _make(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that failed
+        temporary.mkdir(parents=True, mode=0o700)
+
+    def _write_own(
+        self,
+        folder: Path,
+        described: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        shared_tensors: Mapping[str, Tensor],
+    ) -> None:
+        numbers, random_tensors = random_state()
+        own = _own_file(folder, mesh().world.rank)
+        named = {RANDOM + name: tensor for name, tensor in random_tensors.items()}
+        _save_tensors({**named, **tensors}, own.with_suffix(".safetensors"))
+        own.with_suffix(".json").write_text(json.dumps(numbers))
+        if is_main_process():
+            if shared_tensors:
+                _save_tensors(shared_tensors, folder / SHARED)
+            (folder / PROGRESS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            metrics = Path(self._run.output_dir) / METRICS
+            if metrics.is_file():
+                shutil.copyfile(metrics, folder / METRICS)
+
+    def _finish(self, temporary: Path, target: Path, files: dict) -> None:
+        others = finished_checkpoints(self._root)
+        put_in_place(temporary, target, files, serial=1 + max(others.values(), default=0))
+        limit = self._run.save_total_limit
+        others.pop(target.name, None)
+        intact = [name for name in others if name not in self._damaged]
+        old = intact[: max(0, len(intact) - (limit - 1))] if limit else []
+        for name in old + [name for name in self._damaged if name != target.name and limit]:
+            shutil.rmtree(self._root / name, ignore_errors=True)
+        self._damaged = ()
+
+    def _kept(self) -> str:
+        return f"the previous one, {self._newest}, is kept" if self._newest else "there is no earlier one"
+
+    def _farewell(self, step: int) -> str:
+        asked = f"stopped after step {step} as {self._requests.received} asked"
+        if self._root is None:
+            return f"{asked}; without --output_dir nothing could be kept."
+        if self._newest is None:
+            return f"{asked}; no checkpoint could be written."
+        return f"{asked}; saved in {self._newest}. Go on with --resume_from_checkpoint latest."
+
+
+def identity(arguments: StepArguments, data: str) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with, or may not.
+
+    `data` is a fingerprint; those of the models, by flag, are for the caller to fill in.
+    """
+    return {
+        "format": FORMAT,
+        "program": type(arguments).__name__.removesuffix("Arguments").lower(),
+        "data": data,
+        "models": {},
+        "world_size": mesh().world.size,
+        "sizes": global_sizes(arguments, mesh().world.size),
+        "settings": {name: setting.value for name, setting in settings(arguments).items()},
+        "versions": {name: version(name) for name in VERSIONED},
+    }
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The progress.json of a checkpoint."""
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def _own_file(folder: Path, number: int) -> Path:
+    """What a rank writes for itself, without the suffix."""
+    return folder / f"rank_{number:05d}"
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

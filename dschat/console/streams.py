@@ -1,0 +1,119 @@
+"""What programs print: it ends no run, whoever reads it, and steers no terminal, whatever is in it.
+
+`take_over` puts a `Console` in the place of stdout and stderr, so print, tqdm, rich, logging and warnings all
+write through it. It escapes what the encoding lacks and what moves a terminal's cursor, drops what can no
+longer be written, and keeps the lines for the run's log file.
+"""
+
+import io
+import os
+import re
+import select
+import sys
+from errno import EBADF, EIO, EPIPE
+from pathlib import Path
+
+from dschat.console.log_file import log
+from dschat.console.text import printable
+
+HARMLESS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\d*A")
+"""Escape sequences of colours, and of tqdm where it draws several bars."""
+
+
+HARMFUL = re.compile(r"\x1b(?!\[[\d;]*m|\[\d*A)")
+"""The first character of any other."""
+
+
+class _LastingOutput(io.RawIOBase):
+    """A file descriptor whose writes always succeed: what finds no reader or no room is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: memoryview) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # another program has made the pipe or terminal non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                if error.errno in (EPIPE, EIO, EBADF):
+                    self._give_up(error)
+                return len(data)
+
+    def _give_up(self, error: OSError) -> None:
+        """Nobody will read this again: libraries and child processes that write there get no error either."""
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._descriptor)
+        log.add(f"(nobody reads descriptor {self._descriptor} any more: {error.strerror}; the run goes on)")
+
+
+class Console(io.TextIOWrapper):
+    """stdout or stderr, whose lines also go to `log`."""
+
+    def __init__(self, descriptor: int, like: io.TextIOWrapper | None) -> None:
+        """With the encoding and buffering of the stream `like`."""
+        super().__init__(
+            io.BufferedWriter(_LastingOutput(descriptor)),
+            encoding=like.encoding if like else "utf-8",
+            errors="backslashreplace",
+            line_buffering=like.line_buffering if like else True,
+            write_through=like.write_through if like else False,
+        )
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """As a stream's; colours are left out where there is no terminal."""
+        shown = HARMFUL.sub(r"\\x1b", printable(text, "\n\t\r\x1b"))
+        self._note(HARMLESS.sub("", shown))
+        super().write(shown if self.isatty() else HARMLESS.sub("", shown))
+        return len(text)
+
+    def _note(self, text: str) -> None:
+        """Keep whole lines as they stand in the end: of a progress bar, its last state."""
+        *ended, last = (self._line + text).split("\n")
+        for line in ended:
+            log.add(line.rstrip("\r").rpartition("\r")[2])
+        self._line = last.rpartition("\r")[2]
+
+
+def _start_in_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode, unless it is; what is printed keeps its encoding.
+
+    Libraries open files with the locale's encoding, and pass names of files on as UTF-8.
+    """
+    has_tried = os.environ.get("PYTHONUTF8") == "1"
+    if sys.getfilesystemencoding() == "utf-8" or has_tried or sys.stdout is not sys.__stdout__:
+        return
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding if sys.stdout else "utf-8")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def take_over() -> None:
+    """Let stdout and stderr of this program be a `Console`; streams that others have replaced stay theirs.
+
+    Where the file system's encoding is not UTF-8 the program starts again in Python's UTF-8 mode.
+    """
+    _start_in_utf8()
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would get the number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if original is None:  # closed at the start; transformers puts a file of its own there
+            setattr(sys, name, Console(os.open(os.devnull, os.O_WRONLY), None))
+        elif stream is original:
+            stream.flush()
+            setattr(sys, name, Console(descriptor, stream))

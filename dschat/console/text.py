@@ -1,0 +1,22 @@
+"""Text from data and models, made safe for a terminal."""
+
+import re
+
+PLAIN = {"markup": False, "emoji": False, "highlight": False}
+"""For rich's Console: text from data and models is text, also where it reads like rich's markup."""
+
+
+STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+"""Characters that move the cursor, reorder text or hide it, and halves of surrogate pairs."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text from data or models with its `STEERING` characters escaped, all but those of `keep`."""
+    return STEERING.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -1,0 +1,83 @@
+"""What the ranks of an axis tell each other. Under plain `python` a run is a group of one."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dschat.distributed.device import current_device
+from dschat.distributed.mesh import AxisName, mesh
+
+
+def barrier(*, axis: AxisName) -> None:
+    """Wait for every rank of the axis."""
+    if size_of(axis) > 1:
+        dist.barrier()
+
+
+def sum_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
+    """The sum over the ranks of an axis of tensors of one shape, in fp64 so that counts stay whole."""
+    total = tensor.detach().double()
+    if size_of(axis) > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def max_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
+    """The elementwise largest over the ranks of an axis of tensors of one shape."""
+    largest = tensor.detach().clone()
+    if size_of(axis) > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def largest_across_ranks(number: int, device: torch.device, *, axis: AxisName) -> int:
+    """The largest of one number per rank of the axis."""
+    return int(max_across_ranks(torch.tensor(number, device=device), axis=axis))
+
+
+def gather_rows(rows: Tensor, *, axis: AxisName) -> Tensor:
+    """The rows of all ranks of an axis, in rank order. [B, ...] on each -> [ranks * B, ...]."""
+    size = size_of(axis)
+    if size == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_object(value: Any, *, axis: AxisName) -> list[Any]:
+    """The value of every rank of an axis, which JSON can hold, in rank order."""
+    text = json.dumps(value).encode()
+    if size_of(axis) == 1:
+        return [json.loads(text)]
+    length = largest_across_ranks(len(text), current_device(), axis=axis)
+    row = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8).to(current_device())
+    return [json.loads(bytes(other.tolist())) for other in gather_rows(row[None], axis=axis)]
+
+
+def broadcast_from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, where alone it is called: a value that JSON can hold. On every rank."""
+    return all_gather_object(make() if mesh().is_main_process else None, axis="world")[0]
+
+
+def first_error_across_ranks(work: Callable[[], str | None], *, axis: AxisName) -> str | None:
+    """Do this rank's work on files, which returns or raises what goes wrong; the first error on every rank.
+
+    Every rank must call it. So none waits for one that could not write.
+    """
+    try:
+        problem = work()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    problems = all_gather_object(problem, axis=axis)
+    return next((f"rank {number}: {text}" for number, text in enumerate(problems) if text), None)
+
+
+def size_of(axis: AxisName) -> int:
+    """Ranks of the axis. All axes but data have one, so data's ranks are the whole process group."""
+    return getattr(mesh(), axis).size

@@ -1,0 +1,37 @@
+"""This rank's device: what it can do, how full it is."""
+
+import resource
+import shutil
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dschat.errors import UserError
+
+
+def check_precision(dtype: str, offload: bool) -> None:
+    """Raise `UserError` for what this machine cannot run, before anything is loaded."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if dtype == "fp16" and on_cpu:
+        raise UserError("--dtype fp16 needs a GPU and this machine has none; use --dtype bf16 or fp32.")
+    if offload and shutil.which("g++") is None:
+        raise UserError(
+            "--offload compiles DeepSpeed's CPU optimiser, which needs g++; install it or leave it out."
+        )
+
+
+def current_device() -> torch.device:
+    """This rank's device, on which its collectives run."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next to it is true."""
+    get_accelerator().synchronize()
+
+
+def peak_memory_gib() -> float:
+    """The most this rank has used so far: device memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

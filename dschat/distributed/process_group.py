@@ -1,0 +1,112 @@
+"""How a rank joins the process group, and how it leaves."""
+
+import contextlib
+import gc
+import io
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from dschat.distributed import restart, watchdog
+from dschat.distributed.collectives import barrier, gather_rows
+from dschat.distributed.extension_locks import clear_build_locks
+from dschat.distributed.mesh import mesh
+from dschat.distributed.process_end import end
+from dschat.distributed.rendezvous import settle_environment, take_free_port, unmet, wait_for_rank_0
+from dschat.errors import UserError
+
+TIMEOUT = timedelta(hours=2)
+"""Longer than the slowest rank may take to load a model or to write a checkpoint."""
+
+
+def setup(local_rank: int = -1) -> torch.device:
+    """Join the process group (a group of one under plain `python`) and return this rank's device.
+
+    Raises `UserError` where the ranks cannot meet. `local_rank` is as `settle_environment` has it.
+    """
+    # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+    settle_environment(local_rank)
+    _check_device()
+    # DeepSpeed would compile collectives in shared memory, which only tensor-parallel inference calls. Their
+    # buffers, 66 MiB a rank, stay in /dev/shm for ever, and where that is full the process dies.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    keeps_store = (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )  # `dschat.distributed.restart` brings its own
+    if attempt > 0 and keeps_store:
+        _join_again(attempt)
+    watchdog.end_with_launcher()
+    for lock in clear_build_locks(on_one_machine=mesh().world.size == mesh().machine.size):
+        print(f"note: {lock} was left behind by a process that was killed, and is deleted.", flush=True)
+    take_free_port()
+    wait_for_rank_0()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
+            deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        raise unmet(error) from error
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    if device.type != "cpu":
+        get_accelerator().set_device(device.index)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher leaves every rank all cores; ranks that compete for them wait for each other.
+        torch.set_num_threads(max(1, torch.get_num_threads() // mesh().machine.size))
+    restart.listen()
+    if mesh().world.size > 1:
+        mine = torch.tensor([[os.getpid(), watchdog.machine_number()]], device=device)
+        watchdog.watch(
+            *gather_rows(mine, axis="data").T.tolist(), rank=mesh().world.rank, each_time=restart.obey
+        )
+    return device
+
+
+def _check_device() -> None:
+    local_rank, number = int(os.environ["LOCAL_RANK"]), get_accelerator().device_count()
+    if get_accelerator().device_name() != "cpu" and local_rank >= number:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this machine shows {number} devices (CUDA_VISIBLE_DEVICES "
+            "limits them): start as many processes on it as it has."
+        )
+
+
+def leave(exit_code: int = 0) -> None:
+    """Leave the process group: the last call of a program, on every rank. Of several, each ends here.
+
+    The group's threads end first, as far as they can: an engine at ZeRO-3 keeps some of gloo's.
+    """
+    barrier(axis="world")
+    watchdog.unwatch()
+    restart.forget()
+    deepspeed.comm.destroy_process_group()
+    gc.collect()  # what else refers to the group, in cycles, keeps its threads alive
+    if mesh().world.size > 1:
+        end(exit_code)
+
+
+def _join_again(attempt: int) -> None:
+    """Join the group of a run that torchrun has started again, which DeepSpeed then takes over.
+
+    torchrun keeps the store of the first attempt, and gloo would connect to the addresses of its dead ranks.
+    """
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=TIMEOUT)
+    dist.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=mesh().world.rank,
+        world_size=mesh().world.size,
+        timeout=TIMEOUT,
+    )

@@ -1,0 +1,147 @@
+"""Watch over the other ranks on this machine, so that none waits for ever for one that is gone."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from socket import gethostname
+from zlib import crc32
+
+import psutil
+
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""What torchrun and the deepspeed launcher set for a rank."""
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends."""
+
+INTERVAL = 1.0
+"""Seconds between looks."""
+
+NUM_LOOKS = 5
+"""Looks within one interval after an error: a connection may break before its process counts as ended."""
+
+JOIN = 10.0
+"""Seconds that a look may still take when the watch ends: it may wait for the store of the process group."""
+
+GRACE = 20.0
+"""Seconds that this rank has to notice by itself, in a collective that fails, and to end in good order."""
+
+
+def machine_number() -> int:
+    """The same for the processes of one machine and one container, and hardly ever for those of two."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return crc32((gethostname() + (boot.read_text() if boot.is_file() else "")).encode())
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, though its parent may not have taken note yet."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def end_with_launcher() -> None:
+    """Ask for a SIGTERM when torchrun or the deepspeed launcher, which started this rank, is killed.
+
+    Nobody would look after the ranks then, and a new run could meet them in the same folder. In training it
+    is a request like any other: they save and end. Linux alone can; elsewhere nothing happens.
+    """
+    is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    if is_launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class RankWatchdog:
+    """Ends this process soon after a rank of the same machine has ended; `peers` are their pids by rank.
+
+    Collectives of gloo fail at once where a rank is gone. Others wait, and the launcher's request to end is
+    not heard in them: a thread looks, says who is missing, and leaves.
+    """
+
+    def __init__(
+        self, peers: dict[int, int], *, rank: int, each_time: Callable[[], None] = lambda: None
+    ) -> None:
+        """`each_time` is called before each look."""
+        self._peers, self._rank, self.each_time = peers, rank, each_time
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="peer watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more: from here on ranks may end. The thread has ended then, or `JOIN` has passed."""
+        self._stopped.set()
+        self._thread.join(JOIN)
+
+    def message(self) -> str | None:
+        """What to say of the ranks that are gone, None where all are there."""
+        gone = [rank for rank, pid in self._peers.items() if is_gone(pid)]
+        if not gone:
+            return None
+        names = ", ".join(f"rank {rank} (process {self._peers[rank]})" for rank in gone)
+        return (
+            f"{names} ended before this rank, which cannot go on alone. What went wrong there stands above; "
+            "where nothing does, it was killed, most often because memory ran out (dmesg tells). The run "
+            "goes on from its last checkpoint with --resume_from_checkpoint latest."
+        )
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this is the lowest rank left: one message is enough."""
+        return all(rank > self._rank or is_gone(pid) for rank, pid in self._peers.items())
+
+    def say(self, message: str) -> None:
+        """Show the message, on one of the ranks that are left."""
+        if self._speaks:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+    def _look(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            self.each_time()
+            if self.message() is None:
+                continue
+            if not self._stopped.wait(GRACE):
+                self.say(self.message())
+                os._exit(1)  # the main thread hangs in a collective and cannot be woken
+            return
+
+
+_watch: list[RankWatchdog] = []
+
+
+def watch(
+    pids: list[int], machines: list[int], *, rank: int, each_time: Callable[[], None] = lambda: None
+) -> None:
+    """Watch the ranks whose machine is this rank's; both lists are by rank.
+
+    `each_time` is as in `RankWatchdog`.
+    """
+    by_rank = enumerate(zip(pids, machines, strict=True))
+    peers = {r: pid for r, (pid, machine) in by_rank if r != rank and machine == machines[rank]}
+    _watch.append(RankWatchdog(peers, rank=rank, each_time=each_time))
+
+
+def unwatch() -> bool:
+    """From here on ranks may end. False where none was watched."""
+    watches, _watch[:] = [*_watch], []
+    for watch in watches:
+        watch.stop()
+    return bool(watches)
+
+
+def report_lost_peers() -> bool:
+    """Say which ranks of this machine are gone; False where none is."""
+    for watch in _watch:
+        for _ in range(NUM_LOOKS):
+            watch.each_time()
+            message = watch.message()
+            if message is not None:
+                watch.say(message)
+                return True
+            time.sleep(INTERVAL / NUM_LOOKS)
+    return False

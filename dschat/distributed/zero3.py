@@ -1,0 +1,33 @@
+"""Parameters that ZeRO-3 shards over the ranks."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from torch import Tensor
+
+
+def is_zero3_parameter(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards this parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+    """Full parameters inside the block where ZeRO-3 shards them; nothing to do elsewhere.
+
+    With `modifier_rank`, what that rank wrote into them is kept; without, changes are lost.
+    """
+    sharded = [p for p in parameters if is_zero3_parameter(p)]
+    if not sharded:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank):
+        yield
+
+
+def weights_gathered_for_generation(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
+    """Whole weights inside the block and none of ZeRO-3's hooks, so ranks may stop at different lengths."""
+    return unwrap_model_for_generation(engine)

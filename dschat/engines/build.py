@@ -1,0 +1,157 @@
+"""A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
+
+import functools
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+from transformers import get_scheduler
+
+from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
+from dschat.console.messages import print_rank_0
+from dschat.distributed.mesh import mesh
+from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
+from dschat.engines.out_of_memory import consumes
+from dschat.models.lora import add_lora, is_adapter
+from dschat.models.reward_model import enable_gradient_checkpointing
+
+
+def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
+    """Trained parameters in groups: LoRA's adapters, which have a learning rate of their own, other weight
+    matrices, and biases and norms, which do not decay.
+
+    A vector is told by its own shape, or under ZeRO-3, where a parameter is a flat shard, by its full one.
+    """
+    adapters = [p for name, p in model.named_parameters() if p.requires_grad and is_adapter(name)]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)]
+    vectors = [p for p in others if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for p in others if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    groups = [
+        {"params": adapters, "weight_decay": args.weight_decay, "lr": args.lora_learning_rate},
+        {"params": matrices, "weight_decay": args.weight_decay, "lr": args.learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "lr": args.learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, model_args: ModelArguments, args: OptimizerArguments, *, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's own on the CPU where states are offloaded, else torch's (fused on a GPU)."""
+    groups = parameter_groups(model, model_args)
+    settings = {
+        "lr": model_args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if offload:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **settings)
+
+
+def train_config(
+    model_args: ModelArguments, args: OptimizerArguments, run: RunArguments, *, per_device_batch_size: int
+) -> dict:
+    """The DeepSpeed configuration of a trained model; `create_hf_model` needs it before the engine."""
+    return get_train_ds_config(
+        stage=model_args.zero_stage,
+        dtype=run.dtype,
+        offload=run.offload,
+        per_device_batch_size=per_device_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        world_size=mesh().data.size,
+        max_grad_norm=args.max_grad_norm,
+    )
+
+
+def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
+    """The DeepSpeed configuration of a frozen model."""
+    return get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=mesh().data.size)
+
+
+@functools.cache
+def tell_of_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_training_steps: int) -> None:
+    """Say once, for actor and critic together, that the learning rate rises for most of a short run."""
+    if 2 * num_warmup_steps <= num_training_steps:
+        return
+    given = f"--num_warmup_steps {args.num_warmup_steps}"
+    if args.warmup_ratio is not None:
+        given = f"--warmup_ratio {args.warmup_ratio:g}"
+    print_rank_0(
+        f"note: warm-up takes {num_warmup_steps} of the run's {num_training_steps} optimiser steps "
+        f"({given}), in which the learning rate still rises from 0 to its value; --warmup_ratio 0.1 takes a "
+        "tenth."
+    )
+
+
+def build_trained_engine(
+    model: nn.Module,
+    model_args: ModelArguments,
+    args: OptimizerArguments,
+    run: RunArguments,
+    *,
+    config: dict,
+    num_training_steps: int,
+) -> DeepSpeedEngine:
+    """An engine with optimiser and learning-rate schedule over `num_training_steps` optimiser steps.
+
+    The model gets LoRA adapters first where its arguments ask for them.
+    """
+    if model_args.uses_lora:
+        add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
+    if model_args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    num_warmup_steps = args.warmup_steps(num_training_steps)
+    tell_of_long_warmup(args, num_warmup_steps, num_training_steps)
+    optimizer = build_optimizer(model, model_args, args, offload=run.offload)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=num_warmup_steps,
+        num_training_steps=num_training_steps,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if model_args.zero_stage == 0:
+        # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
+        # count would be one ahead, and the first real update a quarter smaller than at the other stages.
+        optimizer.state.clear()
+    engine.num_bad_losses, engine.skip_reason = 0, None
+    # Whether too many steps are skipped is our decision, in any precision (--max_skipped_steps).
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+    consumes(model_args.prefix.removesuffix("_") or "model", engine)
+    if engine.optimizer is optimizer:
+        optimizer.register_step_pre_hook(_drop_overflow)
+    return engine
+
+
+def build_frozen_engine(model: nn.Module, *, config: dict, role: str = "reference model") -> DeepSpeedEngine:
+    """An engine that is never trained: no gradients, eval mode. `role` is its name in messages."""
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    consumes(role, engine)
+    return engine
+
+
+def free_frozen_engine(engine: DeepSpeedEngine) -> None:
+    """Give back the memory of a frozen engine's weights; it is of no use after that.
+
+    DeepSpeed 0.19 keeps the module of a ZeRO-3 engine in a global list for good, so that dropping the engine
+    would free nothing: its weights are emptied in place.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for weight in (parameter, getattr(parameter, "ds_tensor", None)):
+            if weight is not None:
+                weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    get_accelerator().empty_cache()
+
+
+def _drop_overflow(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before a step: AdamW leaves parameters without gradients, and their moments, as they are."""
+    if optimizer.overflow:
+        optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,112 @@
+"""One optimiser step of a DeepSpeed engine."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from dschat.distributed.collectives import max_across_ranks
+from dschat.distributed.mesh import mesh
+
+
+def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Backward and, at the accumulation boundary, the optimiser step; of a loss as in `backward_on`."""
+    backward_on(engine, loss)
+    take_step(engine)
+
+
+def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Add a loss's gradients.
+
+    `loss` is this micro-batch's share of the optimiser step's loss: shares are to be ADDED over micro-batches
+    and ranks. DeepSpeed averages over both, which the factor undoes.
+    A step whose gradient is not finite on any rank is skipped on all: weights, moments and schedule stay as
+    they are, and `skipped_because` says why.
+    """
+    engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
+    engine.backward(loss * (mesh().data.size * engine.gradient_accumulation_steps()))
+
+
+def take_step(engine: DeepSpeedEngine) -> None:
+    """The optimiser step, at the accumulation boundary."""
+    is_last = engine.is_gradient_accumulation_boundary()
+    if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
+        _measure(engine)
+    engine.step()
+    if is_last:
+        was_loss = not engine.was_step_applied() and max_across_ranks(engine.num_bad_losses, axis="world") > 0
+        engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")
+        engine.num_bad_losses = 0
+
+
+def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | None:
+    """What was not finite in the last optimiser step, which was skipped for it: the loss of some rank, or the
+    gradient alone. None where the step was taken."""
+    return engine.skip_reason
+
+
+def _measure(engine: DeepSpeedEngine) -> None:
+    """fp32 without ZeRO: DeepSpeed clips the gradients, but keeps no norm and takes any for an update.
+
+    They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine._global_grad_norm = norm
+    engine.optimizer.overflow = not norm.isfinite()
+
+
+def take_steps_together(engines: list[DeepSpeedEngine]) -> None:
+    """The optimiser steps of fp16 engines, of all or, where gradients of one overflowed, of none.
+
+    Each has had its `backward_on`. One that is skipped for another's sake keeps its loss scale, and its
+    schedule waits with the other's. Every rank must call it.
+    """
+    overflows = [engine.is_gradient_accumulation_boundary() and has_overflow(engine) for engine in engines]
+    for engine, overflowed in zip(engines, overflows, strict=True):
+        waits = any(overflows) and not overflowed
+        with _skipping(engine) if waits else contextlib.nullcontext():
+            take_step(engine)
+
+
+def _overflow_checker(engine: DeepSpeedEngine) -> Any:
+    """What DeepSpeed's optimiser asks for infinite gradients: itself, or without ZeRO an object it holds."""
+    return getattr(engine.optimizer, "overflow_checker", engine.optimizer)
+
+
+def has_overflow(engine: DeepSpeedEngine) -> bool:
+    """Whether gradients of an fp16 engine are infinite or NaN on any rank. Every rank must call it."""
+    checker = _overflow_checker(engine)
+    return checker.check() if hasattr(checker, "check") else checker.has_overflow()
+
+
+@contextlib.contextmanager
+def _skipping(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, DeepSpeed finds an overflow and skips the step; its loss scale stays as it was."""
+    optimizer, checker = engine.optimizer, _overflow_checker(engine)
+    scaler = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
+    scale = dict(vars(scaler))
+    checker.has_overflow = lambda *args, **kwargs: True
+    try:
+        yield
+    finally:
+        del checker.has_overflow
+        vars(scaler).update(scale)
+
+
+def learning_rate(engine: DeepSpeedEngine) -> float:
+    """The learning rate of the next optimiser step, the adapters' where the model has some."""
+    return engine.get_lr()[0]
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """The gradient's norm before clipping in the last optimiser step, 0 where there is none."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def set_gradient_norm(engine: DeepSpeedEngine, norm: float) -> None:
+    """Go on with the norm that `gradient_norm` gave before a checkpoint, until the next optimiser step."""
+    engine._global_grad_norm = norm

@@ -1,0 +1,199 @@
+"""Models on disk, in the form that transformers loads anywhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dschat.console.messages import print_rank_0
+from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
+from dschat.distributed.collectives import first_error_across_ranks
+from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.zero3 import gathered
+from dschat.engines.out_of_memory import phase
+from dschat.errors import STORAGE_REMEDY, UserError
+from dschat.export.golden_outputs import golden_outputs, head_of
+from dschat.export.manifest import PRECISIONS, Manifest, template_fingerprint, weight_checksums
+from dschat.export.model_card import CARD, Provenance, model_card
+from dschat.models.end_tokens import end_token_ids
+from dschat.models.loading import HEAD, create_critic_model, create_hf_model
+from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
+from dschat.models.quantization import unpacked
+from dschat.models.remote_code import loading_consent
+from dschat.models.reward_model import RewardModel
+from dschat.models.tokenizer import load_tokenizer
+from dschat.runs.export_files import ADAPTER_FOLDER, link_export, remove_export, replacing_export
+
+
+@phase("exporting")
+def export_model(
+    engine_or_module: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path | str,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    provenance: Provenance | None = None,
+) -> None:
+    """Write model, configuration and tokenizer into `output_dir` from any ZeRO stage; every rank calls it.
+
+    A language model then loads with AutoModelForCausalLM, a `RewardModel` with equal scores with
+    AutoModelForSequenceClassification. `parameters` (rank 0's count) replace the model's own by name, whole
+    and in any precision; the files are in the model's. LoRA's adapters are merged into copies of the weights
+    and also written by themselves, into `adapter/`. With a `provenance` the folder gets a manifest and a
+    model card. Files of an older export are replaced, others in the folder stay; config.json comes last, so
+    that a folder which has one is complete.
+    """
+    module = getattr(engine_or_module, "module", engine_or_module)
+    state = _whole_state(module, parameters or {})
+
+    def write() -> None:
+        with replacing_export(Path(output_dir)) as folder:
+            _save(module, state, folder)
+            state.clear()  # the manifest reads the model back: one copy of the weights at a time
+            tokenizer.save_pretrained(folder)
+            if provenance is not None:
+                manifest = _manifest(folder, provenance)
+                manifest.write(folder)
+                card = model_card(provenance, manifest.head, str(output_dir))
+                (folder / CARD).write_text(card, encoding="utf-8")
+
+    problem = first_error_across_ranks(lambda: write() if is_main_process() else None, axis="world")
+    if problem:
+        raise UserError(f"the model could not be written to {output_dir}: {problem}. {STORAGE_REMEDY}")
+
+
+def move_export(source: Path, target: Path, provenance: Provenance) -> None:
+    """Let the model in `source` take the place of an older one in `target`; every rank calls it.
+
+    Its weights and promises stay; its card is written anew, as it names the folder. `source` goes when
+    `target` is whole.
+    """
+
+    def move() -> None:
+        with replacing_export(target) as folder:
+            link_export(source, folder)
+            (folder / CARD).unlink(missing_ok=True)  # a link to that in `source`
+            card = model_card(provenance, provenance.head or Manifest.read(source).head, str(target))
+            (folder / CARD).write_text(card, encoding="utf-8")
+        remove_export(source)
+
+    problem = first_error_across_ranks(lambda: move() if is_main_process() else None, axis="world")
+    if problem:
+        raise UserError(f"{source} could not be moved to {target}: {problem}. {STORAGE_REMEDY}")
+
+
+def _manifest(folder: Path, provenance: Provenance) -> Manifest:
+    """The promises of the model in `folder`: read back from its files, as the next step will read it.
+
+    So the golden outputs are those of the weights in the file, also where adapters were merged or an average
+    took the place of the live weights. On the CPU: the device is full of what was trained.
+    """
+    tokenizer = load_tokenizer(str(folder))
+    model = _read_back(folder, tokenizer)
+    head = provenance.head or head_of(model)
+    with _more_threads():
+        outputs = golden_outputs(model, provenance.golden_inputs, num_tokens=len(tokenizer), device="cpu")
+    has_statistics = head == "score"
+    return Manifest(
+        step=provenance.step,
+        head=head,
+        tokenizer=tokenizer_fingerprint(tokenizer, versioned=False),
+        tokenizers_version=tokenizers.__version__,
+        chat_template=template_fingerprint(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=list(end_token_ids(tokenizer, model)),
+        pad_token_id=tokenizer.pad_token_id,
+        num_tokens=len(tokenizer),
+        dtype=PRECISIONS[next(model.parameters()).dtype],
+        score_mean=provenance.figures.get("score_mean") if has_statistics else None,
+        score_std=provenance.figures.get("score_std") if has_statistics else None,
+        data=provenance.data,
+        verdict=provenance.verdict if has_statistics else None,
+        files=weight_checksums(folder),
+        golden_inputs=provenance.golden_inputs,
+        golden_outputs=outputs.tolist(),
+    )
+
+
+def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | RewardModel:
+    """The model in `folder` on the CPU, in the precision of its files."""
+    config = AutoConfig.from_pretrained(folder, **loading_consent())
+    precision = {PRECISIONS[config.dtype]: {"enabled": True}}  # what a DeepSpeed configuration says
+    if config.architectures[0].endswith("ForSequenceClassification"):
+        return create_critic_model(str(folder), tokenizer, precision, rlhf_training=True)
+    return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, precision)
+
+
+@contextmanager
+def _more_threads() -> Iterator[None]:
+    """This machine's cores for this process: torchrun leaves each rank one, and the others are waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, before * mesh().machine.size))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all weights in CPU memory on rank 0, gathered one by one; nothing on other ranks."""
+    state = {}
+    persistent = module.state_dict(keep_vars=True).keys()
+    tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in persistent)]
+    for name, tensor in tensors:
+        with gathered([tensor]):
+            if is_main_process():
+                whole = unpacked(tensor)
+                source = replacements.get(name, whole)
+                state[name] = source.detach().to(device="cpu", dtype=whole.dtype, copy=True)
+    unknown = sorted(set(replacements) - {name for name, _ in tensors})
+    assert not unknown, f"the model has no {unknown}"
+    return state
+
+
+def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    model = module
+    if isinstance(module, RewardModel):
+        model, state = _as_classifier(module, state)
+    lora = lora_config(module)
+    if lora is not None:
+        if trains_more_than_adapters(module):
+            print_rank_0(
+                "note: adapter/ holds the adapters alone, the weights beside it all that was trained."
+            )
+        save_adapter(state, lora, folder / ADAPTER_FOLDER)
+        state = merge_lora(state, lora)
+    _save_with_cache(model, state, folder)
+
+
+def _as_classifier(model: RewardModel, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Transformers' classifier of the same architecture, without weights, and `state` under its names."""
+    backbone = model.rwtransformer
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(model.config, dtype=backbone.dtype)
+    prefix = f"{backbone.base_model_prefix}."
+    renamed = {
+        HEAD if name == "v_head.weight" else prefix + name.removeprefix("rwtransformer."): tensor
+        for name, tensor in state.items()
+    }
+    return classifier, renamed
+
+
+def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    """`save_pretrained`, the cache switched on in the file though it is off while training."""
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.use_cache = use_cache

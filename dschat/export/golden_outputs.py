@@ -1,0 +1,67 @@
+"""What a model computes on a few rows: the proof that it is the one that was exported."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dschat.export.manifest import NATS, PRECISIONS, Head, Manifest
+from dschat.losses import masked_mean, token_logprobs
+from dschat.models.reward_model import RewardModel
+
+STANDARD_DEVIATIONS = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+"""The same for a score, in standard deviations; measured likewise: 1e-6, 0.05, 0.34.
+
+Scores of two random heads are about the root of 2 of them apart. Half of one is wide, but the farthest of 8
+rows decides, and all 8 are that near by chance once in some 30,000 heads.
+"""
+
+
+def head_of(model: Any) -> Head:
+    """The kind of an engine's or a module's head, as far as the model tells: a critic looks like "score"."""
+    return "score" if isinstance(getattr(model, "module", model), RewardModel) else "language_model"
+
+
+@torch.no_grad()
+def golden_outputs(
+    model: Any, rows: Sequence[Sequence[int]], *, num_tokens: int, device: torch.device | str
+) -> Tensor:
+    """Mean log-probability of a token after the first, or the score at the last one: [N] fp64, on the CPU.
+
+    `model` is an engine or a module, which is left in its mode. Under ZeRO-3 every rank must call it.
+    """
+    if not rows:  # data of which every row has one token
+        return torch.zeros(0, dtype=torch.float64)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
+    ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
+    ids[mask] = torch.tensor([token for row in rows for token in row], device=device)
+    module = getattr(model, "module", model)  # an engine does not know its own mode
+    was_training = module.training
+    module.eval()
+    try:
+        if head_of(model) == "score":
+            values = model(ids, mask.long(), return_values=True)
+            outputs = values.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+        else:
+            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+            logprobs = token_logprobs(logits[:, :-1, :num_tokens], ids[:, 1:])
+            pairs = zip(logprobs, mask[:, 1:], strict=True)
+            outputs = torch.stack([masked_mean(row, row_mask) for row, row_mask in pairs])
+    finally:
+        module.train(was_training)
+    return outputs.double().cpu()
+
+
+def _tolerance(manifest: Manifest, dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains: of log-probabilities in nats, of scores as they are."""
+    precisions = (manifest.dtype, PRECISIONS[dtype])
+    if manifest.head == "language_model":
+        return max(NATS[precision] for precision in precisions)
+    expected = torch.tensor(manifest.golden_outputs, dtype=torch.float64)
+    std = manifest.score_std or expected.std(correction=0).item()
+    # Scores far from 0 are rounded in proportion to their size, which may be many standard deviations.
+    epsilon = max(torch.finfo(kind).eps for kind, name in PRECISIONS.items() if name in precisions)
+    share = max(STANDARD_DEVIATIONS[precision] for precision in precisions)
+    return share * std + 4 * epsilon * expected.abs().max().item()

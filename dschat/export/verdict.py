@@ -1,0 +1,88 @@
+"""What the held-out pairs say of a reward model, in words. Numbers in, a sentence out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GOOD = "better than chance"
+USEFUL = 0.6
+"""A reward model that is right this often is of use to PPO: fewer pairs than can rule it out are too few."""
+Z = 2.0
+"""Standard errors on either side: 95 %."""
+RISE = 1.05
+"""An evaluation loss this many times the lowest one has risen."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found after so many optimiser steps."""
+
+    step: int
+    figures: dict[str, float]
+    loss: float
+    """eval_loss over the rows that all evaluations of the run have in common."""
+    train_loss: float | None
+    """The mean over the optimiser steps since the evaluation before; None before training."""
+
+
+def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
+    """The verdict on a reward model by the evaluations up to its own, in order: words, a colon, the numbers.
+
+    The words are `GOOD`, worse than chance, not better than chance or too few pairs to say, by the 95 %
+    interval of the accuracy (Agresti and Coull 1998, which holds for few pairs and at 0 and 1 too), and
+    overfitted where the evaluation loss is above the lowest before while the training loss has fallen.
+    Without evaluation data: not evaluated; with a loss that is not finite: not finite.
+    """
+    if not evaluations:
+        return "not evaluated: no pairs were held out (--eval_fraction, --eval_data_path)"
+    first, last = evaluations[0], evaluations[-1]
+    if not math.isfinite(last.loss):
+        return f"not finite: the evaluation loss is {last.loss} at step {last.step}"
+    low, high = accuracy_interval(last)
+    words, numbers = [_against_chance(low, high)], [_accuracy(last, low, high)]
+    best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluation: evaluation.loss)
+    if last.train_loss is not None and last.train_loss < first.loss and last.loss > RISE * best.loss:
+        words.append("overfitted")
+        when = f"step {best.step}" if best.step else "the start"
+        numbers.append(
+            f"the evaluation loss rose from {best.loss:.3f} at {when} "
+            f"to {last.loss:.3f} at step {last.step} while the training loss fell to {last.train_loss:.3f}"
+        )
+    return f"{', '.join(words)}: {'; '.join(numbers)}"
+
+
+def is_good(verdict: str) -> bool:
+    """Whether step 3 can rely on a reward model with this verdict."""
+    return verdict.partition(":")[0] == GOOD
+
+
+def accuracy_interval(evaluated: Evaluation) -> tuple[float, float]:
+    """The 95 % interval of the accuracy.
+
+    Pairs of one prompt are alike, so they count as so many independent ones as have this standard error.
+    """
+    found = evaluated.figures
+    p, error = found["eval_accuracy"], found["eval_accuracy_stderr"]
+    independent = p * (1 - p) / error**2 if error > 0 else float(found["eval_prompts"])
+    n = min(max(independent, 1.0), float(found["eval_pairs"])) + Z**2
+    centre = (p * (n - Z**2) + Z**2 / 2) / n
+    half = Z * math.sqrt(centre * (1 - centre) / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _against_chance(low: float, high: float) -> str:
+    if low > 0.5:
+        return GOOD
+    if high < 0.5:
+        return "worse than chance"
+    return "not better than chance" if high < USEFUL else "too few pairs to say"
+
+
+def _accuracy(evaluated: Evaluation, low: float, high: float) -> str:
+    found = evaluated.figures
+    pairs, prompts = found["eval_pairs"], found["eval_prompts"]
+    of_prompts = f" of {prompts} prompts" if prompts != pairs else ""
+    return (
+        f"{found['eval_accuracy']:.3f} +- {found['eval_accuracy_stderr']:.3f} of {pairs} held-out pairs"
+        f"{of_prompts} in the right order (95 % interval {low:.2f} to {high:.2f}, chance 0.5)"
+    )

@@ -1,0 +1,68 @@
+"""Checks of a model's files that load no weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from dschat.errors import UserError
+from dschat.models.config import check_classifiable, check_generates, check_scores, read_config
+from dschat.models.loading import _check_weights, _loader, _reward_model_loader
+from dschat.models.model_folder import check_model_path
+from dschat.models.remote_code import loading_consent
+from dschat.models.reward_model import RewardModel
+
+
+def check_language_model(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless this is a whole causal language model. Takes no memory."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        config = read_config(model_name_or_path, dropout=None)
+        check_generates(config, model_name_or_path)
+        _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
+
+
+def check_backbone(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless a reward model can be made of this: any head is left aside."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        load = _reward_model_loader(model_name_or_path, dropout=None)
+        _check_weights(load, model_name_or_path, fresh_head=True)
+
+
+def check_reward_model(model_name_or_path: str, flag: str) -> None:
+    """Raise `UserError` naming `flag` unless this is a whole reward model, backbone and head."""
+    check_model_path(model_name_or_path, flag)
+    with _named(flag):
+        check_scores(read_config(model_name_or_path, dropout=None), model_name_or_path)
+        _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
+
+
+def meta_model(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedModel | RewardModel:
+    """The model that would be trained, without weights: on the meta device, from its configuration alone.
+
+    Raises `UserError` where there is no configuration, or none that can become a reward model.
+    """
+    settings = {"num_labels": 1, "problem_type": None} if is_reward_model else {}
+    config = read_config(model_name_or_path, dropout=None, **settings)
+    model_class = AutoModelForCausalLM
+    if is_reward_model:
+        check_classifiable(config, model_name_or_path)
+        model_class = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = model_class.from_config(config, **loading_consent())
+    return RewardModel(model.base_model, model.score, config) if is_reward_model else model
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Put the flag before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error

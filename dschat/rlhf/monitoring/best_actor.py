@@ -1,0 +1,178 @@
+"""The models that step 3 writes: the best actor while it runs, and what there is in the end."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import ModelArguments, RlhfArguments
+from dschat.console.messages import print_rank_0
+from dschat.data.preparation import SplitData
+from dschat.export.best_model import BestModel
+from dschat.export.export import export_model
+from dschat.export.model_card import Provenance, step_provenance
+from dschat.rlhf.monitoring.gains import Answers, did_it_help, gained_objective, gained_score
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+
+OBJECTIVE = "eval_objective"
+"""What the best actor is better in. Its beta is the first, lest a beta that is steered choose the actor."""
+
+
+class Exports:
+    """Writes models below --output_dir, if there is one. Every rank must make the same calls."""
+
+    def __init__(
+        self,
+        args: RlhfArguments,
+        engine: DeepSpeedRLHFEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        data: SplitData,
+    ) -> None:
+        self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
+        self._folder = Path(args.run.output_dir) if args.run.output_dir else None
+        self._best = BestModel(args.run.output_dir, target="actor", unit="PPO step")
+        self._start: Answers | None = None
+        self._start_figures: dict[str, float] = {}
+        self._last: Answers | None = None
+        self._last_step: int | None = None  # None where the guard warned of the last evaluation
+
+    @property
+    def best_step(self) -> int | None:
+        """The PPO step of the best evaluation so far (0: before the first), None without one."""
+        return self._best.step
+
+    def offer(
+        self, step: int, evaluation: dict[str, float], answers: Answers, *, is_warned_of: bool = False
+    ) -> None:
+        """Write the actor into best/ where it is better than the best before by more than its noise.
+
+        The first evaluation is that of the start. What the guard warns of is no best actor.
+        """
+        figures = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        if self._start is None:
+            self._start, self._start_figures = answers, figures
+        self._last, self._last_step = answers, None if is_warned_of else step
+        if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
+            return
+        facts = {"figures": figures, "answers": asdict(answers)}
+        provenance = self._provenance(self._args.actor, {"ppo_step": step, **figures})
+        self._best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
+
+    def _is_better(self, answers: Answers) -> bool:
+        if self._best.step is None:
+            return True
+        gained = gained_objective(self._best_answers, answers)
+        return gained.mean > 0 and gained.is_beyond_noise
+
+    @property
+    def _best_answers(self) -> Answers:
+        return Answers(**self._best.facts["answers"])
+
+    def finish(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
+        """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
+
+        `step` is the last PPO step and `figures` are its. Returns what a summary tells of them.
+        """
+        takes_best = self._takes_best(step) and self._best.is_there()
+        gains = self._gains(takes_best, step)
+        actor_step = self.best_step if takes_best else step
+        of_last = {"ppo_step": step, **figures}
+        of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
+        verdict = gains.pop("verdict", None)
+        provenance = self._provenance(self._args.actor, {**of_actor, **gains}, verdict=verdict)
+        if self._folder and takes_best:
+            self._best.move(provenance)
+        elif self._folder:
+            self._export_actor(self._folder / "actor", provenance)
+        if self._folder:
+            self._export_others(self._provenance(self._args.actor, of_last))
+        self._best.forget(weights=self._args.guard.export_actor == "best")
+        self._say_which(actor_step, step, verdict)
+        best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
+        told = {"verdict": verdict, **gains} if verdict else {}
+        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {}) | told
+
+    def _takes_best(self, step: int) -> bool:
+        """Whether actor/ is to be the best actor.
+
+        Where that is the start, as nothing was better by more than noise, the last one is taken unless it is
+        worse by more than noise: the start is in its own folder still.
+        """
+        if self._args.guard.export_actor != "best" or self.best_step is None:
+            return False
+        if self.best_step > 0 or step == 0 or self._last_step != step:
+            return True
+        lost = gained_objective(self._best_answers, self._last)
+        return not math.isfinite(lost.mean) or (lost.mean < 0 and lost.is_beyond_noise)
+
+    def _gains(self, takes_best: bool, step: int) -> dict[str, Any]:
+        """The evaluation of the start, and what actor/ gains over it; nothing without evaluations."""
+        if self._start is None:
+            return {}
+        exported = self._best_answers if takes_best else self._last
+        score, objective = gained_score(self._start, exported), gained_objective(self._start, exported)
+        is_start = takes_best and self.best_step == 0
+        verdict = did_it_help(self._start, self._last if is_start else exported)
+        if is_start and step > 0:
+            warned = ", of which the guard warned," if self._last_step != step else ""
+            verdict = f"the start itself: the last actor{warned} is {verdict}"
+        return {
+            **{f"initial_{name}": value for name, value in self._start_figures.items()},
+            "score_gain": score.mean,
+            "score_gain_stderr": score.stderr,
+            "objective_gain": objective.mean,
+            "objective_gain_stderr": objective.stderr,
+            "verdict": verdict,
+        }
+
+    def _say_which(self, actor_step: int, step: int, verdict: str | None) -> None:
+        if self.best_step is not None:
+            which = f"the best actor is that after PPO step {self.best_step}"
+            if self.best_step == 0:
+                which = "no actor is better than the one that the run started from by more than noise"
+            print_rank_0(
+                f"{which}, {OBJECTIVE} {self._best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
+                f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
+                f"{self._args.guard.export_actor})."
+            )
+        if verdict:
+            print_rank_0(f"did PPO help? actor/ is {verdict}")
+
+    def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
+        return step_provenance(self._args, base, self._data, figures, **more)
+
+    def _export_actor(self, folder: Path, provenance: Provenance) -> None:
+        export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
+
+    def _export_others(self, of_last: Provenance) -> None:
+        """Critic and moving average as the last PPO step left them."""
+        engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
+        if engine.critic:
+            base = self._args.actor if engine.fresh_critic else self._args.critic
+            of_critic = self._provenance(base, of_last.figures, head="value")
+            export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
+        if engine.ema:
+            average = engine.ema.weights()
+            export_model(
+                engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_last
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which actor is the best, and what the start and the last are compared by, for JSON."""
+        return {
+            "best": self._best.state_dict(),
+            "start": asdict(self._start) if self._start else None,
+            "start_figures": self._start_figures,
+            "last": asdict(self._last) if self._last else None,
+            "last_step": self._last_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
+        self._best.load_state_dict(state["best"])
+        self._start = Answers(**state["start"]) if state["start"] else None
+        self._start_figures = state["start_figures"]
+        self._last = Answers(**state["last"]) if state["last"] else None
+        self._last_step = state["last_step"]

@@ -1,0 +1,125 @@
+"""Scores from a server: prompts and answers are posted, scores come back."""
+
+import base64
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from tqdm import tqdm
+
+from dschat.arguments import without_secrets
+from dschat.console.text import printable
+from dschat.errors import UserError
+from dschat.rlhf.rewards.function_worker import LARGEST
+from dschat.rlhf.rewards.http_posts import TooLong, open_url, proxy_of
+from dschat.rlhf.rewards.text_answers import Problem, Score, TextAnswers
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before the first further attempt, which double from one to the next, and where that ends."""
+TOO_MANY_REQUESTS = 429
+LONGEST_REPLY = 1 << 24
+"""Bytes. A number takes some twenty."""
+
+
+class RewardEndpoint:
+    """POST {"prompts", "answers", "columns"} -> {"scores"}, in JSON, `batch_size` answers at once.
+
+    What may pass is tried again `retries` times: no connection, no whole reply within `seconds`, HTTP 429 and
+    5xx. A user and password in the URL are sent as HTTP's basic authentication, and named nowhere.
+    """
+
+    def __init__(self, name: str, url: str, *, batch_size: int, seconds: float, retries: int) -> None:
+        self.name, self._shown = name, without_secrets(url)
+        self._batch_size, self._seconds, self._retries = batch_size, seconds, retries
+        self._url, self._headers = _credentials_apart(url)
+        self._proxy = proxy_of(self._url)
+
+    def score(self, answered: TextAnswers) -> list[Score]:
+        """Each answer's score, or that it got none. Raises `UserError` where the endpoint does not serve."""
+        return [score for batch in answered.batches(self._batch_size) for score in self._score_batch(batch)]
+
+    def _score_batch(self, batch: TextAnswers) -> list[Score]:
+        body = {"prompts": batch.prompts, "answers": batch.answers, "columns": batch.columns}
+        reply = self._post(json.dumps(body).encode())
+        try:
+            scores = json.loads(reply)["scores"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            problem = f'a reply without {{"scores": [...]}}: {reply[:100].decode(errors="replace")!r}'
+            raise self._error(problem) from error
+        if not isinstance(scores, list) or len(scores) != len(batch):
+            raise self._error(f'a reply whose "scores" are no list of {len(batch)} numbers, one an answer')
+        return [_score(value) for value in scores]
+
+    def _post(self, body: bytes) -> bytes:
+        for attempt in range(self._retries + 1):
+            request = urllib.request.Request(self._url, body, self._headers)
+            try:
+                return open_url(request, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY)
+            except urllib.error.HTTPError as error:
+                error.close()  # it holds the connection
+                cause = f"HTTP {error.code} {_plain(error.reason)}"
+                if error.code < 500 and error.code != TOO_MANY_REQUESTS:
+                    raise self._error(cause + _where_to(error)) from error
+            except TooLong as error:
+                raise self._error(str(error)) from error
+            except (OSError, http.client.HTTPException) as error:
+                cause = _plain(getattr(error, "reason", error)) or type(error).__name__
+            cause += self._through
+            if attempt < self._retries:
+                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+                tqdm.write(
+                    f"note: --reward_endpoint {self._shown}: {cause}; attempt {attempt + 2} of "
+                    f"{self._retries + 1} in {pause:g} s."
+                )
+                time.sleep(pause)
+        raise self._error(f"{cause}, {self._retries + 1} times in a row (--reward_endpoint_retries)")
+
+    @property
+    def _through(self) -> str:
+        """That a proxy stands between, as it may be what does not answer."""
+        if self._proxy is None:
+            return ""
+        return f", through the proxy {without_secrets(self._proxy.url)} of {self._proxy.variable}"
+
+    def _error(self, problem: str) -> UserError:
+        remedy = "See that it serves, then start again."
+        if self._proxy is not None:
+            remedy = (
+                f"See that both serve, or add its host to no_proxy if {self._proxy.variable} is not for it."
+            )
+        return UserError(f"--reward_endpoint {self._shown}: {problem}. {remedy}")
+
+
+def _credentials_apart(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without user, password and fragment, and the headers of a request to it."""
+    parts, headers = urlsplit(url), {"Content-Type": "application/json"}
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        name, _, password = user.partition(":")
+        token = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode())
+        headers["Authorization"] = f"Basic {token.decode()}"
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, "")), headers
+
+
+def _where_to(error: urllib.error.HTTPError) -> str:
+    """Of a redirection where it leads: a POST that follows one becomes a GET, or goes to another's server."""
+    location = error.headers.get("Location") if 300 <= error.code < 400 else None
+    return (
+        f" to {without_secrets(_plain(location))}, which is not followed: name that URL" if location else ""
+    )
+
+
+def _plain(text: object, limit: int = 200) -> str:
+    """What a server says, on one line that steers no terminal, without what a URL in it hides."""
+    return without_secrets(printable(str(text), keep="")[:limit]).strip()
+
+
+def _score(value: Any) -> Score:
+    # An integer of JSON has no largest, and cannot always be made a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
+        return float(value)
+    return Problem("no finite number", f"it returned {str(value)[:60]}, which is no finite number")

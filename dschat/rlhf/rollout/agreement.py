@@ -1,0 +1,93 @@
+"""Whether sampled tokens have the probabilities that the training model gives them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from dschat.distributed.mesh import is_main_process
+from dschat.errors import UserError
+from dschat.rlhf.rollout.batch import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far log-probabilities lie apart, without sign, in nats a token."""
+
+    mean: float
+    largest: float
+    num_tokens: int
+
+    @staticmethod
+    def between(rollout: RolloutBatch, logprobs: Tensor) -> "Difference":
+        """Of those that the tokens were sampled with to the training model's [B, T]; NaN where either is."""
+        apart = (logprobs - rollout.logprobs).abs()[rollout.answer_mask]
+        return Difference(apart.mean().item(), apart.max().item(), len(apart))
+
+    def __str__(self) -> str:
+        return f"log-probabilities differ by mean {self.mean:.2g}, at most {self.largest:.2g}"
+
+
+class RolloutCheck:
+    """Compares the first answers of a run with the training model, before anything is learned from them.
+
+    The mean decides: one token that a router of experts sent elsewhere is no fault, a wrong position or cache
+    shifts them all. Ranks hold the same rollout batch, so all of them decide alike.
+    """
+
+    def __init__(self, tolerance: float, on_mismatch: Literal["stop", "uncached", "warn"]) -> None:
+        self._tolerance = tolerance
+        self._on_mismatch = on_mismatch
+
+    def wants_uncached(self, rollout: RolloutBatch, logprobs: Tensor) -> bool:
+        """Say how far apart they are, and whether to answer again without a KV cache.
+
+        Raises `UserError` beyond the tolerance where the run is to stop.
+        """
+        difference = self._compare(rollout, logprobs, "generate()")
+        if difference.mean <= self._tolerance:  # False for NaN
+            return False
+        if self._on_mismatch == "stop":
+            raise UserError(
+                f"{self._disagreement(difference)} --rollout_on_mismatch uncached generates without the KV "
+                "cache, slowly; --dtype fp32 tells a fault from rounding. For rounding raise "
+                "--rollout_tolerance, and --rollout_correction tis weighs the tokens."
+            )
+        if self._on_mismatch == "warn":
+            _say(f"warning: {self._disagreement(difference)} --rollout_on_mismatch warn: the run goes on.")
+            return False
+        _say(
+            f"warning: {self._disagreement(difference)} --rollout_on_mismatch uncached: this run generates "
+            "without the KV cache, slowly, and is checked again."
+        )
+        return True
+
+    def require_agreement(self, rollout: RolloutBatch, logprobs: Tensor) -> None:
+        """The same of answers without a KV cache. Raises `UserError` beyond the tolerance."""
+        difference = self._compare(rollout, logprobs, "generate() without a KV cache")
+        if not difference.mean <= self._tolerance:
+            raise UserError(
+                f"{self._disagreement(difference)} The KV cache is not to blame: there was none. "
+                "--dtype fp32 tells a fault from rounding, --rollout_on_mismatch warn goes on all the same."
+            )
+
+    def _compare(self, rollout: RolloutBatch, logprobs: Tensor, engine: str) -> Difference:
+        difference = Difference.between(rollout, logprobs)
+        _say(
+            f"rollout check: {engine} against the training model over {difference.num_tokens} tokens: "
+            f"{difference} (tolerance of the mean {self._tolerance:g})"
+        )
+        return difference
+
+    def _disagreement(self, difference: Difference) -> str:
+        return (
+            f"generate() and the training model disagree: {difference}, and --rollout_tolerance lets a mean "
+            f"of {self._tolerance:g} pass."
+        )
+
+
+def _say(message: str) -> None:
+    """A line on rank 0 that does not break the progress bar."""
+    if is_main_process():
+        tqdm.write(message)

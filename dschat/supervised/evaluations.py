@@ -1,0 +1,84 @@
+"""The evaluations of steps 1 and 2 and of DPO: made, told, kept in order."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dschat.data.loaders import EvalLoader
+from dschat.engines.out_of_memory import phase
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.verdict import Evaluation
+from dschat.runs.metrics import MetricsLogger
+
+Figures = dict[str, float]
+
+
+class Evaluations:
+    """Evaluates a model over rows that it never learns from. Every rank must make the same calls.
+
+    Some evaluations take all rows and some, `short`, a part of them. Where there are short ones, all are
+    compared by that part.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        evaluate: Callable[[EvalLoader], Figures],
+        metrics: MetricsLogger,
+        *,
+        whole: EvalLoader,
+        short: EvalLoader | None,
+    ) -> None:
+        self._engine, self._evaluate, self._metrics = engine, evaluate, metrics
+        self._whole, self._short = whole, short
+        self._loss_sum, self._num_losses = 0.0, 0
+        self.all: list[Evaluation] = []
+
+    @property
+    def last_step(self) -> int | None:
+        """The optimiser steps that were done at the last evaluation, None without one."""
+        return self.all[-1].step if self.all else None
+
+    def take_in(self, train_loss: float) -> None:
+        """Note the loss of an optimiser step."""
+        self._loss_sum += train_loss
+        self._num_losses += 1
+
+    def make(self, step: int, moment: str, *, is_short: bool = False) -> None:
+        """Evaluate after so many optimiser steps, log the figures and print them; nothing without rows."""
+        figures = self._figures(self._short if is_short else self._whole)
+        if not figures:
+            return
+        self._metrics.log(step, **figures)
+        self._metrics.say(f"{moment}: " + ", ".join(map(_shown, figures.items())))
+        loss = figures["eval_loss"]
+        if self._short and not is_short and len(self._short.order) < len(self._whole.order):
+            loss = self._figures(self._short)["eval_loss"]
+        train_loss = self._loss_sum / self._num_losses if self._num_losses else None
+        self._loss_sum, self._num_losses = 0.0, 0
+        self.all.append(Evaluation(step, figures, loss, train_loss))
+
+    @phase("evaluating")
+    @torch.no_grad()
+    def _figures(self, loader: EvalLoader) -> Figures:
+        self._engine.eval()
+        return self._evaluate(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All evaluations, for JSON."""
+        return {
+            "all": [asdict(evaluation) for evaluation in self.all],
+            "losses": [self._loss_sum, self._num_losses],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.all = [Evaluation(**values) for values in state["all"]]
+        self._loss_sum, self._num_losses = state["losses"]
+
+
+def _shown(item: tuple[str, float]) -> str:
+    name, value = item
+    return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}"

@@ -1,0 +1,99 @@
+"""The model that steps 1 and 2 and DPO write: that of the best evaluation, or that of the last step."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import SupervisedArguments
+from dschat.console.messages import print_rank_0
+from dschat.data.preparation import SplitData
+from dschat.distributed.mesh import is_main_process
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.best_model import BestModel
+from dschat.export.export import export_model
+from dschat.export.model_card import Provenance, step_provenance
+from dschat.export.verdict import Evaluation, is_good
+from dschat.runs.output_folder import write_summary
+
+
+class ModelExports:
+    """Writes a model into --output_dir, if there is one. Every rank must make the same calls.
+
+    The best is the one of the lowest evaluation loss, the model before training left out. `verdict_of` says
+    in words what the evaluations up to that of a model tell of it.
+    """
+
+    def __init__(
+        self,
+        args: SupervisedArguments,
+        engine: DeepSpeedEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        data: SplitData,
+        *,
+        verdict_of: Callable[[Sequence[Evaluation]], str] | None = None,
+    ) -> None:
+        self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
+        self._verdict_of = verdict_of
+        self._best = BestModel(args.run.output_dir, target="", unit="step")
+
+    def offer(self, evaluations: Sequence[Evaluation]) -> None:
+        """Write the model into best/ where --export_model wants it and the last evaluation is the best."""
+        takes_part = self._args.batch.export_model == "best" and evaluations and evaluations[-1].step > 0
+        if takes_part and evaluations[-1].loss < self._best.facts.get("loss", math.inf):  # nor is NaN
+            step, loss = evaluations[-1].step, evaluations[-1].loss
+            self._best.keep(step, {"loss": loss}, lambda folder: self._export(folder, step, evaluations))
+
+    def finish(self, step: int, evaluations: Sequence[Evaluation], seconds: float) -> None:
+        """Write what the run, whose last step is `step`, ends with, and last of all the summary."""
+        takes_best = self._best.is_there()
+        model_step = self._best.step if takes_best else step
+        until = [evaluation for evaluation in evaluations if evaluation.step <= model_step]
+        provenance = self._provenance(model_step, until)
+        if self._args.run.output_dir and takes_best:
+            self._best.move(provenance)
+        elif self._args.run.output_dir:
+            self._export(Path(self._args.run.output_dir), step, until)
+        self._best.forget(weights=True)
+        last = {}
+        if model_step != step:
+            last = {f"last_{name}": value for name, value in evaluations[-1].figures.items()}
+            print_rank_0(
+                f"the exported model is that after step {model_step}, of the lowest evaluation loss, "
+                f"{until[-1].loss:.4g}; that after step {step}, the last, has {evaluations[-1].loss:.4g} "
+                "(--export_model best)."
+            )
+            if self._verdict_of:
+                last["last_verdict"] = self._verdict_of(evaluations)
+                print_rank_0(f"verdict on the model after step {step}, not exported: {last['last_verdict']}")
+        if provenance.verdict:
+            warning = "" if is_good(provenance.verdict) else "WARNING: "
+            print_rank_0(f"{warning}verdict on the reward model: {provenance.verdict}")
+        if is_main_process():
+            counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
+            told = {"verdict": provenance.verdict} if provenance.verdict else {}
+            summary = {"step": provenance.step, **provenance.figures, **last, **told, **counts}
+            write_summary(self._args.run.output_dir, {**summary, "seconds": seconds})
+
+    def _export(self, folder: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
+        provenance = self._provenance(step, evaluations)
+        export_model(self._engine, self._tokenizer, folder, provenance=provenance)
+
+    def _provenance(self, step: int, evaluations: Sequence[Evaluation]) -> Provenance:
+        """That of the model after so many steps, with the figures of the first and the last evaluation."""
+        figures: dict[str, Any] = {"model_step": step}
+        if evaluations:
+            figures |= {f"initial_{name}": value for name, value in evaluations[0].figures.items()}
+            figures |= evaluations[-1].figures
+        verdict = self._verdict_of(evaluations) if self._verdict_of else None
+        return step_provenance(self._args, self._args.model, self._data, figures, verdict=verdict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which model is the best, for JSON."""
+        return self._best.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
+        self._best.load_state_dict(state)

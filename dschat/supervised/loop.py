@@ -1,0 +1,210 @@
+"""What steps 1 and 2 and DPO share: epochs over rows, with an evaluation before, during and after.
+
+A step brings two functions: `shares_of(batch)`, one micro-batch's shares of the optimiser step's figures, the
+loss among them; and `evaluate(loader)`, the figures of an evaluation.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
+from dschat.checkpoints.checkpoint import Checkpoints
+from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from dschat.data.preparation import SplitData
+from dschat.data.tokenization import column
+from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.random_state import seed_ranks_apart
+from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.out_of_memory import phase
+from dschat.engines.skipped_steps import SkippedSteps
+from dschat.engines.step import DeepSpeedEngine, gradient_norm, learning_rate, train_on
+from dschat.losses import token_logprobs
+from dschat.models.loading import create_hf_model
+from dschat.runs.metrics import MetricsLogger
+from dschat.supervised.evaluations import Evaluations, Figures
+from dschat.supervised.exports import ModelExports
+
+ENGINE = "model"
+"""The engine's name in checkpoints."""
+
+
+NUM_SHOWN = 3
+"""Figures that fit beside the progress bar."""
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of a step on this rank."""
+
+    train: TrainLoader
+    evaluation: EvalLoader
+    short_evaluation: EvalLoader
+    """The part of the evaluation data that --eval_iters allows between epochs."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, prompt and answer."""
+        return max(
+            column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
+        )
+
+
+def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) -> Loaders:
+    """Loaders over the data of a step; `collate` has its padding token filled in."""
+    place = {"rank": mesh().data.rank, "world_size": mesh().data.size}
+    eval_size = args.batch.per_device_eval_batch_size
+    return Loaders(
+        train=build_train_loader(
+            data.train,
+            collate,
+            batch_size=args.batch.per_device_train_batch_size,
+            accumulation_steps=args.optimizer.gradient_accumulation_steps,
+            seed=args.run.seed,
+            **place,
+        ),
+        evaluation=build_eval_loader(data.evaluation, collate, batch_size=eval_size, **place),
+        short_evaluation=build_eval_loader(
+            data.evaluation, collate, batch_size=eval_size, num_batches=args.batch.eval_iters, **place
+        ),
+    )
+
+
+@phase("loading the model")
+def build_language_model(
+    args: SftArguments | DpoArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
+) -> DeepSpeedEngine:
+    """The language model to be trained, in its engine."""
+    config = train_config(
+        args.model, args.optimizer, args.run, per_device_batch_size=args.batch.per_device_train_batch_size
+    )
+    model = create_hf_model(
+        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
+    )
+    num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
+    return build_trained_engine(
+        model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
+    )
+
+
+def logprobs_at(engine: DeepSpeedEngine, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the tokens that `mask` marks, 0 elsewhere; never of a row's first. All [B, L].
+
+    Logits are computed from the first marked column on: what stands before it needs none.
+    """
+    first = max(1, int(mask.any(dim=0).int().argmax()))
+    logits = engine(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        logits_to_keep=torch.arange(first - 1, input_ids.shape[1] - 1, device=input_ids.device),
+        use_cache=False,
+    ).logits
+    logprobs = F.pad(token_logprobs(logits, input_ids[:, first:]), (first, 0))
+    return torch.where(mask, logprobs, 0)
+
+
+def train_epochs(
+    engine: DeepSpeedEngine,
+    loaders: Loaders,
+    args: SupervisedArguments,
+    *,
+    description: str,
+    shares_of: Callable[..., dict[str, Tensor]],
+    evaluate: Callable[[EvalLoader], Figures],
+    checkpoints: Checkpoints,
+    exports: ModelExports,
+    print_loss: bool = False,
+) -> None:
+    """Train, evaluate, log, save, export; go on from a checkpoint where there is one.
+
+    Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
+    are no figures.
+    """
+    steps_per_epoch = loaders.train.num_optimizer_steps
+    num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
+    seed_ranks_apart(args.run.seed)
+    begun = checkpoints.load({ENGINE: engine})
+    metrics = MetricsLogger(
+        args.run,
+        total_steps=num_steps,
+        description=description,
+        is_main_process=is_main_process(),
+        steps_done=begun.step or None,
+    )
+    interval = args.batch.eval_interval
+    short = loaders.short_evaluation if interval else None
+    evaluations = Evaluations(engine, evaluate, metrics, whole=loaders.evaluation, short=short)
+    skipped = SkippedSteps(args.run)
+    start = time.perf_counter() - begun.state.get("seconds", 0.0)
+    if begun.step:
+        skipped.load_state_dict(begun.state["skipped"])
+        evaluations.load_state_dict(begun.state["evaluations"])
+        exports.load_state_dict(begun.state["exports"])
+    else:
+        evaluations.make(0, "before training")
+    steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
+    for step, shares in steps:
+        values = {
+            "learning_rate": learning_rate(engine),
+            "grad_norm": gradient_norm(engine),
+            "skipped_steps": skipped.note(engine, step=step),
+        }
+        metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
+        metrics.advance()
+        evaluations.take_in(shares["loss"])
+        if print_loss:
+            metrics.say(f"step {step}: loss {shares['loss']:.4f}")
+        if step % steps_per_epoch == 0 or step == num_steps:
+            epochs = min(step / steps_per_epoch, args.optimizer.num_train_epochs)
+            evaluations.make(step, f"epoch {epochs:g}")
+        elif interval and step % interval == 0:
+            evaluations.make(step, f"step {step}", is_short=True)
+        if evaluations.last_step == step:
+            exports.offer(evaluations.all)
+        if checkpoints.is_due(step, is_last=step == num_steps):
+            metrics.flush()
+            parts = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state["seconds"] = time.perf_counter() - start
+            checkpoints.save(step, engines={ENGINE: engine}, state=state)
+    metrics.close()
+    exports.finish(num_steps, evaluations.all, time.perf_counter() - start)
+
+
+def _steps(
+    engine: DeepSpeedEngine,
+    loader: TrainLoader,
+    shares_of: Callable[..., dict[str, Tensor]],
+    numbers: range,
+) -> Iterator[tuple[int, Figures]]:
+    """Train the optimiser steps of these numbers, counted from 1 over all epochs."""
+    while numbers:
+        epoch, first_step = divmod(numbers[0] - 1, loader.num_optimizer_steps)
+        loader.set_epoch(epoch, first_step=first_step)
+        figures = _optimizer_steps(engine, loader, shares_of)
+        yield from zip(numbers, figures, strict=False)
+        numbers = numbers[loader.num_optimizer_steps - first_step :]
+
+
+def _optimizer_steps(
+    engine: DeepSpeedEngine, loader: TrainLoader, shares_of: Callable[..., dict[str, Tensor]]
+) -> Iterator[Figures]:
+    """Train on every micro-batch; yield each optimiser step's figures over micro-batches and ranks."""
+    micro_batches = []
+    for batch in loader:
+        engine.train()
+        completes_step = engine.is_gradient_accumulation_boundary()
+        with phase("training the model"):
+            shares = shares_of(batch.to(engine.device))
+            train_on(engine, shares["loss"])
+        micro_batches.append(torch.stack([share.detach().float() for share in shares.values()]))
+        if completes_step:
+            totals = sum_across_ranks(torch.stack(micro_batches).sum(dim=0), axis="data").tolist()
+            micro_batches.clear()
+            yield dict(zip(shares, totals, strict=True))

@@ -1,0 +1,193 @@
+"""What DPO's reference model says of the answers: computed once by all ranks, kept on disk, then read.
+
+Rank 0 alone looks after the file, so ranks that share no file system know the same numbers.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dschat.arguments import DpoArguments
+from dschat.console.messages import print_rank_0
+from dschat.data.cache import cache_folder, cached, kept
+from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
+from dschat.data.loaders import EvalLoader, TrainLoader
+from dschat.data.preparation import SplitData
+from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.device import current_device
+from dschat.distributed.mesh import is_main_process
+from dschat.engines.build import build_frozen_engine, free_frozen_engine, frozen_config
+from dschat.engines.out_of_memory import phase
+from dschat.engines.step import DeepSpeedEngine
+from dschat.errors import UserError
+from dschat.export.upstream import UpstreamModel
+from dschat.fingerprint import fingerprint
+from dschat.models.loading import create_hf_model
+from dschat.models.lora import adapters_off
+from dschat.supervised.loop import Loaders, logprobs_at
+
+FORMAT = 1
+"""Raise it when code changes what the same model says of the same rows, by more than rounding."""
+
+FILE = "logprobs.npy"
+"""float32 [training and then evaluation pairs, 2]: nats of the chosen and of the rejected answer."""
+
+
+def answer_logprobs(engine: DeepSpeedEngine, batch: PairBatch) -> Tensor:
+    """log p(answer | prompt), in nats: the sum over an answer's tokens, its end token included. -> [2B]."""
+    return logprobs_at(engine, batch.input_ids, batch.attention_mask, batch.answer_mask).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class ReferenceStore:
+    """Where the log-probabilities of one model and the pairs of one run are kept, and what is there."""
+
+    root: Path
+    key: str
+    """A fingerprint of the pairs, the weights and their precision; empty on ranks other than 0."""
+    num_pairs: int
+    """Training and evaluation pairs."""
+    found: np.ndarray | None
+    """What an earlier run kept; None on ranks other than 0."""
+
+    @staticmethod
+    def open(args: DpoArguments, base: UpstreamModel, data: SplitData) -> "ReferenceStore":
+        """Look for what was kept, before the process group exists. Raises `UserError` for a spoilt file.
+
+        Ranks, batches and ZeRO stages are not in the key: they change the numbers by rounding alone.
+        """
+        root, num_pairs = cache_folder(args.data.data_output_path), len(data.train) + len(data.evaluation)
+        if not is_main_process():
+            return ReferenceStore(root, "", num_pairs, None)
+        key = fingerprint(
+            {
+                "reference": FORMAT,
+                "data": data.key,
+                "model": base.fingerprint(),
+                "dtype": args.run.dtype,
+                "load_in_4bit": args.model.load_in_4bit,
+            }
+        )
+        folder = kept(root, key)
+        found = None if folder is None else _read(folder / FILE, num_pairs)
+        return ReferenceStore(root, key, num_pairs, found)
+
+    def read(self) -> Tensor | None:
+        """What rank 0 found, fp32 [pairs, 2] on every rank. Every rank must call it."""
+        is_found = torch.tensor(self.found is not None, device=current_device())
+        if not sum_across_ranks(is_found, axis="data"):
+            return None
+        table = torch.zeros(self.num_pairs, len(REFERENCE_COLUMNS), device=current_device())
+        if self.found is not None:
+            table += torch.from_numpy(self.found).to(table.device)
+        return sum_across_ranks(table, axis="data").float().cpu()
+
+    def write(self, table: Tensor) -> None:
+        """Keep the table for later runs (rank 0)."""
+        if is_main_process():
+            folder = cached(self.root, self.key, lambda place: np.save(place / FILE, table.numpy()))
+            print_rank_0(f"the reference model's log-probabilities are kept in {folder}")
+
+
+def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[], Tensor]) -> SplitData:
+    """The pairs with REFERENCE_COLUMNS: kept ones, or what `compute` says, which is kept then.
+
+    Raises `UserError` where a log-probability is not finite.
+    """
+    table = store.read()
+    if table is None:
+        table = compute()
+        _check_finite(table)
+        store.write(table)
+    else:
+        print_rank_0(f"the reference model's log-probabilities come from {store.root / store.key}")
+    train, evaluation = table.split([len(data.train), len(data.evaluation)])
+    return replace(
+        data, train=_extended(data.train, train), evaluation=_extended(data.evaluation, evaluation)
+    )
+
+
+@phase("loading the reference model")
+def reference_of_copy(
+    args: DpoArguments, tokenizer: PreTrainedTokenizerBase, base: UpstreamModel, loaders: Loaders
+) -> Tensor:
+    """`logprob_table` of a copy of the model that training starts from; its memory is free after that."""
+    print_rank_0("loading the reference model, a copy, for its log-probabilities")
+    stage = 3 if args.model.zero_stage == 3 else 0
+    config = frozen_config(stage=stage, run=args.run, offload=args.dpo.offload_reference_model)
+    model = create_hf_model(
+        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
+    )
+    engine = build_frozen_engine(model, config=config)
+    base.check_outputs(engine)
+    table = logprob_table(engine, loaders)
+    free_frozen_engine(engine)
+    return table
+
+
+def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
+    """`logprob_table` of a policy that trains adapters alone: without them it is its own reference."""
+    print_rank_0("the reference model is the policy without its adapters: no copy is loaded")
+    if args.dpo.offload_reference_model:
+        print_rank_0("note: --offload_reference_model has nothing to offload and is ignored.")
+    with adapters_off(engine.module):
+        return logprob_table(engine, loaders)
+
+
+@phase("evaluating the reference model")
+@torch.no_grad()
+def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
+    """The model's log-probabilities of all training and evaluation pairs, fp32 [pairs, 2] on every rank.
+
+    Rows meet as they will meet in the first epoch and in evaluations, so that the policy, whose matrix
+    products then have the same shapes, starts from exactly these numbers. Every rank must call it.
+    """
+    engine.eval()
+    parts = [_logprobs(engine, loader) for loader in (loaders.train, loaders.evaluation)]
+    return sum_across_ranks(torch.cat(parts), axis="data").float().cpu()
+
+
+def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tensor:
+    """This rank's rows of the loader's data set, 0 in those of other ranks. -> fp32 [N, 2]."""
+    table = torch.zeros(len(loader.dataset), len(REFERENCE_COLUMNS), device=engine.device)
+    for rows, batch in zip(loader.rows(), _shown(loader), strict=True):
+        logprobs = answer_logprobs(engine, batch.to(engine.device)).view(len(REFERENCE_COLUMNS), -1)
+        table[torch.from_numpy(rows)] = logprobs.T[: len(rows)]
+    return table
+
+
+def _shown(loader: TrainLoader | EvalLoader) -> Iterable[PairBatch]:
+    return tqdm(loader, desc="reference", disable=not is_main_process(), dynamic_ncols=True)
+
+
+def _extended(rows: Dataset, table: Tensor) -> Dataset:
+    for name, values in zip(REFERENCE_COLUMNS, table.unbind(dim=1), strict=True):
+        rows = rows.add_column(name, values.numpy())
+    return rows
+
+
+def _read(path: Path, num_pairs: int) -> np.ndarray:
+    try:
+        table = np.load(path)
+        if table.shape == (num_pairs, len(REFERENCE_COLUMNS)) and table.dtype == np.float32:
+            return table
+        problem = f"it holds {table.dtype} of shape {table.shape}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise UserError(f"the log-probabilities kept in {path} cannot be read ({problem}); remove {path.parent}.")
+
+
+def _check_finite(table: Tensor) -> None:
+    num_bad = int((~table.isfinite()).any(dim=1).sum())
+    if num_bad:
+        raise UserError(
+            f"the reference model gives {num_bad} of {len(table)} pairs no finite log-probability: "
+            "its weights are damaged, or --dtype is too narrow for it; try --dtype bf16 or fp32."
+        )

@@ -1,0 +1,39 @@
+import pytest
+
+from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "ranks", "total"), [(4, 1, 1, 4), (4, 2, 8, 64), (1, 16, 2, 32)]
+)
+def test_the_train_batch_is_the_product_of_its_parts(batch, accumulation, ranks, total):
+    config = get_train_ds_config(
+        stage=2, per_device_batch_size=batch, gradient_accumulation_steps=accumulation, world_size=ranks
+    )
+    assert config["train_batch_size"] == total
+    assert config["train_micro_batch_size_per_gpu"] == batch
+
+
+@pytest.mark.parametrize(("dtype", "enabled"), [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())])
+def test_one_precision_is_enabled(dtype, enabled):
+    for config in (get_train_ds_config(stage=0, dtype=dtype), get_eval_ds_config(stage=0, dtype=dtype)):
+        assert {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")} == enabled
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_offload_moves_what_the_stage_shards(stage):
+    zero = get_train_ds_config(stage=stage, offload=True)["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero.get("offload_optimizer", {}).get("device") == ("cpu" if stage else None)
+    assert zero.get("offload_param", {}).get("device") == ("cpu" if stage == 3 else None)
+
+
+@pytest.mark.parametrize(("stage", "frozen"), [(0, 0), (1, 0), (2, 0), (3, 3)])
+def test_a_frozen_model_is_sharded_at_stage_three_only(stage, frozen):
+    assert get_eval_ds_config(stage=stage)["zero_optimization"]["stage"] == frozen
+
+
+def test_a_configuration_is_fresh_each_time():
+    first = get_train_ds_config(stage=1)
+    first["zero_optimization"]["stage"] = 9
+    assert get_train_ds_config(stage=1)["zero_optimization"]["stage"] == 1
