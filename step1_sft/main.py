@@ -64,7 +64,7 @@ def main(args: SftArguments) -> None:
         loaders,
         args,
         description="SFT",
-        shares_of=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
+        loss_and_metrics=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
         evaluate=lambda loader: evaluate(engine, loader),
         checkpoints=checkpoints,
         exports=ModelExports(args, engine, tokenizer, data),

@@ -76,7 +76,7 @@ def main(args: DpoArguments) -> None:
         build_loaders(data, collate, args),
         args,
         description="DPO",
-        shares_of=lambda batch: training_shares(engine, batch, args),
+        loss_and_metrics=lambda batch: loss_and_metrics(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
         checkpoints=checkpoints,
         exports=ModelExports(args, engine, tokenizer, data),
@@ -114,8 +114,8 @@ def judge(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict
     )
 
 
-def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict[str, Tensor]:
-    """A micro-batch's shares of the optimiser step's figures; the pairs of a prompt weigh 1 together."""
+def loss_and_metrics(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict[str, Tensor]:
+    """A micro-batch's shares of the optimiser step's metrics; the pairs of a prompt weigh 1 together."""
     judged = judge(engine, batch, args)
     return {name: (values * batch.weights).sum() / batch.denominator for name, values in judged.items()}
 

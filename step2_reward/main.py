@@ -67,7 +67,7 @@ def main(args: RewardArguments) -> None:
         loaders,
         args,
         description="reward",
-        shares_of=lambda batch: training_shares(engine, batch, args),
+        loss_and_metrics=lambda batch: loss_and_metrics(engine, batch, args),
         evaluate=lambda loader: evaluate(engine, loader, args),
         checkpoints=checkpoints,
         exports=ModelExports(args, engine, tokenizer, data, verdict_of=reward_verdict),
@@ -105,7 +105,7 @@ def judge(
     )
 
 
-def training_shares(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:
+def loss_and_metrics(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:
     """A micro-batch's shares of the optimiser step's loss and accuracy."""
     judged = judge(engine, batch, args, denominator=batch.denominator)
     accuracy = pair_accuracy(judged["chosen_mean_scores"], judged["rejected_mean_scores"]) * batch.weights

@@ -7,8 +7,8 @@ the number of rows in a step only, never on how ranks, micro-batches and accumul
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import count, islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,22 @@ Collate = Callable[..., Any]
 """(rows: pa.Table, num_rows, denominator) -> batch; `dschat.data.collate` with the pad id filled in."""
 
 
-@dataclass
+MicroBatch = TypeVar("MicroBatch")
+
+
+@dataclass(frozen=True)
+class OptimizerStep(Generic[MicroBatch]):
+    """What one rank reads in one optimiser step."""
+
+    micro_batches: list[MicroBatch]
+    """As many as gradients are accumulated over, on every rank."""
+    denominator: float
+    """What the step's loss is divided by: the tokens or the weights of all micro-batches of all ranks."""
+
+
+@dataclass(frozen=True)
 class TrainLoader:
-    """One rank's micro-batches of an epoch; `set_epoch` gives the next epoch another order and start."""
+    """One rank's optimiser steps: endlessly one epoch after the other, each in an order of its own."""
 
     dataset: Dataset
     collate: Collate
@@ -40,8 +53,7 @@ class TrainLoader:
     seed: int
     lengths: np.ndarray
     weights: np.ndarray
-    epoch: int = 0
-    first_step: int = 0
+    """What each row adds to its optimiser step's denominator."""
 
     @property
     def step_size(self) -> int:
@@ -50,36 +62,44 @@ class TrainLoader:
 
     def num_steps_of(self, num_epochs: float) -> int:
         """Optimiser steps of so many epochs, the last of which may be a part of one."""
-        return _rounded_up(num_epochs * self.num_optimizer_steps)
+        return _rounded_up(num_epochs * self.steps_per_epoch)
 
     @property
-    def num_optimizer_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
         return -(-len(self.dataset) // self.step_size)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch on this rank."""
-        return self.num_optimizer_steps * self.accumulation_steps
+        return self.steps_per_epoch * self.accumulation_steps
 
-    def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
-        """Choose the order of the epoch that is iterated next, and the optimiser step to begin with."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def rows(self) -> Iterator[np.ndarray]:
-        """The row numbers of each micro-batch of this rank, without fillers."""
-        return (rows for rows, _ in self._micro_batches())
+    def steps_after(self, num_done: int) -> Iterator[OptimizerStep]:
+        """The optimiser steps of a run that has taken so many; earlier ones are not read."""
+        first_epoch, num_done = divmod(num_done, self.steps_per_epoch)
+        for epoch in count(first_epoch):
+            for indices, denominator in self._steps_of(epoch, num_done):
+                yield OptimizerStep([self._collated(mine, denominator) for mine in indices], denominator)
+            num_done = 0
 
     def __iter__(self) -> Iterator[Any]:
-        for rows, denominator in self._micro_batches():
-            yield self.collate(self.dataset[rows], self.batch_size, denominator)
+        """The micro-batches of the first epoch."""
+        return (batch for _, batch in self.indexed_batches())
 
-    def _micro_batches(self) -> Iterator[tuple[np.ndarray, float]]:
-        """The rows of each micro-batch of this rank, and what its optimiser step counts."""
-        steps = step_rows(self.lengths, self.step_size, _generator(self.seed, self.epoch))
-        for step in steps[self.first_step :]:
-            denominator = float(self.weights[step].sum(dtype=np.float64))
-            for rows in _dealt(step, self.batch_size, self.accumulation_steps, self.rank, self.world_size):
-                yield rows, denominator
+    def indexed_batches(self) -> Iterator[tuple[np.ndarray, Any]]:
+        """Each micro-batch of the first epoch after its examples' indices, which fillers do not have."""
+        for indices, denominator in self._steps_of(0, 0):
+            for mine in indices:
+                yield mine, self._collated(mine, denominator)
+
+    def _steps_of(self, epoch: int, num_done: int) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+        """The indices of this rank's micro-batches in each step of an epoch, and the step's denominator."""
+        steps = step_indices(self.lengths, self.step_size, _generator(self.seed, epoch))
+        deal = (self.batch_size, self.accumulation_steps, self.rank, self.world_size)
+        for step in steps[num_done:]:
+            yield _dealt(step, *deal), float(self.weights[step].sum(dtype=np.float64))
+
+    def _collated(self, indices: np.ndarray, denominator: float) -> Any:
+        return self.collate(self.dataset[indices], self.batch_size, denominator)
 
 
 @dataclass(frozen=True)
@@ -96,13 +116,13 @@ class EvalLoader:
     def __len__(self) -> int:
         return -(-len(self.order) // (self.batch_size * self.world_size))
 
-    def rows(self) -> Iterator[np.ndarray]:
-        """The row numbers of each batch of this rank, without fillers."""
-        return _dealt(self.order, self.batch_size, len(self), self.rank, self.world_size)
-
     def __iter__(self) -> Iterator[Any]:
-        for rows in self.rows():
-            yield self.collate(self.dataset[rows], self.batch_size, 1.0)
+        return (batch for _, batch in self.indexed_batches())
+
+    def indexed_batches(self) -> Iterator[tuple[np.ndarray, Any]]:
+        """Each batch after its examples' indices, which fillers do not have."""
+        for mine in _dealt(self.order, self.batch_size, len(self), self.rank, self.world_size):
+            yield mine, self.collate(self.dataset[mine], self.batch_size, 1.0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +183,7 @@ class PromptLoader:
 
 @dataclass(frozen=True)
 class TextLoader:
-    """One rank's blocks of text for each optimiser step, without end: an int64 [B, L] a micro-batch."""
+    """One rank's optimiser steps over blocks of text, without end: a micro-batch is int64 [B, L]."""
 
     blocks: np.ndarray
     """[N, L]"""
@@ -183,17 +203,16 @@ class TextLoader:
         """Tokens of an optimiser step that are predicted: all but each block's first."""
         return self.step_size * (self.blocks.shape[1] - 1)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[OptimizerStep[Tensor]]:
         return self.steps_after(0)
 
-    def steps_after(self, num_done: int) -> Iterator[list[Tensor]]:
-        """The blocks of the optimiser steps after so many."""
+    def steps_after(self, num_done: int) -> Iterator[OptimizerStep[Tensor]]:
+        """The optimiser steps of a run that has taken so many; the denominator is `num_targets`."""
         stream = _shuffled_epochs(len(self.blocks), self.step_size, self.seed)
-        for rows, _ in islice(stream, num_done, None):
-            yield [
-                torch.from_numpy(self.blocks[mine].astype(np.int64))
-                for mine in _dealt(rows, self.batch_size, self.accumulation_steps, self.rank, self.world_size)
-            ]
+        deal = (self.batch_size, self.accumulation_steps, self.rank, self.world_size)
+        for indices, _ in islice(stream, num_done, None):
+            blocks = [torch.from_numpy(self.blocks[mine].astype(np.int64)) for mine in _dealt(indices, *deal)]
+            yield OptimizerStep(blocks, float(self.num_targets))
 
 
 def build_train_loader(
@@ -309,8 +328,8 @@ def build_eval_prompts(
     ]
 
 
-def step_rows(lengths: np.ndarray, step_size: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """The rows of each optimiser step of an epoch, the longest first; the last step may lack some."""
+def step_indices(lengths: np.ndarray, step_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """The examples of each optimiser step of an epoch, the longest first; the last step may lack some."""
     order = generator.permutation(len(lengths))
     whole, rest = np.split(order, [len(order) // step_size * step_size])
     steps = []

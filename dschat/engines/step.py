@@ -1,15 +1,45 @@
 """One optimiser step of a DeepSpeed engine."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dschat.distributed.collectives import max_across_ranks
+from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
 from dschat.distributed.mesh import mesh
+from dschat.engines.out_of_memory import phase
+
+LossAndMetrics = Callable[[Any], dict[str, Tensor]]
+"""A function of a micro-batch on the engine's device: "loss", which is minimised, and metrics, each a scalar.
+
+They are the micro-batch's shares of the optimiser step's: they are added over micro-batches and ranks."""
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    micro_batches: Iterable[Any],
+    loss_and_metrics: LossAndMetrics,
+    *,
+    role: str = "model",
+) -> dict[str, float]:
+    """Train on the micro-batches of one optimiser step; return loss and metrics of the whole step.
+
+    They are the sums over micro-batches and ranks. A step that is not finite is skipped, and
+    `skipped_because` says why. `role` is the model's in messages. Every rank must call it, with as many
+    micro-batches as the engine accumulates gradients over.
+    """
+    engine.train()
+    parts = []
+    for batch in micro_batches:
+        with phase(f"training the {role}"):
+            metrics = loss_and_metrics(batch.to(engine.device))
+            train_on(engine, metrics["loss"])
+        parts.append(torch.stack([share.detach().float() for share in metrics.values()]))
+    totals = sum_across_ranks(torch.stack(parts).sum(dim=0), axis="data").tolist()
+    return dict(zip(metrics, totals, strict=True))
 
 
 def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:

@@ -256,7 +256,7 @@ class DeepSpeedPPOTrainer:
 
     def _next_texts(self) -> list[Tensor]:
         self._at.num_text_steps += 1
-        return next(self._text_steps)
+        return next(self._text_steps).micro_batches
 
     @property
     def _actor_learns(self) -> bool:

@@ -1,11 +1,11 @@
 """What steps 1 and 2 and DPO share: epochs over rows, with an evaluation before, during and after.
 
-A step brings two functions: `shares_of(batch)`, one micro-batch's shares of the optimiser step's figures, the
-loss among them; and `evaluate(loader)`, the figures of an evaluation.
+A step brings two functions: `loss_and_metrics(batch)`, as `engines.step.train_step` takes it, and
+`evaluate(loader)`, the metrics of an evaluation.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,12 @@ from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
-from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.random_state import seed_ranks_apart
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
-from dschat.engines.step import DeepSpeedEngine, gradient_norm, learning_rate, train_on
+from dschat.engines.step import DeepSpeedEngine, LossAndMetrics, gradient_norm, learning_rate, train_step
 from dschat.losses import token_logprobs
 from dschat.models.loading import create_hf_model
 from dschat.runs.metrics import MetricsLogger
@@ -115,7 +114,7 @@ def train_epochs(
     args: SupervisedArguments,
     *,
     description: str,
-    shares_of: Callable[..., dict[str, Tensor]],
+    loss_and_metrics: LossAndMetrics,
     evaluate: Callable[[EvalLoader], Figures],
     checkpoints: Checkpoints,
     exports: ModelExports,
@@ -123,10 +122,9 @@ def train_epochs(
 ) -> None:
     """Train, evaluate, log, save, export; go on from a checkpoint where there is one.
 
-    Shares are added over micro-batches and ranks; "loss" is what is minimised. Without evaluation data there
-    are no figures.
+    Without evaluation data there are no evaluations.
     """
-    steps_per_epoch = loaders.train.num_optimizer_steps
+    steps_per_epoch = loaders.train.steps_per_epoch
     num_steps = loaders.train.num_steps_of(args.optimizer.num_train_epochs)
     seed_ranks_apart(args.run.seed)
     begun = checkpoints.load({ENGINE: engine})
@@ -148,18 +146,19 @@ def train_epochs(
         exports.load_state_dict(begun.state["exports"])
     else:
         evaluations.make(0, "before training")
-    steps = _steps(engine, loaders.train, shares_of, range(begun.step + 1, num_steps + 1))
-    for step, shares in steps:
+    numbers = range(begun.step + 1, num_steps + 1)
+    for step, optimizer_step in zip(numbers, loaders.train.steps_after(begun.step), strict=False):
+        trained = train_step(engine, optimizer_step.micro_batches, loss_and_metrics)
         values = {
             "learning_rate": learning_rate(engine),
             "grad_norm": gradient_norm(engine),
             "skipped_steps": skipped.note(engine, step=step),
         }
-        metrics.log(step, show=tuple(shares)[:NUM_SHOWN], **shares, **values)
+        metrics.log(step, show=tuple(trained)[:NUM_SHOWN], **trained, **values)
         metrics.advance()
-        evaluations.take_in(shares["loss"])
+        evaluations.take_in(trained["loss"])
         if print_loss:
-            metrics.say(f"step {step}: loss {shares['loss']:.4f}")
+            metrics.say(f"step {step}: loss {trained['loss']:.4f}")
         if step % steps_per_epoch == 0 or step == num_steps:
             epochs = min(step / steps_per_epoch, args.optimizer.num_train_epochs)
             evaluations.make(step, f"epoch {epochs:g}")
@@ -175,36 +174,3 @@ def train_epochs(
             checkpoints.save(step, engines={ENGINE: engine}, state=state)
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)
-
-
-def _steps(
-    engine: DeepSpeedEngine,
-    loader: TrainLoader,
-    shares_of: Callable[..., dict[str, Tensor]],
-    numbers: range,
-) -> Iterator[tuple[int, Figures]]:
-    """Train the optimiser steps of these numbers, counted from 1 over all epochs."""
-    while numbers:
-        epoch, first_step = divmod(numbers[0] - 1, loader.num_optimizer_steps)
-        loader.set_epoch(epoch, first_step=first_step)
-        figures = _optimizer_steps(engine, loader, shares_of)
-        yield from zip(numbers, figures, strict=False)
-        numbers = numbers[loader.num_optimizer_steps - first_step :]
-
-
-def _optimizer_steps(
-    engine: DeepSpeedEngine, loader: TrainLoader, shares_of: Callable[..., dict[str, Tensor]]
-) -> Iterator[Figures]:
-    """Train on every micro-batch; yield each optimiser step's figures over micro-batches and ranks."""
-    micro_batches = []
-    for batch in loader:
-        engine.train()
-        completes_step = engine.is_gradient_accumulation_boundary()
-        with phase("training the model"):
-            shares = shares_of(batch.to(engine.device))
-            train_on(engine, shares["loss"])
-        micro_batches.append(torch.stack([share.detach().float() for share in shares.values()]))
-        if completes_step:
-            totals = sum_across_ranks(torch.stack(micro_batches).sum(dim=0), axis="data").tolist()
-            micro_batches.clear()
-            yield dict(zip(shares, totals, strict=True))

@@ -10,14 +10,12 @@ import stat
 import numpy
 import pytest
 import torch
-from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import STEPS, parse_arguments, settings
 from dschat.checkpoints import checkpoint
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.checkpoints.resume import begin_run
-from dschat.data.loaders import build_train_loader
 from dschat.errors import Stopped, UserError
 from dschat.export.upstream import UpstreamModel
 from dschat.runs.atomic_folder import facts_of
@@ -345,13 +343,3 @@ def test_metrics_go_back_to_the_step_of_the_checkpoint(tmp_path):
     resumed(tmp_path)
     lines = tmp_path.joinpath("metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1}]
-
-
-def test_a_loader_starts_inside_an_epoch():
-    rows = Dataset.from_dict({"length": list(range(1, 24))})
-    loader = build_train_loader(rows, None, batch_size=2, accumulation_steps=2, rank=1, world_size=2, seed=1)
-    loader.set_epoch(1)
-    whole = [batch.tolist() for batch in loader.rows()]
-    loader.set_epoch(1, first_step=2)
-    assert [batch.tolist() for batch in loader.rows()] == whole[4:]
-    assert len(whole) == 6

@@ -90,7 +90,7 @@ def test_the_denominator_is_the_targets_of_the_whole_step():
     loaders = [train_loader(dataset, rank, 2, 2, 2) for rank in range(2)]
     batches = [list(loader) for loader in loaders]
     assert len(batches[0]) == len(loaders[0]) == 6
-    assert loaders[0].num_optimizer_steps == 3
+    assert loaders[0].steps_per_epoch == 3
     for step in range(3):
         parts = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
         assert {batch.denominator for batch in parts} == {
@@ -132,10 +132,37 @@ def test_part_of_an_epoch_is_rounded_up_to_whole_steps(num_rows, num_epochs, num
 def test_an_epoch_has_its_own_order_and_gives_it_again():
     loader = train_loader(sft_rows(lengths_of(60)))
     orders = []
-    for epoch in (0, 1, 0):
-        loader.set_epoch(epoch)
-        orders.append([rows_in(batch) for batch in loader])
+    for num_done in (0, 15, 0):  # 60 rows are 15 steps
+        steps = islice(loader.steps_after(num_done), 15)
+        orders.append([rows_in(batch) for step in steps for batch in step.micro_batches])
     assert orders[0] == orders[2] != orders[1]
+    assert orders[0] == [rows_in(batch) for batch in loader]
+    assert [sorted(chain.from_iterable(order)) for order in orders[:2]] == [list(range(60))] * 2
+
+
+def test_a_run_goes_on_inside_an_epoch_and_into_the_next():
+    loader = train_loader(sft_rows(lengths_of(21)), 1, 2, 2, 2)  # 8 rows a step, 3 steps an epoch
+    whole = [[rows_in(batch) for batch in step.micro_batches] for step in islice(loader.steps_after(0), 9)]
+    rest = [[rows_in(batch) for batch in step.micro_batches] for step in islice(loader.steps_after(4), 5)]
+    assert rest == whole[4:]
+    assert [len(step) for step in whole] == [2] * 9
+
+
+def test_a_step_has_the_denominator_of_its_micro_batches():
+    loader = train_loader(sft_rows([4, 4, 6, 2]), 0, 1, 1, 2)
+    for step in islice(loader.steps_after(0), 4):
+        # Half of each row is learned: 2, 2, 3 and 1 tokens.
+        assert step.denominator == sum(batch.loss_mask.sum() for batch in step.micro_batches)
+        assert {batch.denominator for batch in step.micro_batches} == {step.denominator}
+
+
+def test_batches_come_with_the_indices_of_their_rows():
+    dataset = sft_rows(lengths_of(21))
+    evaluation = build_eval_loader(dataset, SFT, batch_size=4, rank=1, world_size=2)
+    for loader in (train_loader(dataset, 1, 2, 2, 2), evaluation):
+        pairs = list(loader.indexed_batches())
+        assert len(pairs) == len(loader)
+        assert all(indices.tolist() == rows_in(batch) for indices, batch in pairs)
 
 
 def test_ranks_work_on_similar_lengths_at_the_same_time():
@@ -203,10 +230,12 @@ def test_an_optimiser_step_holds_the_same_blocks_of_text_however_it_is_divided(
     whole = TextLoader(blocks, 6, 1, 0, 1, seed=3)
     assert {part.num_targets for part in parts} == {6 * 4}
     seen = []
-    for (expected,), *steps in islice(zip(whole, *parts, strict=True), 5):  # three epochs of ten blocks
-        held = [block for step in steps for micro_batch in step for block in micro_batch.tolist()]
+    for all_at_once, *steps in islice(zip(whole, *parts, strict=True), 5):  # three epochs of ten blocks
+        (expected,) = all_at_once.micro_batches
+        held = [block for step in steps for part in step.micro_batches for block in part.tolist()]
         assert sorted(held) == sorted(expected.tolist())
-        assert [len(micro_batch) for micro_batch in steps[0]] == [batch_size] * accumulation_steps
+        assert [len(part) for part in steps[0].micro_batches] == [batch_size] * accumulation_steps
+        assert {step.denominator for step in steps} == {24.0}
         seen += [block[0] for block in expected.tolist()]
     assert sorted(seen) == sorted(list(range(10)) * 3)
     assert seen[:10] != seen[10:20]

@@ -23,7 +23,7 @@ def run_out(step: str, limit: int, rank: int) -> Any:
 
         name = "actor_loss"
     else:
-        place, name = module, {"sft": "answer_loss", "reward": "training_shares"}[step]
+        place, name = module, {"sft": "answer_loss", "reward": "loss_and_metrics"}[step]
     right = getattr(place, name)
 
     def fails(*args: Any, **settings: Any) -> Any:
