@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC, EROFS
 
 from dschat.arguments import StepArguments
+from dschat.console import messages
 from dschat.console.streams import take_over
 from dschat.distributed.process_end import errors_end_ranks
 from dschat.distributed.watchdog import report_lost_peers
@@ -36,7 +37,7 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
 def _errors_told(debug: bool) -> Iterator[None]:
     """What `readable_errors` says of errors."""
     number = os.environ.get("RANK", "0")
-    rank = int(number) if number.isdecimal() else 0  # what else it is, `settle_environment` says
+    rank = int(number) if number.isdecimal() else 0  # what else it is, `configure_environment` says
     try:
         _check_numbers()
         with _storage_errors_told(debug):
@@ -45,14 +46,14 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if debug:
             raise
         if rank == 0:
-            print("\ninterrupted", file=sys.stderr, flush=True)
+            messages.to_stderr("\ninterrupted")
         sys.exit(130)
     except Stopped as stop:
-        from dschat.distributed.process_group import leave
+        from dschat.distributed.process_group import destroy_process_group
 
         if rank == 0:
-            _tell(str(stop))
-        leave(EXIT_TRY_AGAIN)
+            messages.to_stderr(str(stop))
+        destroy_process_group(EXIT_TRY_AGAIN)
         sys.exit(EXIT_TRY_AGAIN)
     except UserError as error:
         if debug:
@@ -60,7 +61,7 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if rank != 0:
             time.sleep(15)
         prefix = "error" if rank == 0 else f"error on rank {rank}"
-        _tell(f"{prefix}: {error}")
+        messages.to_stderr(f"{prefix}: {error}")
         sys.exit(2)
     except Exception:
         if debug:
@@ -69,14 +70,6 @@ def _errors_told(debug: bool) -> Iterator[None]:
         if not report_lost_peers():
             raise
         sys.exit(1)
-
-
-def _tell(message: str) -> None:
-    """Print the last message of a program, in lines of its own where a progress bar has not ended."""
-    from tqdm import tqdm  # not before a program has something to tell: --help is to answer at once
-
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
 
 
 def _check_numbers() -> None:
@@ -112,12 +105,12 @@ def prepare(arguments: StepArguments) -> None:
     import torch  # here, as these take seconds, and --help is to answer at once
 
     from dschat.distributed.device import check_precision
-    from dschat.distributed.rendezvous import settle_environment
+    from dschat.distributed.rendezvous import configure_environment
     from dschat.engines.out_of_memory import remember
     from dschat.models.remote_code import set_consent
 
     run = arguments.run
-    settle_environment(run.local_rank)
+    configure_environment(run.local_rank)
     remember(arguments)
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)

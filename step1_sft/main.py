@@ -30,7 +30,7 @@ from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed.collectives import sum_across_ranks
-from dschat.distributed.process_group import leave, setup
+from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.random_state import seed_everything
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import verify_model
@@ -54,7 +54,7 @@ def main(args: SftArguments) -> None:
     loaders = build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    setup(args.run.local_rank)
+    init_process_group(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=[base])
     seed_everything(args.run.seed)
     engine = build_language_model(args, tokenizer, loaders)
@@ -108,4 +108,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        leave()
+        destroy_process_group()

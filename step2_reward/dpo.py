@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import DpoArguments, parse_arguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.program import prepare, readable_errors
 from dschat.runs.output_folder import check_free
 
@@ -64,10 +64,10 @@ def main(args: DpoArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
     store = ReferenceStore.open(args, base, data)
 
-    process_group.setup(args.run.local_rank)
+    process_group.init_process_group(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=[base])
     if column(data.train, "margin").any():
-        print_rank_0("note: the data has margins, which DPO does not use.")
+        messages.note("the data has margins, which DPO does not use.")
     random_state.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
@@ -141,4 +141,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) ->
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        process_group.leave()
+        process_group.destroy_process_group()

@@ -58,7 +58,7 @@ def main(args: RewardArguments) -> None:
     loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    process_group.setup(args.run.local_rank)
+    process_group.init_process_group(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=[base])
     random_state.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
@@ -146,4 +146,4 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        process_group.leave()
+        process_group.destroy_process_group()

@@ -63,7 +63,7 @@ def main(args: RlhfArguments) -> None:
     texts = build_text_loader(args, tokenizers.actor)
     rewards = build_rewards(args, tokenizers, data, score_scale)
 
-    process_group.setup(args.run.local_rank)
+    process_group.init_process_group(args.run.local_rank)
     checkpoints = begin_run(args, data=data.key, models=handovers.all)
     random_state.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
@@ -127,4 +127,4 @@ def build_loader(args: RlhfArguments, data: SplitData, tokenizers: RlhfTokenizer
 if __name__ == "__main__":
     with readable_errors(ARGS.run.debug):
         main(ARGS)
-        process_group.leave()
+        process_group.destroy_process_group()

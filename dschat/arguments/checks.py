@@ -1,11 +1,10 @@
 """Checks across groups, and a note, that several steps share."""
 
-import os
-
 from dschat.arguments.flags import require
 from dschat.arguments.model import ModelArguments
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
+from dschat.console import messages
 
 
 def check_offload(offload: bool, *models: ModelArguments) -> None:
@@ -59,17 +58,17 @@ def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArgume
 
 def note_padding_flag(value: int | None) -> None:
     """Say once that `--num_padding_at_beginning` changes nothing."""
-    if value is not None and int(os.environ.get("RANK", 0)) == 0:
-        print("note: --num_padding_at_beginning is not needed and ignored: padding is told by masks.")
+    if value is not None:
+        messages.note("--num_padding_at_beginning is not needed and ignored: padding is told by masks.")
 
 
 def say_what_sampling_cuts(rollout: RolloutArguments) -> None:
     """Say that nothing accounts for what top-k and top-p leave out, where one of them is on."""
     top_k = [f"--top_k {rollout.top_k}"] if rollout.top_k > 0 else []
     top_p = [f"--top_p {rollout.top_p}"] if rollout.top_p < 1 else []
-    if (top_k or top_p) and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"note: answers are sampled with {' and '.join(top_k + top_p)}; PPO's ratios, KL and "
+    if top_k or top_p:
+        messages.note(
+            f"answers are sampled with {' and '.join(top_k + top_p)}; PPO's ratios, KL and "
             "--rollout_correction are those of the whole softmax, and what was cut off is not corrected for "
             "(docs/ppo.md)."
         )

@@ -2,13 +2,13 @@
 
 import argparse
 import difflib
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dschat.console import messages
 from dschat.errors import UserError
 
 LIKENESS = 0.75
@@ -97,9 +97,9 @@ class ReadableParser(argparse.ArgumentParser):
             if action is not None and not isinstance(action, argparse._AppendAction):
                 given[action.option_strings[0]] += 1
         for flag, times in given.items():
-            if times > 1 and int(os.environ.get("RANK", 0)) == 0:
+            if times > 1:
                 several = f"; several values go after one {flag}" if self._takes_list(flag) else ""
-                print(f"note: {flag} is given {times} times, and only the last counts{several}.")
+                messages.note(f"{flag} is given {times} times, and only the last counts{several}.")
 
     def _takes_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs in ("+", "*")

@@ -1,10 +1,10 @@
 """Flags: advantages, KL penalty and losses of step 3, and the text that the actor learns beside them."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from dschat.arguments.flags import flag, require, require_at_least
+from dschat.console import messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,9 @@ class PpoArguments:
             self.kl_target is None or self.kl_coef > 0,
             "--kl_target multiplies --kl_coef, which must be positive to begin with, got 0; 0.1 is usual.",
         )
-        if self.has_kl_loss and self.penalised_kl == "k1" and int(os.environ.get("RANK", 0)) == 0:
-            print(
-                "note: --kl_estimator k1 with --kl_in loss has a gradient that is zero on average and holds "
+        if self.has_kl_loss and self.penalised_kl == "k1":
+            messages.note(
+                "--kl_estimator k1 with --kl_in loss has a gradient that is zero on average and holds "
                 "nothing back; k2 and k3 do."
             )
 

@@ -1,7 +1,6 @@
 """Each step's object: the groups that it is composed of, and the checks across them."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 
 from dschat.arguments.checks import (
@@ -21,6 +20,7 @@ from dschat.arguments.rlhf import RlhfOptions
 from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions, SftOptions
+from dschat.console import messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +195,8 @@ class RlhfArguments:
             f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
         )
         note_padding_flag(self.rlhf.num_padding_at_beginning)
-        if self.rlhf.align_overflow and not self.aligns_overflow and int(os.environ.get("RANK", 0)) == 0:
-            print("note: --align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
+        if self.rlhf.align_overflow and not self.aligns_overflow:
+            messages.note("--align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
         say_what_sampling_cuts(self.rollout)
         for model in (self.actor, self.critic):
             require(

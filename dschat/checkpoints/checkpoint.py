@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dschat.arguments import StepArguments, global_sizes, settings
 from dschat.checkpoints.engine_state import load_engine, load_engine_resharded, save_engine
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed.collectives import (
     all_gather_object,
     barrier,
@@ -179,8 +179,8 @@ class Checkpoints:
                 problem = self._write(step, engines, described, tensors or {}, shared_tensors or {})
             self._saved_at = time.monotonic()
             if problem:
-                print_rank_0(
-                    f"WARNING: no checkpoint at step {step}: {problem}; {self._kept()}. Make room or "
+                messages.warning(
+                    f"no checkpoint at step {step}: {problem}; {self._kept()}. Make room or "
                     "repair the disk; it is tried again when the next one is due."
                 )
         if self._requests.received is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dschat.arguments import STARTING, Setting, StepArguments, settings
 from dschat.checkpoints.checkpoint import Checkpoints, identity, read_progress
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed.collectives import all_gather_object, barrier
 from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
@@ -35,7 +35,7 @@ def begin_run(arguments: StepArguments, *, data: str, models: Sequence[UpstreamM
     where a checkpoint cannot be used.
     """
     for warning in other_shares(arguments, models):
-        print_rank_0(warning)
+        messages.info(warning)
     choice: dict[str, Any] = {}
     now = identity(arguments, data)
     if is_main_process():
@@ -74,21 +74,21 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
         return {"chosen": str(folder), "damaged": []}
     finished, damaged = finished_checkpoints(root), []
     for unfinished in sorted(path.name for path in root.glob(STEP_FOLDERS) if path.name not in finished):
-        print_rank_0(f"WARNING: checkpoint {root / unfinished} is passed over: {damage(root / unfinished)}.")
+        messages.warning(f"checkpoint {root / unfinished} is passed over: {damage(root / unfinished)}.")
     for name in reversed(finished):
         problem = damage(root / name)
         if problem is None:
             _compare(root / name, arguments, now)
-            print_rank_0(f"going on from checkpoint {root / name}")
+            messages.info(f"going on from checkpoint {root / name}")
             return {"chosen": str(root / name), "damaged": damaged}
-        print_rank_0(f"WARNING: checkpoint {root / name} is passed over: {problem}.")
+        messages.warning(f"checkpoint {root / name} is passed over: {problem}.")
         damaged.append(name)
     if damaged:
         raise UserError(
             f"--resume_from_checkpoint latest: no checkpoint in {root} is intact; to start from the "
             "beginning, give --overwrite_output_dir in its place."
         )
-    print_rank_0(f"--resume_from_checkpoint latest: there is none in {root}; starting from the beginning.")
+    messages.info(f"--resume_from_checkpoint latest: there is none in {root}; starting from the beginning.")
     return {"chosen": None, "damaged": []}
 
 
@@ -163,7 +163,7 @@ def _say_differences(
     if saved["world_size"] != now["world_size"]:
         said.append(f"{now['world_size']} ranks (was {saved['world_size']})")
     if said:
-        print_rank_0(f"note: other than when {folder} was saved: {', '.join(said)}.")
+        messages.note(f"other than when {folder} was saved: {', '.join(said)}.")
 
 
 def _restore_metrics(saved: Path, path: Path) -> None:

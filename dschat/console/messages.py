@@ -1,13 +1,36 @@
-"""What a run tells its user: on rank 0, in a line of its own also beside a progress bar."""
+"""Messages of a run to its user: printed by rank 0, on a line of their own also beside a progress bar.
+
+The run's log file has them too, as `console.streams` puts a `Console` in the place of stdout and stderr.
+"""
 
 import os
 import sys
+from typing import TextIO
 
-from tqdm import tqdm
+
+def info(message: str, *, every_rank: bool = False) -> None:
+    """Print a message without a level. Only rank 0 does, unless `every_rank`."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        _write(message, sys.stdout)
 
 
-def print_rank_0(message: str) -> None:
-    """Print on rank 0, on a line of its own also where a progress bar stands."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message)
-        sys.stdout.flush()
+def note(message: str, *, every_rank: bool = False) -> None:
+    """Print what the user may want to know: "note: " and the message."""
+    info(f"note: {message}", every_rank=every_rank)
+
+
+def warning(message: str, *, every_rank: bool = False) -> None:
+    """Print what probably is not as the user wants it: "WARNING: " and the message."""
+    info(f"WARNING: {message}", every_rank=every_rank)
+
+
+def to_stderr(message: str) -> None:
+    """Print to stderr, on the rank that calls this: why a program ends, or what other ranks wait for."""
+    _write(message, sys.stderr)
+
+
+def _write(message: str, stream: TextIO) -> None:
+    from tqdm import tqdm  # not before a program has something to print: --help is to answer at once
+
+    tqdm.write(message, file=stream)
+    stream.flush()

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
+from dschat.console import messages
 from dschat.errors import UserError
 
 
@@ -38,5 +39,5 @@ def spooled(path: Path, flag: str) -> BinaryIO:
             f"{flag} {path}: the pipe is empty. It can be read once only, so a run that starts again or goes "
             "on needs the rows in a file."
         )
-    print(f"note: {flag} {path} is a pipe and was read once ({file.tell()} bytes).", flush=True)
+    messages.note(f"{flag} {path} is a pipe and was read once ({file.tell()} bytes).")
     return file

@@ -4,7 +4,6 @@ Called on every rank before the process group exists; the first to come does the
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import DataArguments
+from dschat.console import messages
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached
 from dschat.data.cells import BadRow
@@ -213,8 +213,7 @@ def _prepare(
         raise UserError(
             f"the tokens kept in {folder} cannot be read ({error}); remove that folder."
         ) from error
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(describe(report, task, sources.all, folder), flush=True)
+    messages.info(describe(report, task, sources.all, folder))
     counts = zip(sources.all, report["sources"], strict=True)
     num_rows = {source.name: count["rows"] for source, count in counts}
     return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import _get_build_directory
 
+from dschat.console import messages
+
 OPEN_FILES = Path("/proc/self/fd")
 
 QUIET = 2.0
@@ -56,11 +58,7 @@ def _is_left_behind(lock: Path, youngest: float) -> bool:
             return False
         if time.monotonic() - start > NOTE_AFTER and not has_told:
             has_told = True
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"note: waiting for another process that compiles {lock.parent.name} ({lock}).",
-                    flush=True,
-                )
+            messages.note(f"waiting for another process that compiles {lock.parent.name} ({lock}).")
         time.sleep(0.1)
 
 

@@ -14,28 +14,29 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from dschat.console import messages
 from dschat.distributed import restart, watchdog
 from dschat.distributed.collectives import barrier, gather_rows
 from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_end import end
-from dschat.distributed.rendezvous import settle_environment, take_free_port, unmet, wait_for_rank_0
+from dschat.distributed.rendezvous import configure_environment, take_free_port, unmet, wait_for_rank_0
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
 """Longer than the slowest rank may take to load a model or to write a checkpoint."""
 
 
-def setup(local_rank: int = -1) -> torch.device:
+def init_process_group(local_rank: int = -1) -> torch.device:
     """Join the process group (a group of one under plain `python`) and return this rank's device.
 
-    Raises `UserError` where the ranks cannot meet. `local_rank` is as `settle_environment` has it.
+    Raises `UserError` where the ranks cannot meet. `local_rank` is as `configure_environment` has it.
     """
     # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
-    settle_environment(local_rank)
+    configure_environment(local_rank)
     _check_device()
     # DeepSpeed would compile collectives in shared memory, which only tensor-parallel inference calls. Their
     # buffers, 66 MiB a rank, stay in /dev/shm for ever, and where that is full the process dies.
@@ -50,7 +51,9 @@ def setup(local_rank: int = -1) -> torch.device:
         _join_again(attempt)
     watchdog.end_with_launcher()
     for lock in clear_build_locks(on_one_machine=mesh().world.size == mesh().machine.size):
-        print(f"note: {lock} was left behind by a process that was killed, and is deleted.", flush=True)
+        messages.note(
+            f"{lock} was left behind by a process that was killed, and is deleted.", every_rank=True
+        )
     take_free_port()
     wait_for_rank_0()
     try:
@@ -82,7 +85,7 @@ def _check_device() -> None:
         )
 
 
-def leave(exit_code: int = 0) -> None:
+def destroy_process_group(exit_code: int = 0) -> None:
     """Leave the process group: the last call of a program, on every rank. Of several, each ends here.
 
     The group's threads end first, as far as they can: an engine at ZeRO-3 keeps some of gloo's.

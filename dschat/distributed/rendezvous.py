@@ -6,11 +6,11 @@ set some of them, or names of their own. What is certain is filled in, and what 
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+from dschat.console import messages
 from dschat.errors import UserError
 
 JOB_SYSTEMS = {
@@ -37,7 +37,7 @@ NOTE_AFTER = 15.0
 REMEDY = "or start with torchrun or deepspeed, which set it."
 
 
-def settle_environment(local_rank: int = -1) -> None:
+def configure_environment(local_rank: int = -1) -> None:
     """Complete this process's variables. Raises `UserError` that names the one that is missing or wrong.
 
     `local_rank` is the deepspeed launcher's flag; torchrun sets the environment variable instead.
@@ -76,7 +76,9 @@ def _of_job_system(given: Mapping[str, str]) -> dict[str, str]:
         if found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"]:
             found["MASTER_ADDR"] = "127.0.0.1"
         if found["RANK"] == "0":
-            print(f"note: the {given[size]} processes that {system} started are the ranks.", flush=True)
+            messages.note(
+                f"the {given[size]} processes that {system} started are the ranks.", every_rank=True
+            )
         return found | {name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in given}
     return {}
 
@@ -133,7 +135,7 @@ def take_free_port() -> None:
         except OSError as error:
             os.environ["MASTER_PORT"] = other = str(free_port())
             why = error.strerror.lower()
-            print(f"note: port {port} is not used ({why}); one process needs any port: {other}.", flush=True)
+            messages.note(f"port {port} is not used ({why}); one process needs any port: {other}.")
 
 
 def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
@@ -154,7 +156,7 @@ def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
                 ) from error
             if waited > NOTE_AFTER and not has_told:
                 has_told = True
-                print(f"note: rank {rank} waits for rank 0 at {where}: {error}", file=sys.stderr, flush=True)
+                messages.to_stderr(f"note: rank {rank} waits for rank 0 at {where}: {error}")
         time.sleep(1)
 
 

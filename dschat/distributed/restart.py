@@ -20,6 +20,8 @@ import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from dschat.console import messages
+
 ORDER, PORT, READY = "restart/order", "restart/port", "restart/ready"
 LEAVING, LEFT = "leave/leaving", "leave/left"
 WAIT = 60.0
@@ -101,8 +103,7 @@ def forget() -> None:
 
 
 def _start_again(flags: Mapping[str, object], message: str, port: int) -> None:
-    if int(os.environ["RANK"]) == 0:
-        print(message, flush=True)
+    messages.info(message)
     sys.stdout.flush()
     sys.stderr.flush()
     # torchrun's own store still holds the old group's keys: rank 0 makes a new one, as without torchrun.

@@ -13,6 +13,8 @@ from zlib import crc32
 
 import psutil
 
+from dschat.console import messages
+
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """What torchrun and the deepspeed launcher set for a rank."""
 
@@ -98,7 +100,7 @@ class RankWatchdog:
     def say(self, message: str) -> None:
         """Show the message, on one of the ranks that are left."""
         if self._speaks:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            messages.to_stderr(f"error: {message}")
 
     def _look(self) -> None:
         while not self._stopped.wait(INTERVAL):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed.mesh import mesh
 from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
 from dschat.engines.out_of_memory import consumes
@@ -79,8 +79,8 @@ def tell_of_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_tra
     given = f"--num_warmup_steps {args.num_warmup_steps}"
     if args.warmup_ratio is not None:
         given = f"--warmup_ratio {args.warmup_ratio:g}"
-    print_rank_0(
-        f"note: warm-up takes {num_warmup_steps} of the run's {num_training_steps} optimiser steps "
+    messages.note(
+        f"warm-up takes {num_warmup_steps} of the run's {num_training_steps} optimiser steps "
         f"({given}), in which the learning rate still rises from 0 to its value; --warmup_ratio 0.1 takes a "
         "tenth."
     )

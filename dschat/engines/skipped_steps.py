@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from dschat.arguments import RunArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.engines.step import DeepSpeedEngine, skipped_because
 from dschat.errors import UserError
 from dschat.runs.output_folder import newest_checkpoint
@@ -31,8 +31,8 @@ class SkippedSteps:
         self._total += 1
         self._in_a_row[model] += 1
         if self._total & (self._total - 1) == 0:
-            print_rank_0(
-                f"WARNING: step {step}: the {reason} of the {model} is not finite, and the update was "
+            messages.warning(
+                f"step {step}: the {reason} of the {model} is not finite, and the update was "
                 f"skipped ({self._total} so far)."
             )
         if 0 < self._run.max_skipped_steps < self._in_a_row[model]:

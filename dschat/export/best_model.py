@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed.collectives import broadcast_from_rank_0
 from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
@@ -44,9 +44,7 @@ class BestModel:
                 export(self._folder / FOLDER)
         except UserError as error:
             kept = "none" if self.step is None else f"that of {self._unit} {self.step}"
-            print_rank_0(
-                f"WARNING: {self._unit} {step} has the best model so far, but {error} Kept is {kept}."
-            )
+            messages.warning(f"{self._unit} {step} has the best model so far, but {error} Kept is {kept}.")
             return
         self.step, self.facts = step, facts
         if self._folder and is_main_process():
@@ -61,8 +59,8 @@ class BestModel:
             return True
         place = broadcast_from_rank_0(lambda: self._place_of(self._manifest))
         if place is None:
-            print_rank_0(
-                f"WARNING: the best model, that after {self._unit} {self.step}, is not in "
+            messages.warning(
+                f"the best model, that after {self._unit} {self.step}, is not in "
                 f"{self._folder / FOLDER} any more: the last one is exported."
             )
         return place is not None
@@ -105,7 +103,7 @@ class BestModel:
             if known["step"] is not None and self._place_of(known["manifest"]) is not None:
                 return known
         if noted or state["step"] is not None:
-            print_rank_0("note: which model best/ holds is not known; the next evaluation replaces it.")
+            messages.note("which model best/ holds is not known; the next evaluation replaces it.")
         return {"manifest": None, "step": None, "facts": {}}
 
     def _place_of(self, manifest: str | None) -> str | None:

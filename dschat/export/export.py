@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import first_error_across_ranks
 from dschat.distributed.mesh import is_main_process, mesh
@@ -169,9 +169,7 @@ def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     lora = lora_config(module)
     if lora is not None:
         if trains_more_than_adapters(module):
-            print_rank_0(
-                "note: adapter/ holds the adapters alone, the weights beside it all that was trained."
-            )
+            messages.note("adapter/ holds the adapters alone, the weights beside it all that was trained.")
         save_adapter(state, lora, folder / ADAPTER_FOLDER)
         state = merge_lora(state, lora)
     _save_with_cache(model, state, folder)

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.files import is_local
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import max_across_ranks
@@ -75,8 +75,8 @@ class UpstreamModel:
         """Repeat on rank 0 what step 2 found wrong with the reward model."""
         verdict = self.manifest.verdict if self.manifest else None
         if verdict and not is_good(verdict):
-            print_rank_0(
-                f"WARNING: {self.flag} {self.path}: the verdict of step 2 on this reward model is {verdict}. "
+            messages.warning(
+                f"{self.flag} {self.path}: the verdict of step 2 on this reward model is {verdict}. "
                 "PPO learns what it rewards, right or wrong."
             )
 
@@ -174,8 +174,8 @@ def verify_model(path: str, flag: str, *heads: Head) -> UpstreamModel:
         raise _explained(error, manifest, Path(path)) from error
     handover = UpstreamModel(path, flag, manifest)
     if manifest is None:
-        print_rank_0(
-            f"note: {path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
+        messages.note(
+            f"{path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
         )
         return handover
     if is_main_process():

@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.files import is_local
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
@@ -157,7 +157,7 @@ def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: 
         return
     problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
     if not _has_learned_positions(config):
-        print_rank_0(f"note: {problem}: what comes after those is new to it.")
+        messages.note(f"{problem}: what comes after those is new to it.")
         return
     raise UserError(f"{problem}; lower {flag}.")
 

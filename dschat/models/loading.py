@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.zero3 import gathered
 from dschat.errors import UserError
@@ -176,7 +176,7 @@ def _check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CONSTANTS)}
     if fresh_head:
         if HEAD not in missing:
-            print_rank_0(f"note: {model_name_or_path!r} has a reward head; a fresh one takes its place.")
+            messages.note(f"{model_name_or_path!r} has a reward head; a fresh one takes its place.")
         missing.discard(HEAD)
         unexpected = {name for name in unexpected if not name.startswith(OUTPUT_LAYERS)}
     mismatched = [keys for keys in info["mismatched_keys"] if not (fresh_head and keys[0] == HEAD)]

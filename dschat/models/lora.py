@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.arguments import ModelArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.errors import UserError
 from dschat.models.lora_file import read_lora_file
 from dschat.models.preflight import meta_model
@@ -268,15 +268,15 @@ def _kinds(names: Iterable[str]) -> str:
 def _announce(model: nn.Module, num_layers: int) -> None:
     sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-    print_rank_0(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
+    messages.info(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
     if lora_config(model).trainable_token_indices:
         shown = [repr(token) for token in model.new_tokens.values()]
         more = f" and {len(shown) - SHOWN_TOKENS} more" if len(shown) > SHOWN_TOKENS else ""
-        print_rank_0(
+        messages.info(
             f"the vocabulary's rows of {', '.join(shown[:SHOWN_TOKENS])}{more} are trained too: "
             "these tokens are new to the model."
         )
     stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]
     if stacked:
         fate = "trained whole" if stacked[0].requires_grad else "not trained"
-        print_rank_0(f"note: the experts' weights are no linear layers and get no adapters; they are {fate}.")
+        messages.note(f"the experts' weights are no linear layers and get no adapters; they are {fate}.")

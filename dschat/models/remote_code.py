@@ -1,6 +1,6 @@
 """Whether Python code that comes with a model may run: only where --trust_remote_code says so."""
 
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 
 _consent = {"given": False}
 
@@ -8,8 +8,8 @@ _consent = {"given": False}
 def set_consent(given: bool) -> None:
     """Allow or forbid such code in this process from now on, in every place that loads something."""
     if given and not _consent["given"]:
-        print_rank_0(
-            "note: --trust_remote_code: Python code in the folders and repositories of the models runs with "
+        messages.note(
+            "--trust_remote_code: Python code in the folders and repositories of the models runs with "
             "your rights."
         )
     _consent["given"] = given

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments, TokenizerArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.files import is_local
 from dschat.data.template_trial import settle_template
 from dschat.errors import UserError
@@ -72,8 +72,8 @@ def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     known = next((token for token in candidates if vocabulary[token] not in taken), None)
     tokenizer.add_special_tokens({"pad_token": known or NEW_PAD_TOKEN})
     if known is None:
-        print_rank_0(
-            f"note: the tokenizer of {tokenizer.name_or_path!r} has no padding token besides its end token; "
+        messages.note(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no padding token besides its end token; "
             f"{NEW_PAD_TOKEN} was added with id {tokenizer.pad_token_id}."
         )
 
@@ -133,8 +133,8 @@ def _load_first_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
         reader = load_tokenizer(reward, own)
         return RlhfTokenizers(ours, reader if _reads_otherwise(ours, reader) else None, fresh_critic=False)
     if difference is not None:
-        print_rank_0(
-            f"note: the reward model {critic!r} has a tokenizer of its own ({difference}): it reads the "
+        messages.note(
+            f"the reward model {critic!r} has a tokenizer of its own ({difference}): it reads the "
             "answers as text, in its own tokens and template, and the critic starts from the actor with a "
             "fresh head."
         )

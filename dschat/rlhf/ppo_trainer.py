@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dschat.arguments import RlhfArguments
 from dschat.checkpoints.checkpoint import Progress
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
 from dschat.distributed.collectives import sum_across_ranks
@@ -272,8 +272,8 @@ class DeepSpeedPPOTrainer:
     def _tell_of_nonfinite_scores(self, judgement: AnswerAnalysis) -> None:
         if self._at.nonfinite_scores and not self._told_of_nonfinite_scores:
             self._told_of_nonfinite_scores = True
-            print_rank_0(
-                f"WARNING: PPO step {self._at.ppo_step + 1}: {self._at.nonfinite_scores} of "
+            messages.warning(
+                f"PPO step {self._at.ppo_step + 1}: {self._at.nonfinite_scores} of "
                 f"{len(judgement.scores)} scores are not finite. Such an answer counts with the mean of the "
                 "others, and where there is no other the updates are skipped. metrics.jsonl goes on counting "
                 "them as nonfinite_scores; a reward model that overflows needs --dtype bf16 or fp32."

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.arguments import ModelArguments, RlhfArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -79,7 +79,7 @@ class DeepSpeedRLHFEngine:
         likely, name = (self.reward, "reward model") if self.reward else (self.actor, "actor")
         num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in likely.module.parameters())
         size = num_weights * TRAINED_BYTES / 2**30
-        print_rank_0(
+        messages.info(
             f"no critic: --advantage_estimator {self._args.ppo.advantage_estimator} needs none. One as large "
             f"as the {name}, trained whole, would take {size:.3g} GiB for weights, gradients and "
             "Adam's states. The critic's own flags, such as its learning rate, have no use."
@@ -126,7 +126,7 @@ class DeepSpeedRLHFEngine:
 
     @phase("loading the actor")
     def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
-        print_rank_0("loading the actor")
+        messages.info("loading the actor")
         args, config = self._args.actor, self._train_config(self._args.actor)
         model = self._language_model(config)
         return self._trained_engine(model, args, config, num_training_steps)
@@ -135,18 +135,18 @@ class DeepSpeedRLHFEngine:
     def _build_reference(self) -> DeepSpeedEngine | None:
         offload = self._args.rlhf.offload_reference_model
         if trains_adapters_only(self.actor.module):
-            print_rank_0("the reference model is the actor without its adapters: no copy is loaded")
+            messages.info("the reference model is the actor without its adapters: no copy is loaded")
             if offload:
-                print_rank_0("note: --offload_reference_model has nothing to offload and is ignored.")
+                messages.note("--offload_reference_model has nothing to offload and is ignored.")
             return None
-        print_rank_0("loading the reference model, a copy: the actor trains more than adapters")
+        messages.info("loading the reference model, a copy: the actor trains more than adapters")
         config = self._frozen_config(self._args.actor, offload=offload)
         model = self._language_model(config)
         return build_frozen_engine(model, config=config)
 
     @phase("loading the critic")
     def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
-        print_rank_0("loading the critic")
+        messages.info("loading the critic")
         args, config = self._args.critic, self._train_config(self._args.critic)
         model = create_critic_model(
             self._args.actor.model_name_or_path if self.fresh_critic else args.model_name_or_path,
@@ -164,7 +164,7 @@ class DeepSpeedRLHFEngine:
         """The reward model at `path`, if there is one."""
         if path is None:
             return None
-        print_rank_0(f"loading {name}")
+        messages.info(f"loading {name}")
         args = self._args.critic
         config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
         model = create_critic_model(

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments
 from dschat.checkpoints.checkpoint import Checkpoints
+from dschat.console import messages
 from dschat.data.loaders import PromptLoader
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
@@ -76,7 +77,7 @@ def train_ppo(
         figures = _watched(step, trainer.metrics(), watch, metrics, is_last=step == num_ppo_steps)
         metrics.advance()
         if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
-            metrics.say(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+            messages.info(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
         save_if_due(is_last=step == num_ppo_steps or watch.guard.stopped_by is not None)
         if watch.guard.stopped_by:
             break
@@ -88,9 +89,9 @@ def _watched(
     step: int, figures: Figures, watch: TrainingMonitor, metrics: MetricsLogger, *, is_last: bool = False
 ) -> Figures:
     """The figures after a PPO step with those of an evaluation, logged, and what the guard says printed."""
-    values, messages = watch.after(step, figures, is_last=is_last)
+    values, warnings = watch.after(step, figures, is_last=is_last)
     if values:
         metrics.log(step, show=SHOWN, **values)
-    for message in messages:
-        metrics.say(message)
+    for warning in warnings:
+        messages.info(warning)
     return values

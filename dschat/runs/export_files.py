@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from dschat.console import messages
 from dschat.runs.atomic_folder import Files, flush, flushed, measured, names_of_files, write_json
 
 RECORD = ".export.json"
@@ -148,7 +149,7 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
         while os.path.lexists(kept):
             kept = kept.with_name(f"set-aside-{kept.name}")
         (folder / name).rename(kept)
-        print(f"note: {folder / name} is no file of this run; it is kept as {kept.name}.", flush=True)
+        messages.note(f"{folder / name} is no file of this run; it is kept as {kept.name}.", every_rank=True)
 
 
 def _remove_left_behind(folder: Path) -> None:

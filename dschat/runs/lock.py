@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from dschat.console import messages
 from dschat.distributed.watchdog import LAUNCHER_VARIABLES, is_gone, machine_number
 from dschat.errors import UserError
 
@@ -116,8 +117,7 @@ def _wait_for_lock(folder: Path, descriptor: int) -> None:
             )
         if holder is not None and not has_told:
             has_told = True
-            message = f"note: another run{_described(holder)} is ending in {folder}; waiting for that."
-            print(message, flush=True)
+            messages.note(f"another run{_described(holder)} is ending in {folder}; waiting for that.")
         time.sleep(0.1)
 
 

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dschat.arguments import RunArguments
+from dschat.console import messages
 from dschat.runs.output_folder import METRICS, tensorboard_folder, without_infinities
 
 
@@ -79,7 +80,7 @@ class MetricsLogger:
         try:
             yield
         except OSError as error:
-            self.say(f"WARNING: no more curves for TensorBoard: {error}.")
+            messages.warning(f"no more curves for TensorBoard: {error}.")
             self._writer = None
 
     def flush(self) -> None:
@@ -95,16 +96,11 @@ class MetricsLogger:
                 self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
         except OSError as error:
             if had_room:
-                self.say(f"WARNING: {METRICS} cannot be written: {error}; its lines are kept until it can.")
+                messages.warning(f"{METRICS} cannot be written: {error}; its lines are kept until it can.")
 
     def advance(self) -> None:
         """One optimiser step (step 3: one PPO step) is done."""
         self._bar.update()
-
-    def say(self, message: str) -> None:
-        """A line on the console that does not break the progress bar."""
-        if not self._bar.disable:
-            tqdm.write(message)
 
     def close(self) -> None:
         """Finish the bar and the files."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.arguments import RlhfArguments, RunArguments, StepArguments, write_arguments
+from dschat.console import messages
 from dschat.console.log_file import log
 from dschat.errors import UserError
 from dschat.runs.atomic_folder import facts_of, write_json
@@ -110,8 +111,7 @@ def check_finished(run: RunArguments) -> None:
     holds = f"--output_dir {run.output_dir} holds a run that finished on {finished:%Y-%m-%d %H:%M}"
     asked = resumes(run)
     if asked == "latest" or (asked and Path(asked).resolve().parent == checkpoints_folder(run).resolve()):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{holds}: there is nothing to go on with, and nothing is changed.", flush=True)
+        messages.info(f"{holds}: there is nothing to go on with, and nothing is changed.")
         sys.exit(0)
     if not run.overwrite_output_dir:
         raise UserError(f"{holds}; name another folder, or give --overwrite_output_dir.")

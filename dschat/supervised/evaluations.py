@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dschat.console import messages
 from dschat.data.loaders import EvalLoader
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -52,7 +53,7 @@ class Evaluations:
         if not figures:
             return
         self._metrics.log(step, **figures)
-        self._metrics.say(f"{moment}: " + ", ".join(map(_shown, figures.items())))
+        messages.info(f"{moment}: " + ", ".join(map(_shown, figures.items())))
         loss = figures["eval_loss"]
         if self._short and not is_short and len(self._short.order) < len(self._whole.order):
             loss = self._figures(self._short)["eval_loss"]

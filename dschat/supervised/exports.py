@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import SupervisedArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.step import DeepSpeedEngine
@@ -60,17 +60,17 @@ class ModelExports:
         last = {}
         if model_step != step:
             last = {f"last_{name}": value for name, value in evaluations[-1].figures.items()}
-            print_rank_0(
+            messages.info(
                 f"the exported model is that after step {model_step}, of the lowest evaluation loss, "
                 f"{until[-1].loss:.4g}; that after step {step}, the last, has {evaluations[-1].loss:.4g} "
                 "(--export_model best)."
             )
             if self._verdict_of:
                 last["last_verdict"] = self._verdict_of(evaluations)
-                print_rank_0(f"verdict on the model after step {step}, not exported: {last['last_verdict']}")
+                messages.info(f"verdict on the model after step {step}, not exported: {last['last_verdict']}")
         if provenance.verdict:
             warning = "" if is_good(provenance.verdict) else "WARNING: "
-            print_rank_0(f"{warning}verdict on the reward model: {provenance.verdict}")
+            messages.info(f"{warning}verdict on the reward model: {provenance.verdict}")
         if is_main_process():
             counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
             told = {"verdict": provenance.verdict} if provenance.verdict else {}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
 from dschat.checkpoints.checkpoint import Checkpoints
+from dschat.console import messages
 from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
@@ -158,7 +159,7 @@ def train_epochs(
         metrics.advance()
         evaluations.take_in(trained["loss"])
         if print_loss:
-            metrics.say(f"step {step}: loss {trained['loss']:.4f}")
+            messages.info(f"step {step}: loss {trained['loss']:.4f}")
         if step % steps_per_epoch == 0 or step == num_steps:
             epochs = min(step / steps_per_epoch, args.optimizer.num_train_epochs)
             evaluations.make(step, f"epoch {epochs:g}")

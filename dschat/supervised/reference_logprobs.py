@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.cache import cache_folder, cached, kept
 from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
 from dschat.data.loaders import EvalLoader, TrainLoader
@@ -93,7 +93,7 @@ class ReferenceStore:
         """Keep the table for later runs (rank 0)."""
         if is_main_process():
             folder = cached(self.root, self.key, lambda place: np.save(place / FILE, table.numpy()))
-            print_rank_0(f"the reference model's log-probabilities are kept in {folder}")
+            messages.info(f"the reference model's log-probabilities are kept in {folder}")
 
 
 def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[], Tensor]) -> SplitData:
@@ -107,7 +107,7 @@ def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[],
         _check_finite(table)
         store.write(table)
     else:
-        print_rank_0(f"the reference model's log-probabilities come from {store.root / store.key}")
+        messages.info(f"the reference model's log-probabilities come from {store.root / store.key}")
     train, evaluation = table.split([len(data.train), len(data.evaluation)])
     return replace(
         data, train=_extended(data.train, train), evaluation=_extended(data.evaluation, evaluation)
@@ -119,7 +119,7 @@ def reference_of_copy(
     args: DpoArguments, tokenizer: PreTrainedTokenizerBase, base: UpstreamModel, loaders: Loaders
 ) -> Tensor:
     """`logprob_table` of a copy of the model that training starts from; its memory is free after that."""
-    print_rank_0("loading the reference model, a copy, for its log-probabilities")
+    messages.info("loading the reference model, a copy, for its log-probabilities")
     stage = 3 if args.model.zero_stage == 3 else 0
     config = frozen_config(stage=stage, run=args.run, offload=args.dpo.offload_reference_model)
     model = create_hf_model(
@@ -134,9 +134,9 @@ def reference_of_copy(
 
 def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     """`logprob_table` of a policy that trains adapters alone: without them it is its own reference."""
-    print_rank_0("the reference model is the policy without its adapters: no copy is loaded")
+    messages.info("the reference model is the policy without its adapters: no copy is loaded")
     if args.dpo.offload_reference_model:
-        print_rank_0("note: --offload_reference_model has nothing to offload and is ignored.")
+        messages.note("--offload_reference_model has nothing to offload and is ignored.")
     with adapters_off(engine.module):
         return logprob_table(engine, loaders)
 

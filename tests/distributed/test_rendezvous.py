@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from dschat.distributed import rendezvous
-from dschat.distributed.rendezvous import settle_environment, take_free_port, unmet, wait_for_rank_0
+from dschat.distributed.rendezvous import configure_environment, take_free_port, unmet, wait_for_rank_0
 from dschat.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -58,12 +58,12 @@ def slurm(rank, size, local_rank, local_size) -> dict[str, str]:
 )  # fmt: skip
 def test_what_is_certain_is_filled_in(given, rank, size, local_rank, local_size, environment):
     environment.update(given)
-    settle_environment()
+    configure_environment()
     assert [environment[name] for name in NAMES[:4]] == [*map(str, (rank, size, local_rank, local_size))]
     assert environment["MASTER_ADDR"] == given.get("MASTER_ADDR", "127.0.0.1")
     assert environment["MASTER_PORT"].isdecimal()
     before = dict(environment)
-    settle_environment()
+    configure_environment()
     assert environment == before
 
 
@@ -91,13 +91,13 @@ def test_what_is_certain_is_filled_in(given, rank, size, local_rank, local_size,
 def test_what_is_missing_or_wrong_is_named(given, named, environment):
     environment.update(given)
     with pytest.raises(UserError) as told:
-        settle_environment()
+        configure_environment()
     assert named in str(told.value)
 
 
 def test_the_launcher_s_flag_counts_where_the_variable_is_not_set(environment):
     environment.update(meeting(1, 2))
-    settle_environment(1)
+    configure_environment(1)
     assert environment["LOCAL_RANK"] == "1"
 
 
@@ -105,7 +105,7 @@ def test_a_group_of_one_takes_another_port_and_several_ranks_are_told_one(enviro
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
         environment.update(meeting(0, 1, port=port))
-        settle_environment()
+        configure_environment()
         take_free_port()
         assert environment["MASTER_PORT"] != port
         assert f"note: port {port} is not used (address already in use)" in capsys.readouterr().out

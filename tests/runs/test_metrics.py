@@ -77,6 +77,5 @@ def test_a_full_disk_ends_tensorboard_alone_and_in_one_line(tmp_path, capsys, mo
 def test_other_ranks_write_nothing(tmp_path):
     metrics = logger(tmp_path, is_main_process=False)
     metrics.log(1, show=("loss",), loss=2.5)
-    metrics.say("nothing")
     metrics.close()
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from dschat.distributed.statistics import MeanOverRanks
 
 def main(folder: Path) -> None:
     """Run them all on numbers that differ by rank."""
-    device = process_group.setup()
+    device = process_group.init_process_group()
     rank = mesh().world.rank
     mine = torch.tensor([1.0, 10.0], device=device) * (rank + 1)
     results = {
@@ -47,4 +47,4 @@ def standard_error_over_ranks(rank: int, device: torch.device) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    process_group.leave()
+    process_group.destroy_process_group()

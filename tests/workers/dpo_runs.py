@@ -14,7 +14,7 @@ from typing import Any
 from processes import ROOT
 
 from dschat.arguments import parse_arguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.engines.build import build_frozen_engine
 from dschat.engines.step import DeepSpeedEngine
@@ -44,16 +44,16 @@ def main(runs: Path) -> None:
 
     def look_and_train(*args: Any, **settings: Any) -> dict[str, float]:
         left = sum(weight.untyped_storage().nbytes() for weight in weights)
-        print_rank_0(f"{len(weights)} weights of the reference model have {left} bytes")
+        messages.info(f"{len(weights)} weights of the reference model have {left} bytes")
         weights.clear()
         return train(*args, **settings)
 
     reference_logprobs.build_frozen_engine, dpo.train_epochs = build_and_watch, look_and_train
     for name, flags in json.loads(runs.read_text()).items():
-        print_rank_0(f"== {name}")
+        messages.info(f"== {name}")
         dpo.main(parse_arguments("dpo", flags))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    process_group.leave()
+    process_group.destroy_process_group()

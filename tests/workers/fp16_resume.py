@@ -12,7 +12,7 @@ import torch
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.checkpoints.engine_state import load_engine, save_engine
 from dschat.distributed.mesh import is_main_process
-from dschat.distributed.process_group import leave, setup
+from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.zero3 import gathered
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.step import DeepSpeedEngine, learning_rate, train_on
@@ -61,7 +61,7 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    setup()
+    init_process_group()
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
-    leave()
+    destroy_process_group()

@@ -23,9 +23,9 @@ def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
 
 
 if __name__ == "__main__":
-    process_group.setup()
+    process_group.init_process_group()
     sft, ppo = map(json.loads, sys.argv[1:])
     program("sft").main(parse_arguments("sft", sft))
     with unittest.mock.patch.object(analysis, "scores_of_answers", length_of_answers):
         program("rlhf").main(parse_arguments("rlhf", ppo))
-    process_group.leave()
+    process_group.destroy_process_group()

@@ -15,7 +15,7 @@ from interrupted_runs import program
 from processes import ROOT
 
 from dschat.arguments import parse_arguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
@@ -45,9 +45,9 @@ def main(runs: Path) -> None:
             how = "finished"
         except Stopped as stop:
             how = f"stopped: {stop}"
-        print_rank_0(f"== {args.run.output_dir} {how}")
+        messages.info(f"== {args.run.output_dir} {how}")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    process_group.leave()
+    process_group.destroy_process_group()

@@ -21,7 +21,7 @@ from processes import ROOT
 
 from dschat.arguments import parse_arguments
 from dschat.checkpoints import engine_state
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
@@ -82,9 +82,9 @@ def main(runs: Path) -> None:
             how = "finished"
         except (Stopped, Died) as end:
             how = f"{type(end).__name__}: {end}"
-        print_rank_0(f"== {args.run.output_dir} {how}")
+        messages.info(f"== {args.run.output_dir} {how}")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    process_group.leave()
+    process_group.destroy_process_group()

@@ -20,7 +20,7 @@ from dschat.program import readable_errors
 def main(waiting: str) -> None:
     """Lose rank 1."""
     watchdog.GRACE = 3.0
-    process_group.setup(int(os.environ["LOCAL_RANK"]))
+    process_group.init_process_group(int(os.environ["LOCAL_RANK"]))
     if waiting not in ("collective", "sleep"):
         Path(waiting, str(os.getpid())).touch()
     elif mesh().world.rank == 1:

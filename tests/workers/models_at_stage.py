@@ -74,7 +74,7 @@ def refuses(handover: UpstreamModel, model: RewardModel) -> bool:
 
 
 def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
-    process_group.setup()
+    process_group.init_process_group()
     random_state.seed_everything(7)
     tokenizer, config = load_tokenizer(model_folder), ds_config(stage, dtype)
     critic = create_critic_model(model_folder, tokenizer, config, dropout=0.0)
@@ -115,4 +115,4 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    process_group.leave()
+    process_group.destroy_process_group()

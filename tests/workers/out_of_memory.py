@@ -42,4 +42,4 @@ if __name__ == "__main__":
     args = parse_arguments(step, [*place, *flags])
     with readable_errors(args.run.debug):
         run_out(step, int(limit), int(rank)).main(args)
-        process_group.leave()
+        process_group.destroy_process_group()

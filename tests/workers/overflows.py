@@ -11,7 +11,7 @@ import deepspeed
 import torch
 
 from dschat.distributed.mesh import is_main_process, mesh
-from dschat.distributed.process_group import leave, setup
+from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.zero3 import gathered
 from dschat.engines.deepspeed_config import get_train_ds_config
 from dschat.engines.step import backward_on, has_overflow, learning_rate, take_steps_together
@@ -54,9 +54,9 @@ def run(stages: list[int]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    setup()
+    init_process_group()
     torch.set_num_threads(1)
     results = [run(stages) for stages in json.loads(sys.argv[2])]
     if is_main_process():
         Path(sys.argv[1]).write_text(json.dumps(results))
-    leave()
+    destroy_process_group()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dschat.arguments import RlhfArguments, parse_arguments
 from dschat.data.collate import PromptBatch
 from dschat.distributed.mesh import is_main_process, mesh
-from dschat.distributed.process_group import leave, setup
+from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.random_state import seed_everything
 from dschat.errors import UserError
 from dschat.export.export import export_model
@@ -138,12 +138,12 @@ def exported(engine: DeepSpeedRLHFEngine, tokenizer, models: Path) -> dict:
 
 def run_all(run: Callable[[Path, dict], Any]) -> None:
     """`run(models, flags)` for each of the settings on the command line; rank 0 writes what they return."""
-    setup()
+    init_process_group()
     torch.set_num_threads(1)
     results = [run(Path(sys.argv[1]), flags) for flags in json.loads(sys.argv[3])]
     if is_main_process():
         Path(sys.argv[2]).write_text(json.dumps(results))
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

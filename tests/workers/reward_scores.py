@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from dschat.arguments import parse_arguments
 from dschat.distributed.mesh import mesh
-from dschat.distributed.process_group import leave, setup
+from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.errors import UserError
 from dschat.models.tokenizer import RlhfTokenizers, load_tokenizer
 from dschat.rlhf.rewards.sources import Rewards
@@ -68,7 +68,7 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
 
 
 if __name__ == "__main__":
-    setup()
+    init_process_group()
     every = [run(Path(sys.argv[1]), flags, batches) for flags, batches in json.loads(sys.argv[3])]
     (Path(sys.argv[2]) / f"{mesh().world.rank}.json").write_text(json.dumps(every))
-    leave()
+    destroy_process_group()

@@ -66,6 +66,6 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    process_group.setup()
+    process_group.init_process_group()
     main(Path(sys.argv[1]))
-    process_group.leave()
+    process_group.destroy_process_group()

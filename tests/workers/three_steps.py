@@ -153,7 +153,7 @@ def inspect(folder: Path, live: Tensor) -> dict:
 
 def main(folder: Path, stage: int, families: list[str]) -> None:
     """Train and inspect one family after the other; rank 0 writes after each what it has seen so far."""
-    process_group.setup()
+    process_group.init_process_group()
     programs, live, seen = {step: program(step) for step in PROGRAMS}, [], {}
     keep_scores(live)
     if mesh().is_main_process:
@@ -173,4 +173,4 @@ def main(folder: Path, stage: int, families: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
-    process_group.leave()
+    process_group.destroy_process_group()

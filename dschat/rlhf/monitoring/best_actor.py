@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import ModelArguments, RlhfArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.export.best_model import BestModel
 from dschat.export.export import export_model
@@ -132,13 +132,13 @@ class Exports:
             which = f"the best actor is that after PPO step {self.best_step}"
             if self.best_step == 0:
                 which = "no actor is better than the one that the run started from by more than noise"
-            print_rank_0(
+            messages.info(
                 f"{which}, {OBJECTIVE} {self._best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
                 f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
                 f"{self._args.guard.export_actor})."
             )
         if verdict:
-            print_rank_0(f"did PPO help? actor/ is {verdict}")
+            messages.info(f"did PPO help? actor/ is {verdict}")
 
     def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
         return step_provenance(self._args, base, self._data, figures, **more)

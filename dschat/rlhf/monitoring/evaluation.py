@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.loaders import build_eval_prompts
 from dschat.distributed.collectives import gather_rows
 from dschat.distributed.device import current_device, synchronize
@@ -144,8 +144,8 @@ def samples_per_prompt(args: RlhfArguments, num_held_out: int, num_prompts: int)
         return args.guard.eval_samples_per_prompt
     samples = min(-(-num_prompts // num_held_out), MOST_SAMPLES)
     if samples > 1:
-        print_rank_0(
-            f"note: {num_held_out} prompts are held out where an evaluation takes {num_prompts}, so each is "
+        messages.note(
+            f"{num_held_out} prompts are held out where an evaluation takes {num_prompts}, so each is "
             f"answered {samples} times (--eval_samples_per_prompt); more prompts tell more: "
             "--eval_fraction, --eval_data_path."
         )
@@ -162,8 +162,8 @@ def build_evaluator(
     if args.guard.eval_interval == 0:
         return None
     if len(prompts) == 0:
-        print_rank_0(
-            "note: no prompts are held out (--eval_fraction, --eval_data_path), so PPO is not evaluated and "
+        messages.note(
+            "no prompts are held out (--eval_fraction, --eval_data_path), so PPO is not evaluated and "
             "actor/ will be the actor of the last PPO step."
         )
         return None

@@ -9,9 +9,8 @@ import urllib.request
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from tqdm import tqdm
-
 from dschat.arguments import without_secrets
+from dschat.console import messages
 from dschat.console.text import printable
 from dschat.errors import UserError
 from dschat.rlhf.rewards.function_worker import LARGEST
@@ -71,9 +70,10 @@ class RewardEndpoint:
             cause += self._through
             if attempt < self._retries:
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
-                tqdm.write(
-                    f"note: --reward_endpoint {self._shown}: {cause}; attempt {attempt + 2} of "
-                    f"{self._retries + 1} in {pause:g} s."
+                messages.note(
+                    f"--reward_endpoint {self._shown}: {cause}; attempt {attempt + 2} of "
+                    f"{self._retries + 1} in {pause:g} s.",
+                    every_rank=True,
                 )
                 time.sleep(pause)
         raise self._error(f"{cause}, {self._retries + 1} times in a row (--reward_endpoint_retries)")

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 
 from dschat.arguments import REWARD_MODEL, RlhfArguments
+from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import all_gather_object, gather_rows
-from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
 from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.rewards.endpoint import RewardEndpoint
@@ -156,8 +155,8 @@ class Rewards:
                     )
         reports = all_gather_object([fatal, list(first.values())], axis="world")
         for name, kind, *what in (report for _, problems in reports for report in problems):
-            if (name, kind) not in self._named and is_main_process():
-                tqdm.write(self._message(name, *what))
+            if (name, kind) not in self._named:
+                messages.info(self._message(name, *what))
             self._named.add((name, kind))
         for message, _ in reports:
             if message:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
-from dschat.distributed.mesh import is_main_process
+from dschat.console import messages
 from dschat.errors import UserError
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -55,9 +54,11 @@ class RolloutCheck:
                 "--rollout_tolerance, and --rollout_correction tis weighs the tokens."
             )
         if self._on_mismatch == "warn":
-            _say(f"warning: {self._disagreement(difference)} --rollout_on_mismatch warn: the run goes on.")
+            messages.info(
+                f"warning: {self._disagreement(difference)} --rollout_on_mismatch warn: the run goes on."
+            )
             return False
-        _say(
+        messages.info(
             f"warning: {self._disagreement(difference)} --rollout_on_mismatch uncached: this run generates "
             "without the KV cache, slowly, and is checked again."
         )
@@ -74,7 +75,7 @@ class RolloutCheck:
 
     def _compare(self, rollout: RolloutBatch, logprobs: Tensor, engine: str) -> Difference:
         difference = Difference.between(rollout, logprobs)
-        _say(
+        messages.info(
             f"rollout check: {engine} against the training model over {difference.num_tokens} tokens: "
             f"{difference} (tolerance of the mean {self._tolerance:g})"
         )
@@ -85,9 +86,3 @@ class RolloutCheck:
             f"generate() and the training model disagree: {difference}, and --rollout_tolerance lets a mean "
             f"of {self._tolerance:g} pass."
         )
-
-
-def _say(message: str) -> None:
-    """A line on rank 0 that does not break the progress bar."""
-    if is_main_process():
-        tqdm.write(message)

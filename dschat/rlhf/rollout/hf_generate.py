@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dschat.arguments import RolloutArguments
-from dschat.console.messages import print_rank_0
+from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.mesh import mesh
@@ -46,7 +46,7 @@ class Rollout:
         self._num_tokens = len(tokenizer)
         self._shards_weights = any(is_zero3_parameter(p) for p in actor.module.parameters())
         if len(self._end_ids) > 1:
-            print_rank_0(f"answers end at any of {names(tokenizer, self._end_ids)}")
+            messages.info(f"answers end at any of {names(tokenizer, self._end_ids)}")
         self._gathers = self._shards_weights and self._decide_to_gather()
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
@@ -76,7 +76,7 @@ class Rollout:
         )
         gathers = ranks_without_room.item() == 0
         if not gathers:
-            print_rank_0("note: the actor does not fit on one device: rollouts gather it for every token.")
+            messages.note("the actor does not fit on one device: rollouts gather it for every token.")
         return gathers
 
     @contextlib.contextmanager
