@@ -1,20 +1,19 @@
 """Scores from a server: prompts and answers are posted, scores come back."""
 
 import base64
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+import httpx2
 
 from dschat.arguments import without_secrets
 from dschat.console import messages
 from dschat.console.text import printable
 from dschat.errors import UserError
 from dschat.rlhf.rewards.function_worker import LARGEST
-from dschat.rlhf.rewards.http_posts import TooLong, open_url, proxy_of
+from dschat.rlhf.rewards.http_posts import TooLong, cause_of, post, proxy_of
 from dschat.rlhf.rewards.text_answers import Problem, Score, TextAnswers
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -55,18 +54,19 @@ class RewardEndpoint:
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self._retries + 1):
-            request = urllib.request.Request(self._url, body, self._headers)
             try:
-                return open_url(request, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY)
-            except urllib.error.HTTPError as error:
-                error.close()  # it holds the connection
-                cause = f"HTTP {error.code} {_plain(error.reason)}"
-                if error.code < 500 and error.code != TOO_MANY_REQUESTS:
-                    raise self._error(cause + _where_to(error)) from error
+                return post(
+                    self._url, body, self._headers, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY
+                )
+            except httpx2.HTTPStatusError as error:
+                reply = error.response
+                cause = f"HTTP {reply.status_code} {_plain(reply.reason_phrase)}"
+                if reply.status_code < 500 and reply.status_code != TOO_MANY_REQUESTS:
+                    raise self._error(cause + _where_to(reply)) from error
             except TooLong as error:
                 raise self._error(str(error)) from error
-            except (OSError, http.client.HTTPException) as error:
-                cause = _plain(getattr(error, "reason", error)) or type(error).__name__
+            except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+                cause = _plain(cause_of(error)) or type(error).__name__
             cause += self._through
             if attempt < self._retries:
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
@@ -105,9 +105,9 @@ def _credentials_apart(url: str) -> tuple[str, dict[str, str]]:
     return urlunsplit((parts.scheme, host, parts.path, parts.query, "")), headers
 
 
-def _where_to(error: urllib.error.HTTPError) -> str:
-    """Of a redirection where it leads: a POST that follows one becomes a GET, or goes to another's server."""
-    location = error.headers.get("Location") if 300 <= error.code < 400 else None
+def _where_to(reply: httpx2.Response) -> str:
+    """Where a redirection leads: a POST that follows one becomes a GET, or goes to another server."""
+    location = reply.headers.get("Location") if 300 <= reply.status_code < 400 else None
     return (
         f" to {without_secrets(_plain(location))}, which is not followed: name that URL" if location else ""
     )

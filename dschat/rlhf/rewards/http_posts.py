@@ -1,16 +1,15 @@
-"""Requests over HTTP that end: within a time and a size, at one server, through a proxy that is known."""
+"""POST requests over HTTP, bounded in time and size, to one server or through the proxy before it."""
 
-import contextlib
+import asyncio
 import functools
-import http.client
 import ipaddress
 import os
-import socket
-import threading
+import ssl
 import urllib.request
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
+
+import httpx2
 
 
 class TooLong(Exception):
@@ -39,95 +38,66 @@ def proxy_of(url: str) -> Proxy | None:
     return Proxy(found, next((name for name in names if os.environ.get(name)), names[0]))
 
 
-def open_url(request: urllib.request.Request, proxy: Proxy | None, *, seconds: float, longest: int) -> bytes:
-    """The body of the reply. No redirection is followed.
+def post(
+    url: str, body: bytes, headers: dict[str, str], proxy: Proxy | None, *, seconds: float, longest: int
+) -> bytes:
+    """The body of the reply to a POST, of at most `longest` bytes. No redirection is followed.
 
-    Raises `TimeoutError` without a whole reply after so many seconds, whatever trickles in; `TooLong`; and
-    what urllib raises.
+    Raises `TimeoutError` without a whole reply after so many seconds, whatever trickles in; `TooLong`;
+    `httpx2.HTTPStatusError` for a status that is not 2xx; and what else `httpx2` raises.
     """
-    deadline = _Deadline(seconds)
-    opener = urllib.request.OpenerDirector()
-    handlers = [
-        urllib.request.ProxyHandler({urlsplit(request.full_url).scheme: proxy.url} if proxy else {}),
-        _Handler(deadline),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-    ]
-    for handler in handlers:
-        opener.add_handler(handler)
+    return asyncio.run(_post(url, body, headers, proxy, seconds, longest))
+
+
+async def _post(
+    url: str, body: bytes, headers: dict[str, str], proxy: Proxy | None, seconds: float, longest: int
+) -> bytes:
+    headers = {**headers, "Accept-Encoding": "identity"}  # `longest` bounds what is unpacked, too
+    through = _proxy_url(proxy) if proxy else None
+    reply = bytearray()
     try:
-        with deadline, opener.open(request, timeout=seconds) as response:
-            body = response.read(longest + 1)
-            incomplete = response.length  # what a Content-Length promised and did not come
-    except (OSError, http.client.HTTPException) as error:
-        if deadline.is_over and not isinstance(error, urllib.error.HTTPError):
-            raise TimeoutError(f"no whole reply within {seconds:g} s") from error
-        raise
-    if len(body) > longest:
-        raise TooLong(f"a reply of more than {longest >> 20} MiB")
-    if deadline.is_over:
-        raise TimeoutError(f"no whole reply within {seconds:g} s")
-    if incomplete:
-        raise http.client.IncompleteRead(body, incomplete)
-    return body
+        # httpx's own time-outs begin again at every byte.
+        async with (
+            asyncio.timeout(seconds),
+            httpx2.AsyncClient(
+                proxy=through, trust_env=False, timeout=None, verify=_certificates()
+            ) as client,
+            client.stream("POST", url, content=body, headers=headers) as response,
+        ):
+            response.raise_for_status()
+            async for piece in response.aiter_raw():
+                reply += piece
+                if len(reply) > longest:
+                    raise TooLong(f"a reply of more than {longest >> 20} MiB")
+    except TimeoutError as error:
+        raise TimeoutError(f"no whole reply within {seconds:g} s") from error
+    return bytes(reply)
 
 
-class _Deadline:
-    """Shuts the sockets of a request when its time is over: a time-out of their own begins at every byte."""
-
-    def __init__(self, seconds: float) -> None:
-        self.is_over = False
-        self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def watch(self, one: socket.socket) -> None:
-        """Shut this one too."""
-        self._sockets.append(one)
-        if self.is_over:
-            self._end()
-
-    def _end(self) -> None:
-        self.is_over = True
-        for one in self._sockets:
-            with contextlib.suppress(OSError):  # it has ended by itself
-                socket.socket.shutdown(one, socket.SHUT_RDWR)  # under TLS as well, without its good-bye
-
-    def __enter__(self) -> "_Deadline":
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self._timer.join()
-
-
-class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """HTTP and HTTPS through connections that the deadline knows."""
-
-    def __init__(self, deadline: _Deadline) -> None:
-        urllib.request.HTTPSHandler.__init__(self)
-        self._deadline = deadline
-
-    def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(_watched(http.client.HTTPConnection), self._deadline), req)
-
-    def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(_watched(http.client.HTTPSConnection), self._deadline), req)
+def _proxy_url(proxy: Proxy) -> str:
+    """The proxy's URL; a host and port alone are one of HTTP. Raises `OSError` for another kind of proxy."""
+    url = proxy.url if "://" in proxy.url else f"http://{proxy.url}"
+    scheme = url.partition("://")[0]
+    if scheme not in ("http", "https"):
+        raise OSError(f"unknown url type: {scheme}")
+    return url
 
 
 @functools.cache
-def _watched(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
-    class Watched(kind):
-        def __init__(self, deadline: _Deadline, *args: Any, **settings: Any) -> None:
-            super().__init__(*args, **settings)
-            self._deadline = deadline
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
 
-        def connect(self) -> None:
-            super().connect()
-            self._deadline.watch(self.sock)
 
-    return Watched
+def cause_of(error: BaseException) -> str:
+    """The reason of a failed POST in the operating system's words where no connection came about."""
+    if isinstance(error, httpx2.ConnectError):  # which says that all attempts failed, and keeps why
+        while (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, OSError) and (error.strerror or "").startswith("Connect call failed"):
+            return f"[Errno {error.errno}] {os.strerror(error.errno or 0)}"
+    return str(error)
 
 
 def _is_this_machine(host: str) -> bool:
