@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dschat.arguments import STARTING, StepArguments, saved_settings, settings
+from dschat.arguments import STARTING, StepArguments, saved_settings
 from dschat.data.entries import parse_entry
 from dschat.data.files import user_path
 from dschat.runs.output_folder import ARGUMENTS, SUMMARY
@@ -37,7 +37,7 @@ def differences(arguments: StepArguments, folder: Path) -> list[str]:
 
 def _other_flags(arguments: StepArguments, before: dict[str, Any]) -> Iterator[str]:
     divides = before.get("auto_micro_batch")  # which finds other numbers than were given
-    for name, setting in settings(arguments).items():
+    for name, setting in arguments.description.settings.items():
         if name in WITHOUT_EFFECT or (divides and setting.at_resume == "divided"):
             continue
         value = json.loads(json.dumps(setting.value))
@@ -47,7 +47,7 @@ def _other_flags(arguments: StepArguments, before: dict[str, Any]) -> Iterator[s
 
 def _later_inputs(arguments: StepArguments, finished: float) -> Iterator[str]:
     """Data and models on this machine that were written after the step had finished."""
-    for name, setting in settings(arguments).items():
+    for name, setting in arguments.description.settings.items():
         places: list[Path] = []
         if name in DATA_FLAGS:
             places = [path for entry in setting.value for path in _local_files(entry)]

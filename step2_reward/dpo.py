@@ -55,7 +55,7 @@ def main(args: DpoArguments) -> None:
     prepare(args)
     base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
-    check_run_folder(args, args.model.model_name_or_path)
+    check_run_folder(args.description, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
@@ -65,7 +65,7 @@ def main(args: DpoArguments) -> None:
     store = ReferenceStore.open(args, base, data)
 
     process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key, models=[base])
+    checkpoints = begin_run(args.description, data=data.key, models=[base])
     if column(data.train, "margin").any():
         messages.note("the data has margins, which DPO does not use.")
     random_state.seed_everything(args.run.seed)

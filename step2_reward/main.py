@@ -51,7 +51,7 @@ def main(args: RewardArguments) -> None:
     prepare(args)
     base = verify_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
-    check_run_folder(args, args.model.model_name_or_path)
+    check_run_folder(args.description, args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
@@ -59,7 +59,7 @@ def main(args: RewardArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
     process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key, models=[base])
+    checkpoints = begin_run(args.description, data=data.key, models=[base])
     random_state.seed_everything(args.run.seed)
     engine = build_engine(args, tokenizer, loaders)
     train_epochs(

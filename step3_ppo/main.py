@@ -47,7 +47,7 @@ def main(args: RlhfArguments) -> None:
     prepare(args)
     handovers = verify_models(args)
     check_adapters(language=args.actor, reward=args.starting_critic)
-    check_run_folder(args, *args.model_paths)
+    check_run_folder(args.description, *args.model_paths)
     tokenizers = load_rlhf_tokenizers(args)
     handovers.check_templates(tokenizers)
     score_scale = handovers.reward.score_statistics() if args.ppo.score_scale == "step2" else (0.0, 1.0)
@@ -64,7 +64,7 @@ def main(args: RlhfArguments) -> None:
     rewards = build_rewards(args, tokenizers, data, score_scale)
 
     process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args, data=data.key, models=handovers.all)
+    checkpoints = begin_run(args.description, data=data.key, models=handovers.all)
     random_state.seed_everything(args.run.seed)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))

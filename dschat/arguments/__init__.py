@@ -12,15 +12,7 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments
-from dschat.arguments.record import (
-    STARTING,
-    Setting,
-    changed_flags,
-    global_sizes,
-    saved_settings,
-    settings,
-    write_arguments,
-)
+from dschat.arguments.record import STARTING, RunDescription, Setting, saved_settings, settings_of
 from dschat.arguments.rewards import REWARD_MODEL
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -54,17 +46,15 @@ __all__ = [
     "RlhfArguments",
     "RolloutArguments",
     "RunArguments",
+    "RunDescription",
     "Setting",
     "SftArguments",
     "StepArguments",
     "SupervisedArguments",
     "TokenizerArguments",
-    "changed_flags",
     "flags_of",
-    "global_sizes",
     "parse_arguments",
     "saved_settings",
-    "settings",
+    "settings_of",
     "without_secrets",
-    "write_arguments",
 ]

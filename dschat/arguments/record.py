@@ -1,25 +1,20 @@
-"""What a run was started with, flag by flag: for its folder, its card, and a run that goes on from it."""
+"""What a run was asked to do, flag by flag: for its folder, its model cards, and resumed runs."""
 
 import dataclasses
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from dschat.arguments.data import DataArguments
+from dschat.arguments.run import RunArguments
 from dschat.arguments.secrets import recorded
-from dschat.arguments.steps import RlhfArguments, StepArguments
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def write_arguments(arguments: StepArguments, path: Path) -> None:
-    """Keep what a run was started with, but for passwords and tokens in URLs, as JSON, one object a group.
-
-    The file is replaced in one step.
-    """
-    groups = dataclasses.asdict(arguments)
-    kept = {name: {f: recorded(value) for f, value in group.items()} for name, group in groups.items()}
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+STARTING = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
+"""Flags that say how a run is started, not what it does."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +22,49 @@ class Setting:
     """A flag of a run."""
 
     value: Any
+    """As files have it: passwords and tokens in URLs are hidden."""
     default: Any
+    """`dataclasses.MISSING` for a required flag."""
     at_resume: Literal["same", "free", "divided"]
+    """Whether a resumed run must have the same value; see `arguments.flags.flag`."""
 
 
-def settings(arguments: StepArguments) -> dict[str, Setting]:
-    """Every flag of a step, by name, as files have it; the default of a required one is MISSING."""
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """What one run was asked to do, independent of which step it is; a step's object makes it once."""
+
+    step: str
+    """The name of the step: sft, reward, dpo or rlhf."""
+    run: RunArguments
+    data: DataArguments
+    settings: dict[str, Setting]
+    """Every flag of the step, by name."""
+    batch_sizes: dict[str, int]
+    """Rows that one rank contributes to a batch, by the product of flags that sets them."""
+    groups: dict[str, dict[str, Any]]
+    """The content of arguments.json: the values of each group by field, passwords and tokens hidden."""
+
+    def changed_flags(self) -> dict[str, Any]:
+        """The values that are not the defaults, by flag; required flags are among them."""
+        return {
+            name: setting.value
+            for name, setting in self.settings.items()
+            if setting.value != setting.default and name not in STARTING
+        }
+
+    def global_sizes(self, num_ranks: int) -> dict[str, int]:
+        """Rows in a batch of all ranks, which stay the same however ranks and micro-batches divide them."""
+        return {flags: rows * num_ranks for flags, rows in self.batch_sizes.items()}
+
+    def write(self, path: Path) -> None:
+        """Replace the file `path` by the groups as JSON, in one step."""
+        temporary = path.with_name(f".{path.name}.writing")
+        temporary.write_text(json.dumps(self.groups, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def settings_of(arguments: "DataclassInstance") -> dict[str, Setting]:
+    """Every flag of a step's object, by name with the prefix of its group."""
     found = {}
     for part in fields(arguments):
         for f in fields(part.metadata["group"]):
@@ -44,8 +76,17 @@ def settings(arguments: StepArguments) -> dict[str, Setting]:
     return found
 
 
-def saved_settings(step: type[StepArguments], saved: dict[str, Any]) -> dict[str, Any]:
-    """The values of a step's flags in what `write_arguments` wrote; one that is not there had its default."""
+def groups_of(arguments: "DataclassInstance") -> dict[str, dict[str, Any]]:
+    """The values of a step's object as files have them: by group, then by field."""
+    groups = dataclasses.asdict(arguments)
+    return {name: {f: recorded(value) for f, value in group.items()} for name, group in groups.items()}
+
+
+def saved_settings(step: "type[DataclassInstance]", saved: dict[str, Any]) -> dict[str, Any]:
+    """The values of a step's flags in the content of an arguments.json, by name with prefix.
+
+    A flag that is not in the file was unknown when it was written and gets its default.
+    """
     found = {}
     for part in fields(step):
         values = saved.get(part.name, {})
@@ -55,33 +96,8 @@ def saved_settings(step: type[StepArguments], saved: dict[str, Any]) -> dict[str
     return found
 
 
-def _default(part: dataclasses.Field, f: dataclasses.Field) -> Any:
+def _default(part: "dataclasses.Field[Any]", f: "dataclasses.Field[Any]") -> Any:
     """The default of a group's flag in a step; MISSING where it is required."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return part.metadata["defaults"].get(f.name, f.default)
-
-
-STARTING = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
-"""Flags that say how a run is started, not what it does."""
-
-
-def changed_flags(arguments: StepArguments) -> dict[str, Any]:
-    """The flags whose values are not their defaults, by name; those without a default are among them."""
-    return {
-        name: setting.value
-        for name, setting in settings(arguments).items()
-        if setting.value != setting.default and name not in STARTING
-    }
-
-
-def global_sizes(arguments: StepArguments, world_size: int) -> dict[str, int]:
-    """What stays the same however ranks and micro-batches divide it, by the flags whose product it is."""
-    if isinstance(arguments, RlhfArguments):
-        return {
-            "--per_device_generation_batch_size x --generation_batches": arguments.rollout_size * world_size,
-            "--per_device_training_batch_size x --gradient_accumulation_steps": arguments.minibatch_size
-            * world_size,
-        }
-    rows = arguments.batch.per_device_train_batch_size * arguments.optimizer.gradient_accumulation_steps
-    return {"--per_device_train_batch_size x --gradient_accumulation_steps": rows * world_size}

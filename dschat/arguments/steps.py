@@ -2,6 +2,8 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 from dschat.arguments.checks import (
     check_4bit,
@@ -15,6 +17,7 @@ from dschat.arguments.flags import group, require
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
+from dschat.arguments.record import RunDescription, groups_of, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
 from dschat.arguments.rlhf import RlhfOptions
 from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
@@ -23,9 +26,51 @@ from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOption
 from dschat.console import messages
 
 
+class TrainingStep:
+    """What the objects of all steps that train have in common. Their groups are the steps' own fields."""
+
+    step: ClassVar[str]
+    """The name of the step in files and in `parse_arguments`."""
+    data: DataArguments
+    run: RunArguments
+    __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows that one rank contributes to a batch, by the product of flags that sets them."""
+        raise NotImplementedError
+
+    @cached_property
+    def description(self) -> RunDescription:
+        """The run that these arguments ask for, in the terms that all steps share."""
+        return RunDescription(
+            step=self.step,
+            run=self.run,
+            data=self.data,
+            settings=settings_of(self),
+            batch_sizes=self.batch_sizes,
+            groups=groups_of(self),
+        )
+
+
+class SupervisedStep(TrainingStep):
+    """What steps 1 and 2 and DPO have in common beyond that."""
+
+    batch: BatchArguments
+    optimizer: OptimizerArguments
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows (step 2 and DPO: pairs) that one rank contributes to an optimiser step."""
+        rows = self.batch.per_device_train_batch_size * self.optimizer.gradient_accumulation_steps
+        return {"--per_device_train_batch_size x --gradient_accumulation_steps": rows}
+
+
 @dataclass(frozen=True, kw_only=True)
-class SftArguments:
+class SftArguments(SupervisedStep):
     """Step 1."""
+
+    step = "sft"
 
     data: DataArguments = group(DataArguments)
     tokenizer: TokenizerArguments = group(TokenizerArguments)
@@ -42,8 +87,10 @@ class SftArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardArguments:
+class RewardArguments(SupervisedStep):
     """Step 2."""
+
+    step = "reward"
 
     data: DataArguments = group(DataArguments)
     tokenizer: TokenizerArguments = group(TokenizerArguments)
@@ -61,8 +108,10 @@ class RewardArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoArguments:
+class DpoArguments(SupervisedStep):
     """DPO on the pairs of step 2, in place of steps 2 and 3."""
+
+    step = "dpo"
 
     data: DataArguments = group(DataArguments)
     tokenizer: TokenizerArguments = group(TokenizerArguments)
@@ -83,8 +132,10 @@ class DpoArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlhfArguments:
+class RlhfArguments(TrainingStep):
     """Step 3."""
+
+    step = "rlhf"
 
     data: DataArguments = group(DataArguments)
     tokenizer: TokenizerArguments = group(TokenizerArguments)
@@ -98,6 +149,14 @@ class RlhfArguments:
     rewards: RewardSourceArguments = group(RewardSourceArguments)
     rlhf: RlhfOptions = group(RlhfOptions)
     run: RunArguments = group(RunArguments)
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Answers that one rank samples in a PPO step, and that it contributes to an optimiser step."""
+        return {
+            "--per_device_generation_batch_size x --generation_batches": self.rollout_size,
+            "--per_device_training_batch_size x --gradient_accumulation_steps": self.minibatch_size,
+        }
 
     @property
     def rollout_size(self) -> int:
@@ -234,6 +293,9 @@ class InspectArguments:
     inspect: InspectOptions = group(InspectOptions)
 
 
+StepArguments = SftArguments | RewardArguments | DpoArguments | RlhfArguments
+SupervisedArguments = SftArguments | RewardArguments | DpoArguments
+
 STEPS: dict[str, type] = {
     "sft": SftArguments,
     "reward": RewardArguments,
@@ -241,5 +303,4 @@ STEPS: dict[str, type] = {
     "rlhf": RlhfArguments,
     "inspect": InspectArguments,
 }
-StepArguments = SftArguments | RewardArguments | DpoArguments | RlhfArguments
-SupervisedArguments = SftArguments | RewardArguments | DpoArguments
+"""The objects by the names that `parse_arguments` takes."""

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dschat.arguments import StepArguments, global_sizes, settings
+from dschat.arguments import RunArguments, RunDescription
 from dschat.checkpoints.engine_state import load_engine, load_engine_resharded, save_engine
 from dschat.console import messages
 from dschat.distributed.collectives import (
@@ -77,7 +77,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        arguments: StepArguments,
+        run: RunArguments,
         identity: dict[str, Any],
         chosen: Path | None = None,
         damaged: Sequence[str] = (),
@@ -86,9 +86,9 @@ class Checkpoints:
 
         `damaged` are named on rank 0.
         """
-        self._run = arguments.run
+        self._run = run
         self._identity = identity
-        self._root = checkpoints_folder(arguments.run)
+        self._root = checkpoints_folder(run)
         self._chosen = self._newest = chosen
         self._damaged = damaged
         self._requests = StopRequests(note_stopping)
@@ -278,19 +278,19 @@ class Checkpoints:
         return f"{asked}; saved in {self._newest}. Go on with --resume_from_checkpoint latest."
 
 
-def identity(arguments: StepArguments, data: str) -> dict[str, Any]:
+def identity(description: RunDescription, data: str) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with, or may not.
 
     `data` is a fingerprint; those of the models, by flag, are for the caller to fill in.
     """
     return {
         "format": FORMAT,
-        "program": type(arguments).__name__.removesuffix("Arguments").lower(),
+        "program": description.step,
         "data": data,
         "models": {},
         "world_size": mesh().world.size,
-        "sizes": global_sizes(arguments, mesh().world.size),
-        "settings": {name: setting.value for name, setting in settings(arguments).items()},
+        "sizes": description.global_sizes(mesh().world.size),
+        "settings": {name: setting.value for name, setting in description.settings.items()},
         "versions": {name: version(name) for name in VERSIONED},
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dschat.arguments import STARTING, Setting, StepArguments, settings
+from dschat.arguments import STARTING, RunDescription, Setting
 from dschat.checkpoints.checkpoint import Checkpoints, identity, read_progress
 from dschat.console import messages
 from dschat.distributed.collectives import all_gather_object, barrier
@@ -27,22 +27,22 @@ UNREMARKABLE = (*STARTING, "output_dir")
 """Flags whose change goes without saying."""
 
 
-def begin_run(arguments: StepArguments, *, data: str, models: Sequence[UpstreamModel] = ()) -> Checkpoints:
+def begin_run(description: RunDescription, *, data: str, models: Sequence[UpstreamModel] = ()) -> Checkpoints:
     """Choose and verify the checkpoint to go on from, if any, and prepare the output folder for the run.
 
     Every rank calls it once the process group exists, before models are loaded. `data` is a fingerprint of
     what is learned, `models` are those that the run starts from. Raises `UserError`, on every rank the same,
     where a checkpoint cannot be used.
     """
-    for warning in other_shares(arguments, models):
+    for warning in other_shares(description, models):
         messages.info(warning)
     choice: dict[str, Any] = {}
-    now = identity(arguments, data)
+    now = identity(description, data)
     if is_main_process():
         try:
-            if arguments.run.output_dir:
+            if description.run.output_dir:
                 now["models"] = {model.flag: model.fingerprint() for model in models}
-            choice = _choose(arguments, now)
+            choice = _choose(description, now)
         except UserError as error:
             choice = {"error": str(error)}
     choice = all_gather_object(choice, axis="world")[0]
@@ -50,16 +50,16 @@ def begin_run(arguments: StepArguments, *, data: str, models: Sequence[UpstreamM
         raise UserError(choice["error"])
     chosen = Path(choice["chosen"]) if choice["chosen"] else None
     if is_main_process():
-        start_run(arguments, is_resumed=chosen is not None)
+        start_run(description, is_resumed=chosen is not None)
         if chosen is not None and (chosen / METRICS).is_file():
-            _restore_metrics(chosen / METRICS, Path(arguments.run.output_dir) / METRICS)
+            _restore_metrics(chosen / METRICS, Path(description.run.output_dir) / METRICS)
     barrier(axis="world")
-    return Checkpoints(arguments, now, chosen, choice["damaged"])
+    return Checkpoints(description.run, now, chosen, choice["damaged"])
 
 
-def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
+def _choose(description: RunDescription, now: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint that a run goes on from, verified and compared, and those that were found damaged."""
-    asked, root = resumes(arguments.run), checkpoints_folder(arguments.run)
+    asked, root = resumes(description.run), checkpoints_folder(description.run)
     if asked is None or root is None:
         return {"chosen": None, "damaged": []}
     if asked != "latest":
@@ -70,7 +70,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
                 f"--resume_from_checkpoint {folder} cannot be used: {problem}; name an intact checkpoint "
                 "(output_dir/checkpoints/step_...), or latest for the newest of them."
             )
-        _compare(folder, arguments, now)
+        _compare(folder, description, now)
         return {"chosen": str(folder), "damaged": []}
     finished, damaged = finished_checkpoints(root), []
     for unfinished in sorted(path.name for path in root.glob(STEP_FOLDERS) if path.name not in finished):
@@ -78,7 +78,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
     for name in reversed(finished):
         problem = damage(root / name)
         if problem is None:
-            _compare(root / name, arguments, now)
+            _compare(root / name, description, now)
             messages.info(f"going on from checkpoint {root / name}")
             return {"chosen": str(root / name), "damaged": damaged}
         messages.warning(f"checkpoint {root / name} is passed over: {problem}.")
@@ -92,7 +92,7 @@ def _choose(arguments: StepArguments, now: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": None, "damaged": []}
 
 
-def _compare(folder: Path, arguments: StepArguments, now: dict[str, Any]) -> None:
+def _compare(folder: Path, description: RunDescription, now: dict[str, Any]) -> None:
     """Raise `UserError` where the run would not be the one that was saved; say what else is different."""
     saved = read_progress(folder)
     for name in ("format", "program"):
@@ -101,7 +101,7 @@ def _compare(folder: Path, arguments: StepArguments, now: dict[str, Any]) -> Non
                 f"--resume_from_checkpoint {folder}: its {name} is {saved[name]!r} and this one's is "
                 f"{now[name]!r}; name a checkpoint of the same program and version."
             )
-    changed = dict(_changed_settings(arguments, saved["settings"]))
+    changed = dict(_changed_settings(description, saved["settings"]))
     for name, (before, setting) in changed.items():
         if setting.at_resume == "same":
             raise UserError(
@@ -138,10 +138,10 @@ def _compare_models(folder: Path, saved: dict[str, str], now: dict[str, str]) ->
 
 
 def _changed_settings(
-    arguments: StepArguments, saved: dict[str, Any]
+    description: RunDescription, saved: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Setting]]]:
     """The flags that have another value now, with the earlier one; one that was unknown had its default."""
-    for name, setting in settings(arguments).items():
+    for name, setting in description.settings.items():
         before = saved.get(name, setting.default)
         if setting.value != before:
             yield name, (before, setting)

@@ -12,14 +12,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 
-from dschat.arguments import (
-    DpoArguments,
-    ModelArguments,
-    RewardArguments,
-    SftArguments,
-    StepArguments,
-    changed_flags,
-)
+from dschat.arguments import RunDescription
 from dschat.data.preparation import SplitData
 from dschat.export.manifest import Head
 from dschat.export.shared_prompts import deciders
@@ -77,25 +70,24 @@ class Provenance:
 
 
 def step_provenance(
-    arguments: StepArguments,
-    trained: ModelArguments,
+    description: RunDescription,
+    base_model: str,
     data: SplitData,
     figures: dict[str, Any],
     *,
     head: Head | None = None,
     verdict: str | None = None,
 ) -> Provenance:
-    """The provenance of the model that a step started as `trained` says, and ended with `figures`."""
-    steps = {SftArguments: "sft", RewardArguments: "reward", DpoArguments: "dpo"}
+    """The provenance of a model that a run trained from `base_model` and that has these final `figures`."""
     return Provenance(
-        step=steps.get(type(arguments), "rlhf"),
-        base_model=trained.model_name_or_path,
+        step=description.step,
+        base_model=base_model,
         golden_inputs=golden_rows(data.train),
         head=head,
         figures=figures,
         verdict=verdict,
-        data=deciders(arguments),
-        flags=changed_flags(arguments),
+        data=deciders(description),
+        flags=description.changed_flags(),
         num_rows=data.num_rows,
         num_used={"training": len(data.train), "evaluation": len(data.evaluation)},
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dschat.arguments import SftArguments, StepArguments
+from dschat.arguments import RunDescription
 from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
 from dschat.export.upstream import UpstreamModel
@@ -15,25 +15,25 @@ from dschat.export.upstream import UpstreamModel
 DECIDERS = ("data_split", "seed", "eval_fraction")
 
 
-def deciders(arguments: StepArguments) -> dict[str, Any]:
+def deciders(description: RunDescription) -> dict[str, Any]:
     """The flags that decide which prompts a step takes, for its manifest; of data sets, the names alone."""
-    data = arguments.data
+    data = description.data
     return {
         "data_path": [parse_entry(entry).name for entry in data.data_path],
         "data_split": data.data_split,
-        "seed": arguments.run.seed,
+        "seed": description.run.seed,
         "eval_fraction": data.eval_fraction,
     }
 
 
-def other_shares(arguments: StepArguments, models: Sequence[UpstreamModel]) -> Iterator[str]:
+def other_shares(description: RunDescription, models: Sequence[UpstreamModel]) -> Iterator[str]:
     """What to warn of: the models that were trained on other shares of the same data.
 
     Step 1 starts from any model. A model whose manifest does not tell is not spoken of.
     """
-    if isinstance(arguments, SftArguments):
+    if description.step == "sft":
         return
-    now = deciders(arguments)
+    now = deciders(description)
     for model in models:
         then = model.manifest.data if model.manifest else None
         if then is None or not _share_a_set(now["data_path"], then["data_path"]):

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dschat.arguments import RlhfArguments, RunArguments, StepArguments, write_arguments
+from dschat.arguments import RunArguments, RunDescription
 from dschat.console import messages
 from dschat.console.log_file import log
 from dschat.errors import UserError
@@ -117,14 +117,14 @@ def check_finished(run: RunArguments) -> None:
         raise UserError(f"{holds}; name another folder, or give --overwrite_output_dir.")
 
 
-def check_run_folder(arguments: StepArguments, *models: str) -> None:
+def check_run_folder(description: RunDescription, *models: str) -> None:
     """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
 
     New ones are private to the user. `models` are those the run starts from, which it must not overwrite: a
     run that fails would lose both. Neither is an older run to be lost, nor what no run wrote, nor may another
     run still write there.
     """
-    run = arguments.run
+    run = description.run
     for path in models if run.output_dir else ():
         written = [Path(run.output_dir, name).resolve() for name in EXPORTS]
         if Path(path).is_dir() and Path(path).resolve() in written:
@@ -148,13 +148,13 @@ def check_run_folder(arguments: StepArguments, *models: str) -> None:
                 f"{flag} {folder} cannot be written ({error.strerror}); name a folder you may write to."
             ) from error
     if run.output_dir and is_main_process:
-        _check_content(arguments)
+        _check_content(description)
         log.open(Path(run.output_dir) / LOG)
 
 
-def _check_content(arguments: StepArguments) -> None:
+def _check_content(description: RunDescription) -> None:
     """Raise `UserError` where the run would overwrite another, or what no run wrote."""
-    run = arguments.run
+    run = description.run
     check_finished(run)
     unfinished = newest_checkpoint(run)
     if unfinished and resumes(run) is None and not run.overwrite_output_dir:
@@ -163,7 +163,7 @@ def _check_content(arguments: StepArguments) -> None:
             f"checkpoint {unfinished.name}: add --resume_from_checkpoint latest; or to start anew name "
             "another folder, or give --overwrite_output_dir."
         )
-    foreign = list(_foreign(arguments))
+    foreign = list(_foreign(description))
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise UserError(
@@ -172,9 +172,9 @@ def _check_content(arguments: StepArguments) -> None:
         )
 
 
-def _foreign(arguments: StepArguments) -> Iterator[str]:
+def _foreign(description: RunDescription) -> Iterator[str]:
     """What stands where the run will write, or where it removes an older run's, and is not of a run."""
-    folder = Path(arguments.run.output_dir)
+    folder = Path(description.run.output_dir)
     if not _is_of_a_run(folder):
         for name in (ARGUMENTS, METRICS, SUMMARY, BEST):
             if os.path.lexists(folder / name):
@@ -183,12 +183,12 @@ def _foreign(arguments: StepArguments) -> Iterator[str]:
     for path in sorted(checkpoints.glob(STEP_FOLDERS)):
         if not _is_checkpoint(path):
             yield f"checkpoints/{path.name} (no checkpoint of a run)"
-        elif checkpoints.is_symlink() and resumes(arguments.run) is None:
+        elif checkpoints.is_symlink() and resumes(description.run) is None:
             yield "checkpoints (a symbolic link to a folder with checkpoints)"
             break
-    if resumes(arguments.run) is not None and newest_checkpoint(arguments.run):
+    if resumes(description.run) is not None and newest_checkpoint(description.run):
         return
-    for name in EXPORTS[1:] if isinstance(arguments, RlhfArguments) else ("", "best"):
+    for name in EXPORTS[1:] if description.step == "rlhf" else ("", "best"):
         found = [str(Path(name, file)) for file in foreign_files(folder / name)]
         if found and name and (folder / name).is_symlink():
             found = [f"{name} (a symbolic link to a folder with a model)"]
@@ -210,22 +210,22 @@ def _is_checkpoint(folder: Path) -> bool:
     return facts_of(folder) is not None or all((folder / name).is_file() for name in CHECKPOINT_FILES)
 
 
-def start_run(arguments: StepArguments, *, is_resumed: bool = False) -> None:
+def start_run(description: RunDescription, *, is_resumed: bool = False) -> None:
     """Clear an older run's figures, checkpoints and models in the same folder and keep the new arguments.
 
     A resumed run goes on with them. Rank 0 calls it once the input is known to be good: until then the older
     run stays a finished one. What no run wrote stays, and symbolic links are not followed.
     """
-    if not arguments.run.output_dir:
+    if not description.run.output_dir:
         return
-    folder = Path(arguments.run.output_dir)
+    folder = Path(description.run.output_dir)
     # In this order a kill leaves a finished run, or one that nothing remains to go on from.
     _clear_checkpoints(folder / "checkpoints", complete=not is_resumed)
     (folder / SUMMARY).unlink(missing_ok=True)
     if not is_resumed:
         _clear_results(folder)
         folder.mkdir(mode=0o700, exist_ok=True)  # where it held a model and nothing else
-    write_arguments(arguments, folder / ARGUMENTS)
+    description.write(folder / ARGUMENTS)
     note_begun(folder)
 
 

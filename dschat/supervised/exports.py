@@ -88,7 +88,13 @@ class ModelExports:
             figures |= {f"initial_{name}": value for name, value in evaluations[0].figures.items()}
             figures |= evaluations[-1].figures
         verdict = self._verdict_of(evaluations) if self._verdict_of else None
-        return step_provenance(self._args, self._args.model, self._data, figures, verdict=verdict)
+        return step_provenance(
+            self._args.description,
+            self._args.model.model_name_or_path,
+            self._data,
+            figures,
+            verdict=verdict,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Which model is the best, for JSON."""

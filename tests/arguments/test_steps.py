@@ -8,11 +8,8 @@ from dschat.arguments import (
     DataArguments,
     ModelArguments,
     PpoArguments,
-    changed_flags,
     parse_arguments,
-    settings,
     without_secrets,
-    write_arguments,
 )
 from dschat.errors import UserError
 
@@ -227,11 +224,12 @@ def test_passwords_and_tokens_in_urls_are_in_no_file(tmp_path):
     url = "https://us:p@ss@host:80/score?key=token&b&c="
     args = rlhf("--reward_endpoint", "http://plain:1/a", url)
     assert args.rewards.reward_endpoint[1] == url  # which is what is asked
-    write_arguments(args, tmp_path / "arguments.json")
+    args.description.write(tmp_path / "arguments.json")
     kept = ["http://plain:1/a", "https://***@host:80/score?key=***&***&c=***"]
     assert json.loads((tmp_path / "arguments.json").read_text())["rewards"]["reward_endpoint"] == kept
     # What checkpoints, comparisons at a resume and model cards take.
-    assert settings(args)["reward_endpoint"].value == changed_flags(args)["reward_endpoint"] == kept
+    assert args.description.settings["reward_endpoint"].value == kept
+    assert args.description.changed_flags()["reward_endpoint"] == kept
     command = without_secrets(f"main.py --reward_endpoint={url} '{url}' --data_path a?b=c")
     assert command == f"main.py --reward_endpoint={kept[1]} '{kept[1]}' --data_path a?b=c"
 
@@ -427,7 +425,7 @@ def test_every_flag_has_a_help_line(step):
 
 
 def test_arguments_are_written_as_json(tmp_path):
-    write_arguments(rlhf("--seed", "7"), tmp_path / "arguments.json")
+    rlhf("--seed", "7").description.write(tmp_path / "arguments.json")
     written = json.loads((tmp_path / "arguments.json").read_text())
     assert written["run"]["seed"] == 7
     assert written["actor"]["model_name_or_path"] == "a"

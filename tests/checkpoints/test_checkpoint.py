@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import save_tiny_model
 
-from dschat.arguments import STEPS, parse_arguments, settings
+from dschat.arguments import STEPS, RunDescription, parse_arguments, settings_of
 from dschat.checkpoints import checkpoint
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.checkpoints.resume import begin_run
@@ -22,15 +22,15 @@ from dschat.runs.atomic_folder import facts_of
 from dschat.runs.output_folder import check_run_folder, write_summary
 
 
-def arguments(folder, *more: str):
+def description(folder, *more: str) -> RunDescription:
     required = ["--model_name_or_path", "m", "--output_dir", str(folder)]
-    return parse_arguments("sft", [*required, "--save_interval", "1", *more])
+    return parse_arguments("sft", [*required, "--save_interval", "1", *more]).description
 
 
 def saved(folder, *steps: int, more: tuple[str, ...] = ()) -> Checkpoints:
     """A run that has made checkpoints after these steps."""
     folder.mkdir(exist_ok=True)
-    checkpoints = begin_run(arguments(folder, *more), data="key")
+    checkpoints = begin_run(description(folder, *more), data="key")
     for step in steps:
         checkpoints.save(step, engines={}, state={"step": step})
     return checkpoints
@@ -38,7 +38,7 @@ def saved(folder, *steps: int, more: tuple[str, ...] = ()) -> Checkpoints:
 
 def resumed(folder, *more: str, data: str = "key"):
     """Where a run that resumes stands."""
-    checkpoints = begin_run(arguments(folder, "--resume_from_checkpoint", *more), data=data)
+    checkpoints = begin_run(description(folder, "--resume_from_checkpoint", *more), data=data)
     try:
         return checkpoints.load({})
     finally:
@@ -50,7 +50,7 @@ def names(folder) -> list[str]:
 
 
 def test_state_tensors_and_random_states_come_back(tmp_path):
-    checkpoints = begin_run(arguments(tmp_path), data="key")
+    checkpoints = begin_run(description(tmp_path), data="key")
     tensors = {"ema": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
     state = {"kl_coef": 0.1 + 0.2, "best": {"step": 3, "loss": None}}
     checkpoints.save(7, engines={}, state=state, tensors=tensors, shared_tensors={"x": torch.ones(1)})
@@ -122,7 +122,7 @@ def test_no_byte_of_the_mark_may_change(tmp_path):
 def test_a_damaged_checkpoint_is_not_counted_and_goes_when_a_new_one_is_complete(tmp_path):
     saved(tmp_path, 1, 2)
     corrupt(tmp_path / "checkpoints" / "step_00000002" / "progress.json")
-    checkpoints = begin_run(arguments(tmp_path, "--resume_from_checkpoint"), data="key")
+    checkpoints = begin_run(description(tmp_path, "--resume_from_checkpoint"), data="key")
     checkpoints.save(3, engines={}, state={})
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
 
@@ -143,7 +143,7 @@ def test_a_half_written_folder_is_never_chosen(tmp_path, monkeypatch, capsys):
     assert names(tmp_path) == [".saving-step_00000003", "step_00000001", "step_00000002"]
     assert resumed(tmp_path).step == 1
     assert "step_00000002 is passed over: it was never finished" in capsys.readouterr().out
-    begin_run(arguments(tmp_path, "--resume_from_checkpoint"), data="key").save(2, engines={}, state={})
+    begin_run(description(tmp_path, "--resume_from_checkpoint"), data="key").save(2, engines={}, state={})
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
@@ -193,7 +193,7 @@ def test_models_are_compared_by_content_wherever_they_lie(tmp_path, capsys):
         save_tiny_model(tmp_path / name, seed=3 if name == "other" else 2)
 
     def begin(model: str, *more: str, flag: str = "--model_name_or_path") -> Checkpoints:
-        args = arguments(tmp_path / "run", "--model_name_or_path", str(tmp_path / model), *more)
+        args = description(tmp_path / "run", "--model_name_or_path", str(tmp_path / model), *more)
         return begin_run(args, data="key", models=[UpstreamModel(str(tmp_path / model), flag, None)])
 
     (tmp_path / "run").mkdir()
@@ -258,7 +258,7 @@ REQUIRED = {
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "inspect"])
 def test_a_flag_may_change_at_resume_only_where_that_is_intended(step):
-    known = settings(parse_arguments(step, REQUIRED.get(step, REQUIRED["inspect"])))
+    known = settings_of(parse_arguments(step, REQUIRED.get(step, REQUIRED["inspect"])))
     for name, setting in known.items():
         intended = "free" if name in FREE else "divided" if name in DIVIDED else "same"
         assert setting.at_resume == intended, name
@@ -269,9 +269,9 @@ def test_an_unfinished_run_is_not_overwritten_but_where_that_is_asked_for(tmp_pa
     with pytest.raises(
         UserError, match=r"step_00000001: add --resume_from_checkpoint latest; or .*overwrite"
     ):
-        check_run_folder(arguments(tmp_path))
-    check_run_folder(arguments(tmp_path, "--resume_from_checkpoint"))
-    check_run_folder(overwriting := arguments(tmp_path, "--overwrite_output_dir"))
+        check_run_folder(description(tmp_path))
+    check_run_folder(description(tmp_path, "--resume_from_checkpoint"))
+    check_run_folder(overwriting := description(tmp_path, "--overwrite_output_dir"))
     begin_run(overwriting, data="key")
     assert not (tmp_path / "checkpoints").exists()
 
@@ -282,8 +282,8 @@ def test_a_launch_that_torchrun_starts_again_goes_on_where_it_had_begun(tmp_path
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(UserError, match="add --resume_from_checkpoint latest"):
-            check_run_folder(arguments(tmp_path))
-    overwriting = arguments(tmp_path, "--overwrite_output_dir")
+            check_run_folder(description(tmp_path))
+    overwriting = description(tmp_path, "--overwrite_output_dir")
     begin_run(overwriting, data="key").save(2, engines={}, state={})
     check_run_folder(overwriting)
     assert begin_run(overwriting, data="key")._chosen.name == "step_00000002"
@@ -299,11 +299,11 @@ def test_a_folder_called_like_a_checkpoint_is_refused_also_at_resume(name, tmp_p
     place.parent.mkdir(parents=True)
     place.write_text("someone's own")
     with pytest.raises(UserError, match=r"holds .*: checkpoints/step_00000002 \(no checkpoint of a run\)"):
-        check_run_folder(arguments(tmp_path, "--resume_from_checkpoint"))
+        check_run_folder(description(tmp_path, "--resume_from_checkpoint"))
 
 
 def test_a_checkpoint_is_due_by_number_by_time_by_signal_and_at_the_end(tmp_path, monkeypatch):
-    checkpoints = begin_run(arguments(tmp_path, "--save_interval=3", "--save_minutes=2"), data="key")
+    checkpoints = begin_run(description(tmp_path, "--save_interval=3", "--save_minutes=2"), data="key")
     checkpoints.load({})
     assert [step for step in range(1, 8) if checkpoints.is_due(step)] == [3, 6]
     now = checkpoint.time.monotonic()
@@ -320,7 +320,7 @@ def test_a_checkpoint_is_due_by_number_by_time_by_signal_and_at_the_end(tmp_path
 
 
 def test_without_an_output_folder_a_signal_ends_the_run_and_says_what_is_lost():
-    checkpoints = begin_run(parse_arguments("sft", ["--model_name_or_path", "m"]), data="key")
+    checkpoints = begin_run(parse_arguments("sft", ["--model_name_or_path", "m"]).description, data="key")
     checkpoints.load({})
     os.kill(os.getpid(), 10)
     assert checkpoints.is_due(1)

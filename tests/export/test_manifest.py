@@ -386,7 +386,7 @@ def test_the_card_says_what_made_the_model_in_front_matter_that_is_yaml(base, tm
     data = SplitData(train=rows, evaluation=rows.select([0]), num_rows={"a|b.jsonl": 12}, key="0")
     tokenizer = AutoTokenizer.from_pretrained(base)
     actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
-    made = step_provenance(args, args.model, data, {"eval_loss": 1.23456789})
+    made = step_provenance(args.description, args.model.model_name_or_path, data, {"eval_loss": 1.23456789})
     export_model(actor, tokenizer, tmp_path / "sft", provenance=made)
     _, front, body = (tmp_path / "sft" / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)

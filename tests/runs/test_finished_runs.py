@@ -26,7 +26,7 @@ def test_a_finished_run_is_named_or_resumed_in_peace(step, tmp_path):
     output = tmp_path / "out"
     flags = [*(f"--{name}_name_or_path={tmp_path / 'gone'}" for name in names), f"--output_dir={output}"]
     output.mkdir()
-    start_run(parse_arguments(step, flags))
+    start_run(parse_arguments(step, flags).description)
     write_summary(str(output), {"step": step})
     spy = tmp_path / "spy.py"
     spy.write_text(SPY)

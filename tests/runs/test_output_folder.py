@@ -5,20 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from dschat.arguments import StepArguments, parse_arguments
+from dschat.arguments import RunDescription, parse_arguments
 from dschat.errors import UserError
 from dschat.runs.atomic_folder import put_in_place
 from dschat.runs.export_files import RECORD, replacing_export
 from dschat.runs.output_folder import check_finished, check_run_folder, read_summary, start_run, write_summary
 
 
-def arguments(folder: Path, *more: str) -> StepArguments:
-    return parse_arguments("sft", ["--model_name_or_path", "m", "--output_dir", str(folder), *more])
+def description(folder: Path, *more: str) -> RunDescription:
+    return parse_arguments(
+        "sft", ["--model_name_or_path", "m", "--output_dir", str(folder), *more]
+    ).description
 
 
-def ppo_arguments(folder: Path, *more: str) -> StepArguments:
+def ppo_description(folder: Path, *more: str) -> RunDescription:
     models = ("--actor_model_name_or_path=a", "--critic_model_name_or_path=c")
-    return parse_arguments("rlhf", [*models, "--output_dir", str(folder), *more])
+    return parse_arguments("rlhf", [*models, "--output_dir", str(folder), *more]).description
 
 
 def write(path: Path, text: str = "someone's own") -> Path:
@@ -38,10 +40,10 @@ def checkpoint(root: Path, name: str) -> None:
     put_in_place(root / f".saving-{name}", root / name, {}, serial=1)
 
 
-def finished(folder: Path, start: StepArguments | None = None, models: tuple[str, ...] = ("",)) -> None:
+def finished(folder: Path, start: RunDescription | None = None, models: tuple[str, ...] = ("",)) -> None:
     """What a run leaves, with a checkpoint, a curve, and half of what it was writing when it was killed."""
     folder.mkdir(exist_ok=True)
-    start_run(start or arguments(folder))
+    start_run(start or description(folder))
     for model in models:
         export(folder / model)
         write(folder / model / ".export-abcd1234" / "model.safetensors")
@@ -65,8 +67,8 @@ def test_a_finished_run_is_not_overwritten_without_a_word(tmp_path):
     finished(tmp_path)
     before = contents(tmp_path)
     for check in (
-        lambda: check_finished(arguments(tmp_path).run),
-        lambda: check_run_folder(arguments(tmp_path)),
+        lambda: check_finished(description(tmp_path).run),
+        lambda: check_run_folder(description(tmp_path)),
     ):
         with pytest.raises(UserError, match=r"that finished on \d{4}-.*another folder, or give --overwrite"):
             check()
@@ -80,7 +82,7 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(from_what, tm
     before = contents(tmp_path)
     asked = from_what if from_what == "latest" else str(tmp_path / from_what)
     with pytest.raises(SystemExit) as end:
-        check_finished(arguments(tmp_path, "--resume_from_checkpoint", asked).run)
+        check_finished(description(tmp_path, "--resume_from_checkpoint", asked).run)
     assert end.value.code == 0
     assert "holds a run that finished on" in capsys.readouterr().out
     assert contents(tmp_path) == before
@@ -91,11 +93,11 @@ def test_a_checkpoint_of_another_run_is_no_reason_to_overwrite_a_finished_one(tm
     finished(tmp_path / "b")
     other = str(tmp_path / "a" / "checkpoints" / "step_00000002")
     with pytest.raises(UserError, match="holds a run that finished"):
-        check_finished(arguments(tmp_path / "b", "--resume_from_checkpoint", other).run)
+        check_finished(description(tmp_path / "b", "--resume_from_checkpoint", other).run)
 
 
 @pytest.mark.parametrize(
-    ("start", "models"), [(arguments, ("",)), (ppo_arguments, ("actor", "critic", "best", "actor_ema"))]
+    ("start", "models"), [(description, ("",)), (ppo_description, ("actor", "critic", "best", "actor_ema"))]
 )
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(start, models, tmp_path):
     finished(tmp_path, start(tmp_path), models)
@@ -126,33 +128,33 @@ def test_what_no_run_wrote_is_refused_by_name_before_the_run_starts(name, tmp_pa
     write(tmp_path / name)
     named = name if not name.startswith("checkpoints") else "checkpoints/step_00000002"
     with pytest.raises(UserError, match=rf"holds .* not as a run wrote it: {named} \(no "):
-        check_run_folder(arguments(tmp_path, "--overwrite_output_dir"))
+        check_run_folder(description(tmp_path, "--overwrite_output_dir"))
     assert (tmp_path / name).read_text() == "someone's own"
 
 
 def test_step_3_minds_the_folders_of_its_models_only(tmp_path):
     for name in ("README.md", "config.json", "adapter/adapter_config.json", "actor/notes.txt"):
         write(tmp_path / name)
-    check_run_folder(ppo_arguments(tmp_path))
+    check_run_folder(ppo_description(tmp_path))
     write(tmp_path / "actor" / "model.safetensors")
     with pytest.raises(UserError, match=r"actor/model.safetensors \(no run wrote it\)"):
-        check_run_folder(ppo_arguments(tmp_path))
+        check_run_folder(ppo_description(tmp_path))
 
 
 def test_what_was_put_into_the_place_of_a_runs_file_is_refused(tmp_path):
     finished(tmp_path)
     write(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model.safetensors \(it was changed after a run had written it\)"):
-        check_run_folder(arguments(tmp_path, "--overwrite_output_dir"))
+        check_run_folder(description(tmp_path, "--overwrite_output_dir"))
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "actor", "actor/model.safetensors"])
 def test_symbolic_links_are_not_followed(name, tmp_path):
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    finished(output, ppo_arguments(output), ("actor",))
+    finished(output, ppo_description(output), ("actor",))
     (output / name).replace(elsewhere)
     (output / name).symlink_to(elsewhere)
-    args = ppo_arguments(output, "--overwrite_output_dir")
+    args = ppo_description(output, "--overwrite_output_dir")
     with pytest.raises(UserError, match=rf"holds .*{name} \(a symbolic link"):
         check_run_folder(args)
     before = contents(elsewhere)
@@ -165,14 +167,14 @@ def test_an_empty_folder_behind_a_link_may_hold_the_checkpoints(tmp_path):
     (tmp_path / "large disk").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoints").symlink_to(tmp_path / "large disk")
-    check_run_folder(arguments(tmp_path / "out"))
+    check_run_folder(description(tmp_path / "out"))
 
 
 def test_a_damaged_summary_is_named(tmp_path):
     finished(tmp_path)
     (tmp_path / "summary.json").write_text('{"step": ')
     with pytest.raises(UserError, match=r"summary\.json is damaged .*; move it away"):
-        check_finished(arguments(tmp_path).run)
+        check_finished(description(tmp_path).run)
 
 
 def test_a_kill_on_the_way_leaves_a_finished_run_or_one_that_can_be_started_again(tmp_path, monkeypatch):
@@ -192,9 +194,9 @@ def test_a_kill_on_the_way_leaves_a_finished_run_or_one_that_can_be_started_agai
         with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", dying)
             try:
-                start_run(arguments(folder, "--overwrite_output_dir"))
+                start_run(description(folder, "--overwrite_output_dir"))
             except KeyboardInterrupt:
-                again = arguments(folder, "--overwrite_output_dir")
+                again = description(folder, "--overwrite_output_dir")
             else:
                 break
         check_run_folder(again)
@@ -207,14 +209,14 @@ def test_a_resumed_run_clears_what_was_half_written_and_keeps_the_rest(tmp_path)
     finished(tmp_path)
     (tmp_path / "summary.json").unlink()
     (tmp_path / "checkpoints" / ".saving-mine").mkdir()
-    start_run(arguments(tmp_path, "--resume_from_checkpoint"), is_resumed=True)
+    start_run(description(tmp_path, "--resume_from_checkpoint"), is_resumed=True)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", ".saving-mine"}
     assert (tmp_path / "model.safetensors").exists()
 
 
 def test_both_ways_to_begin_at_once_are_refused(tmp_path):
     with pytest.raises(UserError, match="--overwrite_output_dir starts anew and --resume_from_checkpoint"):
-        arguments(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint")
+        description(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint")
     with pytest.raises(UserError, match="--overwrite_output_dir True needs --output_dir"):
         parse_arguments("sft", ["--model_name_or_path", "m", "--overwrite_output_dir"])
 
@@ -230,14 +232,16 @@ def test_a_new_folder_is_its_owners_alone_and_an_older_one_stays_as_it_is(tmp_pa
     (tmp_path / "older").mkdir()
     (tmp_path / "older").chmod(0o755)  # whatever the umask
     for name, mode in {"new": 0o700, "older": 0o755}.items():
-        check_run_folder(arguments(tmp_path / name))
+        check_run_folder(description(tmp_path / name))
         assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--tensorboard_path"])
 def test_a_folder_that_cannot_be_made_is_named(flag, tmp_path):
     (tmp_path / "file").write_text("")
-    args = parse_arguments("sft", ["--model_name_or_path", "m", flag, str(tmp_path / "file" / "out")])
+    args = parse_arguments(
+        "sft", ["--model_name_or_path", "m", flag, str(tmp_path / "file" / "out")]
+    ).description
     with pytest.raises(UserError, match=rf"{flag} .*file/out cannot be written"):
         check_run_folder(args)
 
@@ -245,7 +249,7 @@ def test_a_folder_that_cannot_be_made_is_named(flag, tmp_path):
 @pytest.mark.parametrize("name", ["", "actor"])
 def test_the_model_that_a_run_starts_from_is_not_overwritten(tmp_path, name):
     (tmp_path / "out" / "actor").mkdir(parents=True)
-    args = arguments(tmp_path / "out")
+    args = description(tmp_path / "out")
     check_run_folder(args, "some/hub-id", str(tmp_path))
     with pytest.raises(UserError, match=r"--output_dir .* would overwrite the model"):
         check_run_folder(args, str(tmp_path / "out" / name))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.arguments import parse_arguments, write_arguments
+from dschat.arguments import parse_arguments
 from dschat.errors import UserError
 from scripts import demo_task, e2e_failures, e2e_rlhf, e2e_step
 
@@ -50,7 +50,7 @@ def fake_steps(tmp_path, monkeypatch):
     def run_and_keep_arguments(command):
         result = e2e_step.run(command)
         if result[0] == 0:
-            write_arguments(command.parsed(), command.folder / "arguments.json")
+            command.parsed().description.write(command.folder / "arguments.json")
         return result
 
     monkeypatch.setattr(e2e_rlhf, "run", run_and_keep_arguments)

@@ -141,7 +141,7 @@ class Exports:
             messages.info(f"did PPO help? actor/ is {verdict}")
 
     def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
-        return step_provenance(self._args, base, self._data, figures, **more)
+        return step_provenance(self._args.description, base.model_name_or_path, self._data, figures, **more)
 
     def _export_actor(self, folder: Path, provenance: Provenance) -> None:
         export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
