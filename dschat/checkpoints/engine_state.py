@@ -1,30 +1,22 @@
 """A DeepSpeed engine in files: weights, optimiser, schedule and loss scaler, each rank its own part."""
 
-import contextlib
 import copy
 import copyreg
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import barrier
 from dschat.distributed.mesh import is_main_process
-
-SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-"""What DeepSpeed's files hold besides tensors and plain values: numbers in classes of its own."""
 
 # Python 3.11.0 to 3.11.3 write an enum as a call of getattr, which no loader of tensors alone takes.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
@@ -92,8 +84,7 @@ def save_engine(engine: DeepSpeedEngine, folder: Path) -> str | None:
 
     Frozen weights, of a model with adapters, are left out: they come from where the model came from.
     """
-    writer = engine.checkpoint_engine = Writer(engine._config)
-    engine._copy_recovery_script = lambda _: None  # it writes scripts that load pickles, and may raise
+    writer = deepspeed_private.set_checkpoint_writer(engine, Writer)
     has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
     engine.save_checkpoint(
         str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=has_frozen
@@ -104,7 +95,7 @@ def save_engine(engine: DeepSpeedEngine, folder: Path) -> str | None:
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
     """Bring a fresh engine of the same shape and number of ranks to where `save_engine` was called.
 
-    Every rank calls it. No file is unpickled but into tensors, plain values and SAFE_CLASSES.
+    Every rank calls it. No file is unpickled but into tensors, plain values and `checkpoint_classes`.
     """
     has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
     with tensors_only():
@@ -122,26 +113,15 @@ def load_engine_resharded(engine: DeepSpeedEngine, folder: Path, scratch: Path) 
         return
     universal = scratch / folder.name
     if is_main_process():
-        with tensors_only(), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress
-            ds_to_universal.main(
-                SimpleNamespace(
-                    input_folder=str(folder),
-                    output_folder=str(universal),
-                    num_extract_workers=1,  # other processes would not know SAFE_CLASSES
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    strict=True,
-                    inject_missing_state=True,
-                )
-            )
+        with tensors_only():
+            deepspeed_private.write_universal_checkpoint(folder, universal)
     barrier(axis="world")
-    optimizer = engine.optimizer.optimizer
+    optimizer = deepspeed_private.inner_optimizer(engine)
     before = [
         {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
     ]
-    engine._config.load_universal_checkpoint = True
-    load_engine(engine, universal)
-    engine._config.load_universal_checkpoint = False
+    with deepspeed_private.loading_universal_checkpoint(engine):
+        load_engine(engine, universal)
     # At stage 3 DeepSpeed 0.19 gives every group of parameters the settings of the first, and all of them one
     # tensor for Adam's step, which each would count up.
     rates = engine.lr_scheduler.get_last_lr()
@@ -158,7 +138,7 @@ def tensors_only() -> Iterator[None]:
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
+        with torch.serialization.safe_globals(deepspeed_private.checkpoint_classes()):
             yield
     finally:
         if before is None:

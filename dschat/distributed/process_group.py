@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from dschat.console import messages
 from dschat.distributed import restart, watchdog
 from dschat.distributed.collectives import barrier, gather_rows
+from dschat.distributed.deepspeed_private import compile_no_shared_memory_collectives
 from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_end import end
@@ -38,9 +39,7 @@ def init_process_group(local_rank: int = -1) -> torch.device:
     )
     configure_environment(local_rank)
     _check_device()
-    # DeepSpeed would compile collectives in shared memory, which only tensor-parallel inference calls. Their
-    # buffers, 66 MiB a rank, stay in /dev/shm for ever, and where that is full the process dies.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compile_no_shared_memory_collectives()
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

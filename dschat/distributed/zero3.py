@@ -8,10 +8,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import Tensor
 
+from dschat.distributed import deepspeed_private
+
 
 def is_zero3_parameter(parameter: Tensor) -> bool:
     """Whether ZeRO-3 shards this parameter over the ranks."""
-    return hasattr(parameter, "ds_id")
+    return deepspeed_private.is_sharded(parameter)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
+from dschat.distributed import deepspeed_private
 from dschat.distributed.mesh import mesh
 from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
 from dschat.engines.out_of_memory import consumes
@@ -22,12 +23,12 @@ def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
     """Trained parameters in groups: LoRA's adapters, which have a learning rate of their own, other weight
     matrices, and biases and norms, which do not decay.
 
-    A vector is told by its own shape, or under ZeRO-3, where a parameter is a flat shard, by its full one.
+    Under ZeRO-3, where a parameter is a flat shard, its whole shape says whether it is a vector.
     """
     adapters = [p for name, p in model.named_parameters() if p.requires_grad and is_adapter(name)]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)]
-    vectors = [p for p in others if len(getattr(p, "ds_shape", p.shape)) < 2]
-    matrices = [p for p in others if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in others if len(deepspeed_private.whole_shape(p)) < 2]
+    matrices = [p for p in others if len(deepspeed_private.whole_shape(p)) >= 2]
     groups = [
         {"params": adapters, "weight_decay": args.weight_decay, "lr": args.lora_learning_rate},
         {"params": matrices, "weight_decay": args.weight_decay, "lr": args.learning_rate},
@@ -119,12 +120,10 @@ def build_trained_engine(
         optimizer.state.clear()
     engine.num_bad_losses, engine.skip_reason = 0, None
     # Whether too many steps are skipped is our decision, in any precision (--max_skipped_steps).
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False
+    deepspeed_private.train_on_at_lowest_scale(engine)
     consumes(model_args.prefix.removesuffix("_") or "model", engine)
     if engine.optimizer is optimizer:
-        optimizer.register_step_pre_hook(_drop_overflow)
+        optimizer.register_step_pre_hook(deepspeed_private.drop_gradients_of_overflow)
     return engine
 
 
@@ -144,14 +143,5 @@ def free_frozen_engine(engine: DeepSpeedEngine) -> None:
     would free nothing: its weights are emptied in place.
     """
     engine.destroy()
-    for parameter in engine.module.parameters():
-        for weight in (parameter, getattr(parameter, "ds_tensor", None)):
-            if weight is not None:
-                weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    deepspeed_private.empty_weights(engine.module)
     get_accelerator().empty_cache()
-
-
-def _drop_overflow(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Before a step: AdamW leaves parameters without gradients, and their moments, as they are."""
-    if optimizer.overflow:
-        optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dschat.arguments import ModelArguments, RlhfArguments, StepArguments
-from dschat.distributed import restart
+from dschat.distributed import deepspeed_private, restart
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
@@ -146,16 +146,15 @@ def _consumers() -> list[str]:
 def _tensors_of(engine: Any) -> dict[str, list[Tensor]]:
     """What an engine holds, by kind; DeepSpeed keeps gradients and fp32 weights in several places."""
     parameters = list(engine.module.parameters())
-    weights = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
+    shards = [deepspeed_private.own_shard(p) for p in parameters]
+    weights = [*parameters, *(shard for shard in shards if shard is not None)]
     found = {"weights": weights, "gradients": [p.grad for p in parameters if p.grad is not None]}
-    outer = engine.optimizer
-    inner = getattr(outer, "optimizer", outer)
+    inner = deepspeed_private.inner_optimizer(engine)
     if not hasattr(inner, "param_groups"):
         return found
     masters = [p for group in inner.param_groups for p in group["params"]]
     found["gradients"] += [p.grad for p in masters if p.grad is not None]
-    for name in ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"):
-        found["gradients"] += _tensors_in(getattr(outer, name, None))
+    found["gradients"] += _tensors_in(deepspeed_private.gradient_buffers(engine))
     own = {id(p) for p in parameters}
     found["optimiser states"] = [p for p in masters if id(p) not in own] + _tensors_in(dict(inner.state))
     return found

@@ -1,13 +1,14 @@
 """One optimiser step of a DeepSpeed engine."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
 from dschat.distributed.mesh import mesh
 from dschat.engines.out_of_memory import phase
@@ -84,8 +85,8 @@ def _measure(engine: DeepSpeedEngine) -> None:
     They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
     """
     norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine._global_grad_norm = norm
-    engine.optimizer.overflow = not norm.isfinite()
+    deepspeed_private.set_gradient_norm(engine, norm)
+    deepspeed_private.set_overflow(engine, not norm.isfinite())
 
 
 def take_steps_together(engines: list[DeepSpeedEngine]) -> None:
@@ -94,36 +95,14 @@ def take_steps_together(engines: list[DeepSpeedEngine]) -> None:
     Each has had its `backward_on`. One that is skipped for another's sake keeps its loss scale, and its
     schedule waits with the other's. Every rank must call it.
     """
-    overflows = [engine.is_gradient_accumulation_boundary() and has_overflow(engine) for engine in engines]
+    overflows = [
+        engine.is_gradient_accumulation_boundary() and deepspeed_private.has_overflow(engine)
+        for engine in engines
+    ]
     for engine, overflowed in zip(engines, overflows, strict=True):
         waits = any(overflows) and not overflowed
-        with _skipping(engine) if waits else contextlib.nullcontext():
+        with deepspeed_private.skipping(engine) if waits else contextlib.nullcontext():
             take_step(engine)
-
-
-def _overflow_checker(engine: DeepSpeedEngine) -> Any:
-    """What DeepSpeed's optimiser asks for infinite gradients: itself, or without ZeRO an object it holds."""
-    return getattr(engine.optimizer, "overflow_checker", engine.optimizer)
-
-
-def has_overflow(engine: DeepSpeedEngine) -> bool:
-    """Whether gradients of an fp16 engine are infinite or NaN on any rank. Every rank must call it."""
-    checker = _overflow_checker(engine)
-    return checker.check() if hasattr(checker, "check") else checker.has_overflow()
-
-
-@contextlib.contextmanager
-def _skipping(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Inside, DeepSpeed finds an overflow and skips the step; its loss scale stays as it was."""
-    optimizer, checker = engine.optimizer, _overflow_checker(engine)
-    scaler = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
-    scale = dict(vars(scaler))
-    checker.has_overflow = lambda *args, **kwargs: True
-    try:
-        yield
-    finally:
-        del checker.has_overflow
-        vars(scaler).update(scale)
 
 
 def learning_rate(engine: DeepSpeedEngine) -> float:
@@ -139,4 +118,4 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
 
 def set_gradient_norm(engine: DeepSpeedEngine, norm: float) -> None:
     """Go on with the norm that `gradient_norm` gave before a checkpoint, until the next optimiser step."""
-    engine._global_grad_norm = norm
+    deepspeed_private.set_gradient_norm(engine, norm)

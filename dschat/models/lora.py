@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.arguments import ModelArguments
 from dschat.console import messages
+from dschat.distributed.deepspeed_private import whole_shape
 from dschat.errors import UserError
 from dschat.models.lora_file import read_lora_file
 from dschat.models.preflight import meta_model
@@ -276,7 +277,7 @@ def _announce(model: nn.Module, num_layers: int) -> None:
             f"the vocabulary's rows of {', '.join(shown[:SHOWN_TOKENS])}{more} are trained too: "
             "these tokens are new to the model."
         )
-    stacked = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) == 3]
+    stacked = [p for p in model.parameters() if len(whole_shape(p)) == 3]
     if stacked:
         fate = "trained whole" if stacked[0].requires_grad else "not trained"
         messages.note(f"the experts' weights are no linear layers and get no adapters; they are {fate}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from dschat.distributed.deepspeed_private import whole_size
 from dschat.distributed.device import current_device
 from dschat.errors import UserError
 
@@ -64,7 +65,7 @@ def num_weights(parameter: nn.Parameter) -> int:
     """Weights in a parameter, also where it is packed or sharded."""
     if is_4bit(parameter):
         return parameter.quant_state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return whole_size(parameter)
 
 
 def unpacked(parameter: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dschat.distributed.deepspeed_private import whole_shape
+
 ROWS = ".new_rows.delta"
 """How the parameter is named after the layer that it belongs to."""
 
@@ -23,7 +25,7 @@ class NewRows(nn.Module):
 
     def __init__(self, layer: nn.Module, ids: list[int], delta: nn.Parameter | None = None) -> None:
         super().__init__()
-        num_rows, width = getattr(layer.weight, "ds_shape", layer.weight.shape)
+        num_rows, width = whole_shape(layer.weight)
         zeros = torch.zeros(len(ids), width, dtype=layer.weight.dtype, device=layer.weight.device)
         self.delta = nn.Parameter(zeros) if delta is None else delta
         self.scale = 1.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat.distributed.collectives import gather_rows
+from dschat.distributed.deepspeed_private import own_shard, whole_shape, whole_size
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import mesh
 from dschat.distributed.zero3 import is_zero3_parameter
@@ -13,7 +14,7 @@ from dschat.distributed.zero3 import is_zero3_parameter
 
 def _held_weights(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, all of it elsewhere."""
-    return parameter.ds_tensor if is_zero3_parameter(parameter) else parameter.data
+    return own_shard(parameter) if is_zero3_parameter(parameter) else parameter.data
 
 
 class MovingAverage:
@@ -59,7 +60,8 @@ class MovingAverage:
     def load_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from what `state_dict` gave on each of another number of ranks, where it is sharded."""
         for name, average in self._averages.items():
-            whole = torch.cat([part[name].flatten() for part in parts])[: self._parameters[name].ds_numel]
+            size = whole_size(self._parameters[name])
+            whole = torch.cat([part[name].flatten() for part in parts])[:size]
             own = whole[mesh().data.rank * average.numel() :][: average.numel()]
             average.zero_()  # the end of the last shard belongs to nothing
             average[: own.numel()].copy_(own)
@@ -70,4 +72,4 @@ class MovingAverage:
             return average.cpu()
         shards = gather_rows(average.to(current_device()), axis="data")  # an offloaded shard lies on the CPU
         # DeepSpeed pads the last shard.
-        return shards[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        return shards[: whole_size(parameter)].view(whole_shape(parameter)).cpu()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.console import messages
+from dschat.distributed.deepspeed_private import whole_size
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -77,7 +78,7 @@ class DeepSpeedRLHFEngine:
 
     def _say_what_no_critic_saves(self) -> None:
         likely, name = (self.reward, "reward model") if self.reward else (self.actor, "actor")
-        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in likely.module.parameters())
+        num_weights = sum(whole_size(p) for p in likely.module.parameters())
         size = num_weights * TRAINED_BYTES / 2**30
         messages.info(
             f"no critic: --advantage_estimator {self._args.ppo.advantage_estimator} needs none. One as large "

@@ -10,11 +10,12 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from dschat.distributed.deepspeed_private import has_overflow
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.zero3 import gathered
 from dschat.engines.deepspeed_config import get_train_ds_config
-from dschat.engines.step import backward_on, has_overflow, learning_rate, take_steps_together
+from dschat.engines.step import backward_on, learning_rate, take_steps_together
 
 
 def build(stage: int):

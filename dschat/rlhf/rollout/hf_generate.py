@@ -11,6 +11,7 @@ from dschat.arguments import RolloutArguments
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.deepspeed_private import whole_size
 from dschat.distributed.mesh import mesh
 from dschat.distributed.zero3 import is_zero3_parameter, weights_gathered_for_generation
 from dschat.engines.step import DeepSpeedEngine
@@ -64,7 +65,7 @@ class Rollout:
         if self._args.rollout_gather != "auto":
             return self._args.rollout_gather == "always"
         parameters = list(self._actor.module.parameters())
-        needed = sum(p.ds_numel * p.element_size() for p in parameters if is_zero3_parameter(p))
+        needed = sum(whole_size(p) * p.element_size() for p in parameters if is_zero3_parameter(p))
         device = self._actor.device
         free = (
             psutil.virtual_memory().available // mesh().machine.size

@@ -1,0 +1,228 @@
+"""Every private or undocumented name of DeepSpeed that dschat depends on, each in a small function.
+
+`SOURCES` says where each name was read; tests/distributed/test_deepspeed_private.py tells which of them
+another version of DeepSpeed has moved. DeepSpeed is imported inside functions: a module that only asks about
+parameters starts faster without it.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+VERSION = "0.19.8"
+"""The DeepSpeed whose source was read."""
+
+
+class Source(NamedTuple):
+    """A line of DeepSpeed that a function of this module depends on."""
+
+    function: str
+    file: str
+    """Below the package's folder."""
+    line: int
+    text: str
+    """What stands in that line, in part."""
+
+
+_PARAMETERS = "runtime/zero/partition_parameters.py"
+SOURCES = (
+    Source("is_sharded", _PARAMETERS, 1320, "param.ds_id = "),
+    Source("whole_shape", _PARAMETERS, 1279, "param.ds_shape = param.shape"),
+    Source("whole_size", _PARAMETERS, 1282, "param.ds_numel = param.numel()"),
+    Source("own_shard", _PARAMETERS, 1846, "param.ds_tensor = partitioned_tensor"),
+    Source("inner_optimizer", "runtime/zero/stage3.py", 232, "self.optimizer = init_optimizer"),
+    Source("inner_optimizer", "runtime/zero/stage_1_and_2.py", 260, "self.optimizer = init_optimizer"),
+    Source("inner_optimizer", "runtime/fp16/fused_optimizer.py", 77, "self.optimizer = init_optimizer"),
+    Source("inner_optimizer", "runtime/fp16/unfused_optimizer.py", 64, "self.optimizer = init_optimizer"),
+    Source("gradient_buffers", "runtime/zero/stage3.py", 513, "self.averaged_gradients = {}"),
+    Source("gradient_buffers", "runtime/zero/stage3.py", 786, "self.grad_partitions_flat_buffer = None"),
+    Source("gradient_buffers", "runtime/zero/stage_1_and_2.py", 687, "self.averaged_gradients = {}"),
+    Source("gradient_buffers", "runtime/bf16_optimizer.py", 114, "self.fp32_groups_gradients_flat = []"),
+    Source("set_gradient_norm", "runtime/engine.py", 1368, "return self._global_grad_norm"),
+    Source("set_overflow", "runtime/engine.py", 3537, "overflow = self.optimizer.overflow"),
+    Source("has_overflow", "runtime/fp16/fused_optimizer.py", 122, "self.overflow_checker = CheckOverflow("),
+    Source("has_overflow", "runtime/fp16/unfused_optimizer.py", 205, "self.overflow_checker.check()"),
+    Source("has_overflow", "runtime/utils.py", 272, "def check(self, param_groups=None):"),
+    Source("has_overflow", "runtime/zero/stage3.py", 3009, "def has_overflow(self, "),
+    Source("has_overflow", "runtime/zero/stage_1_and_2.py", 3237, "def has_overflow(self, "),
+    Source(
+        "skipping", "runtime/fp16/fused_optimizer.py", 270, "self.overflow_checker.has_overflow(fp16_params)"
+    ),
+    Source("skipping", "runtime/fp16/fused_optimizer.py", 73, "self.loss_scale_config = loss_scale_config"),
+    Source("skipping", "runtime/fp16/unfused_optimizer.py", 60, "self.loss_scale_config = loss_scale_config"),
+    Source(
+        "skipping", "runtime/zero/stage3.py", 2991, "self.overflow = self.has_overflow(partition_gradients)"
+    ),
+    Source("skipping", "runtime/zero/stage3.py", 524, "self.loss_scaler = CreateLossScaler("),
+    Source("skipping", "runtime/zero/stage_1_and_2.py", 722, "self.loss_scaler = CreateLossScaler("),
+    Source(
+        "train_on_at_lowest_scale", "runtime/fp16/loss_scaler.py", 236, "self.raise_error_at_min_scale = "
+    ),
+    Source("set_checkpoint_writer", "runtime/engine.py", 545, "self._config = config_class"),
+    Source("set_checkpoint_writer", "runtime/engine.py", 1902, "self.checkpoint_engine = "),
+    Source("set_checkpoint_writer", "runtime/engine.py", 5567, "self._copy_recovery_script(save_path)"),
+    Source(
+        "loading_universal_checkpoint", "runtime/engine.py", 1713, "self._config.load_universal_checkpoint"
+    ),
+    Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1156, "def main(args):"),
+    Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1169, "args.inject_missing_state"),
+    Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 169, "class LossScaler("),
+    Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 193, "class DynamicLossScaler("),
+    Source("checkpoint_classes", "runtime/zero/config.py", 81, "class ZeroStageEnum("),
+    Source("checkpoint_classes", "utils/tensor_fragment.py", 13, "class fragment_address"),
+    Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
+    Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
+)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards this parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, under ZeRO-3 that of all shards together."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_size(parameter: Tensor) -> int:
+    """A parameter's number of elements, under ZeRO-3 those of all shards."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def own_shard(parameter: Tensor) -> Tensor | None:
+    """This rank's shard of a parameter under ZeRO-3, with padding in the last rank's; None elsewhere."""
+    return getattr(parameter, "ds_tensor", None)
+
+
+def inner_optimizer(engine: "DeepSpeedEngine") -> Any:
+    """The optimiser that holds Adam's state: inside DeepSpeed's, or the engine's own."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def gradient_buffers(engine: "DeepSpeedEngine") -> list[Any]:
+    """Where DeepSpeed's optimisers keep gradients beside the parameters': nested lists and dictionaries."""
+    names = ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
+    return [getattr(engine.optimizer, name, None) for name in names]
+
+
+def set_gradient_norm(engine: "DeepSpeedEngine", norm: Tensor | float) -> None:
+    """Have `engine.get_global_grad_norm()` return this norm until the next optimiser step."""
+    engine._global_grad_norm = norm
+
+
+def set_overflow(engine: "DeepSpeedEngine", overflow: Tensor | bool) -> None:
+    """Tell an engine whose optimiser is torch's whether its coming step is one to be skipped."""
+    engine.optimizer.overflow = overflow
+
+
+def drop_gradients_of_overflow(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before a step that `set_overflow` skips: without gradients AdamW leaves weights and moments alone."""
+    if optimizer.overflow:  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _overflow_checker(engine: "DeepSpeedEngine") -> Any:
+    """What DeepSpeed's optimiser asks for overflow: itself, or without ZeRO an object that it holds."""
+    return getattr(engine.optimizer, "overflow_checker", engine.optimizer)
+
+
+def has_overflow(engine: "DeepSpeedEngine") -> bool:
+    """Whether gradients of an fp16 engine are infinite or NaN on any rank. Every rank must call it."""
+    checker = _overflow_checker(engine)
+    return bool(checker.check() if hasattr(checker, "check") else checker.has_overflow())
+
+
+@contextlib.contextmanager
+def skipping(engine: "DeepSpeedEngine") -> Iterator[None]:
+    """Inside the block, an fp16 engine skips its optimiser step and keeps its loss scale."""
+    optimizer, checker = engine.optimizer, _overflow_checker(engine)
+    scaler = optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
+    scale = dict(vars(scaler))
+    checker.has_overflow = lambda *args, **kwargs: True
+    try:
+        yield
+    finally:
+        del checker.has_overflow
+        vars(scaler).update(scale)
+
+
+def train_on_at_lowest_scale(engine: "DeepSpeedEngine") -> None:
+    """Have an fp16 engine skip steps for ever where DeepSpeed would raise at the lowest loss scale."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
+def set_checkpoint_writer(engine: "DeepSpeedEngine", writer: Callable[[Any], Any]) -> Any:
+    """Have a writer, made of the engine's configuration, write its checkpoints; return it.
+
+    DeepSpeed's scripts, which load pickles and whose copying may raise, are left out.
+    """
+    engine.checkpoint_engine = writer(engine._config)
+    engine._copy_recovery_script = lambda _: None
+    return engine.checkpoint_engine
+
+
+@contextlib.contextmanager
+def loading_universal_checkpoint(engine: "DeepSpeedEngine") -> Iterator[None]:
+    """Inside the block, `engine.load_checkpoint` reads a universal checkpoint."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+
+
+def write_universal_checkpoint(folder: Path, output: Path) -> None:
+    """Make of a ZeRO checkpoint a universal one, a file per parameter, in this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        ds_to_universal.main(
+            SimpleNamespace(
+                input_folder=str(folder),
+                output_folder=str(output),
+                num_extract_workers=1,  # other processes would load pickles
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+
+
+def checkpoint_classes() -> list[type]:
+    """The classes in DeepSpeed's checkpoints besides tensors and plain values: they hold numbers."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def compile_no_shared_memory_collectives() -> None:
+    """Keep DeepSpeed from compiling collectives that only tensor-parallel inference calls.
+
+    Their buffers, 66 MiB a rank, stay in /dev/shm for ever, and where that is full the process dies.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def empty_weights(module: nn.Module) -> None:
+    """Free the memory of a module's weights, shards included; the module is of no use after that."""
+    for parameter in module.parameters():
+        for weight in (parameter, own_shard(parameter)):
+            if weight is not None:
+                weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
