@@ -190,16 +190,14 @@ class RlhfArguments(TrainingStep):
 
     @property
     def model_paths(self) -> list[str]:
-        """Where the models are that step 3 starts from."""
-        guard = self.guard.guard_reward_model_name_or_path
-        paths = (self.actor.model_name_or_path, self.critic.model_name_or_path, self.reward_path, guard)
-        return [path for path in paths if path]
-
-    @property
-    def starting_critic(self) -> ModelArguments:
-        """The critic's settings; without a model of its own it starts from the actor's."""
-        path = self.critic.model_name_or_path or self.actor.model_name_or_path
-        return dataclasses.replace(self.critic, model_name_or_path=path)
+        """Every model that a flag names, whether the run needs it or not."""
+        named = [
+            getattr(getattr(self, part.name), field.name)
+            for part in dataclasses.fields(self)
+            for field in dataclasses.fields(part.metadata["group"])
+            if field.name.endswith("model_name_or_path")
+        ]
+        return [path for path in named if path]
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -226,11 +224,6 @@ class RlhfArguments(TrainingStep):
             "--score_normalization step2 (--normalize_scores) is for the scores of a reward model, and there "
             "is none; use running, or leave it out.",
         )
-
-    @property
-    def reward_flag(self) -> str:
-        """The flag that says so."""
-        return f"--{'reward' if self.rlhf.reward_model_name_or_path else 'critic'}_model_name_or_path"
 
     @property
     def minibatch_size(self) -> int:

@@ -1,11 +1,10 @@
 """The tokenizer of a model, with its end and padding tokens and its chat template settled."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dschat.arguments import RlhfArguments, TokenizerArguments
+from dschat.arguments import TokenizerArguments
 from dschat.console import messages
 from dschat.data.files import is_local
 from dschat.data.template_trial import settle_template
@@ -78,82 +77,13 @@ def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-@dataclass(frozen=True)
-class RlhfTokenizers:
-    """What step 3's models read."""
-
-    actor: PreTrainedTokenizerBase
-    """The actor's, the reference model's and the critic's."""
-    reader: PreTrainedTokenizerBase | None
-    """The reward model's own, by which it reads answers as text; None where it reads the actor's tokens."""
-    fresh_critic: bool
-    """Whether the critic has to start from the actor: the reward model knows other tokens, or is none."""
-    guard_reader: PreTrainedTokenizerBase | None = None
-    """The second reward model's, where that reads as the reward model with a tokenizer of its own does."""
+def reads_otherwise(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+    """Whether the same conversation has other tokens for `theirs`: by its vocabulary or its chat template."""
+    return first_difference(ours, theirs) is not None or ours.chat_template != theirs.chat_template
 
 
-def load_rlhf_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
-    """The tokenizers of all models of step 3.
-
-    Raises `UserError` where critic and actor cannot share tokens, actor and reward model share a tokenizer
-    but not a template, or the second reward model reads neither as the actor nor as the reward model does.
-    """
-    tokenizers = _load_first_tokenizers(args)
-    path = args.guard.guard_reward_model_name_or_path
-    if path is None:
-        return tokenizers
-    guard = load_tokenizer(path, replace(args.tokenizer, chat_template=None))
-    if not _reads_otherwise(tokenizers.actor, guard):
-        return tokenizers
-    if tokenizers.reader is None or _reads_otherwise(tokenizers.reader, guard):
-        raise UserError(
-            f"--guard_reward_model_name_or_path {path!r} has another tokenizer or chat template than the "
-            "actor and the reward model: give one that reads as one of them does."
-        )
-    return replace(tokenizers, guard_reader=guard)
-
-
-def _load_first_tokenizers(args: RlhfArguments) -> RlhfTokenizers:
-    """The tokenizers of --actor_model_name_or_path, --critic_... and --reward_model_name_or_path."""
-    actor, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
-    reward, own = args.rlhf.reward_model_name_or_path, replace(args.tokenizer, chat_template=None)
-    ours = load_tokenizer(actor, args.tokenizer)
-    if critic is None:
-        reader = load_tokenizer(reward, own) if reward else ours
-        return RlhfTokenizers(ours, reader if _reads_otherwise(ours, reader) else None, fresh_critic=True)
-    theirs = load_tokenizer(critic, args.tokenizer)
-    difference = _first_difference(ours, theirs)
-    if reward is not None:
-        if difference is not None:
-            raise UserError(
-                f"--actor_model_name_or_path {actor!r} and --critic_model_name_or_path {critic!r} have "
-                f"different tokenizers: {difference}. The critic reads the actor's tokens: give one that "
-                "does. (The reward model of --reward_model_name_or_path may have another.)"
-            )
-        reader = load_tokenizer(reward, own)
-        return RlhfTokenizers(ours, reader if _reads_otherwise(ours, reader) else None, fresh_critic=False)
-    if difference is not None:
-        messages.note(
-            f"the reward model {critic!r} has a tokenizer of its own ({difference}): it reads the "
-            "answers as text, in its own tokens and template, and the critic starts from the actor with a "
-            "fresh head."
-        )
-        return RlhfTokenizers(ours, load_tokenizer(critic, own), fresh_critic=True)
-    if _reads_otherwise(ours, theirs):
-        raise UserError(
-            f"--actor_model_name_or_path {actor!r} and --critic_model_name_or_path {critic!r} were saved "
-            "with different chat templates: the reward model would judge texts of a form it has not seen. "
-            "Train both with one template (--chat_template in steps 1 and 2), or name the reward model with "
-            "--reward_model_name_or_path, by which it reads answers in its own template."
-        )
-    return RlhfTokenizers(ours, None, fresh_critic=False)
-
-
-def _reads_otherwise(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
-    return _first_difference(ours, theirs) is not None or ours.chat_template != theirs.chat_template
-
-
-def _first_difference(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> str | None:
+def first_difference(actor: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> str | None:
+    """The first difference of two vocabularies or of their special tokens, None where they are equal."""
     ours, theirs = actor.get_vocab(), critic.get_vocab()
     if ours != theirs:
         differing = {token for token, _ in ours.items() ^ theirs.items()}

@@ -10,13 +10,11 @@ from dschat.arguments import RlhfArguments
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.losses import token_entropy, token_logprobs
-from dschat.models.config import learned_positions
-from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.experience import AnswerAnalysis, at_answers
-from dschat.rlhf.rewards.retokenize import Retokenizer
 from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.tokenizers import RlhfTokenizers, build_retokenizer
 
 
 def answer_logits(model: DeepSpeedEngine, batch: RolloutBatch, num_tokens: int) -> Tensor:
@@ -56,7 +54,7 @@ class AnswerAnalyzer:
     """Actor, reference, critic and reward model (where there are such), and how each reads answers.
 
     The data set of `prompts` is needed where the reward model has a tokenizer of its own
-    (`tokenizers.reader`), and where there are `rewards`: other sources of scores, to be summed up with the
+    (`tokenizers.own`), and where there are `rewards`: other sources of scores, to be summed up with the
     reward model's.
     """
 
@@ -74,11 +72,7 @@ class AnswerAnalyzer:
         self._in_evaluation = in_evaluation
         self._temperature = args.rollout.temperature
         self._num_tokens = len(tokenizers.actor)
-        self._reading = None
-        if tokenizers.reader is not None:
-            assert prompts is not None, "a reward model with its own tokenizer reads prompts anew"
-            limit = learned_positions(args.reward_path)
-            self._reading = Retokenizer(prompts, tokenizers.actor, tokenizers.reader, max_tokens=limit)
+        self._reading = build_retokenizer(engine.specs, "reward", tokenizers, prompts)
 
     @phase("judging answers")
     @torch.no_grad()

@@ -33,7 +33,6 @@ from dschat.engines.step import (
     train_on,
 )
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
-from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.analysis import AnswerAnalyzer, answer_logits, values_at_answers
 from dschat.rlhf.ema import MovingAverage
@@ -53,6 +52,7 @@ from dschat.rlhf.rollout.agreement import RolloutCheck
 from dschat.rlhf.rollout.batch import RolloutBatch, gather_rollouts
 from dschat.rlhf.rollout.hf_generate import Rollout
 from dschat.rlhf.running_statistics import RunningStatistics
+from dschat.rlhf.tokenizers import RlhfTokenizers
 from dschat.rlhf.update_statistics import UpdateStatistics
 
 
@@ -60,7 +60,7 @@ class DeepSpeedPPOTrainer:
     """`generate_experience(prompts)`, `train_rlhf(minibatch)` for each of its minibatches, `metrics()`.
 
     `score_scale` is the mean and standard deviation that scores are brought to 0 and 1 by. The data set of
-    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.reader`) and where
+    `prompts` is needed where the reward model has a tokenizer of its own (`tokenizers.own`) and where
     there are `rewards`, other sources of scores. `texts` are learned beside the answers.
     """
 

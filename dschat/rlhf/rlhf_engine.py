@@ -1,12 +1,11 @@
-"""The four models of PPO, each in its DeepSpeed engine, and the actor's moving average."""
+"""The models of PPO, each in its DeepSpeed engine, and the actor's moving average."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dschat.arguments import ModelArguments, RlhfArguments
+from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed.deepspeed_private import whole_size
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
@@ -15,73 +14,87 @@ from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
-from dschat.models.tokenizer import RlhfTokenizers
+from dschat.models.reward_model import RewardModel
 from dschat.rlhf.ema import MovingAverage
+from dschat.rlhf.roles import EngineSpec
+from dschat.rlhf.tokenizers import RlhfTokenizers
 
 TRAINED_BYTES = 16
-"""A trained weight's memory without activations: fp32 weight, gradient and two moments; or in bf16 and fp16 a
-weight and a gradient of 2 bytes, and in fp32 a copy of the weight and two moments."""
+"""Memory of a trained weight without activations: fp32 weight, gradient and two moments; or in bf16 and fp16
+a weight and a gradient of 2 bytes, and in fp32 a copy of the weight and two moments."""
 
 
-def training_steps_of_actor(args: RlhfArguments, num_training_steps: int) -> int:
-    """Optimiser steps without those in which the critic learns alone, so that the actor's schedule ends too.
+def num_training_steps(ppo: PpoArguments, *, num_ppo_steps: int, updates_per_ppo_step: int) -> dict[str, int]:
+    """Optimiser steps of the actor and the critic, over which their learning rates are scheduled.
 
-    Raises `UserError` where none is left.
+    The steps in which the critic learns alone are none of the actor's, so that the actor's schedule ends too.
+    Raises `UserError` where none is left for the actor.
     """
-    warmup = args.ppo.critic_warmup_steps
-    steps = num_training_steps - warmup * args.updates_per_ppo_step
-    if warmup and steps <= 0:
+    warmup = ppo.critic_warmup_steps
+    if warmup and num_ppo_steps <= warmup:
         raise UserError(
             f"--critic_warmup_steps {warmup} leaves the actor nothing to learn in: the run has "
-            f"{num_training_steps // args.updates_per_ppo_step} PPO steps. Lower it, or give more prompts or "
-            "--num_train_epochs."
+            f"{num_ppo_steps} PPO steps. Lower it, or give more prompts or --num_train_epochs."
         )
-    return steps
+    return {
+        "actor": (num_ppo_steps - warmup) * updates_per_ppo_step,
+        "critic": num_ppo_steps * updates_per_ppo_step,
+    }
 
 
 class DeepSpeedRLHFEngine:
-    """`actor` and `critic` are trained, `ref` and `reward`, the models they started from, are frozen.
+    """The engines of the models in `specs`, by role.
 
-    Every trained model has its own optimiser, schedule and ZeRO stage. A frozen one is sharded (stage 3) when
-    the model it was copied from is, and whole on each rank otherwise. `ref` is None where the actor trains
-    adapters alone: without them it is the reference, see `reference()`. `ema` is None unless asked for, and
-    `critic` where advantages are estimated without one, `reward` where other sources alone score.
-    `guard_reward` is the second reward model, where one is given.
-    `fresh_critic` says whether the critic started from the actor instead of the reward model.
+    `actor` and `critic` are trained; `ref`, `reward` and `guard_reward` (the second reward model) are frozen.
+    All but the actor may be None: `ref` where the actor trains adapters alone (see `reference()`), `critic`
+    where advantages are estimated without one, `reward` where other sources alone score. `ema` is the moving
+    average of the actor, None unless it is asked for.
     """
 
-    def __init__(self, args: RlhfArguments, tokenizers: RlhfTokenizers, *, num_training_steps: int) -> None:
-        actor_training_steps = training_steps_of_actor(args, num_training_steps)
-        self._args = args
-        self._tokenizers = tokenizers
-        self._tokenizer = tokenizers.actor
-        self.fresh_critic = tokenizers.fresh_critic
-        self.actor = self._build_actor(actor_training_steps)
-        self.ref = self._build_reference()
-        self.ema = MovingAverage(self.actor.module, decay=args.ppo.ema_decay) if args.ppo.enable_ema else None
-        self.critic = self._build_critic(num_training_steps) if args.ppo.has_critic else None
-        self.reward = self._reward_engine("the reward model", args.reward_path, tokenizers.reader)
-        guard = args.guard.guard_reward_model_name_or_path
-        self.guard_reward = self._reward_engine("the second reward model", guard, tokenizers.guard_reader)
+    def __init__(
+        self,
+        specs: Sequence[EngineSpec],
+        tokenizers: RlhfTokenizers,
+        *,
+        optimizer: OptimizerArguments,
+        ppo: PpoArguments,
+        run: RunArguments,
+        num_training_steps: Mapping[str, int],
+    ) -> None:
+        self.specs = specs
+        self._tokenizers, self._optimizer, self._ppo, self._run = tokenizers, optimizer, ppo, run
+        self.by_role: dict[str, DeepSpeedEngine] = {}
+        for spec in specs:
+            with phase(f"loading the {spec.name}"):
+                if spec.trained:
+                    self.by_role[spec.role] = self._build_trained(spec, num_training_steps[spec.role])
+                elif not self._is_adapterless_twin(spec):
+                    self.by_role[spec.role] = self._build_frozen(spec)
+        self.actor = self.by_role["actor"]
+        self.ref = self.by_role.get("reference")
+        self.critic = self.by_role.get("critic")
+        self.reward = self.by_role.get("reward")
+        self.guard_reward = self.by_role.get("guard")
+        self.ema = MovingAverage(self.actor.module, decay=ppo.ema_decay) if ppo.enable_ema else None
         if self.critic is None:
             self._say_what_no_critic_saves()
 
     @property
     def trained(self) -> list[DeepSpeedEngine]:
         """The actor and, where there is one, the critic."""
-        return [self.actor] if self.critic is None else [self.actor, self.critic]
+        return list(self.by_name.values())
 
     @property
     def by_name(self) -> dict[str, DeepSpeedEngine]:
         """The trained engines by the names that they have in checkpoints."""
-        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+        return {spec.role: self.by_role[spec.role] for spec in self.specs if spec.trained}
 
     def _say_what_no_critic_saves(self) -> None:
         likely, name = (self.reward, "reward model") if self.reward else (self.actor, "actor")
         num_weights = sum(whole_size(p) for p in likely.module.parameters())
         size = num_weights * TRAINED_BYTES / 2**30
         messages.info(
-            f"no critic: --advantage_estimator {self._args.ppo.advantage_estimator} needs none. One as large "
+            f"no critic: --advantage_estimator {self._ppo.advantage_estimator} needs none. One as large "
             f"as the {name}, trained whole, would take {size:.3g} GiB for weights, gradients and "
             "Adam's states. The critic's own flags, such as its learning rate, have no use."
         )
@@ -95,84 +108,43 @@ class DeepSpeedRLHFEngine:
         with adapters_off(self.actor.module):
             yield self.actor
 
-    def _train_config(self, model_args: ModelArguments) -> dict:
-        return train_config(
-            model_args,
-            self._args.optimizer,
-            self._args.run,
-            per_device_batch_size=self._args.ppo.per_device_training_batch_size,
+    def _is_adapterless_twin(self, spec: EngineSpec) -> bool:
+        """Whether another model computes the same with its adapters off, so that no copy is needed."""
+        twin = spec.without_adapters_of
+        if twin is None or not trains_adapters_only(self.by_role[twin].module):
+            return False
+        messages.info(f"the {spec.name} is the {twin} without its adapters: no copy is loaded")
+        if spec.offload:
+            messages.note(f"{spec.offload_flag} has nothing to offload and is ignored.")
+        return True
+
+    def _build_trained(self, spec: EngineSpec, num_training_steps: int) -> DeepSpeedEngine:
+        messages.info(f"loading the {spec.name}")
+        config = train_config(
+            spec.settings,
+            self._optimizer,
+            self._run,
+            per_device_batch_size=self._ppo.per_device_training_batch_size,
         )
-
-    def _frozen_config(self, original: ModelArguments, *, offload: bool) -> dict:
-        return frozen_config(stage=3 if original.zero_stage == 3 else 0, run=self._args.run, offload=offload)
-
-    def _language_model(self, config: dict) -> PreTrainedModel:
-        """The model that the actor starts from and the reference model stays."""
-        args = self._args.actor
-        return create_hf_model(
-            AutoModelForCausalLM, args.model_name_or_path, self._tokenizer, config, **args.loading_options
-        )
-
-    def _trained_engine(
-        self, model: nn.Module, args: ModelArguments, config: dict, num_training_steps: int
-    ) -> DeepSpeedEngine:
         return build_trained_engine(
-            model,
-            args,
-            self._args.optimizer,
-            self._args.run,
+            self._load(spec, config),
+            spec.settings,
+            self._optimizer,
+            self._run,
             config=config,
             num_training_steps=num_training_steps,
         )
 
-    @phase("loading the actor")
-    def _build_actor(self, num_training_steps: int) -> DeepSpeedEngine:
-        messages.info("loading the actor")
-        args, config = self._args.actor, self._train_config(self._args.actor)
-        model = self._language_model(config)
-        return self._trained_engine(model, args, config, num_training_steps)
+    def _build_frozen(self, spec: EngineSpec) -> DeepSpeedEngine:
+        twin = spec.without_adapters_of
+        why = f", a copy: the {twin} trains more than adapters" if twin else ""
+        messages.info(f"loading the {spec.name}{why}")
+        config = frozen_config(stage=spec.zero_stage, run=self._run, offload=spec.offload)
+        return build_frozen_engine(self._load(spec, config), config=config, role=spec.name)
 
-    @phase("loading the reference model")
-    def _build_reference(self) -> DeepSpeedEngine | None:
-        offload = self._args.rlhf.offload_reference_model
-        if trains_adapters_only(self.actor.module):
-            messages.info("the reference model is the actor without its adapters: no copy is loaded")
-            if offload:
-                messages.note("--offload_reference_model has nothing to offload and is ignored.")
-            return None
-        messages.info("loading the reference model, a copy: the actor trains more than adapters")
-        config = self._frozen_config(self._args.actor, offload=offload)
-        model = self._language_model(config)
-        return build_frozen_engine(model, config=config)
-
-    @phase("loading the critic")
-    def _build_critic(self, num_training_steps: int) -> DeepSpeedEngine:
-        messages.info("loading the critic")
-        args, config = self._args.critic, self._train_config(self._args.critic)
-        model = create_critic_model(
-            self._args.actor.model_name_or_path if self.fresh_critic else args.model_name_or_path,
-            self._tokenizer,
-            config,
-            rlhf_training=not self.fresh_critic,
-            **args.loading_options,
-        )
-        return self._trained_engine(model, args, config, num_training_steps)
-
-    @phase("loading the reward model")
-    def _reward_engine(
-        self, name: str, path: str | None, reader: PreTrainedTokenizerBase | None
-    ) -> DeepSpeedEngine | None:
-        """The reward model at `path`, if there is one."""
-        if path is None:
-            return None
-        messages.info(f"loading {name}")
-        args = self._args.critic
-        config = self._frozen_config(args, offload=self._args.rlhf.offload_reward_model)
-        model = create_critic_model(
-            path,
-            reader or self._tokenizer,
-            config,
-            rlhf_training=True,
-            dropout=0.0,
-        )
-        return build_frozen_engine(model, config=config, role=name.removeprefix("the "))
+    def _load(self, spec: EngineSpec, config: dict) -> PreTrainedModel | RewardModel:
+        tokenizer = self._tokenizers.of(spec.role)
+        options = {"dropout": 0.0, "load_in_4bit": spec.load_in_4bit}
+        if spec.head == "language_model":
+            return create_hf_model(AutoModelForCausalLM, spec.path, tokenizer, config, **options)
+        return create_critic_model(spec.path, tokenizer, config, rlhf_training=not spec.fresh_head, **options)

@@ -1,64 +1,82 @@
 """The models that step 3 receives, and the promises that come with them."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dschat.arguments import RlhfArguments
 from dschat.export.upstream import UpstreamModel, verify_model
-from dschat.models.tokenizer import RlhfTokenizers
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-
-GUARD_FLAG = "--guard_reward_model_name_or_path"
+from dschat.models import config, lora
+from dschat.rlhf.roles import LOADABLE_HEADS, EngineSpec
+from dschat.rlhf.tokenizers import RlhfTokenizers
 
 
 @dataclass(frozen=True)
-class RlhfHandovers:
-    """Where actor (and reference), critic and reward model come from; the last two are often one."""
+class UpstreamModels:
+    """The received models by the role whose folder they are: several roles may start from one."""
 
-    actor: UpstreamModel
-    critic: (
-        UpstreamModel | None
-    )  # None where advantages are estimated without one, or it starts from the actor
-    reward: UpstreamModel | None  # None where other sources alone score
-    guard_reward: UpstreamModel | None  # the second reward model
+    by_role: Mapping[str, UpstreamModel]
 
     @property
     def all(self) -> list[UpstreamModel]:
-        """Each model once."""
-        given = (self.actor, self.critic, self.reward, self.guard_reward)
-        return list({model.flag: model for model in given if model}.values())
+        """Each received model once."""
+        return list(self.by_role.values())
 
-    def check_templates(self, tokenizers: RlhfTokenizers) -> None:
+    def score_scale(self, normalization: str) -> tuple[float, float]:
+        """Mean and standard deviation by which the reward model's scores are brought to 0 and 1.
+
+        They are step 2's where `normalization` is step2, and change nothing otherwise.
+        """
+        return self.by_role["reward"].score_statistics() if normalization == "step2" else (0.0, 1.0)
+
+    def check_templates(self, specs: Iterable[EngineSpec], tokenizers: RlhfTokenizers) -> None:
         """Raise `UserError` where a model would read another template than it was trained with."""
-        self.actor.check_template(tokenizers.actor)
-        if self.critic and not tokenizers.fresh_critic:
-            self.critic.check_template(tokenizers.actor)
-        if self.reward:
-            self.reward.check_template(tokenizers.reader or tokenizers.actor)
-        if self.guard_reward:
-            self.guard_reward.check_template(tokenizers.guard_reader or tokenizers.actor)
+        for spec in specs:
+            self.by_role[spec.source].check_template(tokenizers.of(spec.role))
 
-    def check_outputs(self, engine: DeepSpeedRLHFEngine) -> None:
-        """Raise `UserError` where a model does not compute what was promised. Every rank must call it."""
-        self.actor.check_outputs(engine.actor, *([engine.ref] if engine.ref else []))
-        if self.critic and not engine.fresh_critic:
-            self.critic.check_outputs(engine.critic)
-        if self.reward:
-            self.reward.check_outputs(engine.reward)
-        if self.guard_reward:
-            self.guard_reward.check_outputs(engine.guard_reward)
+    def check_outputs(self, specs: Iterable[EngineSpec], engines: Mapping[str, Any]) -> None:
+        """Raise `UserError` where an engine does not compute what was promised. Every rank must call it.
+
+        `engines` are by role. A model with a fresh head computes what nobody has promised.
+        """
+        for spec in specs:
+            if spec.role in engines and not spec.fresh_head:
+                self.by_role[spec.source].check_outputs(engines[spec.role])
 
 
-def verify_models(args: RlhfArguments) -> RlhfHandovers:
-    """Actor, critic and reward models, verified as far as files tell. Raises `UserError`."""
-    actor = verify_model(args.actor.model_name_or_path, "--actor_model_name_or_path", "language_model")
-    reward = verify_model(args.reward_path, args.reward_flag, "score") if args.reward_path else None
-    path = args.critic.model_name_or_path if args.ppo.has_critic else None
-    critic = reward if path else None
-    if path and path != args.reward_path:
-        # Beside a reward model of its own, a critic that PPO has trained before can go on.
-        critic = verify_model(path, "--critic_model_name_or_path", "score", "value")
-    path = args.guard.guard_reward_model_name_or_path
-    guard_reward = verify_model(path, GUARD_FLAG, "score") if path else None
-    for model in filter(None, (reward, guard_reward)):
-        model.warn_of_verdict()
-    return RlhfHandovers(actor, critic, reward, guard_reward)
+def verify_models(specs: Sequence[EngineSpec]) -> UpstreamModels:
+    """The received models, verified as far as files tell. Raises `UserError`.
+
+    What step 2 found wrong with a reward model is repeated.
+    """
+    received = {
+        spec.role: verify_model(spec.path, spec.flag, *LOADABLE_HEADS[spec.head])
+        for spec in specs
+        if spec.source == spec.role
+    }
+    for spec in specs:
+        if spec.head == "score":
+            received[spec.source].warn_of_verdict()
+    return UpstreamModels(received)
+
+
+def check_adapters(specs: Iterable[EngineSpec]) -> None:
+    """Raise `UserError` for adapters that a trained model cannot get. Reads no weights."""
+    for spec in specs:
+        if spec.trained:
+            kind = "language" if spec.head == "language_model" else "reward"
+            lora.check_adapters(**{kind: spec.starting_settings})
+
+
+def check_positions(specs: Iterable[EngineSpec], tokenizers: RlhfTokenizers, num_tokens: int) -> None:
+    """Raise `UserError` where answers of the actor could outgrow the positions of a model that reads them.
+
+    A model that reads answers as text cuts what is too long for it.
+    """
+    paths = dict.fromkeys(spec.path for spec in specs if spec.role not in tokenizers.own)
+    for path in paths:
+        config.check_positions(
+            path,
+            num_tokens,
+            "--max_prompt_seq_len or --max_answer_seq_len",
+            "the longest prompt with the longest answer",
+        )

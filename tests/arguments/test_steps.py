@@ -78,8 +78,6 @@ def test_where_something_else_scores_there_need_be_no_reward_model():
     args = without_reward_model("--reward_function", "rules.py:short", "dir/rules.py:polite")
     assert args.reward_path is None
     assert args.model_paths == ["a"]
-    assert args.starting_critic.model_name_or_path == "a"
-    assert args.starting_critic.prefix == "critic_"
     assert args.reward_weights == {"short": 1, "polite": 1}
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from dschat.arguments import TokenizerArguments, parse_arguments
+from dschat.arguments import TokenizerArguments
 from dschat.data.templates import NONE, PLAIN
 from dschat.errors import UserError
-from dschat.models.tokenizer import load_rlhf_tokenizers, load_tokenizer
+from dschat.models.tokenizer import first_difference, load_tokenizer, reads_otherwise
 
 
 def saved(folder, tokenizer, **special) -> str:
@@ -74,81 +74,18 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def rlhf_tokenizers(tmp_path, actor, critic, reward=None):
-    """What step 3 makes of three models with these tokenizers."""
-    flags = {"actor": actor, "critic": critic, "reward": reward}
-    argv = [
-        f"--{role}_model_name_or_path={saved(tmp_path / role, tokenizer)}"
-        for role, tokenizer in flags.items()
-        if tokenizer is not None
-    ]
-    return load_rlhf_tokenizers(parse_arguments("rlhf", argv))
-
-
-def with_template(template, **settings):
-    tokenizer = tiny_tokenizer(**settings)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_one_tokenizer_serves_all_four_models(tmp_path):
-    loaded = rlhf_tokenizers(tmp_path, tiny_tokenizer(bos=True), tiny_tokenizer(bos=True))
-    assert (loaded.reader, loaded.fresh_critic) == (None, False)
-
-
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        # What is learnt has ids from 258 on, after two special tokens and 256 bytes: "aa" here, "bb" there.
-        (lambda: tiny_tokenizer(["abbb"]), "'aa' has id 258 for the actor, None for the reward model"),
-        (lambda: with_added_token(tiny_tokenizer(["aaab"])), "None for the actor"),
-        (lambda: with_other_end(tiny_tokenizer(["aaab"])), "'<s>' has id None for the actor"),
-    ],
-)
-def test_a_reward_model_of_another_tokenizer_reads_text_and_the_critic_starts_from_the_actor(
-    tmp_path, capsys, change, difference
-):
-    loaded = rlhf_tokenizers(tmp_path, tiny_tokenizer(["aaab"]), change())
-    assert loaded.fresh_critic
-    assert loaded.reader.get_vocab() != loaded.actor.get_vocab()
-    told = capsys.readouterr().out
-    assert difference in told
-    assert "the critic starts from the actor" in told
-
-
-def test_without_a_critic_to_start_from_it_starts_from_the_actor(tmp_path):
-    actor = saved(tmp_path / "actor", tiny_tokenizer())
-    argv = [f"--actor_model_name_or_path={actor}", "--reward_function=rules.py:f"]
-    loaded = load_rlhf_tokenizers(parse_arguments("rlhf", argv))
-    assert (loaded.reader, loaded.fresh_critic) == (None, True)
-    other = saved(tmp_path / "reward", tiny_tokenizer(["abbb"]))
-    loaded = load_rlhf_tokenizers(parse_arguments("rlhf", [*argv, f"--reward_model_name_or_path={other}"]))
-    assert loaded.reader.get_vocab() != loaded.actor.get_vocab()
-    assert loaded.fresh_critic
-
-
-def with_added_token(tokenizer):
-    tokenizer.add_tokens(["<|new|>"])
-    return tokenizer
-
-
-def with_other_end(tokenizer):
-    tokenizer.add_special_tokens({"eos_token": "<s>"})
-    return tokenizer
-
-
-def test_a_critic_of_another_tokenizer_beside_a_named_reward_model_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"'aa' has id 258 .*The critic reads the actor's tokens"):
-        rlhf_tokenizers(tmp_path, tiny_tokenizer(["aaab"]), tiny_tokenizer(["abbb"]), tiny_tokenizer())
-
-
-def test_a_reward_model_of_another_template_is_an_error_unless_it_is_named(tmp_path):
-    ours, theirs = with_template(PLAIN), with_template(NONE)
-    with pytest.raises(UserError, match="different chat templates"):
-        rlhf_tokenizers(tmp_path, ours, theirs)
-    loaded = rlhf_tokenizers(tmp_path, ours, ours, theirs)
-    assert loaded.reader.chat_template == NONE
-    assert not loaded.fresh_critic
+def test_tokenizers_differ_by_what_they_make_of_a_conversation():
+    ours, template = tiny_tokenizer(), tiny_tokenizer()
+    assert first_difference(ours, template) is None
+    assert not reads_otherwise(ours, template)
+    template.chat_template = NONE
+    assert first_difference(ours, template) is None
+    assert reads_otherwise(ours, template)
+    other_padding = tiny_tokenizer()
+    other_padding.pad_token = other_padding.eos_token
+    assert first_difference(ours, other_padding) == (
+        "pad_token is '<|pad|>' for the actor, '<|endoftext|>' for the other"
+    )
 
 
 def test_the_template_is_settled_and_saved(tmp_path):

@@ -7,17 +7,14 @@ the figures before the step, after it, and after it again.
 
 from pathlib import Path
 
-from ppo_steps import prompts, run_all
+from ppo_steps import build_engine, prompts, run_all
 from tiny import comparison_rows
 
 from dschat.arguments import parse_arguments
 from dschat.data.comparisons import Comparison
 from dschat.data.tokenization import tokenize_prompts
-from dschat.distributed.random_state import seed_everything
-from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf.monitoring.evaluation import Evaluator
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 
 QUESTIONS = [f"\n\nHuman: Name {n} colours{', please' * (n % 4)}.\n\nAssistant:" for n in range(9)]
 
@@ -32,9 +29,7 @@ def run(models: Path, flags: dict) -> list[dict[str, float]]:
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
     args = parse_arguments("rlhf", argv)
-    tokenizers = load_rlhf_tokenizers(args)
-    seed_everything(args.run.seed)
-    engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+    engine, tokenizers = build_engine(args)
     held_out = tokenize_prompts(
         comparison_rows(*map(Comparison, QUESTIONS)), tokenizers.actor, max_prompt_seq_len=99
     ).rows

@@ -24,11 +24,12 @@ from dschat.distributed.random_state import seed_everything
 from dschat.errors import UserError
 from dschat.export.export import export_model
 from dschat.models.lora import trains_adapters_only
-from dschat.models.tokenizer import load_rlhf_tokenizers
 from dschat.rlhf import rlhf_engine
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.roles import engine_specs
 from dschat.rlhf.text_loader import build_text_loader
+from dschat.rlhf.tokenizers import RlhfTokenizers, load_rlhf_tokenizers
 
 GLOBAL_ROWS = 8
 
@@ -62,6 +63,15 @@ def skew_cache(model: torch.nn.Module, factor: float) -> None:
     model.register_forward_hook(skew, with_kwargs=True)
 
 
+def build_engine(args: RlhfArguments) -> tuple[DeepSpeedRLHFEngine, RlhfTokenizers]:
+    """The models of step 3, whose schedules are as long as 100 optimiser steps."""
+    tokenizers, specs = load_rlhf_tokenizers(engine_specs(args), args.tokenizer)
+    seed_everything(args.run.seed)
+    groups = {"optimizer": args.optimizer, "ppo": args.ppo, "run": args.run}
+    steps = {"actor": 100 - args.ppo.critic_warmup_steps * args.updates_per_ppo_step, "critic": 100}
+    return DeepSpeedRLHFEngine(specs, tokenizers, **groups, num_training_steps=steps), tokenizers
+
+
 def run(models: Path, flags: dict) -> dict:
     """Metrics of two PPO steps, and a checksum of the actor, critic and moving average that came out."""
     is_copied, cache_factor = flags.pop("copied_reference", False), flags.pop("skewed_cache", 1)
@@ -75,12 +85,10 @@ def run(models: Path, flags: dict) -> dict:
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
     args = parse_arguments("rlhf", argv)
-    tokenizers = load_rlhf_tokenizers(args)
-    tokenizer = tokenizers.actor
-    seed_everything(args.run.seed)
     with unittest.mock.patch.object(rlhf_engine, "trains_adapters_only") as decides:
         decides.side_effect = (lambda model: False) if is_copied else trains_adapters_only
-        engine = DeepSpeedRLHFEngine(args, tokenizers, num_training_steps=100)
+        engine, tokenizers = build_engine(args)
+    tokenizer = tokenizers.actor
     if cache_factor != 1:
         skew_cache(engine.actor.module, cache_factor)
     trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=build_text_loader(args, tokenizer))

@@ -15,7 +15,7 @@ from dschat.arguments import parse_arguments
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.errors import UserError
-from dschat.models.tokenizer import RlhfTokenizers, load_tokenizer
+from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -49,7 +49,7 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
     scale = (8.0, 2.0) if args.ppo.score_scale == "step2" else (0.0, 1.0)
     rewards = Rewards(
         args,
-        RlhfTokenizers(tokenizer, None, fresh_critic=True),
+        tokenizer,
         ("answers", "number", "prompt"),
         model_scale=scale,
     )

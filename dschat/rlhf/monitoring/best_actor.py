@@ -1,38 +1,45 @@
 """The models that step 3 writes: the best actor while it runs, and what there is in the end."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.console import messages
-from dschat.data.preparation import SplitData
 from dschat.export.best_model import BestModel
 from dschat.export.export import export_model
-from dschat.export.model_card import Provenance, step_provenance
+from dschat.export.model_card import Provenance
 from dschat.rlhf.monitoring.gains import Answers, did_it_help, gained_objective, gained_score
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.roles import EngineSpec
 
 OBJECTIVE = "eval_objective"
 """What the best actor is better in. Its beta is the first, lest a beta that is steered choose the actor."""
 
 
 class Exports:
-    """Writes models below --output_dir, if there is one. Every rank must make the same calls."""
+    """Writes models below --output_dir, if there is one. Every rank must make the same calls.
+
+    `provenance_of` is `step_provenance` with the description and the data of the run.
+    """
 
     def __init__(
         self,
-        args: RlhfArguments,
         engine: DeepSpeedRLHFEngine,
         tokenizer: PreTrainedTokenizerBase,
-        data: SplitData,
+        provenance_of: Callable[..., Provenance],
+        *,
+        output_dir: str | None,
+        export_actor: Literal["best", "last"],
     ) -> None:
-        self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
-        self._folder = Path(args.run.output_dir) if args.run.output_dir else None
-        self._best = BestModel(args.run.output_dir, target="actor", unit="PPO step")
+        self._engine, self._tokenizer, self._provenance_of = engine, tokenizer, provenance_of
+        self._actor, *self._others = (spec for spec in engine.specs if spec.trained)
+        self._choice = export_actor
+        self._folder = Path(output_dir) if output_dir else None
+        self._best = BestModel(output_dir, target="actor", unit="PPO step")
         self._start: Answers | None = None
         self._start_figures: dict[str, float] = {}
         self._last: Answers | None = None
@@ -57,7 +64,7 @@ class Exports:
         if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
             return
         facts = {"figures": figures, "answers": asdict(answers)}
-        provenance = self._provenance(self._args.actor, {"ppo_step": step, **figures})
+        provenance = self._provenance(self._actor, {"ppo_step": step, **figures})
         self._best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
 
     def _is_better(self, answers: Answers) -> bool:
@@ -81,14 +88,14 @@ class Exports:
         of_last = {"ppo_step": step, **figures}
         of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
         verdict = gains.pop("verdict", None)
-        provenance = self._provenance(self._args.actor, {**of_actor, **gains}, verdict=verdict)
+        provenance = self._provenance(self._actor, {**of_actor, **gains}, verdict=verdict)
         if self._folder and takes_best:
             self._best.move(provenance)
         elif self._folder:
             self._export_actor(self._folder / "actor", provenance)
         if self._folder:
-            self._export_others(self._provenance(self._args.actor, of_last))
-        self._best.forget(weights=self._args.guard.export_actor == "best")
+            self._export_others(of_last)
+        self._best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
         best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
         told = {"verdict": verdict, **gains} if verdict else {}
@@ -100,7 +107,7 @@ class Exports:
         Where that is the start, as nothing was better by more than noise, the last one is taken unless it is
         worse by more than noise: the start is in its own folder still.
         """
-        if self._args.guard.export_actor != "best" or self.best_step is None:
+        if self._choice != "best" or self.best_step is None:
             return False
         if self.best_step > 0 or step == 0 or self._last_step != step:
             return True
@@ -135,28 +142,30 @@ class Exports:
             messages.info(
                 f"{which}, {OBJECTIVE} {self._best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
                 f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
-                f"{self._args.guard.export_actor})."
+                f"{self._choice})."
             )
         if verdict:
             messages.info(f"did PPO help? actor/ is {verdict}")
 
-    def _provenance(self, base: ModelArguments, figures: dict[str, Any], **more: Any) -> Provenance:
-        return step_provenance(self._args.description, base.model_name_or_path, self._data, figures, **more)
+    def _provenance(self, spec: EngineSpec, figures: dict[str, Any], **more: Any) -> Provenance:
+        return self._provenance_of(spec.path, figures=figures, **more)
 
     def _export_actor(self, folder: Path, provenance: Provenance) -> None:
         export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
 
-    def _export_others(self, of_last: Provenance) -> None:
-        """Critic and moving average as the last PPO step left them."""
+    def _export_others(self, figures: dict[str, Any]) -> None:
+        """Write the critic and the moving average as the last PPO step left them."""
         engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
-        if engine.critic:
-            base = self._args.actor if engine.fresh_critic else self._args.critic
-            of_critic = self._provenance(base, of_last.figures, head="value")
-            export_model(engine.critic, tokenizer, folder / "critic", provenance=of_critic)
+        for spec in self._others:
+            provenance = self._provenance(spec, figures, head=spec.head)
+            export_model(engine.by_role[spec.role], tokenizer, folder / spec.role, provenance=provenance)
         if engine.ema:
-            average = engine.ema.weights()
             export_model(
-                engine.actor, tokenizer, folder / "actor_ema", parameters=average, provenance=of_last
+                engine.actor,
+                tokenizer,
+                folder / "actor_ema",
+                parameters=engine.ema.weights(),
+                provenance=self._provenance(self._actor, figures),
             )
 
     def state_dict(self) -> dict[str, Any]:

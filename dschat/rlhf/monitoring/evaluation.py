@@ -16,14 +16,12 @@ from dschat.distributed.device import current_device, synchronize
 from dschat.distributed.mesh import mesh
 from dschat.distributed.statistics import standard_error
 from dschat.losses import kl_estimate, masked_mean
-from dschat.models.config import learned_positions
-from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.analysis import AnswerAnalyzer, scores_of_answers
 from dschat.rlhf.experience import AnswerAnalysis, finite_scores
 from dschat.rlhf.monitoring.gains import Answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rewards.retokenize import Retokenizer
 from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.tokenizers import RlhfTokenizers, build_retokenizer
 
 EVALUATION = -1
 """The PPO step in the key of an evaluation's noise: no real one, and the same each time. So two evaluations
@@ -63,12 +61,7 @@ class Evaluator:
         self._first_kl_coef = args.ppo.kl_coef
         self._shaping = trainer.shaping
         self._needs_scale = args.ppo.score_scale == "running"
-        self._guard_reading = None
-        if tokenizers.guard_reader is not None:
-            limit = learned_positions(args.guard.guard_reward_model_name_or_path)
-            self._guard_reading = Retokenizer(
-                prompts, tokenizers.actor, tokenizers.guard_reader, max_tokens=limit
-            )
+        self._guard_reading = build_retokenizer(trainer.engine.specs, "guard", tokenizers, prompts)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import REWARD_MODEL, RlhfArguments
 from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import all_gather_object, gather_rows
 from dschat.errors import UserError
-from dschat.models.tokenizer import RlhfTokenizers
 from dschat.rlhf.rewards.endpoint import RewardEndpoint
 from dschat.rlhf.rewards.function import RewardFunction
 from dschat.rlhf.rewards.retokenize import answer_texts, prompt_texts
@@ -56,13 +56,13 @@ class Rewards:
     def __init__(
         self,
         args: RlhfArguments,
-        tokenizers: RlhfTokenizers,
+        tokenizer: PreTrainedTokenizerBase,
         columns: tuple[str, ...],
         *,
         model_scale: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         settings = args.rewards
-        self._tokenizer = tokenizers.actor
+        self._tokenizer = tokenizer
         self._model_scale = model_scale
         self._weights = args.reward_weights
         self._score_on_error = settings.reward_on_error
@@ -181,12 +181,15 @@ class Rewards:
 
 
 def build_rewards(
-    args: RlhfArguments, tokenizers: RlhfTokenizers, data: SplitData, model_scale: tuple[float, float]
+    args: RlhfArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SplitData,
+    model_scale: tuple[float, float],
 ) -> Rewards | None:
     """The sources that the flags name; None where the reward model alone scores. Raises `UserError`."""
     if not args.rewards.has_sources:
         return None
-    return Rewards(args, tokenizers, data.columns, model_scale=model_scale)
+    return Rewards(args, tokenizer, data.columns, model_scale=model_scale)
 
 
 def _shown(text: str, limit: int = 80) -> str:

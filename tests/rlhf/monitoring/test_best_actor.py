@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,14 @@ from transformers import AutoModelForCausalLM
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
 from dschat.export.manifest import Manifest, changed_files
+from dschat.export.model_card import step_provenance
 from dschat.export.upstream import verify_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.monitoring.best_actor import OBJECTIVE, Exports
 from dschat.rlhf.monitoring.gains import Answers
 from dschat.rlhf.monitoring.guard import Guard
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
+from dschat.rlhf.roles import engine_specs
 
 
 @pytest.fixture
@@ -38,9 +41,15 @@ def exports(base: Path, *flags: str) -> tuple[Exports, torch.nn.Module, Path]:
     args = parse_arguments("rlhf", [*argv, f"--output_dir={output}"])
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
     model = AutoModelForCausalLM.from_pretrained(base)
-    engine = SimpleNamespace(actor=model, critic=None, ema=None)
-    data = SplitData(rows, rows, {}, "")
-    return Exports(args, engine, load_tokenizer(str(base)), data), model, output
+    engine = SimpleNamespace(actor=model, specs=engine_specs(args)[:1], ema=None)
+    made = Exports(
+        engine,
+        load_tokenizer(str(base)),
+        partial(step_provenance, args.description, data=SplitData(rows, rows, {}, "")),
+        output_dir=args.run.output_dir,
+        export_actor=args.guard.export_actor,
+    )
+    return made, model, output
 
 
 def move_to(model: torch.nn.Module, value: float) -> None:
@@ -276,7 +285,7 @@ def test_a_kill_at_any_moment_of_the_end_loses_no_best_actor(base, monkeypatch):
     output.rename(before)
 
     def resumed() -> Exports:
-        run = Exports(kept._args, kept._engine, kept._tokenizer, kept._data)
+        run, *_ = exports(base)
         run.load_state_dict(saved)
         return run
 
