@@ -1,18 +1,95 @@
-"""How a program starts and ends."""
+"""How a program starts and ends: `readable_errors` surrounds every one, `run_step` a training step."""
 
+import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC, EROFS
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from dschat.arguments import StepArguments
+from dschat.arguments import RunDescription, StepArguments, parse_arguments
 from dschat.console import messages
 from dschat.console.streams import take_over
 from dschat.distributed.process_end import errors_end_ranks
 from dschat.distributed.watchdog import report_lost_peers
 from dschat.errors import EXIT_TRY_AGAIN, STORAGE_REMEDY, Stopped, UserError
+from dschat.runs.output_folder import check_free, check_run_folder
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
+    from dschat.checkpoints.checkpoint import Checkpoints
+    from dschat.export.upstream import UpstreamModel
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A step's run between its flags and its training: the calls that all steps make alike."""
+
+    description: RunDescription
+
+    def claim_folder(self, *models: str) -> None:
+        """Make the run's folders and keep other runs out. `models` are what the run starts from.
+
+        Raises `UserError` where the run would overwrite those, another run, or what no run wrote.
+        """
+        check_run_folder(self.description, *models)
+
+    def begin(self, data: str, models: Sequence["UpstreamModel"]) -> "Checkpoints":
+        """Join the process group, choose the checkpoint to go on from, if any, and seed the generators.
+
+        `data` is the fingerprint of the data. Every rank calls it once its data are read and before a model
+        is loaded. Raises `UserError` where the ranks cannot meet, or a checkpoint cannot be used.
+        """
+        from dschat.checkpoints.resume import begin_run
+        from dschat.distributed.process_group import init_process_group
+        from dschat.distributed.random_state import seed_everything
+
+        run = self.description.run
+        init_process_group(run.local_rank)
+        checkpoints = begin_run(self.description, data=data, models=models)
+        seed_everything(run.seed)
+        return checkpoints
+
+
+def run_step(step: str, file: str) -> NoReturn:
+    """Run the program of a training step, from its flags to its exit.
+
+    `file` is the program's, in a folder of the repository. Only once the flags are known to be good, and the
+    output folder to be free, it is imported, and torch with it; so --help and mistyped flags are answered at
+    once. Its `main` gets the arguments and a `RunContext`.
+    """
+    with readable_errors():
+        args = parse_arguments(step)
+        check_free(args.run)
+    with readable_errors(args.run.debug):
+        program = importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")
+        program.main(args, prepare(args))
+        _destroy_process_group()
+    sys.exit()
+
+
+def prepare(arguments: StepArguments) -> RunContext:
+    """Ranks, precision, foreign code, determinism. Raises `UserError` for what this machine cannot run."""
+    import torch
+
+    from dschat.distributed.device import check_precision
+    from dschat.distributed.rendezvous import configure_environment
+    from dschat.engines.out_of_memory import remember
+    from dschat.models.remote_code import set_consent
+
+    run = arguments.run
+    configure_environment(run.local_rank)
+    remember(arguments)
+    check_precision(run.dtype, run.offload)
+    set_consent(run.trust_remote_code)
+    if run.deterministic:
+        # cuBLAS reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return RunContext(arguments.description)
 
 
 @contextmanager
@@ -29,18 +106,18 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
     over each other before the process.
     """
     take_over()
-    with errors_end_ranks(), _errors_told(debug):
+    with errors_end_ranks(), _errors_reported(debug):
         yield
 
 
 @contextmanager
-def _errors_told(debug: bool) -> Iterator[None]:
-    """What `readable_errors` says of errors."""
+def _errors_reported(debug: bool) -> Iterator[None]:
+    """The messages and exit codes of `readable_errors`."""
     number = os.environ.get("RANK", "0")
     rank = int(number) if number.isdecimal() else 0  # what else it is, `configure_environment` says
     try:
         _check_numbers()
-        with _storage_errors_told(debug):
+        with _storage_errors_reported(debug):
             yield
     except KeyboardInterrupt:
         if debug:
@@ -49,11 +126,9 @@ def _errors_told(debug: bool) -> Iterator[None]:
             messages.to_stderr("\ninterrupted")
         sys.exit(130)
     except Stopped as stop:
-        from dschat.distributed.process_group import destroy_process_group
-
         if rank == 0:
             messages.to_stderr(str(stop))
-        destroy_process_group(EXIT_TRY_AGAIN)
+        _destroy_process_group(EXIT_TRY_AGAIN)
         sys.exit(EXIT_TRY_AGAIN)
     except UserError as error:
         if debug:
@@ -72,6 +147,13 @@ def _errors_told(debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
+def _destroy_process_group(exit_code: int = 0) -> None:
+    """End the process group, and where it has several ranks the process."""
+    from dschat.distributed.process_group import destroy_process_group  # which imports torch
+
+    destroy_process_group(exit_code)
+
+
 def _check_numbers() -> None:
     """Raise `UserError` where what says which process prints is no number; what is blank is not set."""
     for name in ("RANK", "WORLD_SIZE"):
@@ -83,7 +165,7 @@ def _check_numbers() -> None:
 
 
 @contextmanager
-def _storage_errors_told(debug: bool) -> Iterator[None]:
+def _storage_errors_reported(debug: bool) -> Iterator[None]:
     """A full or broken disk as a `UserError`, unless `debug`."""
     try:
         yield
@@ -98,23 +180,3 @@ def _storage_errors_told(debug: bool) -> Iterator[None]:
 def _is_about_storage(error: Exception) -> bool:
     """Whether the disk is full, or cannot be written any more; libraries wrap the system's message."""
     return any(os.strerror(number) in str(error) for number in (ENOSPC, EDQUOT, EROFS))
-
-
-def prepare(arguments: StepArguments) -> None:
-    """Ranks, precision, foreign code, determinism. Raises `UserError` for what this machine cannot run."""
-    import torch  # here, as these take seconds, and --help is to answer at once
-
-    from dschat.distributed.device import check_precision
-    from dschat.distributed.rendezvous import configure_environment
-    from dschat.engines.out_of_memory import remember
-    from dschat.models.remote_code import set_consent
-
-    run = arguments.run
-    configure_environment(run.local_rank)
-    remember(arguments)
-    check_precision(run.dtype, run.offload)
-    set_consent(run.trust_remote_code)
-    if run.deterministic:
-        # cuBLAS reads this when its first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

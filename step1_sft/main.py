@@ -9,14 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.arguments import SftArguments, parse_arguments
-from dschat.program import prepare, readable_errors
-from dschat.runs.output_folder import check_free
+from dschat.arguments import SftArguments
+from dschat.program import RunContext, run_step
 
-if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
-    with readable_errors():
-        ARGS = parse_arguments("sft")
-        check_free(ARGS.run)
+if __name__ == "__main__":
+    run_step("sft", __file__)  # reads the flags, and only then imports the rest of this file
 
 import functools
 import math
@@ -25,38 +22,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import SftBatch, collate_sft
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed.collectives import sum_across_ranks
-from dschat.distributed.process_group import destroy_process_group, init_process_group
-from dschat.distributed.random_state import seed_everything
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import verify_model
 from dschat.losses import masked_mean
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.runs.output_folder import check_run_folder
 from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import build_language_model, build_loaders, logprobs_at, train_epochs
 
 
-def main(args: SftArguments) -> None:
+def main(args: SftArguments, context: RunContext) -> None:
     """The step from flags to the saved model."""
-    prepare(args)
     base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
-    check_run_folder(args.description, args.model.model_name_or_path)
+    context.claim_folder(args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     data = load_data(args, tokenizer)
     loaders = build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args.description, data=data.key, models=[base])
-    seed_everything(args.run.seed)
+    checkpoints = context.begin(data.key, [base])
     engine = build_language_model(args, tokenizer, loaders)
     base.check_outputs(engine)
     train_epochs(
@@ -103,9 +93,3 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
         return {}
     loss = loss_sum / num_tokens
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
-
-
-if __name__ == "__main__":
-    with readable_errors(ARGS.run.debug):
-        main(ARGS)
-        destroy_process_group()

@@ -9,15 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.arguments import DpoArguments, parse_arguments
+from dschat.arguments import DpoArguments
 from dschat.console import messages
-from dschat.program import prepare, readable_errors
-from dschat.runs.output_folder import check_free
+from dschat.program import RunContext, run_step
 
-if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
-    with readable_errors():
-        ARGS = parse_arguments("dpo")
-        check_free(ARGS.run)
+if __name__ == "__main__":
+    run_step("dpo", __file__)  # reads the flags, and only then imports the rest of this file
 
 import functools
 
@@ -25,12 +22,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, reward_data
 from dschat.data.tokenization import column
-from dschat.distributed import collectives, process_group, random_state
+from dschat.distributed import collectives
 from dschat.distributed.statistics import MeanOverRanks
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import UpstreamModel, verify_model
@@ -38,7 +34,6 @@ from dschat.losses import dpo_metrics
 from dschat.models.config import check_positions
 from dschat.models.lora import check_adapters, will_train_adapters_only
 from dschat.models.tokenizer import load_tokenizer
-from dschat.runs.output_folder import check_run_folder
 from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import Loaders, build_language_model, build_loaders, train_epochs
 from dschat.supervised.reference_logprobs import (
@@ -50,12 +45,11 @@ from dschat.supervised.reference_logprobs import (
 )
 
 
-def main(args: DpoArguments) -> None:
+def main(args: DpoArguments, context: RunContext) -> None:
     """The step from flags to the saved model."""
-    prepare(args)
     base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
     check_adapters(language=args.model)
-    check_run_folder(args.description, args.model.model_name_or_path)
+    context.claim_folder(args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
@@ -64,11 +58,9 @@ def main(args: DpoArguments) -> None:
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
     store = ReferenceStore.open(args, base, data)
 
-    process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args.description, data=data.key, models=[base])
+    checkpoints = context.begin(data.key, [base])
     if column(data.train, "margin").any():
         messages.note("the data has margins, which DPO does not use.")
-    random_state.seed_everything(args.run.seed)
     engine, data = build_policy(args, tokenizer, base, store, data, loaders)
     base.check_outputs(engine)
     train_epochs(
@@ -136,9 +128,3 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: DpoArguments) ->
         return {}
     means = {f"eval_{name}": total / num_pairs for name, total in zip(judged, totals, strict=True)}
     return {"eval_loss": loss / weight, **means, "eval_accuracy_stderr": accuracy.standard_error()}
-
-
-if __name__ == "__main__":
-    with readable_errors(ARGS.run.debug):
-        main(ARGS)
-        process_group.destroy_process_group()

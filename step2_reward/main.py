@@ -9,14 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.arguments import RewardArguments, parse_arguments
-from dschat.program import prepare, readable_errors
-from dschat.runs.output_folder import check_free
+from dschat.arguments import RewardArguments
+from dschat.program import RunContext, run_step
 
-if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
-    with readable_errors():
-        ARGS = parse_arguments("reward")
-        check_free(ARGS.run)
+if __name__ == "__main__":
+    run_step("reward", __file__)  # reads the flags, and only then imports the rest of this file
 
 import functools
 import math
@@ -25,11 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.checkpoints.resume import begin_run
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import reward_data
-from dschat.distributed import collectives, process_group, random_state
+from dschat.distributed import collectives
 from dschat.distributed.statistics import MeanOverRanks
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.out_of_memory import phase
@@ -41,26 +37,22 @@ from dschat.models.config import check_positions
 from dschat.models.loading import create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
-from dschat.runs.output_folder import check_run_folder
 from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import Loaders, build_loaders, train_epochs
 
 
-def main(args: RewardArguments) -> None:
+def main(args: RewardArguments, context: RunContext) -> None:
     """The step from flags to the saved model."""
-    prepare(args)
     base = verify_model(args.model.model_name_or_path, "--model_name_or_path")
     check_adapters(reward=args.model)
-    check_run_folder(args.description, args.model.model_name_or_path)
+    context.claim_folder(args.model.model_name_or_path)
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
     base.check_template(tokenizer)
     data = reward_data(args.data, tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = build_loaders(data, functools.partial(collate_pairs, pad_id=tokenizer.pad_token_id), args)
     check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
 
-    process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args.description, data=data.key, models=[base])
-    random_state.seed_everything(args.run.seed)
+    checkpoints = context.begin(data.key, [base])
     engine = build_engine(args, tokenizer, loaders)
     train_epochs(
         engine,
@@ -141,9 +133,3 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, args: RewardArguments)
         "score_mean": mean,
         "score_std": math.sqrt(max(squares / (2 * num_pairs) - mean**2, 0.0)),
     }
-
-
-if __name__ == "__main__":
-    with readable_errors(ARGS.run.debug):
-        main(ARGS)
-        process_group.destroy_process_group()

@@ -11,22 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.arguments import RlhfArguments, parse_arguments
+from dschat.arguments import RlhfArguments
 from dschat.distributed.mesh import mesh
-from dschat.program import prepare, readable_errors
-from dschat.runs.output_folder import check_free
+from dschat.program import RunContext, run_step
 
-if __name__ == "__main__":  # before torch is imported, so that what can be said without it is said at once
-    with readable_errors():
-        ARGS = parse_arguments("rlhf")
-        check_free(ARGS.run)
+if __name__ == "__main__":
+    run_step("rlhf", __file__)  # reads the flags, and only then imports the rest of this file
 
 
-from dschat.checkpoints.resume import begin_run
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
-from dschat.distributed import process_group, random_state
 from dschat.export.model_card import step_provenance
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
@@ -40,16 +35,15 @@ from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import load_rlhf_tokenizers
 from dschat.rlhf.train import train_ppo
 from dschat.rlhf.upstream import check_adapters, check_positions, verify_models
-from dschat.runs.output_folder import check_run_folder, write_summary
+from dschat.runs.output_folder import write_summary
 
 
-def main(args: RlhfArguments) -> None:
+def main(args: RlhfArguments, context: RunContext) -> None:
     """The step from flags to the saved actor and critic."""
-    prepare(args)
     specs = engine_specs(args)
     received = verify_models(specs)
     check_adapters(specs)
-    check_run_folder(args.description, *args.model_paths)
+    context.claim_folder(*args.model_paths)
     tokenizers, specs = load_rlhf_tokenizers(specs, args.tokenizer)
     received.check_templates(specs, tokenizers)
     score_scale = received.score_scale(args.ppo.score_scale)
@@ -66,9 +60,7 @@ def main(args: RlhfArguments) -> None:
     texts = build_text_loader(args, tokenizers.actor)
     rewards = build_rewards(args, tokenizers.actor, data, score_scale)
 
-    process_group.init_process_group(args.run.local_rank)
-    checkpoints = begin_run(args.description, data=data.key, models=received.all)
-    random_state.seed_everything(args.run.seed)
+    checkpoints = context.begin(data.key, received.all)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     engine = DeepSpeedRLHFEngine(
@@ -130,9 +122,3 @@ def build_loader(args: RlhfArguments, data: SplitData, pad_id: int) -> PromptLoa
         num_epochs=args.optimizer.num_train_epochs,
         samples_per_prompt=args.rollout.num_samples_per_prompt,
     )
-
-
-if __name__ == "__main__":
-    with readable_errors(ARGS.run.debug):
-        main(ARGS)
-        process_group.destroy_process_group()

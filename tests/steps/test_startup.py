@@ -14,21 +14,21 @@ from dschat.program import prepare
 def as_before():
     yield
     torch.use_deterministic_algorithms(False)
-    prepare(SimpleNamespace(run=RunArguments()))
+    prepare(SimpleNamespace(description=None, run=RunArguments()))
 
 
 def test_neither_foreign_code_nor_slow_algorithms_by_default():
-    prepare(SimpleNamespace(run=RunArguments()))
+    prepare(SimpleNamespace(description=None, run=RunArguments()))
     assert loading_consent() == {"trust_remote_code": False}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_deterministic_refuses_what_has_no_such_algorithm():
-    prepare(SimpleNamespace(run=RunArguments(deterministic=True)))
+    prepare(SimpleNamespace(description=None, run=RunArguments(deterministic=True)))
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
 
 
 def test_foreign_code_runs_where_it_is_allowed():
-    prepare(SimpleNamespace(run=RunArguments(trust_remote_code=True)))
+    prepare(SimpleNamespace(description=None, run=RunArguments(trust_remote_code=True)))
     assert loading_consent() == {"trust_remote_code": True}

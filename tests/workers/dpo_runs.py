@@ -18,6 +18,7 @@ from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.engines.build import build_frozen_engine
 from dschat.engines.step import DeepSpeedEngine
+from dschat.program import prepare
 from dschat.supervised import reference_logprobs
 
 
@@ -51,7 +52,8 @@ def main(runs: Path) -> None:
     reference_logprobs.build_frozen_engine, dpo.train_epochs = build_and_watch, look_and_train
     for name, flags in json.loads(runs.read_text()).items():
         messages.info(f"== {name}")
-        dpo.main(parse_arguments("dpo", flags))
+        args = parse_arguments("dpo", flags)
+        dpo.main(args, prepare(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 from dschat.arguments import parse_arguments
 from dschat.distributed import process_group
 from dschat.engines.step import DeepSpeedEngine
+from dschat.program import prepare
 from dschat.rlhf import analysis
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -25,7 +26,8 @@ def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
 if __name__ == "__main__":
     process_group.init_process_group()
     sft, ppo = map(json.loads, sys.argv[1:])
-    program("sft").main(parse_arguments("sft", sft))
+    sft_args, ppo_args = parse_arguments("sft", sft), parse_arguments("rlhf", ppo)
+    program("sft").main(sft_args, prepare(sft_args))
     with unittest.mock.patch.object(analysis, "scores_of_answers", length_of_answers):
-        program("rlhf").main(parse_arguments("rlhf", ppo))
+        program("rlhf").main(ppo_args, prepare(ppo_args))
     process_group.destroy_process_group()

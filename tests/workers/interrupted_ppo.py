@@ -19,6 +19,7 @@ from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
+from dschat.program import prepare
 from dschat.rlhf import ppo_trainer
 
 
@@ -41,7 +42,7 @@ def main(runs: Path) -> None:
         args = parse_arguments("rlhf", run["flags"])
         ppo_trainer.DeepSpeedPPOTrainer.train_rlhf = stopping(train_rlhf, run.get("stop_after"))
         try:
-            step3.main(args)
+            step3.main(args, prepare(args))
             how = "finished"
         except Stopped as stop:
             how = f"stopped: {stop}"

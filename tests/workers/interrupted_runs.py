@@ -25,6 +25,7 @@ from dschat.console import messages
 from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
+from dschat.program import prepare
 from dschat.runs.metrics import MetricsLogger
 from dschat.supervised import loop
 
@@ -78,7 +79,7 @@ def main(runs: Path) -> None:
         args = parse_arguments(run["program"], run["flags"])
         loop.MetricsLogger = logger(run)
         try:
-            programs[run["program"]].main(args)
+            programs[run["program"]].main(args, prepare(args))
             how = "finished"
         except (Stopped, Died) as end:
             how = f"{type(end).__name__}: {end}"

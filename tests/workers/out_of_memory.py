@@ -12,7 +12,7 @@ from three_steps import program
 from dschat.arguments import parse_arguments
 from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
-from dschat.program import readable_errors
+from dschat.program import prepare, readable_errors
 
 
 def run_out(step: str, limit: int, rank: int) -> Any:
@@ -41,5 +41,5 @@ if __name__ == "__main__":
     step, limit, rank, *flags = [flag for flag in sys.argv[1:] if flag not in place]
     args = parse_arguments(step, [*place, *flags])
     with readable_errors(args.run.debug):
-        run_out(step, int(limit), int(rank)).main(args)
+        run_out(step, int(limit), int(rank)).main(args, prepare(args))
         process_group.destroy_process_group()

@@ -30,6 +30,7 @@ from dschat.distributed.mesh import mesh
 from dschat.engines.step import DeepSpeedEngine
 from dschat.models.loading import create_critic_model
 from dschat.models.reward_model import RewardModel
+from dschat.program import prepare
 from dschat.supervised import exports
 
 PROGRAMS = {"sft": "step1_sft", "reward": "step2_reward", "rlhf": "step3_ppo"}
@@ -164,7 +165,8 @@ def main(folder: Path, stage: int, families: list[str]) -> None:
             save_tiny_model(folder / family / "base", family, tokenizer=tiny_tokenizer(pad_token=None))
         collectives.barrier(axis="world")
         for step, argv in flags(folder, family, stage).items():
-            programs[step].main(parse_arguments(step, argv))
+            args = parse_arguments(step, argv)
+            programs[step].main(args, prepare(args))
         if mesh().is_main_process:
             seen[family] = inspect(folder / family, live[-1]) | {"seconds": time.perf_counter() - start}
             (folder / "seen.json").write_text(json.dumps(seen))
