@@ -2,11 +2,11 @@
 
 output_dir/checkpoints/step_00000120/
     ENGINE/                what DeepSpeed writes of each engine, every rank its own part
-    rank_00000.safetensors random states and whatever tensors a rank has of its own
+    rank_00000.safetensors random states, and the tensors of parts that differ from rank to rank
     rank_00000.json        random states of Python and NumPy
-    shared.safetensors     tensors that are the same for all ranks, where there are some
-    progress.json          step, state, settings, sizes, versions
-    metrics.jsonl          the figures so far
+    shared.safetensors     the tensors of parts that every rank holds alike, where there are some
+    progress.json          step, values of the parts, settings, sizes, versions
+    metrics.jsonl          the metrics so far
     complete.json          checksums of all these; written last
 """
 
@@ -14,7 +14,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from dschat.arguments import RunArguments, RunDescription
 from dschat.checkpoints.engine_state import load_engine, load_engine_resharded, save_engine
+from dschat.checkpoints.state import PartStates, Progress, collect
 from dschat.console import messages
 from dschat.distributed.collectives import (
     all_gather_object,
@@ -52,21 +52,6 @@ RANDOM = "random."
 """What the names of random states begin with, beside a rank's own tensors."""
 
 VERSIONED = ("dschat", "torch", "deepspeed", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands."""
-
-    step: int = 0
-    """Steps done; 0: nothing is restored, the run begins."""
-    state: dict[str, Any] = field(default_factory=dict)
-    """What `save` was given."""
-    tensors: dict[str, Tensor] | None = None
-    """This rank's, on the CPU; None where the number of ranks is another now."""
-    parts: list[dict[str, Tensor]] = field(default_factory=list)
-    """Then those of every rank that saved, in the order of the ranks."""
-    shared_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -97,7 +82,8 @@ class Checkpoints:
     def load(self, engines: Mapping[str, DeepSpeedEngine]) -> Progress:
         """Restore the engines and random states from the chosen checkpoint, if there is one.
 
-        From here on a request to stop waits for the end of a step.
+        The parts of the run follow with `Progress.restore`, once they exist. From here on a request to stop
+        waits for the end of a step.
         """
         self._requests.listen()
         self._saved_at = time.monotonic()
@@ -114,10 +100,10 @@ class Checkpoints:
         shared = self._chosen / SHARED
         return Progress(
             step=saved["step"],
-            state=saved["state"],
-            tensors=self._tensors_of(mesh().world.rank) if same_ranks else None,
-            parts=[] if same_ranks else [self._tensors_of(number) for number in range(saved["world_size"])],
-            shared_tensors=load_file(shared) if shared.is_file() else {},
+            values=saved["state"],
+            own=self._tensors_of(mesh().world.rank) if same_ranks else {},
+            by_rank=[] if same_ranks else [self._tensors_of(rank) for rank in range(saved["world_size"])],
+            shared=load_file(shared) if shared.is_file() else {},
         )
 
     def _restore_random_state(self, number: int) -> None:
@@ -164,19 +150,16 @@ class Checkpoints:
         step: int,
         *,
         engines: Mapping[str, DeepSpeedEngine],
-        state: Mapping[str, Any],
-        tensors: Mapping[str, Tensor] | None = None,
-        shared_tensors: Mapping[str, Tensor] | None = None,
+        parts: Mapping[str, Any],
     ) -> None:
-        """Make a checkpoint: `state` as JSON, `tensors` of each rank, `shared_tensors` of rank 0.
+        """Make a checkpoint of engines and of parts, each `Stateful` or a value for JSON itself.
 
         One that cannot be written is warned of, and the run goes on: the earlier ones are kept. Where a
         signal has asked for it, the run ends with `Stopped` after that.
         """
         if self._root is not None:
             with private_files():
-                described = {**self._identity, "step": step, "state": dict(state)}
-                problem = self._write(step, engines, described, tensors or {}, shared_tensors or {})
+                problem = self._write(step, engines, collect(parts))
             self._saved_at = time.monotonic()
             if problem:
                 messages.warning(
@@ -191,9 +174,7 @@ class Checkpoints:
         self,
         step: int,
         engines: Mapping[str, DeepSpeedEngine],
-        described: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        shared_tensors: Mapping[str, Tensor],
+        states: PartStates,
     ) -> str | None:
         """Write, flush, move, mark, delete older ones. Returns on every rank what went wrong on any."""
         target = self._root / f"step_{step:08d}"
@@ -204,10 +185,7 @@ class Checkpoints:
         if problem is None:
             problems = [save_engine(engine, temporary / name) for name, engine in engines.items()]
             problem = first_error_across_ranks(
-                lambda: (
-                    next(filter(None, problems), None)
-                    or self._write_own(temporary, described, tensors, shared_tensors)
-                ),
+                lambda: next(filter(None, problems), None) or self._write_own(temporary, step, states),
                 axis="world",
             )
         found: list[dict] = []
@@ -235,21 +213,16 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that failed
         temporary.mkdir(parents=True, mode=0o700)
 
-    def _write_own(
-        self,
-        folder: Path,
-        described: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        shared_tensors: Mapping[str, Tensor],
-    ) -> None:
+    def _write_own(self, folder: Path, step: int, states: PartStates) -> None:
         numbers, random_tensors = random_state()
         own = _own_file(folder, mesh().world.rank)
         named = {RANDOM + name: tensor for name, tensor in random_tensors.items()}
-        _save_tensors({**named, **tensors}, own.with_suffix(".safetensors"))
+        _save_tensors({**named, **states.own}, own.with_suffix(".safetensors"))
         own.with_suffix(".json").write_text(json.dumps(numbers))
         if is_main_process():
-            if shared_tensors:
-                _save_tensors(shared_tensors, folder / SHARED)
+            if states.shared:
+                _save_tensors(states.shared, folder / SHARED)
+            described = {**self._identity, "step": step, "state": states.values}
             (folder / PROGRESS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             metrics = Path(self._run.output_dir) / METRICS
             if metrics.is_file():

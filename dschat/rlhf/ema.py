@@ -1,14 +1,12 @@
 """A moving average of the actor's weights."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
+from dschat.checkpoints.state import Placement
 from dschat.distributed.collectives import gather_rows
 from dschat.distributed.deepspeed_private import own_shard, whole_shape, whole_size
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import mesh
 from dschat.distributed.zero3 import is_zero3_parameter
 
 
@@ -46,25 +44,19 @@ class MovingAverage:
         """Whether each rank holds a part of the averages, as ZeRO-3 has it, and not all of them."""
         return any(map(is_zero3_parameter, self._parameters.values()))
 
+    def placement(self, key: str) -> Placement:
+        """Under ZeRO-3 the averages are sharded as the weights are; else every rank has all of them."""
+        return Placement.SHARDED if self.is_sharded else Placement.REPLICATED
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank holds of the averages, by name."""
+        """What this rank holds of the averages, by the weight's name."""
         return self._averages
 
     @torch.no_grad()
-    def load_state_dict(self, averages: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave on this rank."""
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
         for name, average in self._averages.items():
-            average.copy_(averages[name])
-
-    @torch.no_grad()
-    def load_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on from what `state_dict` gave on each of another number of ranks, where it is sharded."""
-        for name, average in self._averages.items():
-            size = whole_size(self._parameters[name])
-            whole = torch.cat([part[name].flatten() for part in parts])[:size]
-            own = whole[mesh().data.rank * average.numel() :][: average.numel()]
-            average.zero_()  # the end of the last shard belongs to nothing
-            average[: own.numel()].copy_(own)
+            average.copy_(state_dict[name])
 
     def _whole(self, name: str) -> Tensor:
         parameter, average = self._parameters[name], self._averages[name]

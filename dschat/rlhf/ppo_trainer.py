@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from dschat.arguments import RlhfArguments
-from dschat.checkpoints.checkpoint import Progress
+from dschat.checkpoints.tensor_record import TensorRecord
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
 from dschat.distributed.collectives import sum_across_ranks
-from dschat.distributed.device import current_device, peak_memory_gib, synchronize
+from dschat.distributed.device import peak_memory_gib, synchronize
 from dschat.distributed.mesh import mesh
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
@@ -35,7 +36,6 @@ from dschat.engines.step import (
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.analysis import AnswerAnalyzer, answer_logits, values_at_answers
-from dschat.rlhf.ema import MovingAverage
 from dschat.rlhf.experience import (
     AnswerAnalysis,
     Experience,
@@ -45,7 +45,7 @@ from dschat.rlhf.experience import (
     ScoreShaping,
 )
 from dschat.rlhf.kl_controller import KlController
-from dschat.rlhf.ppo_state import Position, flat_names, flat_tensors, from_flat_tensors, of_name
+from dschat.rlhf.position import Position
 from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout.agreement import RolloutCheck
@@ -112,6 +112,8 @@ class DeepSpeedPPOTrainer:
         self._kl = KlController(args.ppo.kl_coef, args.ppo.kl_target, args.ppo.kl_horizon)
         self._at = Position()
         self._experience: Experience | None = None
+        self._kept_rollout = TensorRecord(RolloutBatch)
+        self._kept_judgement = TensorRecord(AnswerAnalysis)
         self._statistics = UpdateStatistics()
         self._skipped = SkippedSteps(args.run)
         self._told_of_nonfinite_scores = False
@@ -348,8 +350,29 @@ class DeepSpeedPPOTrainer:
         moved = ((values.detach() - batch.values).abs() > clip) & mask
         self._statistics.add(value_loss=loss, value_clip_fraction=moved.sum())
 
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps of training beside the engines, in the order in which it is restored."""
+        average = {"average": self.engine.ema} if self.engine.ema else {}
+        return {
+            **average,
+            "statistics": self._statistics,
+            "rollout": self._kept_rollout,
+            "judgement": self._kept_judgement,
+            "trainer": self,
+        }
+
+    @property
+    def parts_to_keep(self) -> dict[str, Stateful]:
+        """Those of `parts` that have something to keep now: without the experience between PPO steps."""
+        if self.unfinished is None:
+            return {name: part for name, part in self.parts.items() if name in ("average", "trainer")}
+        self._kept_rollout.record = self._experience.rollout
+        self._kept_judgement.record = self._experience.judgement
+        return self.parts
+
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, as JSON; beside it stand the tensors of `tensors`."""
+        """Where training stands, for JSON."""
         engines = self.engine.by_name
         return {
             "position": asdict(self._at),
@@ -362,49 +385,30 @@ class DeepSpeedPPOTrainer:
             "experience": self._experience.settings if self.unfinished else None,
         }
 
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What goes with `state_dict`: this rank's own tensors, and those that all ranks have alike."""
-        average = flat_names("average", self.engine.ema.state_dict()) if self.engine.ema else {}
-        is_sharded = bool(average) and self.engine.ema.is_sharded
-        own = average if is_sharded else {}
-        shared = {} if is_sharded else average
-        if self.unfinished:
-            own |= flat_names("statistics", self._statistics.state_dict())
-            shared |= flat_tensors(self._experience.rollout, "rollout")
-            shared |= flat_tensors(self._experience.judgement, "judgement")
-        return own, shared
-
-    def load_state(self, state: dict[str, Any], begun: Progress) -> None:
-        """Go on from what `state_dict` and `tensors` gave, on as many ranks or on others."""
-        self._at = Position(**state["position"])
-        self._kl.coef = state["kl_coef"]
-        self._rollout.uses_cache = state["rollout_uses_cache"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, with the rollout and judgement that are restored already."""
+        self._at = Position(**state_dict["position"])
+        self._kl.coef = state_dict["kl_coef"]
+        self._rollout.uses_cache = state_dict["rollout_uses_cache"]
         if self._scores:
-            self._scores = RunningStatistics(**state["scores"])
+            self._scores = RunningStatistics(**state_dict["scores"])
         if self._texts:
             self._text_steps = self._texts.steps_after(self._at.num_text_steps)
         for name, engine in self.engine.by_name.items():
-            set_gradient_norm(engine, state["gradient_norms"][name])
-        self._seconds = defaultdict(float, state["seconds"])
-        self._skipped.load_state_dict(state["skipped"])
-        if self.engine.ema:
-            is_sharded = self.engine.ema.is_sharded
-            _load("average", self.engine.ema, begun, begun.tensors if is_sharded else begun.shared_tensors)
-        if state["experience"]:
-            self._experience = self._rebuilt(state["experience"], begun.shared_tensors)
-            _load("statistics", self._statistics, begun, begun.tensors)
-
-    def _rebuilt(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Experience:
-        device = current_device()
-        return Experience.build(
-            from_flat_tensors(RolloutBatch, "rollout", tensors, device),
-            from_flat_tensors(AnswerAnalysis, "judgement", tensors, device),
-            self._args.ppo,
-            self.schedule,
-            replace(self.shaping, mean=settings["mean"], std=settings["std"]),
-            ppo_step=settings["ppo_step"],
-            kl_coef=settings["kl_coef"],
-        )
+            set_gradient_norm(engine, state_dict["gradient_norms"][name])
+        self._seconds = defaultdict(float, state_dict["seconds"])
+        self._skipped.load_state_dict(state_dict["skipped"])
+        settings = state_dict["experience"]
+        if settings:
+            self._experience = Experience.build(
+                self._kept_rollout.record,
+                self._kept_judgement.record,
+                self._args.ppo,
+                self.schedule,
+                replace(self.shaping, mean=settings["mean"], std=settings["std"]),
+                ppo_step=settings["ppo_step"],
+                kl_coef=settings["kl_coef"],
+            )
 
     def metrics(self) -> dict[str, float]:
         """The numbers of the last PPO step over all ranks, weighted by tokens. Every rank must call it."""
@@ -441,11 +445,3 @@ class DeepSpeedPPOTrainer:
             "tokens_per_second": num_tokens / sum(seconds.values()),
             "peak_memory_gib": peak_memory_gib(),
         }
-
-
-def _load(name: str, part: MovingAverage | UpdateStatistics, begun: Progress, held: Any) -> None:
-    """Restore a part from what this rank holds of it, or else from what every rank of another number held."""
-    if held is not None:
-        part.load_state_dict(of_name(name, held))
-    else:
-        part.load_parts([of_name(name, tensors) for tensors in begun.parts])

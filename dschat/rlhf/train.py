@@ -37,9 +37,7 @@ def train_ppo(
     call it.
     """
     begun = checkpoints.load(trainer.engine.by_name)
-    if begun.step:
-        trainer.load_state(begun.state["trainer"], begun)
-        watch.load_state_dict(begun.state["watch"])
+    begun.restore({**trainer.parts, "watch": watch})
     done = trainer.num_ppo_steps_done
     metrics = MetricsLogger(
         args.run,
@@ -48,22 +46,16 @@ def train_ppo(
         is_main_process=is_main_process(),
         steps_done=done if begun.step else None,
     )
-    start = time.perf_counter() - begun.state.get("seconds", 0.0)
-    figures = begun.state["figures"] if begun.step else _watched(0, {}, watch, metrics)
+    start = time.perf_counter() - begun.values.get("seconds", 0.0)
+    figures = begun.values["figures"] if begun.step else _watched(0, {}, watch, metrics)
 
     def save_if_due(*, is_last: bool = False) -> None:
         number = trainer.num_updates_passed
         if checkpoints.is_due(number, is_last=is_last):
-            state = {"trainer": trainer.state_dict(), "watch": watch.state_dict(), "figures": figures}
-            own, shared = trainer.tensors()
+            parts = {**trainer.parts_to_keep, "watch": watch, "figures": figures}
+            parts["seconds"] = time.perf_counter() - start
             metrics.flush()
-            checkpoints.save(
-                number,
-                engines=trainer.engine.by_name,
-                state=state | {"seconds": time.perf_counter() - start},
-                tensors=own,
-                shared_tensors=shared,
-            )
+            checkpoints.save(number, engines=trainer.engine.by_name, parts=parts)
 
     steps = range(done + 1, num_ppo_steps + 1) if not watch.guard.stopped_by else ()
     for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):

@@ -1,14 +1,13 @@
 """What the optimiser steps of a PPO step did, over all ranks."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dschat.checkpoints.state import Placement
 from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import is_main_process
 
 
 class UpdateStatistics:
@@ -36,23 +35,17 @@ class UpdateStatistics:
             maxima = max_across_ranks(torch.stack(list(self._maxima.values())), axis="data").tolist()
         return dict(zip(self._sums, sums, strict=True)), dict(zip(self._maxima, maxima, strict=True))
 
+    def placement(self, key: str) -> Placement:
+        """A sum's share and a maximum's candidate differ from rank to rank."""
+        return Placement.SUM if key.startswith("sum.") else Placement.MAX
+
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share so far."""
+        """This rank's shares so far, under "sum.NAME" and "maximum.NAME"."""
         sums = {f"sum.{name}": total for name, total in self._sums.items()}
         return sums | {f"maximum.{name}": value for name, value in self._maxima.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        for name, value in state.items():
-            kind, _, figure = name.partition(".")
-            (self._sums if kind == "sum" else self._maxima)[figure] = value.to(current_device())
-
-    def load_parts(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on from what `state_dict` gave on each of another number of ranks: rank 0 takes the sums."""
-        for name in parts[0]:
-            kind, _, figure = name.partition(".")
-            values = torch.stack([part[name] for part in parts]).to(current_device())
-            if kind == "maximum":
-                self._maxima[figure] = values.max()
-            else:
-                self._sums[figure] = values.sum() if is_main_process() else torch.zeros_like(values[0])
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Go on from the shares that `state_dict` gave."""
+        for key, value in state_dict.items():
+            kind, _, name = key.partition(".")
+            (self._sums if kind == "sum" else self._maxima)[name] = value.to(current_device())

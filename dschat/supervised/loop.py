@@ -140,12 +140,10 @@ def train_epochs(
     short = loaders.short_evaluation if interval else None
     evaluations = Evaluations(engine, evaluate, metrics, whole=loaders.evaluation, short=short)
     skipped = SkippedSteps(args.run)
-    start = time.perf_counter() - begun.state.get("seconds", 0.0)
-    if begun.step:
-        skipped.load_state_dict(begun.state["skipped"])
-        evaluations.load_state_dict(begun.state["evaluations"])
-        exports.load_state_dict(begun.state["exports"])
-    else:
+    start = time.perf_counter() - begun.values.get("seconds", 0.0)
+    parts = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
+    begun.restore(parts)
+    if not begun.step:
         evaluations.make(0, "before training")
     numbers = range(begun.step + 1, num_steps + 1)
     for step, optimizer_step in zip(numbers, loaders.train.steps_after(begun.step), strict=False):
@@ -169,9 +167,7 @@ def train_epochs(
             exports.offer(evaluations.all)
         if checkpoints.is_due(step, is_last=step == num_steps):
             metrics.flush()
-            parts = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state["seconds"] = time.perf_counter() - start
-            checkpoints.save(step, engines={ENGINE: engine}, state=state)
+            seconds = time.perf_counter() - start
+            checkpoints.save(step, engines={ENGINE: engine}, parts={**parts, "seconds": seconds})
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)

@@ -6,16 +6,19 @@ import os
 import random
 import shutil
 import stat
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import save_tiny_model
 
 from dschat.arguments import STEPS, RunDescription, parse_arguments, settings_of
 from dschat.checkpoints import checkpoint
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.checkpoints.resume import begin_run
+from dschat.checkpoints.state import Placement
 from dschat.errors import Stopped, UserError
 from dschat.export.upstream import UpstreamModel
 from dschat.runs.atomic_folder import facts_of
@@ -32,7 +35,7 @@ def saved(folder, *steps: int, more: tuple[str, ...] = ()) -> Checkpoints:
     folder.mkdir(exist_ok=True)
     checkpoints = begin_run(description(folder, *more), data="key")
     for step in steps:
-        checkpoints.save(step, engines={}, state={"step": step})
+        checkpoints.save(step, engines={}, parts={"done": step})
     return checkpoints
 
 
@@ -49,17 +52,52 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_state_tensors_and_random_states_come_back(tmp_path):
+class Everything:
+    """A part with values, tensors that all ranks share, and a tensor of the rank's own."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def placement(self, key: str) -> Placement:
+        return Placement.SUM if key == "sum" else Placement.REPLICATED
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def test_parts_and_random_states_come_back(tmp_path):
     checkpoints = begin_run(description(tmp_path), data="key")
     tensors = {"ema": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
-    state = {"kl_coef": 0.1 + 0.2, "best": {"step": 3, "loss": None}}
-    checkpoints.save(7, engines={}, state=state, tensors=tensors, shared_tensors={"x": torch.ones(1)})
+    tensors["sum"] = torch.ones(1)
+    values = {"kl_coef": 0.1 + 0.2, "best": {"step": 3, "loss": None}}
+    checkpoints.save(7, engines={}, parts={"all": Everything(values | tensors), "seconds": 2.5})
     drawn = random.random(), numpy.random.rand(), torch.rand(1).item()
     begun = resumed(tmp_path)
-    assert (begun.step, begun.state) == (7, state)
-    torch.testing.assert_close(begun.tensors, tensors, rtol=0, atol=0)
-    assert begun.shared_tensors["x"].tolist() == [1]
+    assert (begun.step, begun.values) == (7, {"all": values, "seconds": 2.5})
+    found = Everything({})
+    begun.restore({"all": found})
+    assert {name: found.state.pop(name) for name in values} == values
+    torch.testing.assert_close(found.state, tensors, rtol=0, atol=0)
     assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == drawn
+
+
+def test_the_files_of_a_checkpoint_have_the_names_that_earlier_versions_read(tmp_path):
+    parts = {
+        "average": Everything({"w": torch.ones(2)}),
+        "trainer": Everything({"sum": torch.ones(1), "x": 1}),
+    }
+    begin_run(description(tmp_path), data="key").save(3, engines={}, parts={**parts, "seconds": 1.5})
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    assert list(load_file(folder / "shared.safetensors")) == ["average.w"]
+    own = load_file(folder / "rank_00000.safetensors")
+    assert [name for name in own if not name.startswith("random.")] == ["trainer.sum"]
+    progress = json.loads((folder / "progress.json").read_text())
+    assert progress["state"] == {"trainer": {"x": 1}, "seconds": 1.5}
+    assert {"format", "program", "data", "models", "world_size", "sizes", "settings", "step"} <= set(progress)
+    assert progress["step"] == 3
 
 
 def test_a_first_run_begins_at_step_0(tmp_path, capsys):
@@ -82,7 +120,7 @@ def test_copies_that_someone_made_are_left_alone(tmp_path):
     root = tmp_path / "checkpoints"
     shutil.copytree(root / "step_00000001", root / "step_00000001.good")
     for step in (2, 3):
-        checkpoints.save(step, engines={}, state={})
+        checkpoints.save(step, engines={}, parts={})
     assert names(tmp_path) == ["step_00000001.good", "step_00000002", "step_00000003"]
     assert resumed(tmp_path).step == 3
 
@@ -123,7 +161,7 @@ def test_a_damaged_checkpoint_is_not_counted_and_goes_when_a_new_one_is_complete
     saved(tmp_path, 1, 2)
     corrupt(tmp_path / "checkpoints" / "step_00000002" / "progress.json")
     checkpoints = begin_run(description(tmp_path, "--resume_from_checkpoint"), data="key")
-    checkpoints.save(3, engines={}, state={})
+    checkpoints.save(3, engines={}, parts={})
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
 
 
@@ -135,15 +173,15 @@ def test_a_half_written_folder_is_never_chosen(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("dschat.runs.atomic_folder.write_json", killed)  # between the move and the mark
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(2, engines={}, state={})
+        checkpoints.save(2, engines={}, parts={})
     monkeypatch.setattr("dschat.checkpoints.checkpoint.put_in_place", killed)  # before the move
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(3, engines={}, state={})
+        checkpoints.save(3, engines={}, parts={})
     monkeypatch.undo()
     assert names(tmp_path) == [".saving-step_00000003", "step_00000001", "step_00000002"]
     assert resumed(tmp_path).step == 1
     assert "step_00000002 is passed over: it was never finished" in capsys.readouterr().out
-    begin_run(description(tmp_path, "--resume_from_checkpoint"), data="key").save(2, engines={}, state={})
+    begin_run(description(tmp_path, "--resume_from_checkpoint"), data="key").save(2, engines={}, parts={})
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
@@ -154,14 +192,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on(tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    checkpoints.save(2, engines={}, state={})
+    checkpoints.save(2, engines={}, parts={})
     told = capsys.readouterr().out
     assert "WARNING: no checkpoint at step 2" in told
     assert "No space left on device" in told
     assert "step_00000001, is kept" in told
     assert names(tmp_path) == ["step_00000001"]
     monkeypatch.undo()
-    checkpoints.save(3, engines={}, state={})
+    checkpoints.save(3, engines={}, parts={})
     assert resumed(tmp_path).step == 3
 
 
@@ -197,7 +235,7 @@ def test_models_are_compared_by_content_wherever_they_lie(tmp_path, capsys):
         return begin_run(args, data="key", models=[UpstreamModel(str(tmp_path / model), flag, None)])
 
     (tmp_path / "run").mkdir()
-    begin("base").save(1, engines={}, state={})
+    begin("base").save(1, engines={}, parts={})
     begin("moved", "--resume_from_checkpoint")
     assert f"--model_name_or_path {tmp_path / 'moved'} (was " in capsys.readouterr().out
     with pytest.raises(UserError, match="--model_name_or_path names another model, or other weights, than"):
@@ -284,7 +322,7 @@ def test_a_launch_that_torchrun_starts_again_goes_on_where_it_had_begun(tmp_path
         with pytest.raises(UserError, match="add --resume_from_checkpoint latest"):
             check_run_folder(description(tmp_path))
     overwriting = description(tmp_path, "--overwrite_output_dir")
-    begin_run(overwriting, data="key").save(2, engines={}, state={})
+    begin_run(overwriting, data="key").save(2, engines={}, parts={})
     check_run_folder(overwriting)
     assert begin_run(overwriting, data="key")._chosen.name == "step_00000002"
     write_summary(str(tmp_path), {})
@@ -315,7 +353,7 @@ def test_a_checkpoint_is_due_by_number_by_time_by_signal_and_at_the_end(tmp_path
     os.kill(os.getpid(), 15)
     assert checkpoints.is_due(7)
     with pytest.raises(Stopped, match=r"step 7 as SIGTERM asked; saved in .*step_00000007\. Go on with"):
-        checkpoints.save(7, engines={}, state={})
+        checkpoints.save(7, engines={}, parts={})
     assert resumed(tmp_path, "latest", "--save_interval=3").step == 7
 
 
@@ -325,7 +363,7 @@ def test_without_an_output_folder_a_signal_ends_the_run_and_says_what_is_lost():
     os.kill(os.getpid(), 10)
     assert checkpoints.is_due(1)
     with pytest.raises(Stopped, match="without --output_dir nothing could be kept"):
-        checkpoints.save(1, engines={}, state={})
+        checkpoints.save(1, engines={}, parts={})
 
 
 @pytest.mark.parametrize("flag", ["--save_interval=1", "--save_minutes=1", "--resume_from_checkpoint"])
