@@ -7,7 +7,7 @@ library imports from here alone.
 
 from dschat.arguments.command_line import ReadableParser
 from dschat.arguments.data import DataArguments, TokenizerArguments
-from dschat.arguments.foreign import FOREIGN
+from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments

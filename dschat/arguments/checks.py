@@ -62,7 +62,7 @@ def note_padding_flag(value: int | None) -> None:
         messages.note("--num_padding_at_beginning is not needed and ignored: padding is told by masks.")
 
 
-def say_what_sampling_cuts(rollout: RolloutArguments) -> None:
+def note_truncated_sampling(rollout: RolloutArguments) -> None:
     """Say that nothing accounts for what top-k and top-p leave out, where one of them is on."""
     top_k = [f"--top_k {rollout.top_k}"] if rollout.top_k > 0 else []
     top_p = [f"--top_p {rollout.top_p}"] if rollout.top_p < 1 else []

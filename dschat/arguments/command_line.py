@@ -6,7 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dschat.console import messages
 from dschat.errors import UserError
@@ -25,13 +25,13 @@ class ReadableParser(argparse.ArgumentParser):
     wrong with the command line; names are not abbreviated.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]  # argparse's overloads are for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's; but a flag that is not there is an error, and so are words that belong to none.
@@ -61,7 +61,7 @@ class ReadableParser(argparse.ArgumentParser):
         return f"did you mean --{close[0]}?" if close else None
 
     def _reject_unknown(self, words: Sequence[str]) -> None:
-        told = {}
+        explanations = {}
         for before, word in zip(["", *words], words, strict=False):
             if word == "--":
                 break
@@ -72,11 +72,12 @@ class ReadableParser(argparse.ArgumentParser):
             explanation = self.explain(match[2])
             if explanation is None and self._takes_value(before):
                 explanation = f"as a value of {before} it is written {before}={word}"
-            told[name] = f"{name} ({explanation})" if explanation else name
-        if len(told) == 1:
-            self.error(f"unknown flag {next(iter(told.values()))}")
-        if told:
-            raise UserError("unknown flags (--help lists every flag):", *(f"  {t}" for t in told.values()))
+            explanations[name] = f"{name} ({explanation})" if explanation else name
+        lines = list(explanations.values())
+        if len(lines) == 1:
+            self.error(f"unknown flag {lines[0]}")
+        if lines:
+            raise UserError("unknown flags (--help lists every flag):", *(f"  {line}" for line in lines))
 
     def _hint(self, word: str) -> str:
         if word.startswith("-") and " " in word:
@@ -91,7 +92,7 @@ class ReadableParser(argparse.ArgumentParser):
 
     def _note_repeated(self, words: Sequence[str]) -> None:
         """Say that of a flag that is given twice only the last counts; one that collects has them all."""
-        given = Counter()
+        given: Counter[str] = Counter()
         for word in words:
             action = self._option_string_actions.get(word.partition("=")[0])
             if action is not None and not isinstance(action, argparse._AppendAction):

@@ -61,8 +61,9 @@ class DataArguments:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """`--data_split` as three numbers."""
-        return tuple(float(part) for part in self.data_split.split(","))
+        """The numbers of `--data_split`: the shares of steps 1, 2 and 3."""
+        first, second, third = (float(part) for part in self.data_split.split(","))
+        return first, second, third
 
     def __post_init__(self) -> None:
         number = r"\s*\d+(\.\d*)?\s*"

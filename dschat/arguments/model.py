@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from dschat.arguments.flags import flag, require, require_at_least
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
@@ -93,7 +91,9 @@ class OptimizerArguments:
     gradient_accumulation_steps: int = flag(
         1, "Micro-batches a rank adds up for one optimiser step.", at_resume="divided"
     )
-    lr_scheduler_type: Literal[SCHEDULES] = flag("cosine", "Shape of the learning rate over the run.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"
+    ] = flag("cosine", "Shape of the learning rate over the run.")
     num_warmup_steps: int = flag(0, "Optimiser steps in which the learning rate rises from 0.")
     warmup_ratio: float | None = flag(
         None, "Share of the run in which it does, in place of --num_warmup_steps; 0.03 to 0.1 are usual."

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from dschat.arguments.command_line import LIKENESS, ReadableParser
-from dschat.arguments.foreign import FOREIGN, foreign
+from dschat.arguments.foreign import explain_foreign_flag
+from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.steps import STEPS, InspectArguments, StepArguments
 from dschat.errors import UserError
 
@@ -38,11 +39,11 @@ class FlagParser(ReadableParser, HfArgumentParser):
         everywhere = {flag for step in STEPS for flag in flags_of(step)}
         close = difflib.get_close_matches(name, sorted({*FOREIGN, *everywhere}), n=1, cutoff=LIKENESS)
         for spelt in [name, *close]:
-            explanation = super().explain(spelt) if spelt in known else foreign(spelt, known)
+            explanation = super().explain(spelt) if spelt in known else explain_foreign_flag(spelt, known)
             if explanation:
                 return explanation
             for step, program in PROGRAMS.items():
-                explanation = foreign(spelt, flags_of(step))
+                explanation = explain_foreign_flag(spelt, flags_of(step))
                 if explanation:
                     return f"not of this step; in {program}: {explanation.removeprefix('here: ')}"
         return None
@@ -59,7 +60,7 @@ def flags_of(step: str) -> frozenset[str]:
     )
 
 
-def _flat_class(part: dataclasses.Field) -> type:
+def _flat_class(part: dataclasses.Field) -> type[Any]:
     """The flags of one group as a flat class that HfArgumentParser understands."""
     prefix, defaults = part.metadata["prefix"], part.metadata["defaults"]
     columns = []
@@ -72,7 +73,7 @@ def _flat_class(part: dataclasses.Field) -> type:
         if factory is not dataclasses.MISSING:
             spec = field(default_factory=factory, metadata=metadata)
         columns.append((prefix + f.name, f.type, spec))
-    flat = make_dataclass(f"{part.name}_flags", columns, kw_only=True)
+    flat: Any = make_dataclass(f"{part.name}_flags", columns, kw_only=True)
     flat._argument_group_name = f"{part.name} ({' '.join(part.metadata['group'].__doc__.split())})"
     return flat
 

@@ -1,11 +1,10 @@
-"""What of a command line is kept out of files and messages: passwords and tokens in URLs."""
+"""Passwords and tokens in URLs, which are kept out of files and messages."""
 
 import re
 from typing import Any
 
 HIDDEN = "***"
 _URL = re.compile(r"\b(https?://)(\S+?)(['\"]*(?:\s|$))", re.IGNORECASE)
-_AUTHORITY = re.compile(r"[^/?#]*")
 _PLACE = re.compile(r"(\[.*\]|[^:]*)(:\d*)?")
 """Host and port."""
 
@@ -16,7 +15,7 @@ def without_secrets(text: str) -> str:
 
 
 def recorded(value: Any) -> Any:
-    """A flag's value as files have it."""
+    """`value` of a flag as files have it: strings and entries of lists without secrets."""
     if isinstance(value, list):
         return [recorded(entry) for entry in value]
     return without_secrets(value) if isinstance(value, str) else value
@@ -24,7 +23,7 @@ def recorded(value: Any) -> Any:
 
 def _hidden(url: str) -> str:
     """A URL less its scheme."""
-    authority = _AUTHORITY.match(url)[0]
+    authority = re.split(r"[/?#]", url, maxsplit=1)[0]
     is_whole = "@" in authority or _PLACE.fullmatch(authority)
     # A password may hold what should have been escaped, such as a slash: the last @ ends it then.
     end = (authority if is_whole else url).rfind("@")

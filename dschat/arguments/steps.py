@@ -10,7 +10,7 @@ from dschat.arguments.checks import (
     check_lora,
     check_offload,
     note_padding_flag,
-    say_what_sampling_cuts,
+    note_truncated_sampling,
 )
 from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArguments
 from dschat.arguments.flags import group, require
@@ -249,7 +249,7 @@ class RlhfArguments(TrainingStep):
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         if self.rlhf.align_overflow and not self.aligns_overflow:
             messages.note("--align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
-        say_what_sampling_cuts(self.rollout)
+        note_truncated_sampling(self.rollout)
         for model in (self.actor, self.critic):
             require(
                 model.dropout == 0 and model.lora_dropout == 0,
