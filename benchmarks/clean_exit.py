@@ -183,13 +183,15 @@ def child(folder: Path, ports: list[int], amplified: bool, flags: list[str]) -> 
 def linger_in_store() -> None:
     """Let each look of the watch wait in the store for a key that nobody sets, up to two seconds."""
     from dschat.distributed import restart, watchdog
+    from dschat.distributed.process_wide import process_wide
 
     obey, watchdog.INTERVAL = restart.obey, 0.0
 
     def linger() -> None:
         obey()
-        with suppress(RuntimeError, IndexError):  # the time has passed, or the store is gone
-            restart._store[0].wait(["never"], timedelta(seconds=random.uniform(0.1, 2.0)))
+        store = process_wide(restart.Orders).store
+        with suppress(RuntimeError, AttributeError):  # the time has passed, or the store is gone
+            store.wait(["never"], timedelta(seconds=random.uniform(0.1, 2.0)))
 
     restart.obey = linger
 

@@ -77,12 +77,13 @@ def prepare(arguments: StepArguments) -> RunContext:
 
     from dschat.distributed.device import check_precision
     from dschat.distributed.rendezvous import configure_environment
-    from dschat.engines.out_of_memory import remember
+    from dschat.engines.memory_remedies import memory_flags
+    from dschat.engines.out_of_memory import report_memory_with
     from dschat.models.remote_code import set_consent
 
     run = arguments.run
     configure_environment(run.local_rank)
-    remember(arguments)
+    report_memory_with(memory_flags(arguments))
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)
     if run.deterministic:

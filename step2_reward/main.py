@@ -28,6 +28,7 @@ from dschat.data.preparation import reward_data
 from dschat.distributed import collectives
 from dschat.distributed.statistics import MeanOverRanks
 from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import verify_model
@@ -66,7 +67,7 @@ def main(args: RewardArguments, context: RunContext) -> None:
     )
 
 
-@phase("loading the model")
+@phase(PhaseKind.LOADING, "model")
 def build_engine(
     args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
 ) -> DeepSpeedEngine:

@@ -42,7 +42,3 @@ class Log:
             return
         with suppress(OSError):  # the console has the line
             self._file.write((line.rstrip() + "\n").encode("utf-8", errors="backslashreplace"))
-
-
-log = Log()
-"""That of this process; only rank 0 opens it."""

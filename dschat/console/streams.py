@@ -13,7 +13,7 @@ import sys
 from errno import EBADF, EIO, EPIPE
 from pathlib import Path
 
-from dschat.console.log_file import log
+from dschat.console.log_file import Log
 from dschat.console.text import printable
 
 HARMLESS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\d*A")
@@ -27,8 +27,8 @@ HARMFUL = re.compile(r"\x1b(?!\[[\d;]*m|\[\d*A)")
 class _LastingOutput(io.RawIOBase):
     """A file descriptor whose writes always succeed: what finds no reader or no room is dropped."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, log: Log) -> None:
+        self._descriptor, self._log = descriptor, log
 
     def writable(self) -> bool:
         return True
@@ -54,16 +54,19 @@ class _LastingOutput(io.RawIOBase):
         """Nobody will read this again: libraries and child processes that write there get no error either."""
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), self._descriptor)
-        log.add(f"(nobody reads descriptor {self._descriptor} any more: {error.strerror}; the run goes on)")
+        self._log.add(
+            f"(nobody reads descriptor {self._descriptor} any more: {error.strerror}; the run goes on)"
+        )
 
 
 class Console(io.TextIOWrapper):
-    """stdout or stderr, whose lines also go to `log`."""
+    """stdout or stderr, whose lines also go to the run's log."""
 
-    def __init__(self, descriptor: int, like: io.TextIOWrapper | None) -> None:
+    def __init__(self, descriptor: int, like: io.TextIOWrapper | None, log: Log) -> None:
         """With the encoding and buffering of the stream `like`."""
+        self.log = log
         super().__init__(
-            io.BufferedWriter(_LastingOutput(descriptor)),
+            io.BufferedWriter(_LastingOutput(descriptor, log)),
             encoding=like.encoding if like else "utf-8",
             errors="backslashreplace",
             line_buffering=like.line_buffering if like else True,
@@ -82,7 +85,7 @@ class Console(io.TextIOWrapper):
         """Keep whole lines as they stand in the end: of a progress bar, its last state."""
         *ended, last = (self._line + text).split("\n")
         for line in ended:
-            log.add(line.rstrip("\r").rpartition("\r")[2])
+            self.log.add(line.rstrip("\r").rpartition("\r")[2])
         self._line = last.rpartition("\r")[2]
 
 
@@ -99,6 +102,11 @@ def _start_in_utf8() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def log_of_streams() -> Log | None:
+    """The log of what is printed; None where no `Console` has taken the place of stdout and stderr."""
+    return next((stream.log for stream in (sys.stdout, sys.stderr) if isinstance(stream, Console)), None)
+
+
 def take_over() -> None:
     """Let stdout and stderr of this program be a `Console`; streams that others have replaced stay theirs.
 
@@ -110,10 +118,11 @@ def take_over() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: the next file to be opened would get the number, and what is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    log = log_of_streams() or Log()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
         if original is None:  # closed at the start; transformers puts a file of its own there
-            setattr(sys, name, Console(os.open(os.devnull, os.O_WRONLY), None))
+            setattr(sys, name, Console(os.open(os.devnull, os.O_WRONLY), None, log))
         elif stream is original:
             stream.flush()
-            setattr(sys, name, Console(descriptor, stream))
+            setattr(sys, name, Console(descriptor, stream, log))

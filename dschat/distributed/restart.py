@@ -21,20 +21,28 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from dschat.console import messages
+from dschat.distributed.process_wide import process_wide
 
 ORDER, PORT, READY = "restart/order", "restart/port", "restart/ready"
 LEAVING, LEFT = "leave/leaving", "leave/left"
 WAIT = 60.0
 """Seconds that a rank waits for the others to be ready."""
 
-_store: list[dist.Store] = []
-_obeying = threading.Lock()
+
+class Orders:
+    """Where orders to start again are given and found."""
+
+    def __init__(self) -> None:
+        self.store: dist.Store | None = None
+        """A connection of its own to the process group's store; None without a process group."""
+        self.obeying = threading.Lock()
+        """Held by the thread that starts the program again."""
 
 
 def listen() -> None:
     """Take part in restarts; called on every rank once there is a process group."""
     # A connection of its own: another thread may wait in the group's.
-    _store[:] = [_get_default_store().clone()]
+    process_wide(Orders).store = _get_default_store().clone()
 
 
 def order(flags: Mapping[str, object], message: str) -> None:
@@ -42,22 +50,25 @@ def order(flags: Mapping[str, object], message: str) -> None:
 
     Where two ranks give an order, the first counts. Its message is shown.
     """
-    if not _store:
+    store = process_wide(Orders).store
+    if store is None:
         return
-    _store[0].compare_set(ORDER, "", json.dumps({"flags": dict(flags), "message": message}))
+    store.compare_set(ORDER, "", json.dumps({"flags": dict(flags), "message": message}))
     obey()
 
 
 def obey() -> None:
     """Start again if a rank has ordered it: does not return then, unless a rank does not answer."""
+    orders = process_wide(Orders)
+    store = orders.store
     try:
-        if not _store or not _store[0].check([ORDER]):
+        if store is None or not store.check([ORDER]):
             return
     except RuntimeError:  # rank 0, which holds the store, is gone
         return
-    with _obeying:
-        given = json.loads(_store[0].get(ORDER))
-        port = _agreed_port(_store[0], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    with orders.obeying:
+        given = json.loads(store.get(ORDER))
+        port = _agreed_port(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         if port is not None:
             _start_again(given["flags"], given["message"], port)
 
@@ -91,9 +102,11 @@ def forget() -> None:
 
     The last collective is over on every rank then, and no thread uses the store, which rank 0 may hold.
     """
-    if not _store:
+    orders = process_wide(Orders)
+    store, orders.store = orders.store, None
+    if store is None:
         return
-    store, world_size = _store.pop(), int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"])
     with contextlib.suppress(RuntimeError):  # the rank that held the store has ended
         store.add(LEAVING, 1)
         _all_are_at(LEAVING, store, world_size)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 from zlib import crc32
@@ -14,6 +15,7 @@ from zlib import crc32
 import psutil
 
 from dschat.console import messages
+from dschat.distributed.process_wide import process_wide
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """What torchrun and the deepspeed launcher set for a rank."""
@@ -93,13 +95,13 @@ class RankWatchdog:
         )
 
     @property
-    def _speaks(self) -> bool:
+    def _reports(self) -> bool:
         """Whether this is the lowest rank left: one message is enough."""
         return all(rank > self._rank or is_gone(pid) for rank, pid in self._peers.items())
 
-    def say(self, message: str) -> None:
+    def report(self, message: str) -> None:
         """Show the message, on one of the ranks that are left."""
-        if self._speaks:
+        if self._reports:
             messages.to_stderr(f"error: {message}")
 
     def _look(self) -> None:
@@ -108,42 +110,51 @@ class RankWatchdog:
             if self.message() is None:
                 continue
             if not self._stopped.wait(GRACE):
-                self.say(self.message())
+                self.report(self.message())
                 os._exit(1)  # the main thread hangs in a collective and cannot be woken
             return
 
 
-_watch: list[RankWatchdog] = []
+@dataclass
+class WatchedRanks:
+    """The watch over the other ranks of the process group, of which a process has one at most."""
+
+    watchdog: RankWatchdog | None = None
 
 
 def watch(
     pids: list[int], machines: list[int], *, rank: int, each_time: Callable[[], None] = lambda: None
 ) -> None:
-    """Watch the ranks whose machine is this rank's; both lists are by rank.
+    """Watch the ranks whose machine is this rank's, unless they are watched; both lists are by rank.
 
     `each_time` is as in `RankWatchdog`.
     """
+    watched = process_wide(WatchedRanks)
+    if watched.watchdog is not None:
+        return
     by_rank = enumerate(zip(pids, machines, strict=True))
     peers = {r: pid for r, (pid, machine) in by_rank if r != rank and machine == machines[rank]}
-    _watch.append(RankWatchdog(peers, rank=rank, each_time=each_time))
+    watched.watchdog = RankWatchdog(peers, rank=rank, each_time=each_time)
 
 
 def unwatch() -> bool:
     """From here on ranks may end. False where none was watched."""
-    watches, _watch[:] = [*_watch], []
-    for watch in watches:
-        watch.stop()
-    return bool(watches)
+    watched = process_wide(WatchedRanks)
+    watchdog, watched.watchdog = watched.watchdog, None
+    if watchdog is None:
+        return False
+    watchdog.stop()
+    return True
 
 
 def report_lost_peers() -> bool:
     """Say which ranks of this machine are gone; False where none is."""
-    for watch in _watch:
-        for _ in range(NUM_LOOKS):
-            watch.each_time()
-            message = watch.message()
-            if message is not None:
-                watch.say(message)
-                return True
-            time.sleep(INTERVAL / NUM_LOOKS)
+    watchdog = process_wide(WatchedRanks).watchdog
+    for _ in range(NUM_LOOKS) if watchdog else ():
+        watchdog.each_time()
+        message = watchdog.message()
+        if message is not None:
+            watchdog.report(message)
+            return True
+        time.sleep(INTERVAL / NUM_LOOKS)
     return False

@@ -1,4 +1,4 @@
-"""What to say, or to do, where memory runs out: the phase, the largest consumers, and the flags that help."""
+"""Where memory runs out, the run ends with a message of phase, consumers and remedies, or starts again."""
 
 import errno
 import weakref
@@ -10,10 +10,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from dschat.arguments import ModelArguments, RlhfArguments, StepArguments
 from dschat.distributed import deepspeed_private, restart
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import mesh
+from dschat.distributed.process_wide import process_wide
+from dschat.engines.memory_remedies import MemoryFlags, Phase, PhaseKind, halved, remedies
 from dschat.errors import UserError
 from dschat.runs.output_folder import newest_checkpoint
 
@@ -21,39 +22,46 @@ SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "_STATUS
 """What the RuntimeErrors of allocators and libraries say of it."""
 
 GIB = 2**30
-TRAINING_ROWS = "per_device_training_batch_size"
-
-_arguments: list[StepArguments] = []
-_engines: dict[str, weakref.ref] = {}
 
 
-def remember(arguments: StepArguments) -> None:
-    """The flags that messages name."""
-    _arguments[:] = [arguments]
+class MemoryReport:
+    """What a message about memory needs, in this process: its handlers stand around calls deep in the run."""
+
+    def __init__(self) -> None:
+        self.flags: MemoryFlags | None = None
+        """Flags that decide how much memory the run takes; None, as in tests, leaves errors as they are."""
+        self.engines: dict[str, weakref.ref[Any]] = {}
+        """Engines that may still be alive, by their model's name."""
 
 
-def consumes(role: str, engine: Any) -> None:
-    """Name an engine, for the list of consumers."""
-    _engines[role] = weakref.ref(engine)
+def report_memory_with(flags: MemoryFlags) -> None:
+    """Let messages about memory in this process name these flags."""
+    process_wide(MemoryReport).flags = flags
+
+
+def consumes(model: str, engine: Any) -> None:
+    """Name an engine by its model, for the list of consumers."""
+    process_wide(MemoryReport).engines[model] = weakref.ref(engine)
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
+def phase(kind: PhaseKind, model: str = "") -> Iterator[None]:
     """Where memory runs out inside, end the run with a `UserError` that names this phase, or start it again.
 
-    `name` is "loading ...", "training ..." or "evaluating" with the model's role behind it, or "sampling
-    answers", "judging answers", "exporting". With --auto_micro_batch every rank starts again with half the
-    micro-batch, where that is more than 1; this call does not return then.
+    `model` is the name of the model that the phase is about, if it is about one. With --auto_micro_batch
+    every rank starts again with half the micro-batch, where that is more than 1; this call does not return
+    then.
     """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if not _arguments or not is_out_of_memory(error):
+        flags = process_wide(MemoryReport).flags
+        if flags is None or not is_out_of_memory(error):
             raise
-        message = report(name, _arguments[0], error)
-        flags = halved(name, _arguments[0])
-        if _arguments[0].run.auto_micro_batch and flags:
-            _start_smaller(name, _arguments[0], flags)
+        now = Phase(kind, model)
+        message = report(now, flags, error)
+        if flags.run.auto_micro_batch and halved(now, flags):
+            _start_smaller(now, flags)
         raise UserError(*message) from error
 
 
@@ -66,12 +74,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def report(name: str, args: StepArguments, error: BaseException) -> list[str]:
+def report(phase: Phase, flags: MemoryFlags, error: BaseException) -> list[str]:
     """The lines of the message: phase, consumers, the device's memory, and what helps."""
-    lines = [f"{_where()} out of memory while {name} ({str(error).splitlines()[0][:200] or 'MemoryError'})."]
+    lines = [f"{_where()} out of memory while {phase} ({str(error).splitlines()[0][:200] or 'MemoryError'})."]
     lines += [f"  {text}" for text in _consumers()]
-    lines += ["What helps, the first thing first:", *(f"  {text}" for text in _remedies(name, args))]
-    if halved(name, args) and not args.run.auto_micro_batch:
+    lines += ["What helps, the first thing first:", *(f"  {text}" for text in remedies(phase, flags))]
+    if halved(phase, flags) and not flags.run.auto_micro_batch:
         lines.append("  --auto_micro_batch does the first by itself")
     return lines
 
@@ -80,41 +88,17 @@ def _where() -> str:
     return f"rank {mesh().world.rank} of {mesh().world.size} ran" if mesh().world.size > 1 else "the run ran"
 
 
-def halved(name: str, args: StepArguments) -> dict[str, int]:
-    """Flags for half the micro-batch and the same global batch; empty where a micro-batch is one row."""
-    is_rlhf = isinstance(args, RlhfArguments)
-    if name.startswith("evaluating"):
-        size = 1 if is_rlhf else args.batch.per_device_eval_batch_size
-        return {"per_device_eval_batch_size": size // 2} if size > 1 else {}
-    if name == "sampling answers":
-        names = ("per_device_generation_batch_size", "generation_batches")
-        sizes = (args.rollout.per_device_generation_batch_size, args.rollout.generation_batches)
-    elif name.startswith("training") or name == "judging answers":
-        group, rows = (args.ppo, TRAINING_ROWS) if is_rlhf else (args.batch, "per_device_train_batch_size")
-        names = (rows, "gradient_accumulation_steps")
-        sizes = (getattr(group, rows), args.optimizer.gradient_accumulation_steps)
-    else:
-        return {}
-    return dict(zip(names, smaller_parts(*sizes), strict=True)) if sizes[0] > 1 else {}
-
-
-def smaller_parts(rows: int, parts: int) -> tuple[int, int]:
-    """About half the rows in about twice the parts, whose product stays: 16 x 1 -> 8 x 2, 3 x 2 -> 2 x 3."""
-    total = rows * parts
-    smaller = next(size for size in range((rows + 1) // 2, 0, -1) if total % size == 0)
-    return smaller, total // smaller
-
-
-def _start_smaller(name: str, args: StepArguments, flags: dict[str, int]) -> None:
-    changes = " and ".join(f"--{flag} {value}" for flag, value in flags.items())
-    more: dict[str, Any] = dict(flags)
+def _start_smaller(phase: Phase, flags: MemoryFlags) -> None:
+    """Start the run again with half the micro-batch; returns only where that cannot be done."""
+    more: dict[str, Any] = dict(halved(phase, flags))
+    changes = " and ".join(f"--{flag} {value}" for flag, value in more.items())
     begin = "from the beginning, as there is no checkpoint (--save_interval makes some)"
-    if newest_checkpoint(args.run):
+    if newest_checkpoint(flags.run):
         begin = "from its newest checkpoint"
         more |= {"resume_from_checkpoint": "latest", "overwrite_output_dir": False}
     restart.order(
         more,
-        f"note: rank {mesh().world.rank} ran out of memory while {name}: --auto_micro_batch starts the run "
+        f"note: rank {mesh().world.rank} ran out of memory while {phase}: --auto_micro_batch starts the run "
         f"again with {changes}, the same batch in smaller parts, {begin}.",
     )
 
@@ -123,11 +107,11 @@ def _consumers() -> list[str]:
     """GiB that this rank holds on its device, the largest first, and the device's total."""
     device = current_device()
     sizes: dict[str, float] = {}
-    for role, reference in _engines.items():
+    for model, reference in process_wide(MemoryReport).engines.items():
         engine = reference()
         if engine is not None:
             for kind, tensors in _tensors_of(engine).items():
-                sizes[f"{kind} of the {role}"] = _held(tensors, device.type)
+                sizes[f"{kind} of the {model}"] = _held(tensors, device.type)
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         used, free, total = psutil.Process().memory_info().rss, memory.available, memory.total
@@ -173,60 +157,3 @@ def _held(tensors: Iterable[Tensor], device: str) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in tensors if t.device.type == device}  # fmt: skip
     return sum(storages.values())
-
-
-def _remedies(name: str, args: StepArguments) -> list[str]:
-    """Flags that help in this phase, with their present values, the cheapest first."""
-    present = {
-        field: getattr(group, field)
-        for group in vars(args).values()
-        for field in getattr(group, "__dataclass_fields__", {})
-    }
-    flags = halved(name, args)
-    told = [" with ".join(f"--{flag} {present[flag]} -> {value}" for flag, value in flags.items())]
-    told[0] += " (the same gradient)" if name.startswith("training") and flags else ""
-    told += [text for model in _models(name, args) for text in _model_remedies(name, model, args)]
-    if isinstance(args, RlhfArguments):
-        told += _rlhf_remedies(name, args)
-    elif not name.startswith(("loading", "exporting")):
-        told.append(f"--max_seq_len {args.batch.max_seq_len} -> {max(args.batch.max_seq_len // 2, 4)}")
-    if args.run.dtype == "fp32":
-        told.append("--dtype fp32 -> bf16")
-    return [text for text in told if text] or ["a smaller model, or a device with more memory"]
-
-
-def _models(name: str, args: StepArguments) -> list[ModelArguments]:
-    """The trained models that the phase is about."""
-    if not isinstance(args, RlhfArguments):
-        return [args.model]
-    if name.endswith(("the critic", "the reward model")):
-        return [args.critic]
-    return [args.actor] if name.endswith(("the actor", "the reference model")) else [args.actor, args.critic]
-
-
-def _model_remedies(name: str, model: ModelArguments, args: StepArguments) -> list[str]:
-    p, told = model.prefix, []
-    if name.startswith("training") and not model.gradient_checkpointing:
-        told.append(f"--{p}gradient_checkpointing")
-    if mesh().world.size > 1 and model.zero_stage < 3 and not model.load_in_4bit:
-        told.append(f"--{p}zero_stage {model.zero_stage} -> {2 if model.zero_stage < 2 else 3}")
-    if name.startswith(("training", "loading")) and current_device().type != "cpu" and not args.run.offload:
-        told.append("--offload" + (f" with --{p}zero_stage 2" if model.zero_stage == 0 else ""))
-    if name.startswith(("training", "loading")) and not model.uses_lora:
-        told.append(f"--{p}lora_dim 64 --only_optimize_lora")
-    return told
-
-
-def _rlhf_remedies(name: str, args: RlhfArguments) -> list[str]:
-    told = []
-    if name == "sampling answers" and args.actor.zero_stage == 3 and args.rollout.rollout_gather != "never":
-        told.append(f"--rollout_gather {args.rollout.rollout_gather} -> never")
-    if current_device().type != "cpu":
-        offloads = {"reference": args.actor.zero_stage, "reward": args.critic.zero_stage}
-        for which, stage in offloads.items():
-            if stage == 3 and not getattr(args.rlhf, f"offload_{which}_model"):
-                told.append(f"--offload_{which}_model")
-    if not name.startswith(("loading", "exporting")):
-        length = args.rollout.max_answer_seq_len
-        told.append(f"--max_answer_seq_len {length} -> {max(length // 2, 1)}")
-    return told

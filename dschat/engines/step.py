@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
 from dschat.distributed.mesh import mesh
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 
 LossAndMetrics = Callable[[Any], dict[str, Tensor]]
@@ -35,7 +36,7 @@ def train_step(
     engine.train()
     parts = []
     for batch in micro_batches:
-        with phase(f"training the {role}"):
+        with phase(PhaseKind.TRAINING, role):
             metrics = loss_and_metrics(batch.to(engine.device))
             train_on(engine, metrics["loss"])
         parts.append(torch.stack([share.detach().float() for share in metrics.values()]))

@@ -21,6 +21,7 @@ from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import first_error_across_ranks
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.zero3 import gathered
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.export.golden_outputs import golden_outputs, head_of
@@ -36,7 +37,7 @@ from dschat.models.tokenizer import load_tokenizer
 from dschat.runs.export_files import ADAPTER_FOLDER, link_export, remove_export, replacing_export
 
 
-@phase("exporting")
+@phase(PhaseKind.EXPORTING)
 def export_model(
     engine_or_module: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,23 +1,32 @@
 """Whether Python code that comes with a model may run: only where --trust_remote_code says so."""
 
-from dschat.console import messages
+from dataclasses import dataclass
 
-_consent = {"given": False}
+from dschat.console import messages
+from dschat.distributed.process_wide import process_wide
+
+
+@dataclass
+class Consent:
+    """Whether the user trusts code that comes with models: one answer for all loaders of a process."""
+
+    given: bool = False
 
 
 def set_consent(given: bool) -> None:
     """Allow or forbid such code in this process from now on, in every place that loads something."""
-    if given and not _consent["given"]:
+    consent = process_wide(Consent)
+    if given and not consent.given:
         messages.note(
             "--trust_remote_code: Python code in the folders and repositories of the models runs with "
             "your rights."
         )
-    _consent["given"] = given
+    consent.given = given
 
 
 def loading_consent() -> dict[str, bool]:
     """What transformers' loaders take. Always given: without it they would ask on the terminal."""
-    return {"trust_remote_code": _consent["given"]}
+    return {"trust_remote_code": process_wide(Consent).given}
 
 
 def remedy(error: Exception) -> str:

@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.losses import token_entropy, token_logprobs
@@ -74,7 +75,7 @@ class AnswerAnalyzer:
         self._num_tokens = len(tokenizers.actor)
         self._reading = build_retokenizer(engine.specs, "reward", tokenizers, prompts)
 
-    @phase("judging answers")
+    @phase(PhaseKind.ANALYZING)
     @torch.no_grad()
     def judge(self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True) -> AnswerAnalysis:
         """Judge the answers of all ranks; `rows` are this rank's, a tensor of row numbers a forward pass.

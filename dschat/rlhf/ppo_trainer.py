@@ -21,6 +21,7 @@ from dschat.data.loaders import TextLoader
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import peak_memory_gib, synchronize
 from dschat.distributed.mesh import mesh
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import (
@@ -153,7 +154,7 @@ class DeepSpeedPPOTrainer:
         self._at.ppo_step += 1
         return self._experience
 
-    @phase("sampling answers")
+    @phase(PhaseKind.SAMPLING)
     def answer(self, prompts: list[PromptBatch], *, ppo_step: int) -> RolloutBatch:
         """This rank's prompts answered, and those of all ranks. Every rank must call it.
 
@@ -297,7 +298,7 @@ class DeepSpeedPPOTrainer:
         """Backward and step, or the backward alone where the steps are taken together."""
         (backward_on if self._args.aligns_overflow else train_on)(engine, loss)
 
-    @phase("training the actor")
+    @phase(PhaseKind.TRAINING, "actor")
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: Tensor | None) -> None:
         loss = actor_loss(
             answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
@@ -339,7 +340,7 @@ class DeepSpeedPPOTrainer:
         if is_first:
             self._statistics.maximise(first_minibatch_ratio_error=(ratio - 1).abs().max())
 
-    @phase("training the critic")
+    @phase(PhaseKind.TRAINING, "critic")
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
         values = values_at_answers(self.engine.critic, batch.rollout)

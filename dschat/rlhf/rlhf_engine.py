@@ -9,6 +9,7 @@ from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed.deepspeed_private import whole_size
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
@@ -65,7 +66,7 @@ class DeepSpeedRLHFEngine:
         self._tokenizers, self._optimizer, self._ppo, self._run = tokenizers, optimizer, ppo, run
         self.by_role: dict[str, DeepSpeedEngine] = {}
         for spec in specs:
-            with phase(f"loading the {spec.name}"):
+            with phase(PhaseKind.LOADING, spec.name):
                 if spec.trained:
                     self.by_role[spec.role] = self._build_trained(spec, num_training_steps[spec.role])
                 elif not self._is_adapterless_twin(spec):

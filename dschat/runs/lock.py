@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dschat.console import messages
+from dschat.distributed.process_wide import process_wide
 from dschat.distributed.watchdog import LAUNCHER_VARIABLES, is_gone, machine_number
 from dschat.errors import UserError
 
@@ -56,7 +57,8 @@ class _Claim:
     holder: Holder
 
 
-_claims: dict[Path, _Claim] = {}
+class HeldLocks(dict[Path, _Claim]):
+    """The locks of this process by folder: the system counts a record lock to the process that holds it."""
 
 
 def claim(folder: Path) -> None:
@@ -65,8 +67,8 @@ def claim(folder: Path) -> None:
     Raises `UserError` at once where another run holds it; one that is ending is waited for.
     """
     # A record lock: unlike that of flock, it is not shared with forked processes, which may outlive this one.
-    place = folder.resolve()
-    if place in _claims:  # opening it once more, and closing that, would give the lock back
+    place, held = folder.resolve(), process_wide(HeldLocks)
+    if place in held:  # opening it once more, and closing that, would give the lock back
         return
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -78,13 +80,13 @@ def claim(folder: Path) -> None:
     holder = _this_run()
     if before is not None and holder.launch is not None and before.launch == holder.launch:
         holder = replace(holder, has_begun=before.has_begun)
-    _claims[place] = _Claim(descriptor, holder)
-    _write(_claims[place])
+    held[place] = _Claim(descriptor, holder)
+    _write(held[place])
 
 
 def note_begun(folder: Path) -> None:
     """The run has begun to write into the folder, if it has claimed it."""
-    held = _claims.get(folder.resolve())
+    held = process_wide(HeldLocks).get(folder.resolve())
     if held is not None:
         held.holder = replace(held.holder, has_begun=True)
         _write(held)
@@ -92,7 +94,7 @@ def note_begun(folder: Path) -> None:
 
 def note_stopping() -> None:
     """The run was asked to stop: another may wait for its folder. Safe in a signal handler."""
-    for held in _claims.values():
+    for held in process_wide(HeldLocks).values():
         held.holder = replace(held.holder, is_stopping=True)
         _write(held)
 
@@ -101,7 +103,7 @@ def has_begun_before(folder: Path) -> bool:
     """Whether an earlier attempt of this launch, which torchrun has started again, began in the folder."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return False
-    held = _claims.get(folder.resolve())
+    held = process_wide(HeldLocks).get(folder.resolve())
     holder = held.holder if held else _read_file(folder / LOCK)
     return holder is not None and holder.has_begun and holder.launch == _this_launch()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dschat.arguments import RunArguments, RunDescription
 from dschat.console import messages
-from dschat.console.log_file import log
+from dschat.console.streams import log_of_streams
 from dschat.errors import UserError
 from dschat.runs.atomic_folder import facts_of, write_json
 from dschat.runs.export_files import foreign_files, remove_export
@@ -149,7 +149,9 @@ def check_run_folder(description: RunDescription, *models: str) -> None:
             ) from error
     if run.output_dir and is_main_process:
         _check_content(description)
-        log.open(Path(run.output_dir) / LOG)
+        log = log_of_streams()
+        if log is not None:
+            log.open(Path(run.output_dir) / LOG)
 
 
 def _check_content(description: RunDescription) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from dschat.console import messages
 from dschat.data.loaders import EvalLoader
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.verdict import Evaluation
@@ -61,7 +62,7 @@ class Evaluations:
         self._loss_sum, self._num_losses = 0.0, 0
         self.all.append(Evaluation(step, figures, loss, train_loss))
 
-    @phase("evaluating")
+    @phase(PhaseKind.EVALUATING)
     @torch.no_grad()
     def _figures(self, loader: EvalLoader) -> Figures:
         self._engine.eval()

@@ -22,6 +22,7 @@ from dschat.data.tokenization import column
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.random_state import seed_ranks_apart
 from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import DeepSpeedEngine, LossAndMetrics, gradient_norm, learning_rate, train_step
@@ -76,7 +77,7 @@ def build_loaders(data: SplitData, collate: Collate, args: SupervisedArguments) 
     )
 
 
-@phase("loading the model")
+@phase(PhaseKind.LOADING, "model")
 def build_language_model(
     args: SftArguments | DpoArguments, tokenizer: PreTrainedTokenizerBase, loaders: Loaders
 ) -> DeepSpeedEngine:

@@ -24,6 +24,7 @@ from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.build import build_frozen_engine, free_frozen_engine, frozen_config
+from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
@@ -114,7 +115,7 @@ def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[],
     )
 
 
-@phase("loading the reference model")
+@phase(PhaseKind.LOADING, "reference model")
 def reference_of_copy(
     args: DpoArguments, tokenizer: PreTrainedTokenizerBase, base: UpstreamModel, loaders: Loaders
 ) -> Tensor:
@@ -141,7 +142,7 @@ def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Lo
         return logprob_table(engine, loaders)
 
 
-@phase("evaluating the reference model")
+@phase(PhaseKind.EVALUATING, "reference model")
 @torch.no_grad()
 def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     """The model's log-probabilities of all training and evaluation pairs, fp32 [pairs, 2] on every rank.

@@ -14,13 +14,13 @@ ALL = "é 茶 \U0001f600 \x1b[2J\x1b[31mred\x1b[0m \x08\x9b \u202e"
 PROGRAM = """
 import logging, os, sys, warnings
 from pathlib import Path
-from dschat.console.log_file import log
+from dschat.console.streams import log_of_streams
 from dschat.console.text import PLAIN
 from dschat.program import readable_errors
 with readable_errors():
     print("early")
     if len(sys.argv) > 1:
-        log.open(Path(sys.argv[1]))
+        log_of_streams().open(Path(sys.argv[1]))
     for _ in range(20):
         print({text!r}, flush=True)
         print({text!r}, file=sys.stderr)

@@ -71,7 +71,7 @@ def test_only_the_lowest_rank_left_speaks(capsys, monkeypatch):
     for rank in (1, 2):
         others = {r: 10 + r for r in range(3) if r != rank}
         watch = watchdog.RankWatchdog(others, rank=rank)
-        watch.say(watch.message())
+        watch.report(watch.message())
         watch.stop()
     assert capsys.readouterr().err.count("error: rank 0 (process 10) ended") == 1
 

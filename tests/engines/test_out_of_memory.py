@@ -13,6 +13,7 @@ from tiny import save_tiny_model
 from dschat.arguments import parse_arguments
 from dschat.distributed import restart
 from dschat.engines import out_of_memory
+from dschat.engines.memory_remedies import Phase, PhaseKind, halved, memory_flags, smaller_parts
 
 WORKER = ROOT / "tests" / "workers" / "out_of_memory.py"
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -91,16 +92,19 @@ def test_one_row_cannot_be_halved(folder):
     ("before", "after"), [((16, 1), (8, 2)), ((3, 2), (2, 3)), ((5, 1), (1, 5)), ((2, 4), (1, 8))]
 )
 def test_the_product_stays(before, after):
-    assert out_of_memory.smaller_parts(*before) == after
+    assert smaller_parts(*before) == after
 
 
 @pytest.mark.parametrize(
     ("phase", "flags"),
     [
-        ("sampling answers", {"per_device_generation_batch_size": 4, "generation_batches": 6}),
-        ("judging answers", {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4}),
-        ("training the critic", {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4}),
-        ("loading the actor", {}),
+        (Phase(PhaseKind.SAMPLING), {"per_device_generation_batch_size": 4, "generation_batches": 6}),
+        (Phase(PhaseKind.ANALYZING), {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4}),
+        (
+            Phase(PhaseKind.TRAINING, "critic"),
+            {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4},
+        ),
+        (Phase(PhaseKind.LOADING, "actor"), {}),
     ],
 )
 def test_what_is_halved_in_step_3(phase, flags):
@@ -112,7 +116,7 @@ def test_what_is_halved_in_step_3(phase, flags):
             "--gradient_accumulation_steps=2",
         ],
     )
-    assert out_of_memory.halved(phase, args) == flags
+    assert halved(phase, memory_flags(args)) == flags
 
 
 @pytest.mark.parametrize(
