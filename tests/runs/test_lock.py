@@ -19,7 +19,7 @@ from dschat.runs.output_folder import check_free
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from dschat.run_lock import claim, note_stopping
+from dschat.runs.lock import claim, note_stopping
 claim(Path(sys.argv[1]))
 if "forked" in sys.argv and os.fork() == 0:
     os.write(1, b"%d\\n" % os.getpid())
