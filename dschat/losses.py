@@ -329,13 +329,12 @@ def clipped_policy_loss(
     return masked_mean(loss, mask, denominator=denominator)
 
 
-def text_loss(logits: Tensor, tokens: Tensor, *, denominator: float | Tensor) -> Tensor:
-    """The negative log-likelihood of text, summed over `denominator`: [B, L, V], [B, L + 1] -> scalar.
+def text_loss(logprobs: Tensor, *, denominator: float | Tensor) -> Tensor:
+    """The negative log-likelihood of text, summed over its tokens and over `denominator`: [B, L] -> scalar.
 
-    The last term of InstructGPT's objective, https://arxiv.org/abs/2203.02155 Eq. 2. Logits are those of the
-    first L tokens, each of which predicts the next.
+    The last term of InstructGPT's objective, https://arxiv.org/abs/2203.02155 Eq. 2.
     """
-    return -token_logprobs(logits, tokens[:, 1:]).sum() / denominator
+    return -logprobs.sum() / denominator
 
 
 def clipped_value_loss(

@@ -28,12 +28,12 @@ from dschat.data.preparation import SplitData, sft_data
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import verify_model
-from dschat.losses import masked_mean
 from dschat.models.config import check_positions
+from dschat.models.forward import token_logprobs_of
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
 from dschat.supervised.exports import ModelExports
-from dschat.supervised.loop import build_language_model, build_loaders, logprobs_at, train_epochs
+from dschat.supervised.loop import build_language_model, build_loaders, train_epochs
 
 
 def main(args: SftArguments, context: RunContext) -> None:
@@ -76,8 +76,7 @@ def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitDa
 
 def answer_loss(engine: DeepSpeedEngine, batch: SftBatch, *, denominator: float) -> Tensor:
     """Negative log-likelihood of the tokens to be learned, summed and divided by `denominator`. -> scalar."""
-    logprobs = logprobs_at(engine, batch.input_ids, batch.attention_mask, batch.loss_mask)
-    return masked_mean(-logprobs, batch.loss_mask, denominator=denominator)
+    return batch.tokens.in_rows(-token_logprobs_of(engine, batch.tokens)).sum() / denominator
 
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
@@ -86,7 +85,7 @@ def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
     for batch in loader:
         batch = batch.to(engine.device)
         sums += torch.stack(
-            [answer_loss(engine, batch, denominator=1.0).double(), batch.loss_mask.sum().double()]
+            [answer_loss(engine, batch, denominator=1.0).double(), batch.tokens.label_mask.sum().double()]
         )
     loss_sum, num_tokens = sum_across_ranks(sums, axis="data").tolist()
     if num_tokens == 0:

@@ -96,7 +96,7 @@ def build_policy(
 def judge(engine: DeepSpeedEngine, batch: PairBatch, args: DpoArguments) -> dict[str, Tensor]:
     """Loss, implicit rewards and log-probabilities of each pair, [B]; with ipo the latter are a token's."""
     is_mean = args.dpo.loss_type == "ipo"
-    num_tokens = batch.answer_mask.sum(dim=1).clamp(min=1) if is_mean else 1
+    num_tokens = batch.tokens.label_mask.sum(dim=1).clamp(min=1) if is_mean else 1
     return dpo_metrics(
         answer_logprobs(engine, batch) / num_tokens,
         batch.ref_logprobs / num_tokens,

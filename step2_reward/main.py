@@ -35,6 +35,7 @@ from dschat.export.upstream import verify_model
 from dschat.export.verdict import reward_verdict
 from dschat.losses import pair_accuracy
 from dschat.models.config import check_positions
+from dschat.models.forward import ranking_of
 from dschat.models.loading import create_critic_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
@@ -88,14 +89,7 @@ def judge(
     engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments, *, denominator: float
 ) -> dict[str, Tensor]:
     """The ranking loss, summed over pairs and divided by `denominator`, and both answers' scores [B]."""
-    return engine(
-        batch.input_ids,
-        batch.attention_mask,
-        loss_fn=args.reward.loss_fn,
-        weights=batch.weights,
-        margins=batch.margins,
-        denominator=denominator,
-    )
+    return ranking_of(engine, batch, loss_fn=args.reward.loss_fn, denominator=denominator)
 
 
 def loss_and_metrics(engine: DeepSpeedEngine, batch: PairBatch, args: RewardArguments) -> dict[str, Tensor]:

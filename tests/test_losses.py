@@ -412,10 +412,10 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped(value, loss):
     assert actual.item() == pytest.approx(loss)
 
 
-def test_the_loss_of_text_is_of_every_token_but_the_first_of_a_block():
-    # the second token has probability 3/4, the third 1/4, over eight tokens of the whole step
+def test_the_loss_of_text_is_the_negative_log_likelihood_over_the_tokens_of_the_whole_step():
+    # the first token has probability 3/4, the second 1/4, over eight tokens of the whole step
     logits = LOGITS.expand(1, 2, 2)
-    loss = text_loss(logits, torch.tensor([[0, 1, 0]]), denominator=8)
+    loss = text_loss(token_logprobs(logits, torch.tensor([[1, 0]])), denominator=8)
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 8)
 
 

@@ -4,15 +4,14 @@ B rows of a batch, L its longest, P its longest prompt. A batch always has B row
 fillers take their place, one pad token each that is attended and counts for nothing.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", "SftBatch", "PairBatch", "PromptBatch")
+from dschat.data.token_batch import TokenBatch, moved
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
 """What `dschat.supervised.reference_logprobs` adds to pairs: their answers' log-probabilities, in nats."""
@@ -22,30 +21,22 @@ REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
 class SftBatch:
     """Prompts and answers, padded on the right."""
 
-    input_ids: Tensor
-    """[B, L] int64."""
-    attention_mask: Tensor
-    """[B, L] int64: 1 on tokens, 0 on padding."""
-    loss_mask: Tensor
-    """[B, L] bool: True on each token to be learned, predicted one position earlier; never on the first."""
+    tokens: TokenBatch
+    """B rows. The labels that count are the tokens to be learned."""
     denominator: float
     """Tokens to be learned in the whole optimiser step, over all ranks and micro-batches."""
 
     def to(self, device: torch.device | str) -> "SftBatch":
         """The batch on that device."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
 class PairBatch:
     """B pairs, padded on the right: the chosen rows, then in the same order the rejected ones."""
 
-    input_ids: Tensor
-    """[2B, L] int64."""
-    attention_mask: Tensor
-    """[2B, L] int64: 1 on tokens, 0 on padding."""
-    answer_mask: Tensor
-    """[2B, L] bool: True on the tokens of the answer, its end token included; never on the first of a row."""
+    tokens: TokenBatch
+    """2B rows. The labels that count are the tokens of the answers, their end tokens included."""
     pair_mask: Tensor
     """[B] float32: 1 for a pair, 0 for a filler."""
     weights: Tensor
@@ -61,7 +52,7 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The batch on that device."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class PromptBatch:
 
     def to(self, device: torch.device | str) -> "PromptBatch":
         """The batch on that device."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
 def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> SftBatch:
@@ -91,7 +82,7 @@ def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: in
     loss_mask = np.zeros_like(attention_mask)
     flat_mask = rows["loss_mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     loss_mask[: rows.num_rows][attention_mask[: rows.num_rows]] = flat_mask
-    return SftBatch(_integers(input_ids), _integers(attention_mask), torch.from_numpy(loss_mask), denominator)
+    return SftBatch(_token_batch(input_ids, attention_mask, loss_mask), denominator)
 
 
 def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> PairBatch:
@@ -102,8 +93,7 @@ def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: 
     halves = [_filled(rows[name], num_rows, pad_id) for name in ("chosen_ids", "rejected_ids")]
     flat, lengths = (np.concatenate(parts) for parts in zip(*halves, strict=True))
     input_ids, attention_mask = _padded(flat, lengths, pad_id)
-    # Nothing precedes the first token, so nothing can predict it; a filler has no other.
-    starts = np.tile(np.maximum(_extended(rows["prompt_length"], num_rows, 1), 1), 2)
+    starts = np.tile(_extended(rows["prompt_length"], num_rows, 1), 2)
     answer_mask = attention_mask & (np.arange(attention_mask.shape[1]) >= starts[:, None])
 
     def numbers(name: str) -> Tensor:
@@ -111,9 +101,7 @@ def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: 
 
     has_reference = set(REFERENCE_COLUMNS) <= set(rows.column_names)
     return PairBatch(
-        input_ids=_integers(input_ids),
-        attention_mask=_integers(attention_mask),
-        answer_mask=torch.from_numpy(answer_mask),
+        tokens=_token_batch(input_ids, attention_mask, answer_mask),
         pair_mask=(torch.arange(num_rows) < rows.num_rows).float(),
         weights=numbers("weight"),
         groups=_integers(_extended(rows["group"], num_rows, -1)),
@@ -151,14 +139,20 @@ def collate_prompts(
     )
 
 
-def _moved(batch: Batch, device: torch.device | str) -> Batch:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {
-        name: value.to(device, non_blocking=True)
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    return replace(batch, **tensors)
+def collate_text(blocks: np.ndarray) -> TokenBatch:
+    """Blocks of text [B, L + 1]: L tokens to read, each of which predicts the next."""
+    tokens = _integers(blocks)
+    return TokenBatch.of(tokens, torch.ones_like(tokens, dtype=torch.bool), reads_last=False)
+
+
+def _token_batch(input_ids: np.ndarray, attention_mask: np.ndarray, is_label: np.ndarray) -> TokenBatch:
+    """Rows [B, L] with labels from the first column on that has one: what stands before needs no logits."""
+    first = int(is_label.any(axis=0).argmax())
+    return TokenBatch.of(
+        _integers(input_ids),
+        torch.from_numpy(is_label[:, first:]),
+        attention_mask=_integers(attention_mask),
+    )
 
 
 def _filled(tokens: pa.ChunkedArray, num_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,11 @@ from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from datasets import Dataset
-from torch import Tensor
 
-from dschat.data.collate import PromptBatch, collate_prompts
+from dschat.data.collate import PromptBatch, collate_prompts, collate_text
 from dschat.data.splits import number_among_equals
+from dschat.data.token_batch import TokenBatch
 from dschat.data.tokenization import column
 from dschat.errors import UserError
 
@@ -183,10 +182,10 @@ class PromptLoader:
 
 @dataclass(frozen=True)
 class TextLoader:
-    """One rank's optimiser steps over blocks of text, without end: a micro-batch is int64 [B, L]."""
+    """One rank's optimiser steps over blocks of text, without end."""
 
     blocks: np.ndarray
-    """[N, L]"""
+    """[N, L + 1] token ids: L of a block are read, and the last is predicted only."""
     batch_size: int
     accumulation_steps: int
     rank: int
@@ -203,15 +202,15 @@ class TextLoader:
         """Tokens of an optimiser step that are predicted: all but each block's first."""
         return self.step_size * (self.blocks.shape[1] - 1)
 
-    def __iter__(self) -> Iterator[OptimizerStep[Tensor]]:
+    def __iter__(self) -> Iterator[OptimizerStep[TokenBatch]]:
         return self.steps_after(0)
 
-    def steps_after(self, num_done: int) -> Iterator[OptimizerStep[Tensor]]:
+    def steps_after(self, num_done: int) -> Iterator[OptimizerStep[TokenBatch]]:
         """The optimiser steps of a run that has taken so many; the denominator is `num_targets`."""
         stream = _shuffled_epochs(len(self.blocks), self.step_size, self.seed)
         deal = (self.batch_size, self.accumulation_steps, self.rank, self.world_size)
         for indices, _ in islice(stream, num_done, None):
-            blocks = [torch.from_numpy(self.blocks[mine].astype(np.int64)) for mine in _dealt(indices, *deal)]
+            blocks = [collate_text(self.blocks[mine]) for mine in _dealt(indices, *deal)]
             yield OptimizerStep(blocks, float(self.num_targets))
 
 

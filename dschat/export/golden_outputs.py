@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dschat.data.token_batch import TokenBatch
 from dschat.export.manifest import NATS, PRECISIONS, Head, Manifest
-from dschat.losses import masked_mean, token_logprobs
+from dschat.losses import masked_mean
+from dschat.models.forward import scores_of, token_logprobs_of
 from dschat.models.reward_model import RewardModel
 
 STANDARD_DEVIATIONS = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
@@ -37,17 +39,16 @@ def golden_outputs(
     mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
     ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
     ids[mask] = torch.tensor([token for row in rows for token in row], device=device)
+    batch = TokenBatch.of(ids, mask, attention_mask=mask.long())
     module = getattr(model, "module", model)  # an engine does not know its own mode
     was_training = module.training
     module.eval()
     try:
         if head_of(model) == "score":
-            values = model(ids, mask.long(), return_values=True)
-            outputs = values.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+            outputs = scores_of(model, batch)
         else:
-            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-            logprobs = token_logprobs(logits[:, :-1, :num_tokens], ids[:, 1:])
-            pairs = zip(logprobs, mask[:, 1:], strict=True)
+            logprobs = token_logprobs_of(model, batch, num_tokens=num_tokens, every_position=True)
+            pairs = zip(logprobs, batch.label_mask, strict=True)
             outputs = torch.stack([masked_mean(row, row_mask) for row, row_mask in pairs])
     finally:
         module.train(was_training)

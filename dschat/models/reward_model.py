@@ -66,7 +66,7 @@ class RewardModel(nn.Module):
         hidden = self._hidden_states(input_ids, attention_mask, position_ids)
         if return_values:
             return self.v_head(hidden).squeeze(-1)
-        scores = self.v_head(_at_last_token(hidden, attention_mask)).squeeze(-1)
+        scores = self.v_head(at_last_token(hidden, attention_mask)).squeeze(-1)
         chosen, rejected = scores.chunk(2)
         losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn, margin=margins)
         weights = torch.ones_like(losses) if weights is None else weights
@@ -93,7 +93,7 @@ class RewardModel(nn.Module):
         values = self(input_ids, attention_mask, position_ids, return_values=True)
         if return_value_only:
             return values
-        return {"values": values, "chosen_end_scores": _at_last_token(values, attention_mask)}
+        return {"values": values, "chosen_end_scores": at_last_token(values, attention_mask)}
 
     def _hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -105,7 +105,7 @@ class RewardModel(nn.Module):
         return output.last_hidden_state
 
 
-def _at_last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+def at_last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The entry at each row's last real token: [N, L, ...] -> [N, ...]."""
     if attention_mask is None:
         return x[:, -1]

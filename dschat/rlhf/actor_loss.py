@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dschat.arguments import PpoArguments
-from dschat.losses import clipped_policy_loss, kl_loss, masked_mean, token_entropy, token_logprobs
+from dschat.losses import clipped_policy_loss, kl_loss, masked_mean
 from dschat.rlhf.experience import MicroBatch
 
 
@@ -22,21 +22,21 @@ class ActorLoss:
 
 
 def actor_loss(
-    logits: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor | None,
     batch: MicroBatch,
     args: PpoArguments,
     *,
-    temperature: float,
     kl_coef: float,
     num_tokens: int,
 ) -> ActorLoss:
-    """The terms that `args` asks for, each a sum over tokens divided by `num_tokens`. Logits [B, T, V].
+    """The terms that `args` asks for, each a sum over tokens divided by `num_tokens`.
 
+    `logprobs` and `entropy` [B, T] are the actor's as it is now, the latter needed with an `entropy_coef`.
     `num_tokens` counts the answer tokens of the whole optimiser step, so no gradient depends on how the rows
     are divided, on their order or on padding.
     """
     mask = batch.rollout.answer_mask
-    logprobs = token_logprobs(logits, batch.rollout.answers, temperature=temperature)
     terms = {
         "policy_loss": clipped_policy_loss(
             logprobs,
@@ -57,6 +57,6 @@ def actor_loss(
         )
         total = total + kl_coef * terms["kl_loss"]
     if args.entropy_coef > 0:
-        entropy = token_entropy(logits, temperature=temperature)
+        assert entropy is not None
         total = total - args.entropy_coef * masked_mean(entropy, mask, denominator=num_tokens)
     return ActorLoss(total, logprobs.detach(), terms)

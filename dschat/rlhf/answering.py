@@ -17,11 +17,10 @@ from dschat.data.comparisons import Prompt
 from dschat.data.encoder import Encoder
 from dschat.data.tokenization import content_key
 from dschat.errors import UserError
-from dschat.losses import token_logprobs
+from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer
-from dschat.rlhf.analysis import answer_logits
 from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
 from dschat.rlhf.rollout.batch import RolloutBatch
@@ -121,8 +120,9 @@ def log_likelihoods(model: AskedModel, answers: Answers, temperature: float) -> 
     sums = []
     with torch.no_grad():
         for batch in answers.batches:
-            logits = answer_logits(model, batch, len(model.tokenizer))
-            logprobs = token_logprobs(logits, batch.answers, temperature=temperature)
+            logprobs = token_logprobs_of(
+                model, batch.tokens, num_tokens=len(model.tokenizer), temperature=temperature
+            )
             sums.append(torch.where(batch.answer_mask, logprobs, 0).sum(dim=1))
     return torch.cat(sums)
 

@@ -1,7 +1,7 @@
 """What PPO learns from: a rollout batch of all ranks, with what the four models said of it.
 
-This file holds the one alignment of the project, `at_answers`: column t of every [B, T] tensor belongs to the
-decision to emit answer token t, whose logits and value stand one position before the token.
+Column t of every [B, T] tensor belongs to the decision to emit answer token t, whose logits and value a model
+gives one position before the token (`dschat.data.token_batch`).
 
 Every rank holds all rows: a few MB of numbers, while the models' forward passes are what the ranks share. So
 advantages, whitening, permutations and statistics are the same on any number of ranks.
@@ -30,11 +30,6 @@ from dschat.losses import (
 )
 from dschat.rlhf.rollout.agreement import Difference
 from dschat.rlhf.rollout.batch import RolloutBatch
-
-
-def at_answers(per_position: Tensor, prompt_length: int) -> Tensor:
-    """The columns of the decisions that emitted the answer tokens. [B, P + T, ...] -> [B, T, ...]."""
-    return per_position[:, prompt_length - 1 : -1]
 
 
 @dataclass(frozen=True)

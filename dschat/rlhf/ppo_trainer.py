@@ -18,6 +18,7 @@ from dschat.checkpoints.tensor_record import TensorRecord
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
+from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import peak_memory_gib, synchronize
 from dschat.distributed.mesh import mesh
@@ -35,8 +36,9 @@ from dschat.engines.step import (
     train_on,
 )
 from dschat.losses import clipped_value_loss, policy_ratio, text_loss
+from dschat.models.forward import predictions_of, token_logprobs_of, values_of
 from dschat.rlhf.actor_loss import actor_loss
-from dschat.rlhf.analysis import AnswerAnalyzer, answer_logits, values_at_answers
+from dschat.rlhf.analysis import AnswerAnalyzer
 from dschat.rlhf.experience import (
     AnswerAnalysis,
     Experience,
@@ -257,7 +259,7 @@ class DeepSpeedPPOTrainer:
                     self.engine.ema.update()
                 self._at.has_moved_enough = self._moves_too_far(minibatch)
 
-    def _next_texts(self) -> list[Tensor]:
+    def _next_texts(self) -> list[TokenBatch]:
         self._at.num_text_steps += 1
         return next(self._text_steps).micro_batches
 
@@ -299,12 +301,19 @@ class DeepSpeedPPOTrainer:
         (backward_on if self._args.aligns_overflow else train_on)(engine, loss)
 
     @phase(PhaseKind.TRAINING, "actor")
-    def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: Tensor | None) -> None:
+    def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: TokenBatch | None) -> None:
+        logprobs, entropy = predictions_of(
+            self.engine.actor,
+            batch.rollout.tokens,
+            num_tokens=self._num_tokens,
+            temperature=self._args.rollout.temperature,
+            with_entropy=self._args.ppo.entropy_coef > 0,
+        )
         loss = actor_loss(
-            answer_logits(self.engine.actor, batch.rollout, self._num_tokens),
+            logprobs,
+            entropy,
             batch,
             self._args.ppo,
-            temperature=self._args.rollout.temperature,
             kl_coef=minibatch.kl_coef,
             num_tokens=minibatch.num_tokens,
         )
@@ -318,11 +327,12 @@ class DeepSpeedPPOTrainer:
         self._record_ratio(loss.logprobs, batch, is_first=minibatch.is_first)
         self._statistics.add(**loss.terms)
 
-    def _text_loss(self, tokens: Tensor) -> Tensor:
-        """This micro-batch's share of the text's mean loss per token. [B, L] -> scalar."""
-        output = self.engine.actor(input_ids=tokens[:, :-1], use_cache=False)
-        logits = output.logits[..., : self._num_tokens]
-        return text_loss(logits, tokens, denominator=self._texts.num_targets)
+    def _text_loss(self, text: TokenBatch) -> Tensor:
+        """This micro-batch's share of the text's mean loss per token. -> scalar."""
+        logprobs = token_logprobs_of(
+            self.engine.actor, text, num_tokens=self._num_tokens, every_position=True
+        )
+        return text_loss(logprobs, denominator=self._texts.num_targets)
 
     @torch.no_grad()
     def _record_ratio(self, logprobs: Tensor, batch: MicroBatch, *, is_first: bool) -> None:
@@ -343,7 +353,7 @@ class DeepSpeedPPOTrainer:
     @phase(PhaseKind.TRAINING, "critic")
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._args.ppo.value_clip
-        values = values_at_answers(self.engine.critic, batch.rollout)
+        values = values_of(self.engine.critic, batch.rollout.tokens)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )

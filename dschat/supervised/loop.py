@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments, SftArguments, SupervisedArguments
@@ -26,7 +23,6 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import DeepSpeedEngine, LossAndMetrics, gradient_norm, learning_rate, train_step
-from dschat.losses import token_logprobs
 from dschat.models.loading import create_hf_model
 from dschat.runs.metrics import MetricsLogger
 from dschat.supervised.evaluations import Evaluations, Figures
@@ -92,22 +88,6 @@ def build_language_model(
     return build_trained_engine(
         model, args.model, args.optimizer, args.run, config=config, num_training_steps=num_steps
     )
-
-
-def logprobs_at(engine: DeepSpeedEngine, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities of the tokens that `mask` marks, 0 elsewhere; never of a row's first. All [B, L].
-
-    Logits are computed from the first marked column on: what stands before it needs none.
-    """
-    first = max(1, int(mask.any(dim=0).int().argmax()))
-    logits = engine(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_to_keep=torch.arange(first - 1, input_ids.shape[1] - 1, device=input_ids.device),
-        use_cache=False,
-    ).logits
-    logprobs = F.pad(token_logprobs(logits, input_ids[:, first:]), (first, 0))
-    return torch.where(mask, logprobs, 0)
 
 
 def train_epochs(

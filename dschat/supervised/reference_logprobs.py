@@ -30,9 +30,10 @@ from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.export.upstream import UpstreamModel
 from dschat.fingerprint import fingerprint
+from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import adapters_off
-from dschat.supervised.loop import Loaders, logprobs_at
+from dschat.supervised.loop import Loaders
 
 FORMAT = 1
 """Raise it when code changes what the same model says of the same rows, by more than rounding."""
@@ -43,7 +44,7 @@ FILE = "logprobs.npy"
 
 def answer_logprobs(engine: DeepSpeedEngine, batch: PairBatch) -> Tensor:
     """log p(answer | prompt), in nats: the sum over an answer's tokens, its end token included. -> [2B]."""
-    return logprobs_at(engine, batch.input_ids, batch.attention_mask, batch.answer_mask).sum(dim=1)
+    return batch.tokens.in_rows(token_logprobs_of(engine, batch.tokens)).sum(dim=1)
 
 
 @dataclass(frozen=True)

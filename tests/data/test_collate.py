@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dschat.data.collate import collate_pairs, collate_prompts, collate_sft
+from dschat.data.collate import collate_pairs, collate_prompts, collate_sft, collate_text
 
 PAD = 9
 
@@ -13,17 +13,40 @@ def tokens(*rows):
     return pa.array(rows, type=pa.list_(pa.int32()))
 
 
+def targets(batch):
+    """The labels that count, each in the column of its token. [B, L]"""
+    return batch.tokens.in_rows(torch.ones_like(batch.tokens.labels)).bool()
+
+
 def test_sft_rows_are_padded_on_the_right_and_only_their_last_tokens_are_targets():
     rows = pa.table(
         {"input_ids": tokens([1, 2, 3, 4], [5, 9]), "loss_mask": [[False, False, True, True], [False, True]]}
     )
     batch = collate_sft(rows, 3, 3.0, pad_id=PAD)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [5, 9, PAD, PAD], [PAD] * 4]
+    assert batch.tokens.input_ids.tolist() == [[1, 2, 3, 4], [5, 9, PAD, PAD], [PAD] * 4]
     # The second row's 9 is its own token, not padding; the third row is a filler.
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
-    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert batch.tokens.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert targets(batch).int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.denominator == 3.0
-    assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool)
+    assert (batch.tokens.input_ids.dtype, batch.tokens.label_mask.dtype) == (torch.int64, torch.bool)
+
+
+def test_labels_begin_with_the_first_column_that_has_a_target():
+    flags = [[False, False, False, True], [False, False, True]]
+    rows = pa.table({"input_ids": tokens([1, 2, 3, 4], [5, 6, 7]), "loss_mask": flags})
+    batch = collate_sft(rows, 2, 2.0, pad_id=PAD).tokens
+    assert batch.labels.tolist() == [[3, 4], [7, PAD]]
+    assert batch.label_mask.tolist() == [[False, True], [True, False]]
+    assert batch.first_output == 1  # where the models have read 1 2 and 5 6
+
+
+def test_a_block_of_text_is_read_but_for_its_last_token_which_is_a_label_only():
+    batch = collate_text(np.array([[1, 2, 3], [4, 5, 6]], dtype=np.int32))
+    assert batch.input_ids.tolist() == [[1, 2], [4, 5]]
+    assert batch.labels.tolist() == [[2, 3], [5, 6]]
+    assert batch.label_mask.all()
+    assert batch.first_output == 0
+    assert batch.attention_mask is None
 
 
 def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
@@ -39,14 +62,14 @@ def test_pairs_are_all_chosen_rows_and_then_all_rejected_ones():
     )
     batch = collate_pairs(rows, 3, 2.0, pad_id=PAD)
     expected = [[1, 2, 3, 9], [1, 4, 9, 9], [9, 9, 9, 9], [1, 5, 9, 9], [1, 6, 7, 8], [9, 9, 9, 9]]
-    assert batch.input_ids.tolist() == expected
-    assert batch.attention_mask.sum(1).tolist() == [3, 2, 1, 2, 4, 1]
+    assert batch.tokens.input_ids.tolist() == expected
+    assert batch.tokens.attention_mask.sum(1).tolist() == [3, 2, 1, 2, 4, 1]
     assert batch.pair_mask.tolist() == [1.0, 1.0, 0.0]
     assert batch.weights.tolist() == [1.0, 0.5, 0.0]
     assert batch.groups.tolist() == [4, 0, -1]
     assert batch.margins.tolist() == [0.0, 2.0, 0.0]
     answers = [[0, 1, 1, 0], [0, 1, 0, 0], [0] * 4, [0, 1, 0, 0], [0, 1, 1, 1], [0] * 4]
-    assert batch.answer_mask.int().tolist() == answers, "not on a first token, nor on a filler"
+    assert targets(batch).int().tolist() == answers, "not on a first token, nor on a filler"
     assert batch.ref_logprobs is None
 
 
@@ -73,9 +96,9 @@ def test_prompts_are_padded_on_the_left_and_carry_keys_and_samples():
 def test_a_batch_without_rows_is_all_fillers():
     rows = pa.table({"input_ids": tokens(), "loss_mask": pa.array([], pa.list_(pa.bool_()))})
     batch = collate_sft(rows, 2, 1.0, pad_id=PAD)
-    assert batch.input_ids.tolist() == [[PAD], [PAD]]
-    assert batch.attention_mask.tolist() == [[1], [1]]
-    assert not batch.loss_mask.any()
+    assert batch.tokens.input_ids.tolist() == [[PAD], [PAD]]
+    assert batch.tokens.attention_mask.tolist() == [[1], [1]]
+    assert batch.tokens.labels.shape == batch.tokens.label_mask.shape == (2, 0)
 
 
 def test_rows_taken_from_the_middle_of_a_table_keep_their_tokens():
@@ -83,16 +106,16 @@ def test_rows_taken_from_the_middle_of_a_table_keep_their_tokens():
         {"input_ids": tokens([1], [2, 3], [4, 5, 6]), "loss_mask": [[True], [False, True], [True] * 3]}
     ).slice(1, 2)
     batch = collate_sft(rows, 2, 1.0, pad_id=PAD)
-    assert batch.input_ids.tolist() == [[2, 3, PAD], [4, 5, 6]]
-    assert batch.loss_mask.tolist() == [[False, True, False], [True] * 3]
+    assert batch.tokens.input_ids.tolist() == [[2, 3, PAD], [4, 5, 6]]
+    # Nothing predicts a row's first token, so it is no target whatever its flag says.
+    assert targets(batch).tolist() == [[False, True, False], [False, True, True]]
 
 
 def test_to_moves_every_tensor_and_keeps_numbers():
     rows = pa.table({"input_ids": tokens([1, 2]), "loss_mask": [[False, True]]})
     moved = collate_sft(rows, 1, 5.0, pad_id=PAD).to("meta")
-    assert {moved.input_ids.device.type, moved.attention_mask.device.type, moved.loss_mask.device.type} == {
-        "meta"
-    }
+    parts = vars(moved.tokens).values()
+    assert [part.device.type for part in parts if isinstance(part, torch.Tensor)] == ["meta"] * 4
     assert moved.denominator == 5.0
 
 
@@ -110,12 +133,14 @@ def test_collated_sft_rows_are_all_there_and_fillers_count_for_nothing(rows, num
     flags = [data.draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in rows]
     table = pa.table({"input_ids": tokens(*rows), "loss_mask": pa.array(flags, pa.list_(pa.bool_()))})
     batch = collate_sft(table, num_rows, 1.0, pad_id=PAD)
-    assert unpadded(batch.input_ids, batch.attention_mask) == rows + [[PAD]] * (num_rows - len(rows))
-    assert batch.input_ids.shape == (num_rows, max(map(len, rows), default=1))
-    assert unpadded(batch.loss_mask, batch.attention_mask)[: len(rows)] == flags
-    assert int(batch.loss_mask.sum()) == sum(map(sum, flags))
-    assert not (batch.loss_mask & ~batch.attention_mask.bool()).any()
-    steps = batch.attention_mask.diff(dim=1)
+    mask = batch.tokens.attention_mask
+    assert unpadded(batch.tokens.input_ids, mask) == rows + [[PAD]] * (num_rows - len(rows))
+    assert batch.tokens.input_ids.shape == (num_rows, max(map(len, rows), default=1))
+    expected = [[False, *of_row[1:]] for of_row in flags]  # nothing predicts a row's first token
+    assert unpadded(targets(batch), mask)[: len(rows)] == expected
+    assert int(batch.tokens.label_mask.sum()) == sum(map(sum, expected))
+    assert not (targets(batch) & ~mask.bool()).any()
+    steps = mask.diff(dim=1)
     assert (steps <= 0).all()  # padding only on the right
 
 
@@ -135,7 +160,8 @@ def test_collated_pairs_stand_in_two_halves_of_one_width(rows):
         }
     )
     batch = collate_pairs(table, num_rows, 1.0, pad_id=PAD)
-    assert unpadded(batch.input_ids, batch.attention_mask) == [*chosen, [PAD], *rejected, [PAD]]
+    ids, mask = batch.tokens.input_ids, batch.tokens.attention_mask
+    assert unpadded(ids, mask) == [*chosen, [PAD], *rejected, [PAD]]
     expected = [number + 0.5 for number in range(len(rows))] + [0.0]
     assert batch.weights.tolist() == batch.margins.tolist() == expected
     assert batch.pair_mask.tolist() == [1.0] * len(rows) + [0.0]

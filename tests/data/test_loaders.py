@@ -3,6 +3,7 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from dschat.data.collate import collate_pairs, collate_sft
@@ -34,7 +35,8 @@ def lengths_of(num_rows, seed=0):
 
 def rows_in(batch):
     """The numbers of the real rows of a batch, in order."""
-    return [row[-1 if left_padded(batch) else 0] - 1 for row in batch.input_ids.tolist() if any(row)]
+    input_ids = batch.input_ids if left_padded(batch) else batch.tokens.input_ids
+    return [row[-1 if left_padded(batch) else 0] - 1 for row in input_ids.tolist() if any(row)]
 
 
 def left_padded(batch):
@@ -94,7 +96,7 @@ def test_the_denominator_is_the_targets_of_the_whole_step():
     for step in range(3):
         parts = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
         assert {batch.denominator for batch in parts} == {
-            float(sum(batch.loss_mask.sum() for batch in parts))
+            float(sum(batch.tokens.label_mask.sum() for batch in parts))
         }
 
 
@@ -168,20 +170,20 @@ def test_batches_come_with_the_indices_of_their_rows():
 def test_ranks_work_on_similar_lengths_at_the_same_time():
     dataset = sft_rows(lengths_of(640))
     ranks = [list(train_loader(dataset, rank, 2, 8, 4)) for rank in range(2)]
-    longest = np.array([[batch.input_ids.shape[1] for batch in batches] for batches in ranks])
+    longest = np.array([[batch.tokens.input_ids.shape[1] for batch in batches] for batches in ranks])
     assert np.abs(longest[0] - longest[1]).mean() < 0.05 * longest.mean()
 
 
 @pytest.mark.parametrize(("accumulation_steps", "world_size"), [(1, 1), (1, 2), (4, 1)])
 def test_padding_is_under_15_percent_at_batch_8(accumulation_steps, world_size):
     loader = train_loader(sft_rows(lengths_of(2000)), 0, world_size, 8, accumulation_steps)
-    masks = [batch.attention_mask for batch in loader]
+    masks = [batch.tokens.attention_mask for batch in loader]
     assert sum(int(mask.sum()) for mask in masks) > 0.85 * sum(mask.numel() for mask in masks)
 
 
 def test_sorting_leaves_the_lengths_of_steps_in_random_order():
     loader = train_loader(sft_rows(lengths_of(2000)), batch_size=8)
-    longest = np.array([batch.input_ids.shape[1] for batch in loader])
+    longest = np.array([batch.tokens.input_ids.shape[1] for batch in loader])
     assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
 
 
@@ -216,6 +218,11 @@ def test_a_short_evaluation_of_little_data_takes_all_of_it():
     assert [rows_in(batch) for batch in loader] == [[2, 1], [0]]
 
 
+def blocks_of(batch):
+    """The tokens that are read, and the last, which is predicted only."""
+    return torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1).tolist()
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulation_steps", "world_size"), [(6, 1, 1), (1, 3, 2), (3, 1, 2)]
 )
@@ -232,11 +239,12 @@ def test_an_optimiser_step_holds_the_same_blocks_of_text_however_it_is_divided(
     seen = []
     for all_at_once, *steps in islice(zip(whole, *parts, strict=True), 5):  # three epochs of ten blocks
         (expected,) = all_at_once.micro_batches
-        held = [block for step in steps for part in step.micro_batches for block in part.tolist()]
-        assert sorted(held) == sorted(expected.tolist())
-        assert [len(part) for part in steps[0].micro_batches] == [batch_size] * accumulation_steps
+        held = [block for step in steps for part in step.micro_batches for block in blocks_of(part)]
+        assert sorted(held) == sorted(blocks_of(expected))
+        sizes = [len(part.input_ids) for part in steps[0].micro_batches]
+        assert sizes == [batch_size] * accumulation_steps
         assert {step.denominator for step in steps} == {24.0}
-        seen += [block[0] for block in expected.tolist()]
+        seen += [block[0] for block in blocks_of(expected)]
     assert sorted(seen) == sorted(list(range(10)) * 3)
     assert seen[:10] != seen[10:20]
 

@@ -210,7 +210,7 @@ def padding_share(dataset, collate, tokenizer):
         world_size=1,
         seed=1,
     )
-    masks = [batch.attention_mask for batch in loader]
+    masks = [batch.tokens.attention_mask for batch in loader]
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 

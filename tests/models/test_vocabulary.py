@@ -5,12 +5,11 @@ import torch
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dschat.data.token_batch import TokenBatch
 from dschat.export.golden_outputs import golden_outputs
-from dschat.losses import token_logprobs
+from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
-from dschat.rlhf.analysis import answer_logits
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.supervised.loop import logprobs_at
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 PADDED = 500
@@ -26,13 +25,13 @@ def of_ppo(model) -> torch.Tensor:
     """Log-probabilities of the last three tokens as step 3 computes them."""
     ones = torch.ones_like(IDS)
     batch = RolloutBatch(IDS, ones, ones[:, 2:].bool(), ones[:, 0].bool(), ones[:, 0], prompt_length=2)
-    logits = answer_logits(model, batch, len(tiny_tokenizer()))
-    return token_logprobs(logits, batch.answers)
+    return token_logprobs_of(model, batch.tokens, num_tokens=len(tiny_tokenizer()))
 
 
 def test_step_1_learns_that_padding_rows_are_never_said_as_transformers_own_loss_does(model):
     mask = torch.tensor([[False, False, True, True, True]])
-    loss = -logprobs_at(model, IDS, torch.ones_like(IDS), mask).sum() / 3
+    batch = TokenBatch.of(IDS, mask, attention_mask=torch.ones_like(IDS))
+    loss = -batch.in_rows(token_logprobs_of(model, batch)).sum() / 3
     labels = IDS.masked_fill(~mask, -100)
     torch.testing.assert_close(loss, model(input_ids=IDS, labels=labels).loss)
     loss.backward()

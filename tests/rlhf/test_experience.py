@@ -10,7 +10,6 @@ from dschat.rlhf.experience import (
     Experience,
     MinibatchSampler,
     ScoreShaping,
-    at_answers,
     masked_variance,
 )
 from dschat.rlhf.rollout.batch import RolloutBatch
@@ -46,11 +45,6 @@ def make_experience(**settings) -> Experience:
     args = PpoArguments(kl_coef=0.2, **settings)
     shaping = ScoreShaping(clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
     return Experience.build(make_rollout(), make_judgement(), args, schedule(), shaping, ppo_step=3)
-
-
-def test_the_decision_for_the_first_answer_token_stands_at_the_last_prompt_position():
-    # positions 0 1 2 are the prompt, 3 4 5 the answer, emitted at 2 3 4
-    assert at_answers(torch.arange(6).view(1, 6), 3).tolist() == [[2, 3, 4]]
 
 
 def test_scores_are_normalised_then_clipped_then_penalised():

@@ -13,14 +13,21 @@ from dschat.arguments import PpoArguments
 from dschat.losses import (
     clipped_policy_loss,
     clipped_value_loss,
+    token_entropy,
     token_logprobs,
     truncated_importance_weights,
+)
+from dschat.models.forward import (
+    logits_of,
+    predictions_of,
+    scores_of,
+    token_logprobs_of,
+    values_of,
 )
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.actor_loss import actor_loss
-from dschat.rlhf.analysis import answer_logits, scores_of_answers, values_at_tokens
-from dschat.rlhf.experience import MicroBatch, ScoreShaping, at_answers
+from dschat.rlhf.experience import MicroBatch, ScoreShaping
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.running_statistics import RunningStatistics
@@ -69,7 +76,7 @@ def critic(folder):
 
 
 def logprobs_of(model, batch: RolloutBatch) -> Tensor:
-    return token_logprobs(answer_logits(model, batch, NUM_TOKENS), batch.answers)
+    return token_logprobs_of(model, batch.tokens, num_tokens=NUM_TOKENS)
 
 
 def policy_loss(model, batch: RolloutBatch, advantages: Tensor, denominator: float) -> Tensor:
@@ -81,7 +88,7 @@ def policy_loss(model, batch: RolloutBatch, advantages: Tensor, denominator: flo
 
 
 def value_loss(model, batch: RolloutBatch, returns: Tensor, denominator: float) -> Tensor:
-    values = at_answers(values_at_tokens(model, batch), batch.prompt_length)
+    values = values_of(model, batch.tokens)
     return clipped_value_loss(
         values, values.detach(), returns, batch.answer_mask, value_clip=0.2, denominator=denominator
     )
@@ -100,13 +107,11 @@ EVERY_TERM = PpoArguments(
 
 def whole_actor_loss(model, batch: RolloutBatch, advantages: Tensor, num_tokens: int) -> Tensor:
     """Every term of the actor's loss; the old and the reference policy differ from token to token."""
-    logits = answer_logits(model, batch, NUM_TOKENS)
-    logprobs = token_logprobs(logits, batch.answers).detach()
-    old, reference = logprobs - 0.1 * advantages, logprobs + 0.2 * advantages.abs()
+    logprobs, entropy = predictions_of(model, batch.tokens, num_tokens=NUM_TOKENS)
+    now = logprobs.detach()
+    old, reference = now - 0.1 * advantages, now + 0.2 * advantages.abs()
     micro_batch = MicroBatch(batch, old, reference, 0 * old, advantages, 0 * old)
-    return actor_loss(
-        logits, micro_batch, EVERY_TERM, temperature=1.0, kl_coef=0.5, num_tokens=num_tokens
-    ).total
+    return actor_loss(logprobs, entropy, micro_batch, EVERY_TERM, kl_coef=0.5, num_tokens=num_tokens).total
 
 
 def targets(width: int) -> Tensor:
@@ -124,8 +129,8 @@ def test_logprobs_are_those_of_each_row_alone_without_padding(actor):
 
 
 def test_scores_and_values_are_those_of_each_row_alone_without_padding(critic):
-    values = at_answers(values_at_tokens(critic, BATCH), BATCH.prompt_length)
-    scores = scores_of_answers(critic, BATCH)
+    values = values_of(critic, BATCH.tokens)
+    scores = scores_of(critic, BATCH.tokens)
     for i in range(3):
         alone = critic.forward_value(torch.tensor([PROMPTS[i] + ANSWERS[i]]), return_value_only=True)[0]
         torch.testing.assert_close(
@@ -168,23 +173,24 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole(actor, critic):
 @pytest.mark.parametrize("args", [PpoArguments(), EVERY_TERM], ids=["plain", "every term"])
 def test_with_equal_engines_the_corrected_loss_is_the_same_to_the_last_bit(args):
     logits = torch.randn(3, 4, 80, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logprobs = token_logprobs(logits, BATCH.answers).detach()
-    weights = truncated_importance_weights(logprobs, logprobs.clone(), BATCH.answer_mask, cap=2.0)
+    logprobs, entropy = token_logprobs(logits, BATCH.answers), token_entropy(logits)
+    now = logprobs.detach()
+    weights = truncated_importance_weights(now, now.clone(), BATCH.answer_mask, cap=2.0)
     results = []
     for chosen in (None, weights):
-        batch = MicroBatch(BATCH, logprobs + 0.1, logprobs - 0.2, None, targets(4), targets(4), chosen)
-        loss = actor_loss(logits, batch, args, temperature=1.0, kl_coef=0.5, num_tokens=10)
-        results.append((loss.total.detach(), *torch.autograd.grad(loss.total, logits)))
+        batch = MicroBatch(BATCH, now + 0.1, now - 0.2, None, targets(4), targets(4), chosen)
+        loss = actor_loss(logprobs, entropy, batch, args, kl_coef=0.5, num_tokens=10)
+        results.append((loss.total.detach(), *torch.autograd.grad(loss.total, logits, retain_graph=True)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_end_token_receives_policy_gradient_and_value_regression(actor, critic):
-    logits = answer_logits(actor, BATCH, NUM_TOKENS).detach().requires_grad_()
+    logits = logits_of(actor, BATCH.tokens, num_tokens=NUM_TOKENS).detach().requires_grad_()
     logprobs = token_logprobs(logits, BATCH.answers)
     clipped_policy_loss(logprobs, logprobs.detach(), targets(4), BATCH.answer_mask, ratio_clip=0.2).backward()
     is_reached = logits.grad.abs().sum(dim=-1) > 0
     assert torch.equal(is_reached, BATCH.answer_mask)  # end tokens inside, padding outside
-    values = at_answers(values_at_tokens(critic, BATCH), BATCH.prompt_length).detach().requires_grad_()
+    values = values_of(critic, BATCH.tokens).detach().requires_grad_()
     clipped_value_loss(values, values.detach(), targets(4) + 50, BATCH.answer_mask, value_clip=0.2).backward()
     assert torch.equal(values.grad != 0, BATCH.answer_mask)
 
@@ -197,8 +203,8 @@ def test_the_ratio_at_unchanged_weights_is_exactly_one_in_train_mode_too(actor):
 
 
 def test_only_answer_logits_are_computed(actor):
-    assert answer_logits(actor, BATCH, NUM_TOKENS).shape == (3, 4, actor.config.vocab_size)
-    assert answer_logits(actor, BATCH, num_tokens=100).shape == (3, 4, 100)
+    assert logits_of(actor, BATCH.tokens, num_tokens=NUM_TOKENS).shape == (3, 4, actor.config.vocab_size)
+    assert logits_of(actor, BATCH.tokens, num_tokens=100).shape == (3, 4, 100)
 
 
 def test_running_statistics_count_a_batch_in_before_it_is_shaped():

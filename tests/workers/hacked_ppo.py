@@ -11,16 +11,16 @@ from three_steps import program
 from torch import Tensor
 
 from dschat.arguments import parse_arguments
+from dschat.data.token_batch import TokenBatch
 from dschat.distributed import process_group
 from dschat.engines.step import DeepSpeedEngine
 from dschat.program import prepare
 from dschat.rlhf import analysis
-from dschat.rlhf.rollout.batch import RolloutBatch
 
 
-def length_of_answers(model: DeepSpeedEngine, batch: RolloutBatch) -> Tensor:
+def length_of_answers(model: DeepSpeedEngine, batch: TokenBatch) -> Tensor:
     """In place of the reward model's scores. -> [B]."""
-    return batch.answer_lengths.float()
+    return batch.label_mask.sum(dim=1).float()
 
 
 if __name__ == "__main__":
@@ -28,6 +28,6 @@ if __name__ == "__main__":
     sft, ppo = map(json.loads, sys.argv[1:])
     sft_args, ppo_args = parse_arguments("sft", sft), parse_arguments("rlhf", ppo)
     program("sft").main(sft_args, prepare(sft_args))
-    with unittest.mock.patch.object(analysis, "scores_of_answers", length_of_answers):
+    with unittest.mock.patch.object(analysis, "scores_of", length_of_answers):
         program("rlhf").main(ppo_args, prepare(ppo_args))
     process_group.destroy_process_group()

@@ -16,7 +16,8 @@ from dschat.distributed.device import current_device, synchronize
 from dschat.distributed.mesh import mesh
 from dschat.distributed.statistics import standard_error
 from dschat.losses import kl_estimate, masked_mean
-from dschat.rlhf.analysis import AnswerAnalyzer, scores_of_answers
+from dschat.models.forward import scores_of
+from dschat.rlhf.analysis import AnswerAnalyzer
 from dschat.rlhf.experience import AnswerAnalysis, finite_scores
 from dschat.rlhf.monitoring.gains import Answers
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
@@ -115,9 +116,8 @@ class Evaluator:
         parts = []
         for part in rows:
             batch = rollout.rows(part.to(device))
-            parts.append(
-                scores_of_answers(self._engine.guard_reward, reading.read(batch) if reading else batch)
-            )
+            read = reading.read(batch) if reading else batch
+            parts.append(scores_of(self._engine.guard_reward, read.tokens))
         order = gather_rows(torch.cat(rows).to(device), axis="data").argsort()
         return gather_rows(torch.cat(parts), axis="data")[order]
 

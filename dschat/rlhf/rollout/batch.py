@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import gather_rows, largest_across_ranks
 from dschat.distributed.mesh import mesh
 from dschat.models.end_tokens import is_end
@@ -24,6 +25,16 @@ class RolloutBatch:
     prompt_rows: Tensor  # [B] int64: the prompt's row in its data set
     prompt_length: int  # P
     logprobs: Tensor | None = None  # [B, T] fp32: of the sampled tokens when they were sampled; 0 beyond
+
+    @property
+    def tokens(self) -> TokenBatch:
+        """The rows for a forward pass; the answers are their labels."""
+        return TokenBatch.of(
+            self.input_ids,
+            self.answer_mask,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+        )
 
     @property
     def answers(self) -> Tensor:

@@ -71,7 +71,7 @@ def gumbel_noise(keys: Tensor, position: int, vocabulary_size: int) -> Tensor:
     The uniforms have 31 bits and lie strictly inside (0, 1): one that rounds to 1 would be infinite noise.
     The finer end of fp32 is the one that becomes large noise, so rare tokens keep their probability.
     """
-    first, second = _fold(keys[:, :1], position), _fold(keys[:, 1:], position)
+    first, second = (_fold(half, position) for half in keys.split(1, dim=1))
     entries = _mix32(torch.arange(vocabulary_size, dtype=torch.int32, device=keys.device))
     bits = (_mix32((entries ^ first) + second) >> 1) & 0x7FFFFFFF
     uniform = ((bits.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)

@@ -11,8 +11,8 @@ from dschat.data.encoder import Encoder
 from dschat.data.templates import NONE, PLAIN
 from dschat.data.tokenization import tokenize_prompts
 from dschat.export.export import export_model
+from dschat.models.forward import scores_of
 from dschat.models.loading import create_critic_model
-from dschat.rlhf.analysis import scores_of_answers
 from dschat.rlhf.rewards.retokenize import Retokenizer, answer_texts
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -174,7 +174,7 @@ def test_scores_are_those_of_the_text_in_transformers(actor, reader, tmp_path):
     export_model(model, reader, tmp_path / "reward")
     batch = Retokenizer(prompts(actor, reader), actor, reader).read(rollout(actor, [True, True]))
     with torch.no_grad():
-        scores = scores_of_answers(model, batch)
+        scores = scores_of(model, batch.tokens)
         classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
         for score, text in zip(scores, texts_of(batch, reader), strict=True):
             ids = reader(text, add_special_tokens=False, return_tensors="pt")

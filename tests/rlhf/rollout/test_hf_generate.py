@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
-from dschat.rlhf.analysis import answer_logits
+from dschat.models.forward import logits_of
 from dschat.rlhf.rollout.batch import RolloutBatch, gather_rollouts, mask_up_to_first_end
 from dschat.rlhf.rollout.hf_generate import Rollout
 
@@ -99,7 +99,7 @@ def test_rescoring_finds_the_tokens_that_greedy_decoding_chose(actor):
     rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=12, temperature=1e-6), seed=0)
     with rollout.phase():
         batch = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=0)
-        likeliest = answer_logits(engine, batch, len(tokenizer)).argmax(dim=-1)
+        likeliest = logits_of(engine, batch.tokens, num_tokens=len(tokenizer)).argmax(dim=-1)
     assert torch.equal(likeliest[batch.answer_mask], batch.answers[batch.answer_mask])
 
 
@@ -146,7 +146,7 @@ def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_scored(tmp_path):
     with rollout.phase():
         batch = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
         assert int(batch.answers.max()) < len(tokenizer)
-        assert answer_logits(engine, batch, len(tokenizer)).shape[-1] == len(tokenizer)
+        assert logits_of(engine, batch.tokens, num_tokens=len(tokenizer)).shape[-1] == len(tokenizer)
 
 
 def test_settings_for_chatting_do_not_change_the_samples_and_come_back_afterwards(actor):

@@ -1,0 +1,166 @@
+"""The forward pass on models whose outputs are known: a table of bigrams, and the tokens themselves."""
+
+import ast
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dschat.data.collate import collate_text
+from dschat.data.token_batch import TokenBatch
+from dschat.models.forward import (
+    logits_of,
+    predictions_of,
+    scores_of,
+    token_logprobs_of,
+    values_of,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+# P(next | token) of a vocabulary of 3, whose last entry pads it
+BIGRAMS = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+TOKENS = torch.tensor([[0, 1, 1, 0], [2, 0, 0, 1]])
+ANSWERS = TokenBatch.of(TOKENS, torch.ones(2, 2, dtype=torch.bool))
+
+
+class BigramModel:
+    """Predicts from the last token alone; keeps what it was called with."""
+
+    def __call__(self, input_ids, **options):
+        self.options = options
+        logits = BIGRAMS.log()[input_ids]
+        columns = options.get("logits_to_keep")
+        return SimpleNamespace(logits=logits if columns is None else logits[:, columns])
+
+
+def echo(input_ids, attention_mask=None, position_ids=None, *, return_values):
+    """A reward model whose output is the token."""
+    assert return_values
+    return input_ids.float()
+
+
+def test_the_logprob_of_a_label_is_read_one_position_before_it():
+    # answers 1 0 after 1, and 0 1 after 0: P(1|1) P(0|1), P(0|0) P(1|0)
+    actual = token_logprobs_of(BigramModel(), ANSWERS).exp()
+    torch.testing.assert_close(actual, torch.tensor([[0.2, 0.2], [0.5, 0.3]]))
+
+
+def test_vocabulary_beyond_the_tokenizer_takes_no_part_where_its_size_is_given():
+    # 0.2 / 0.4, and 0.5 / 0.8, 0.3 / 0.8
+    actual = token_logprobs_of(BigramModel(), ANSWERS, num_tokens=2).exp()
+    torch.testing.assert_close(actual, torch.tensor([[0.5, 0.5], [0.625, 0.375]]))
+
+
+def test_temperature_and_entropy_are_of_the_same_distribution():
+    # at temperature 1/2 probabilities are squared: 0.04 0.04, and 0.25 0.09 of 0.34
+    logprobs, entropy = predictions_of(BigramModel(), ANSWERS, num_tokens=2, temperature=0.5)
+    first, second = 0.25 / 0.34, 0.09 / 0.34
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([[0.5, 0.5], [first, second]]))
+    biased = -first * math.log(first) - second * math.log(second)
+    torch.testing.assert_close(entropy, torch.tensor([[math.log(2)] * 2, [biased] * 2]))
+    alone, nothing = predictions_of(BigramModel(), ANSWERS, num_tokens=2, temperature=0.5, with_entropy=False)
+    assert nothing is None
+    assert torch.equal(alone, logprobs)
+
+
+def test_logits_are_computed_where_labels_are_predicted_only_or_at_every_position():
+    model = BigramModel()
+    few = logits_of(model, ANSWERS)
+    assert few.shape == (2, 2, 3)
+    assert model.options["logits_to_keep"].tolist() == [1, 2]
+    assert torch.equal(logits_of(model, ANSWERS, every_position=True), few)
+    assert "logits_to_keep" not in model.options
+
+
+def test_text_is_predicted_to_its_last_token():
+    # P(1|0) P(1|1) P(0|1), and P(0|2) P(0|0) P(1|0)
+    batch = collate_text(TOKENS.numpy())
+    actual = token_logprobs_of(BigramModel(), batch, every_position=True).exp()
+    torch.testing.assert_close(actual, torch.tensor([[0.3, 0.2, 0.2], [0.1, 0.5, 0.3]]))
+
+
+@pytest.mark.parametrize("given", [(), ("attention_mask",), ("attention_mask", "position_ids")])
+def test_a_model_is_given_only_the_masks_and_positions_that_a_batch_has(given):
+    """Not every model takes positions, and those of a model's own making need no argument."""
+    model = BigramModel()
+    batch = TokenBatch.of(TOKENS, torch.ones(2, 2).bool(), **dict.fromkeys(given, TOKENS + 5))
+    token_logprobs_of(model, batch)
+    assert {name for name in model.options if name != "logits_to_keep"} == {*given, "use_cache"}
+    assert model.options["use_cache"] is False
+    assert all(torch.equal(model.options[name], TOKENS + 5) for name in given)
+
+
+def test_a_value_is_of_the_row_before_its_label():
+    assert values_of(echo, ANSWERS).tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "scores"),
+    [
+        (None, [0, 1]),
+        ([[1, 1, 1, 0], [1, 0, 0, 0]], [1, 2]),
+        ([[0, 1, 1, 0], [0, 0, 0, 1]], [1, 1]),
+    ],
+)
+def test_a_score_is_the_output_at_the_last_token_wherever_the_padding_is(mask, scores):
+    mask = None if mask is None else torch.tensor(mask)
+    batch = TokenBatch.of(TOKENS, torch.ones(2, 2).bool(), attention_mask=mask)
+    assert scores_of(echo, batch).tolist() == scores
+
+
+LIBRARY = [*(ROOT / "dschat").rglob("*.py"), *ROOT.glob("step*/*.py")]
+STARTS = ("first", "first_label", "prompt_length", "start")
+"""Names of columns; the one before them is where they are predicted."""
+
+
+def is_shift(node: ast.AST) -> bool:
+    """Whether an expression moves columns by one."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple):
+        columns = [part for part in node.slice.elts[1:] if isinstance(part, ast.Slice)]
+        starts = [ast.unparse(part.lower) for part in columns if part.lower]
+        ends = [ast.unparse(part.upper) for part in columns if part.upper]
+        return "1" in starts or "-1" in ends or any(text.endswith("- 1") for text in starts + ends)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+        name = ast.unparse(node.left).split(".")[-1]
+        return ast.unparse(node.right) == "1" and name in STARTS
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("roll", "narrow")
+
+
+def shifts(path: Path) -> list[str]:
+    """Where a file moves columns by one: file, function, expression."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [
+        f"{path.name} {function.name}: {ast.unparse(node)}"
+        for function in functions
+        for node in ast.walk(function)
+        if is_shift(node)
+    ]
+
+
+def test_labels_are_shifted_by_one_in_one_function():
+    found = [shift for path in LIBRARY for shift in shifts(path)]
+    assert found, "the search finds nothing at all"
+    assert not [shift for shift in found if not shift.startswith("token_batch.py of: ")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x[:, 1:]", "x[:, :-1]", "x[:, n - 1 : -1]", "x[..., 1:, :]", "x.roll(1, 1)", "b.prompt_length - 1"],
+)
+def test_a_shift_would_be_found(line, tmp_path):
+    (tmp_path / "new.py").write_text(f"def f():\n    return {line}\n")
+    assert shifts(tmp_path / "new.py")
+
+
+def test_models_are_called_in_one_file():
+    """Arguments that only a call of a model has, and an output that only it gives, are found nowhere else."""
+    for path in LIBRARY:
+        if path.name in ("forward.py", "reward_model.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            keywords = {one.arg for one in getattr(node, "keywords", [])}
+            assert not keywords & {"logits_to_keep", "return_values"}, f"{path}:{node.lineno}"
+            assert getattr(node, "attr", "") != "logits", f"{path}:{node.lineno}"
