@@ -154,7 +154,7 @@ def test_a_step_has_the_denominator_of_its_micro_batches():
     loader = train_loader(sft_rows([4, 4, 6, 2]), 0, 1, 1, 2)
     for step in islice(loader.steps_after(0), 4):
         # Half of each row is learned: 2, 2, 3 and 1 tokens.
-        assert step.denominator == sum(batch.loss_mask.sum() for batch in step.micro_batches)
+        assert step.denominator == sum(batch.tokens.label_mask.sum() for batch in step.micro_batches)
         assert {batch.denominator for batch in step.micro_batches} == {step.denominator}
 
 
