@@ -366,7 +366,7 @@ BOMBS = """
 @target("chat templates", 0.03)
 def templates(chance: random.Random, folder: Path) -> None:
     """Templates put together from parts that work, raise, loop, recurse and pry."""
-    from dschat.data.template_trial import settle_template
+    from dschat.data.template_trial import configure_template
     from dschat.data.templates import NAMED
 
     text = chance.choice((FRAME, FRAME, *NAMED.values(), ""))
@@ -382,7 +382,7 @@ def templates(chance: random.Random, folder: Path) -> None:
         ).decode(errors="replace")
     if BOMBS and chance.random() < 1 / 2000:
         text = chance.choice(BOMBS) + text
-    serve(folder, text, settle_template)
+    serve(folder, text, configure_template)
 
 
 def serve(folder: Path, text: str, settle: Callable[..., None]) -> None:

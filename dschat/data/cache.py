@@ -59,7 +59,7 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def kept(root: Path, key: str) -> Path | None:
+def lookup(root: Path, key: str) -> Path | None:
     """The folder root/key where it is there and whole."""
     return root / key if _is_whole(root / key) else None
 

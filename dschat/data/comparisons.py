@@ -34,10 +34,14 @@ MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 Answer = TypeVar("Answer")
 
 
+Role = Literal["tools", "system", "user", "assistant", "tool"]
+"""Who says a message; what stands by "tools" is the list of tools that the conversation may call."""
+
+
 class Turn(NamedTuple):
     """One message of a conversation; or, by "tools" and before all others, what tools it may call."""
 
-    role: Literal["tools", "system", "user", "assistant", "tool"]
+    role: Role
     content: str
     """Its text; by "tools" a JSON list of function schemas."""
     learn: bool | None = None
@@ -75,7 +79,7 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     turns = [Turn("system", text[: marks[0].start()].strip())]
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         content = text[mark.end() : following.start() if following else len(text)].strip()
-        role = "user" if mark[1] == "Human" else "assistant"
+        role: Role = "user" if mark[1] == "Human" else "assistant"
         if content and turns[-1].role == role:
             turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}")
         elif content:
@@ -150,7 +154,7 @@ def prompt_key(prompt: Prompt) -> int:
     million share one has a chance of 3e-6.
     """
     known = [_identity(turn) for turn in _turns(prompt)]
-    return _hashed(known or prompt.strip())
+    return _hashed(known or str(prompt).strip())
 
 
 def _turns(prompt: Prompt) -> tuple[Turn, ...]:
@@ -171,7 +175,7 @@ def _identity(turn: Turn) -> list:
 def _said(prompt: Prompt) -> list[tuple[str, str]]:
     """Who says what in the prompt, for `Families`: whatever else differs, one conversation goes on from the
     other."""
-    return [turn[:2] for turn in _turns(prompt) if turn.role != "tools"] or [("user", prompt.strip())]
+    return [turn[:2] for turn in _turns(prompt) if turn.role != "tools"] or [("user", str(prompt).strip())]
 
 
 def _marks(prompt: Prompt) -> list[list[bool | None]]:

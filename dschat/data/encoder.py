@@ -12,10 +12,8 @@ from dschat.data.comparisons import Prompt, Reply, text_of
 from dschat.data.special_text import SpecialText
 from dschat.data.templates import TOOLS, ChatTemplate
 from dschat.data.tokenizer_fingerprint import start_tokens
+from dschat.data.truncation import Truncation
 from dschat.errors import UserError
-
-KEPT, FEWER_TURNS, CUT, LONG_PROMPT, EQUAL_ANSWERS, NO_TOKEN, WITH_TOOLS, NOTHING_LEARNED = range(8)
-"""What became of a row: whole; without its first turns; cut in its text; and why it was dropped."""
 
 MISSED = "thoughts of earlier answers, so that these are not learned"
 """What a template does not show where earlier turns are missed."""
@@ -33,7 +31,7 @@ class EncodedRow:
     """Whether step 1 learns the answer."""
     num_missed: int = 0
     """Earlier turns that it ought to learn but does not, for they are shown in another form."""
-    fate: int = KEPT
+    truncation: Truncation = Truncation.WHOLE
 
     @property
     def size(self) -> int:
@@ -65,7 +63,7 @@ class Encoder:
         Raises `UserError` for tools that the template does not take.
         """
         rows = self.rows(prompts, [()] * len(prompts))
-        if refused := sum(row.fate == WITH_TOOLS for row in rows):
+        if refused := sum(row.truncation == Truncation.WITH_TOOLS for row in rows):
             raise UserError(f"{refused} of the prompts are {TOOLS}; leave them out.")
         return [row.prompt for row in rows]
 
@@ -96,7 +94,7 @@ class Encoder:
         rows = []
         for some, replies in zip(texts, answers, strict=True):
             if some is None:
-                rows.append(EncodedRow([], [], [[] for _ in replies], fate=WITH_TOOLS))
+                rows.append(EncodedRow([], [], [[] for _ in replies], truncation=Truncation.WITH_TOOLS))
                 continue
             ids = self._started(next(starts))
             ended = [self._ended(next(rest)) for _ in replies]
@@ -118,7 +116,7 @@ class Encoder:
         ]
         rest = iter(self._encode([text for some in found if some for text, _ in some[0]]))
         return [
-            EncodedRow([], [], [[]], fate=WITH_TOOLS)
+            EncodedRow([], [], [[]], truncation=Truncation.WITH_TOOLS)
             if some is None
             else self._joined([(next(rest), learned) for _, learned in some[0]], some[1], with_prompt)
             for some in found
@@ -154,13 +152,17 @@ class Encoder:
             again = reread(too_long, [prompt for _, prompt in left])
             for (number, prompt), row in zip(left, again, strict=True):
                 prompts[number] = prompt
-                rows[number] = replace(row, fate=FEWER_TURNS) if row.fate == KEPT else row
+                rows[number] = (
+                    replace(row, truncation=Truncation.FEWER_TURNS)
+                    if row.truncation == Truncation.WHOLE
+                    else row
+                )
             too_long = [number for number in too_long if rows[number].size > max_tokens]
         return [self._cut_to(max_tokens, *pair) for pair in zip(rows, prompts, strict=True)]
 
     def _cut_to(self, max_tokens: int, row: EncodedRow, prompt: Prompt) -> EncodedRow:
         if len(row.prompt) > max_tokens:
-            return replace(row, fate=LONG_PROMPT)
+            return replace(row, truncation=Truncation.LONG_PROMPT)
         if row.size <= max_tokens:
             return row
         marks = self._started(self._encode([self._template.before_question(prompt)])[0])
@@ -204,7 +206,7 @@ def _cut(row: EncodedRow, max_tokens: int, num_start: int, num_marks: int) -> En
     learned = row.learned[:num_head] + row.learned[first:]
     room = max_tokens - len(prompt)
     answers = [ids if len(ids) <= room else ids[: room - 1] + ids[-1:] for ids in row.answers]
-    return replace(row, prompt=prompt, learned=learned, answers=answers, fate=CUT)
+    return replace(row, prompt=prompt, learned=learned, answers=answers, truncation=Truncation.CUT)
 
 
 def _taken(show: Callable, *conversation: object, **settings: bool) -> Any:

@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dschat.data.files import readable, user_path
 from dschat.errors import UserError
@@ -50,7 +51,8 @@ class Entry:
     def choices(self, option: str, values: list[str]) -> str:
         """What to write for each value of an option, or for the first of many, as a phrase."""
         shown = values if len(values) <= 6 else values[:3]
-        texts = [str(replace(self, **{option: value})) for value in shown]
+        changes: list[dict[str, Any]] = [{option: value} for value in shown]
+        texts = [str(replace(self, **change)) for change in changes]
         return " or ".join(texts) + (", or likewise" if shown is not values else "")
 
 
@@ -58,7 +60,9 @@ def parse_entry(text: str, flag: str = "--data_path", *, evaluates: bool = False
     """The entry that `text` is. Raises `UserError` for options and weights that are none."""
     if not text:
         raise UserError(f"{flag} has an empty value; give the name of a data set.")
-    name, weight, options = text, None, {}
+    name = text
+    weight: float | None = None
+    options: dict[str, Any] = {}
     with readable(Path(text)):  # a name may be too long for a path
         while not user_path(name).exists():
             before = name

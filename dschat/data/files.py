@@ -59,8 +59,9 @@ def is_data_file(name: str) -> bool:
 
 def stem_of(name: str) -> str:
     """The name of a data file without its suffixes."""
-    kind, packed = _kind_of(name)
-    return name[: -len(kind + packed)]
+    suffixes = _kind_of(name)
+    assert suffixes is not None
+    return name[: -len("".join(suffixes))]
 
 
 def _kind_of(name: str) -> tuple[str, str] | None:
@@ -218,7 +219,8 @@ class _TextWindow:
     def peek(self) -> str:
         """The next character that is no white space, "" at the end."""
         while True:
-            end = BLANK.match(self._text, self._position).end()
+            blank = BLANK.match(self._text, self._position)
+            end = blank.end() if blank else self._position
             self.line += self._text.count("\n", self._position, end)
             self._position = end
             if end < len(self._text) or not self._more():

@@ -74,9 +74,10 @@ class Findings:
     @staticmethod
     def of_json(kept: Mapping[str, Any]) -> "Findings":
         """From what `as_json` gave."""
-        return Findings(
-            **{n: value if isinstance(value, list) else Counter(value) for n, value in kept.items()}
-        )
+        values: dict[str, Any] = {
+            name: value if isinstance(value, list) else Counter(value) for name, value in kept.items()
+        }
+        return Findings(**values)
 
     def lines(self, *, bad: bool = True) -> list[str]:
         """A sentence for each kind of finding but dropped rows, and without `bad` but bad rows."""

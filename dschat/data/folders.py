@@ -52,7 +52,7 @@ def read_folder(path: Path, entry: Entry) -> Folder:
                 f"{entry.choices('config', names)}."
             )
         else:
-            return read_folder(*below, entry)
+            return read_folder(next(iter(below)), entry)
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(split_of(stem_of(file.name)), []).append(file)
@@ -71,6 +71,7 @@ def read_folder(path: Path, entry: Entry) -> Folder:
 
 def configuration(path: Path, entry: Entry) -> Path:
     """The folder of the configuration that the entry names. Raises `UserError` where there is none."""
+    assert entry.config is not None
     places = [path / entry.config, path / "data" / entry.config]
     for place in places:
         if place.is_dir():

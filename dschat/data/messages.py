@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.data.cells import BadRow, DroppedRow, describe, is_blank, sound_text
-from dschat.data.comparisons import NAMED_FIELDS, Prompt, Reply, Turn
+from dschat.data.comparisons import NAMED_FIELDS, Prompt, Reply, Role, Turn
 from dschat.data.tools import calls_of, without_nulls
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -53,7 +53,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 class _Message:
     """A message on the way to a turn."""
 
-    role: str
+    role: Role
     content: str
     learn: bool | None
     fields: dict[str, Any]
@@ -134,7 +134,8 @@ def _content(value: Any, role: str, name: str) -> tuple[str, str]:
         return json.dumps(value, ensure_ascii=False, default=str), ""  # what a tool returned
     if not isinstance(parts, list):
         return sound_text(value, name).strip(), ""
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for number, part in enumerate(parts, start=1):
         kind, text = _part(part, f"part {number} of {name}")
         if not is_blank(text):

@@ -6,7 +6,7 @@ import io
 import lzma
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -15,7 +15,7 @@ def _zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
-PACKED: dict[str, tuple[str, Callable[[Path], BinaryIO], bytes]] = {
+PACKED: dict[str, tuple[str, Callable[[Path], Any], bytes]] = {
     ".gz": ("gzip", gzip.open, b"\x1f\x8b"),
     ".bz2": ("bzip2", bz2.open, b"BZh"),
     ".xz": ("xz", lzma.open, b"\xfd7zXZ\0"),
@@ -31,4 +31,5 @@ def packing(name: str) -> str:
 
 def open_unpacked(path: Path, suffix: str) -> BinaryIO:
     """The bytes of the file, unpacked as that suffix says."""
-    return PACKED[suffix][1](path) if suffix else path.open("rb")
+    file: BinaryIO = PACKED[suffix][1](path) if suffix else path.open("rb")
+    return file

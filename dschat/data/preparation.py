@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +40,6 @@ from dschat.data.report import columns_of, describe, listed, num_related, rows_r
 from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.sources import Source, open_source
 from dschat.data.tokenization import (
-    NOT_FOR_LENGTH,
     Tokenized,
     default_num_proc,
     tokenize_pairs,
@@ -47,6 +47,7 @@ from dschat.data.tokenization import (
     tokenize_sft,
 )
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
+from dschat.data.truncation import NOT_FOR_LENGTH
 from dschat.errors import UserError
 from dschat.fingerprint import fingerprint
 
@@ -111,7 +112,7 @@ def sft_data(
 
     Raises `UserError` for input that cannot be read and where nothing is left to train on.
     """
-    settings = {"max_seq_len": max_seq_len, "train_on_prompt": train_on_prompt}
+    settings: dict[str, Any] = {"max_seq_len": max_seq_len, "train_on_prompt": train_on_prompt}
     tokenize = partial(tokenize_sft, tokenizer=tokenizer, **settings)
     task = Task(
         1,
@@ -132,7 +133,7 @@ def reward_data(
 
     Raises `UserError` as `sft_data` does.
     """
-    settings = {"max_seq_len": max_seq_len}
+    settings: dict[str, Any] = {"max_seq_len": max_seq_len}
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **settings)
     task = Task(2, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no two answers to compare")
     return _prepare(task, data, tokenizer, seed)
@@ -148,7 +149,7 @@ def prompt_data(
     keep_rows: bool = False,
 ) -> SplitData:
     """Step 3's prompts, as `tokenize_prompts` makes them. Raises `UserError` as `sft_data` does."""
-    settings = {"max_prompt_seq_len": max_prompt_seq_len}
+    settings: dict[str, Any] = {"max_prompt_seq_len": max_prompt_seq_len}
     tokenize = partial(tokenize_prompts, tokenizer=tokenizer, reader=reader, keep_rows=keep_rows, **settings)
     if reader is not None:
         settings["reader"] = _text_fingerprint(reader)
@@ -231,7 +232,7 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
     _check_share(first, task, data)
     parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
     rows = Dataset.from_file(str(text))
-    report = {
+    report: dict[str, Any] = {
         "sources": [
             source_report(number, index, first, parts, found, task) for number, found in enumerate(findings)
         ],

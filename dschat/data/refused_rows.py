@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from dschat.data.truncation import Truncation
 from dschat.errors import UserError
-
-REFUSED = 99
-"""The fate of a row that is left out since it cannot be tokenised."""
 
 Columns = dict[str, list]
 
@@ -35,7 +33,8 @@ def encode_rows(
     marked_as: Features | None = None,
 ) -> Columns:
     """What `encode` makes of the rows. Raises `RowError` for the first that fails by itself; or, with the
-    columns of `marked_as`, makes such rows empty, of the fate `REFUSED`, with the reason in "unshown"."""
+    columns of `marked_as`, makes such rows empty and marks them `Truncation.REFUSED`, with the reason in the
+    column unshown."""
 
     def encoded(rows: Columns, numbers: list[int]) -> Columns:
         return encode(rows, numbers) if with_indices else encode(rows)
@@ -64,11 +63,11 @@ def _mark(features: Features, number: int, reason: str) -> Columns:
         return ([], "", 0)[1 if kind == Value("string") else 2 if isinstance(kind, Value) else 0]
 
     row = {name: nothing(kind) for name, kind in features.items()}
-    row |= {"prompt_size": 2**31 - 1, "unshown": f"{number} {reason}", "fate": REFUSED}
+    row |= {"prompt_size": 2**31 - 1, "unshown": f"{number} {reason}", "truncation": Truncation.REFUSED}
     return {name: [value] for name, value in row.items()}
 
 
-def refused_rows(marked: Dataset, fates: np.ndarray) -> dict[int, str]:
+def refused_rows(marked: Dataset, truncations: np.ndarray) -> dict[int, str]:
     """The numbers of the rows that `encode_rows` marked, and why each was refused."""
-    told = marked.select(np.flatnonzero(fates == REFUSED))["unshown"]
+    told = marked.select(np.flatnonzero(truncations == Truncation.REFUSED))["unshown"]
     return {int(number): reason for number, _, reason in (text.partition(" ") for text in told)}

@@ -81,13 +81,14 @@ class Renderer:
         tools = json.loads(turns[0].content) if turns[0].role == "tools" else None
         turns = turns[1:] if tools else turns
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 [self._message(turn) for turn in turns],
                 tools=tools,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
+            return str(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template is not sound Jinja (line {error.lineno}: {error.message}); correct it, "

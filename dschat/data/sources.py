@@ -99,7 +99,7 @@ def _refuse(entry: Entry, *options: str, what: str) -> None:
 def _known_source(known: KnownSet, entry: Entry) -> Source:
     if known.local_files is not None:
         _refuse(entry, *OPTIONS, what="a pair of files")
-        return _known_files(known, entry)
+        return _known_files(known.local_files, entry, known.read)
     loaded = load_from_hub(entry, known.load_options())
     if entry.split is not None:
         return replace(_dataset_source(entry, loaded), read=known.read)
@@ -119,9 +119,9 @@ def _known_source(known: KnownSet, entry: Entry) -> Source:
     )
 
 
-def _known_files(known: KnownSet, entry: Entry) -> Source:
+def _known_files(local_files: tuple[str, str], entry: Entry, read: ReadRow) -> Source:
     """DeepSpeed-Chat's local/jsonfile: files at fixed places below the working directory."""
-    training, evaluation = (Path(name) for name in known.local_files)
+    training, evaluation = map(Path, local_files)
     if not training.is_file():
         raise UserError(
             f"{entry} reads {training} and, if it is there, {evaluation}, seen from {Path.cwd()}; there is "
@@ -130,7 +130,7 @@ def _known_files(known: KnownSet, entry: Entry) -> Source:
     parts = [
         [(file_rows(path, entry.flag), [path])] if path.is_file() else [] for path in (training, evaluation)
     ]
-    return _assembled(entry, training=parts[0], evaluation=parts[1], read=known.read)
+    return _assembled(entry, training=parts[0], evaluation=parts[1], read=read)
 
 
 def _assembled(

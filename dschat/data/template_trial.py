@@ -22,7 +22,7 @@ TRIED = set(NAMED.values())
 """Templates that are known to end."""
 
 
-def settle_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+def configure_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
     """Give the tokenizer its one template: a named one, a file's, or for None its own, else the plain one.
 
     Raises `UserError` for a file that cannot be read and a template that cannot serve.

@@ -21,34 +21,13 @@ from datasets import Sequence as Tokens
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.comparisons import Prompt, Reply, Turn, answer_pairs, unpack_answers, unpack_prompt
-from dschat.data.encoder import (
-    CUT,
-    EQUAL_ANSWERS,
-    FEWER_TURNS,
-    LONG_PROMPT,
-    NO_TOKEN,
-    NOTHING_LEARNED,
-    WITH_TOOLS,
-    EncodedRow,
-    Encoder,
-)
+from dschat.data.encoder import EncodedRow, Encoder
 from dschat.data.refused_rows import Columns, encode_rows, refused_rows
-from dschat.data.templates import TOOLS
+from dschat.data.truncation import REASONS, Truncation
 from dschat.errors import UserError
 
 ROWS_A_PROCESS = 2000
 """Fewer rows are not worth another process."""
-
-REASONS = {
-    LONG_PROMPT: "prompt over {limit}",
-    EQUAL_ANSWERS: "answers equal as tokens",
-    NO_TOKEN: "prompt without a token",
-    WITH_TOOLS: TOOLS,
-    NOTHING_LEARNED: "nothing left to learn",
-}
-
-NOT_FOR_LENGTH = {REASONS[WITH_TOOLS], REASONS[NOTHING_LEARNED], REASONS[EQUAL_ANSWERS]}
-"""Reasons that no other limit of length would mend."""
 
 SFT_COLUMNS = {
     "input_ids": Tokens(Value("int32")),
@@ -176,7 +155,7 @@ def _tokenize(
     Raises `RowError` for a row that cannot be encoded, unless those are to be left out too, and `UserError`
     where a process was killed.
     """
-    aside = {"prompt_size": Value("int32"), "unshown": Value("string"), "fate": Value("int8")}
+    aside = {"prompt_size": Value("int32"), "unshown": Value("string"), "truncation": Value("int8")}
     features = Features(**columns, length=Value("int32"), **aside)
     if len(rows) == 0:  # of which `map` would make rows without columns
         return Tokenized(_empty(columns), 0, 0, dropped={}, unshown={}, shortest_prompt=0)
@@ -198,25 +177,31 @@ def _tokenize(
             load_from_cache_file=False,
             desc="tokenising",
         )
-    fates = column(marked, "fate")
+    truncations = column(marked, "truncation")
     if "group" in columns:
-        marked = _weighed(marked, fates <= CUT)
-    counts = Counter(fates.tolist())
+        marked = _weighed(marked, truncations <= Truncation.CUT)
+    counts = Counter(truncations.tolist())
     return Tokenized(
-        rows=marked.select(np.flatnonzero(fates <= CUT)).remove_columns(list(aside)),
-        num_fewer_turns=counts[FEWER_TURNS],
-        num_cut=counts[CUT],
-        dropped={name.format(limit=flag): counts[fate] for fate, name in REASONS.items() if counts[fate]},
-        unshown=_unshown(marked, fates),
-        shortest_prompt=int(column(marked, "prompt_size")[fates != WITH_TOOLS].min(initial=1 << 30)),
-        refused=refused_rows(marked, fates),
+        rows=marked.select(np.flatnonzero(truncations <= Truncation.CUT)).remove_columns(list(aside)),
+        num_fewer_turns=counts[Truncation.FEWER_TURNS],
+        num_cut=counts[Truncation.CUT],
+        dropped={
+            name.format(limit=flag): counts[truncation]
+            for truncation, name in REASONS.items()
+            if counts[truncation]
+        },
+        unshown=_unshown(marked, truncations),
+        shortest_prompt=int(
+            column(marked, "prompt_size")[truncations != Truncation.WITH_TOOLS].min(initial=1 << 30)
+        ),
+        refused=refused_rows(marked, truncations),
     )
 
 
-def _unshown(marked: Dataset, fates: np.ndarray) -> dict[str, int]:
+def _unshown(marked: Dataset, truncations: np.ndarray) -> dict[str, int]:
     """In how many of the rows that are kept there is what the template does not show, by its name."""
     table = marked.select_columns(["unshown"]).with_format("arrow")[:]
-    kept = table["unshown"].to_numpy()[fates <= CUT]
+    kept = table["unshown"].to_numpy()[truncations <= Truncation.CUT]
     names, counts = np.unique(kept.astype(str), return_counts=True)
     found: Counter[str] = Counter()
     for listed, count in zip(names.tolist(), counts.tolist(), strict=True):
@@ -283,23 +268,30 @@ def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prom
     def read_whole(numbers: list[int], prompts: list[Prompt]) -> list[EncodedRow]:
         return encoder.rows(prompts, [[answers[number]] for number in numbers], learned=train_on_prompt)
 
-    table: list[tuple | None] = [None] * len(prompts)
+    table: dict[int, tuple] = {}
     for reader, flag in ((read, True), (read_whole, False)):
         chosen = [number for number, some in enumerate(in_pieces) if some == flag]
         asked = [prompts[number] for number in chosen]
         rows = reader(chosen, asked)
-        fitted = encoder.fitted(
-            rows,
-            asked,
-            max_seq_len,
-            lambda numbers, shorter, r=reader, c=chosen: r([c[n] for n in numbers], shorter),
-        )
+        fitted = encoder.fitted(rows, asked, max_seq_len, partial(_reread, reader, chosen))
         for number, row, fit in zip(chosen, rows, fitted, strict=True):
             ids, mask = _sft_row(fit)
-            fate = NOTHING_LEARNED if fit.fate <= CUT and not any(mask) else fit.fate
+            truncation = (
+                Truncation.NOTHING_LEARNED if fit.truncation.is_kept and not any(mask) else fit.truncation
+            )
             unshown = encoder.unshown(prompts[number], [answers[number]], fit.num_missed)
-            table[number] = (ids, mask, sum(mask), len(ids), len(row.prompt), unshown, fate)
-    return _columns(table, SFT_COLUMNS)
+            table[number] = (ids, mask, sum(mask), len(ids), len(row.prompt), unshown, truncation)
+    return _columns([table[number] for number in range(len(prompts))], SFT_COLUMNS)
+
+
+def _reread(
+    read: Callable[[list[int], list[Prompt]], list[EncodedRow]],
+    chosen: list[int],
+    places: list[int],
+    shorter: list[Prompt],
+) -> list[EncodedRow]:
+    """Encode shorter prompts of the examples at those places of `chosen`."""
+    return read([chosen[place] for place in places], shorter)
 
 
 def _answers_of(batch: Columns) -> list[list[Reply]]:
@@ -335,11 +327,22 @@ def _pair_batch(
         answers, ranks = texts[i], batch["ranks"][i]
         for better, worse in answer_pairs(list(range(len(answers))), ranks):
             chosen, rejected = fitted.answers[better], fitted.answers[worse]
-            fate = EQUAL_ANSWERS if chosen == rejected and fitted.fate <= CUT else fitted.fate
+            truncation = (
+                Truncation.EQUAL_ANSWERS
+                if chosen == rejected and fitted.truncation.is_kept
+                else fitted.truncation
+            )
             length = len(fitted.prompt) + max(len(chosen), len(rejected))
             pair = (fitted.prompt + chosen, fitted.prompt + rejected)
             unshown = encoder.unshown(prompts[i], [answers[better], answers[worse]])
-            values = (int(groups[indices[i]]), batch["margin"][i], length, len(row.prompt), unshown, fate)
+            values = (
+                int(groups[indices[i]]),
+                batch["margin"][i],
+                length,
+                len(row.prompt),
+                unshown,
+                truncation,
+            )
             table.append((*pair, len(fitted.prompt), *values))
     return _columns(table, PAIR_COLUMNS)
 
@@ -359,12 +362,12 @@ def _prompt_batch(
     table = []
     for number, (row, fitted) in enumerate(zip(rows, fitted_rows, strict=True)):
         ids = fitted.prompt
-        fate = NO_TOKEN if fitted.fate <= CUT and not ids else fitted.fate
-        if read and read[number].fate == WITH_TOOLS:
-            fate = WITH_TOOLS
+        truncation = Truncation.NO_TOKEN if fitted.truncation.is_kept and not ids else fitted.truncation
+        if read and read[number].truncation == Truncation.WITH_TOOLS:
+            truncation = Truncation.WITH_TOOLS
         more = (values[number] for values in extra.values())
         unshown = encoder.unshown(prompts[number], ())
-        table.append((ids, content_key(ids), *more, len(ids), len(row.prompt), unshown, fate))
+        table.append((ids, content_key(ids), *more, len(ids), len(row.prompt), unshown, truncation))
     return _columns(table, {**PROMPT_COLUMNS, **extra})
 
 
@@ -375,7 +378,7 @@ def content_key(ids: Sequence[int]) -> int:
 
 
 def _columns(table: list[tuple], names: dict[str, Any]) -> Columns:
-    """Rows as columns: `names`, then length, prompt_size, unshown and fate."""
-    names = [*names, "length", "prompt_size", "unshown", "fate"]
-    columns = list(map(list, zip(*table, strict=True))) if table else [[] for _ in names]
-    return dict(zip(names, columns, strict=True))
+    """Rows as columns: `names`, then length, prompt_size, unshown and truncation."""
+    every = [*names, "length", "prompt_size", "unshown", "truncation"]
+    columns = list(map(list, zip(*table, strict=True))) if table else [[] for _ in every]
+    return dict(zip(every, columns, strict=True))

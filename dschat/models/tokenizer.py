@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dschat.arguments import TokenizerArguments
 from dschat.console import messages
 from dschat.data.files import is_local
-from dschat.data.template_trial import settle_template
+from dschat.data.template_trial import configure_template
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
 from dschat.models.vocabulary import NUM_KNOWN
@@ -53,7 +53,7 @@ def load_tokenizer(
             "--add_eot_token adds one."
         )
     _settle_padding(tokenizer)
-    settle_template(tokenizer, args.chat_template)
+    configure_template(tokenizer, args.chat_template)
     return tokenizer
 
 

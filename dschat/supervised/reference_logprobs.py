@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import DpoArguments
 from dschat.console import messages
-from dschat.data.cache import cache_folder, cached, kept
+from dschat.data.cache import cache_folder, cached, lookup
 from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
 from dschat.data.loaders import EvalLoader, TrainLoader
 from dschat.data.preparation import SplitData
@@ -77,7 +77,7 @@ class ReferenceStore:
                 "load_in_4bit": args.model.load_in_4bit,
             }
         )
-        folder = kept(root, key)
+        folder = lookup(root, key)
         found = None if folder is None else _read(folder / FILE, num_pairs)
         return ReferenceStore(root, key, num_pairs, found)
 

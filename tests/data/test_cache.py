@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.cache import cache_folder, cached, kept
+from dschat.data.cache import cache_folder, cached, lookup
 from dschat.errors import UserError
 from dschat.fingerprint import files_fingerprint, fingerprint
 
@@ -36,11 +36,11 @@ def test_a_result_is_built_once_and_found_afterwards(tmp_path):
 
 
 def test_what_is_kept_is_told_without_building_it(tmp_path):
-    assert kept(tmp_path, "key") is None
+    assert lookup(tmp_path, "key") is None
     folder = cached(tmp_path, "key", lambda place: (place / "x").write_text("12"))
-    assert kept(tmp_path, "key") == folder
+    assert lookup(tmp_path, "key") == folder
     (folder / "x").write_text("1")
-    assert kept(tmp_path, "key") is None, "it was cut short"
+    assert lookup(tmp_path, "key") is None, "it was cut short"
 
 
 def test_processes_that_start_together_build_once(tmp_path):

@@ -11,7 +11,6 @@ import pytest
 from dschat.data.findings import Findings
 from dschat.data.reading import Format, read_comparisons
 from dschat.data.sources import open_source
-from dschat.data.split_names import is_for_evaluation, split_of
 from dschat.errors import UserError
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
@@ -37,34 +36,6 @@ def read(entry, flag="--data_path"):
         for rows in (source.training, source.evaluation)
     ]
     return *parts, source.unused
-
-
-@pytest.mark.parametrize(
-    ("stem", "split"),
-    [
-        ("train", "train"),
-        ("Train-00000-of-00002", "train"),
-        ("train_sft-00000-of-00003-6ef3991c06080e14", "train_sft"),
-        ("train-sft", "train_sft"),
-        ("0000", "numbered"),
-        ("part-00000", "part"),
-        ("part-00000-8f0e1a2b-1c2d-4e5f-8a9b-0123456789ab-c000.snappy", "part_c_snappy"),
-        ("data_0", "data"),
-        ("train_10", "train"),
-        ("v1_train", "v_train"),
-    ],
-)
-def test_names_that_differ_in_a_number_are_one_split(stem, split):
-    assert split_of(stem) == split
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("test", True), ("test_sft", True), ("validation-clean", True), ("gsm_eval", True), ("dev.v2", True)]
-    + [("train", False), ("latest", False), ("train_eval", False), ("devil", False), ("default", False)],
-)
-def test_splits_for_evaluation_are_told_by_a_word_of_their_name(name, expected):
-    assert is_for_evaluation(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -261,46 +232,6 @@ def test_a_file_that_cannot_be_opened_is_named_and_not_its_folder(tmp_path):
     (tmp_path / "train_1.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"train_1\.jsonl: it cannot be read \(No such file"):
         open_source(folder)
-
-
-def test_the_hub_is_asked_for_configuration_and_revision(monkeypatch, tmp_path):
-    loaded = datasets.load_from_disk(saved(tmp_path / "saved", ["train.jsonl", "test.jsonl"]))
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda **options: asked.append(options) or loaded)
-    for entry in (
-        "some/set:config=main,revision=refs/pr/1:0.3",
-        "openai/gsm8k:config=socratic",
-        "openai/gsm8k",
-    ):
-        open_source(entry)
-    assert asked == [
-        {"path": "some/set", "name": "main", "revision": "refs/pr/1"},
-        {"path": "openai/gsm8k", "name": "socratic"},
-        {"path": "openai/gsm8k", "name": "main"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (
-            "some/set",
-            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']",
-        ),
-        ("some/set:config=x", "BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
-        ("some/set", "Couldn't find cache\nAvailable configs in the cache: ['main', 'socratic']"),
-    ],
-)
-def test_configurations_of_the_hub_are_listed_with_what_to_write(monkeypatch, entry, message):
-    def load(**options):
-        raise ValueError(message)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    told = (
-        r"\(found: main, socratic\)\. Write --data_path some/set:config=main or --data_path some/set:config=s"
-    )
-    with pytest.raises(UserError, match=told):
-        open_source(entry)
 
 
 @pytest.mark.skipif(not (SHARED / "cases").exists(), reason="needs the shared cases")

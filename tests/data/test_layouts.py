@@ -1,7 +1,6 @@
 import gzip
 import json
 import os
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, Turn
-from dschat.data.layouts import LAYOUTS, layout, recognise
+from dschat.data.layouts import LAYOUTS, recognise
 from dschat.data.messages import ROLES
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared")) / "data"
@@ -142,33 +141,6 @@ def test_each_layout_is_known_by_its_columns_and_read(name, row, expected):
     assert read(row) == expected
 
 
-def test_every_layout_is_documented_and_none_hides_a_later_one():
-    names = list(LAYOUTS)
-    for i, later in enumerate(names):
-        assert LAYOUTS[later].read.__doc__
-        earlier = [name for name in names[:i] if set(LAYOUTS[name].columns) <= set(LAYOUTS[later].columns)]
-        assert not earlier, f"{earlier} take the rows of {later}"
-
-
-def test_the_documentation_has_an_example_of_every_layout():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^\| `(\w+)` \| `(\{.*\})` \|$", page, re.MULTILINE)
-    assert [name for name, _ in examples] == list(LAYOUTS)
-    for name, row in examples:
-        assert recognise(json.loads(row)).name == name
-        assert read(json.loads(row)).prompt
-
-
-def test_a_new_layout_is_one_function(monkeypatch):
-    monkeypatch.setattr("dschat.data.layouts.registry.LAYOUTS", dict(LAYOUTS))
-
-    @layout("qa_pair", "q", "a")
-    def qa_pair(row):
-        return Comparison(row["q"], (row["a"],))
-
-    assert read({"q": "Why?", "a": "So."}) == Comparison("Why?", ("So.",))
-
-
 @pytest.mark.parametrize("row", [{"chosen": TURN + " Two.", "rejected": TURN + " 3."}, {"prompt": TURN}])
 def test_dialogues_with_windows_line_endings_are_dialogues(row):
     windows = {name: value.replace("\n", "\r\n") for name, value in row.items()}
@@ -178,65 +150,6 @@ def test_dialogues_with_windows_line_endings_are_dialogues(row):
 def test_windows_line_endings_of_other_text_stay():
     row = {"prompt": "Human: a\r\n\r\nb"}
     assert recognise(row).read(row) == Comparison(row["prompt"])
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "chosen": "a"}, 'the row has no "rejected"; its columns are: prompt, chosen'),
-        ({"prompt": "p", "rejected": "a"}, 'the row has no "chosen"; '),
-        ({"prompt": "p", "completion": "c", "chosen": "a"}, 'has no "rejected"'),
-        ({"conversations": [], "chosen": "a"}, 'has no "rejected"'),
-        (
-            {"question": "q"},
-            'has no "answer"; its columns are: question; the known layouts are: prompt, chosen',
-        ),
-        ({"text": "t"}, "--prompt_key, --chosen_key, --rejected_key and --messages_key name columns"),
-        ({}, "its columns are: none"),
-    ],
-)
-def test_unknown_columns_are_named_with_what_is_missing(row, message):
-    with pytest.raises(BadRow, match=message):
-        recognise(row)
-
-
-@pytest.mark.parametrize(
-    ("name", "column"), [(k.name, column) for k in LAYOUTS.values() for column in k.columns if not k.fits]
-)
-def test_a_later_row_that_lacks_a_column_says_which(name, column):
-    row = dict.fromkeys(LAYOUTS[name].columns, TURN + " x")
-    row |= {"messages": said("Hi", "a"), "conversations": shared_gpt("Hi"), "answers": ["a"]}
-    if "conversations" in LAYOUTS[name].columns and len(LAYOUTS[name].columns) == 1:
-        row["conversations"] = shared_gpt("Hi", "a")
-    row |= {"prompt": "p", "question": "q"}
-    del row[column]
-    with pytest.raises(BadRow, match=f'the row has no "{column}"'):
-        LAYOUTS[name].read(row)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (None, '"chosen" must be a string, but is null'),
-        ([], '"chosen" must be a list of messages, but is a list: \\[\\]'),
-        ([{"role": "assistant"}], 'message 1 of "chosen" has no "content"'),
-        ({"text": "x"}, 'message 1 of "chosen" has no "role"'),
-        (3, '"chosen" must be a string, but is a number: 3'),
-        (True, '"chosen" must be a string, but is true or false: True'),
-        ("", '"chosen" is empty$'),
-        (" \n", '"chosen" is empty but for white space'),
-        ("half \ud83d", '"chosen" holds half of a surrogate pair at character 6'),
-        ([{"role": "assistant", "content": "\udc00"}], 'message 1 of "chosen" holds half of a surrogate'),
-    ],
-)
-def test_a_value_that_is_no_text_is_named(value, message):
-    with pytest.raises(BadRow, match=message):
-        read({**PAIR, "chosen": value})
-
-
-def test_long_values_are_cut_short_in_messages():
-    with pytest.raises(BadRow, match=r"is a list: .{60}\.\.\.$"):
-        read({**PAIR, "margin": ["x" * 100]})
 
 
 @pytest.mark.parametrize(("word", "role"), ROLES.items())
@@ -305,32 +218,6 @@ def test_sound_rows_of_no_use_are_dropped_with_their_reason(row, reason):
         read(row)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        ("Just text", 'holds no .*Assistant.* and the row no "prompt"'),
-        ("\n\nAssistant: Hi", '"chosen" has an answer but no question before it'),
-    ],
-)
-def test_text_that_is_no_dialogue_is_an_error(chosen, message):
-    with pytest.raises(BadRow, match=message):
-        read({"chosen": chosen, "rejected": TURN + " x"})
-
-
-def test_equal_answers_keep_the_whole_prompt():
-    assert read({"chosen": TURN + " x", "rejected": TURN + " x"}) == Comparison(TURN, (" x", " x"))
-
-
-def test_messages_before_an_answer_may_say_more_than_the_prompt_but_not_something_else():
-    before = [{"role": "system", "content": "S"}, *said("Hi", "Hello", "Sum?")]
-    row = {"prompt": "Sum?", "completion": [*before, {"role": "assistant", "content": "2"}]}
-    assert read(row).prompt == (Turn("system", "S"), *ASKED)
-    with pytest.raises(
-        BadRow, match='"completion" has messages before its answer, and they are not the prompt'
-    ):
-        read({**row, "prompt": "Difference?"})
-
-
 def test_a_system_message_of_the_conversation_goes_before_the_column():
     row = {"conversations": [{"from": "system", "value": "in"}, *shared_gpt("a", "b")], "system": "column"}
     assert read(row).prompt[0] == Turn("system", "in")
@@ -338,99 +225,6 @@ def test_a_system_message_of_the_conversation_goes_before_the_column():
         assert read({"conversations": shared_gpt("a", "b"), "system": none}).prompt == (Turn("user", "a"),)
     with pytest.raises(BadRow, match='"system" must be a string'):
         read({"conversations": shared_gpt("a", "b"), "system": 5})
-
-
-@pytest.mark.parametrize(
-    ("margin", "expected"),
-    [(None, 0.0), (0, 0.0), (1, 1.0), (0.5, 0.5), ("", 0.0), (float("nan"), 0.0), ("1.5", 1.5)],
-)
-@pytest.mark.parametrize(
-    "row",
-    [
-        PAIR,
-        {"chosen": TURN + " x", "rejected": TURN + " y"},
-        {"conversations": shared_gpt("a"), "chosen": "x", "rejected": "y"},
-    ],
-)
-def test_the_margin_is_a_column_of_pairs(row, margin, expected):
-    assert read({**row, "margin": margin}).margin == expected
-    assert read(row).margin == 0.0
-
-
-@pytest.mark.parametrize(
-    ("margin", "message"),
-    [
-        (float("inf"), "must be a finite number"),
-        (1e300, "must be a finite number"),
-        (-1e39, "must be a finite number"),
-        ("1e300", "must be a finite number"),
-        (10**400, "must be a finite number"),
-        (-0.5, "must be at least 0, but is -0.5"),
-        ("wide", "must be a number, but is str"),
-        (True, "must be a number, but is true or false"),
-    ],
-)
-def test_a_margin_that_is_none_is_named(margin, message):
-    with pytest.raises(BadRow, match=f'"margin" {message}'):
-        read({**PAIR, "margin": margin})
-
-
-@pytest.mark.parametrize(
-    ("columns", "answers", "ranks", "pairs"),
-    [
-        ({}, "abc", (0, 1, 2), ["ab", "ac", "bc"]),
-        ({"ranks": [2, 1, 3]}, "bac", (1, 2, 3), ["ba", "bc", "ac"]),
-        ({"scores": [0, 7.5, -1]}, "bac", (-7.5, 0, 1), ["ba", "bc", "ac"]),
-        ({"ranks": [2, 1, 2]}, "bac", (1, 2, 2), ["ba", "bc"]),  # a and c tie
-        ({"scores": [1, 1, 1]}, "abc", (-1, -1, -1), []),
-        ({"ranks": None, "scores": [1, 2, 3]}, "cba", (-3, -2, -1), ["cb", "ca", "ba"]),
-        ({"ranks": [1, 2, 3], "scores": [1, 2, 3]}, "abc", (1, 2, 3), ["ab", "ac", "bc"]),  # ranks win
-    ],
-)
-def test_ranked_answers_are_sorted_and_paired(columns, answers, ranks, pairs):
-    comparison = read({"prompt": "p", "answers": ["a", "b", "c"], **columns})
-    assert comparison == Comparison("p", tuple(answers), ranks)
-    assert comparison.pairs == [tuple(pair) for pair in pairs]
-
-
-def test_a_score_of_zero_is_the_rank_zero_without_a_sign():
-    row = {"prompt": "p", "answers": ["a"], "scores": [0]}
-    assert json.dumps(read(row).ranks) == "[0.0]"
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"answers": []}, '"answers" must be a list of texts'),
-        ({"answers": "ab"}, '"answers" must be a list of texts, but is str'),
-        ({"answers": ["a", ""]}, "answer 2 is empty"),
-        ({"answers": ["a", None]}, "answer 2 must be a string, but is null"),
-        ({"ranks": [1]}, '"ranks" must be a list of 2 numbers, one an answer'),
-        ({"scores": 1}, '"scores" must be a list of 2 numbers'),
-        ({"scores": [1, float("nan")]}, '2 of "scores" must be a finite number'),
-        ({"scores": [10**400, 1]}, '1 of "scores" must be a finite number'),
-        ({"ranks": [True, 1]}, '1 of "ranks" must be a number'),
-        ({"ranks": ["first", 1]}, '1 of "ranks" must be a number'),
-    ],
-)
-def test_ranked_answers_that_cannot_be_read_are_named(columns, message):
-    with pytest.raises(BadRow, match=message):
-        read({"prompt": "p", "answers": ["a", "b"], **columns})
-
-
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=6))
-def test_scores_and_the_ranks_they_stand_for_make_the_same_pairs(scores):
-    answers = [f"answer {i}" for i in range(len(scores))]
-    row = {"prompt": "p", "answers": answers, "scores": scores}
-    pairs = {
-        (a, b)
-        for a, i in zip(answers, scores, strict=True)
-        for b, j in zip(answers, scores, strict=True)
-        if i > j
-    }
-    comparison = read(row)
-    assert set(comparison.pairs) == pairs
-    assert len(comparison.pairs) == len(pairs)
 
 
 KEYS = ["role", "content", "from", "value", "text", "tool_calls"]

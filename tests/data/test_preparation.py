@@ -1,7 +1,6 @@
 import gzip
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from dschat.arguments import DataArguments
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import build_train_loader
 from dschat.data.preparation import prompt_data, reward_data, sft_data
-from dschat.data.refused_rows import RowError, encode_rows
 from dschat.data.templates import NONE, PLAIN
 from dschat.errors import UserError
 
@@ -764,20 +762,6 @@ def test_rows_that_cannot_be_tokenised_are_left_out_where_the_flag_says_so(
     refused = write(tmp_path / "b.jsonl", *[row for row in rows if "refused" in row["prompt"]])
     with pytest.raises(UserError, match=r"no rows left to train on: dropped 3 \(bad row.*not that"):
         prepared(arguments(tmp_path, refused, **settings), picky_tokenizer, step)
-
-
-def test_the_first_row_that_fails_by_itself_is_named():
-    def encode(batch):
-        if "bad" in batch["prompt"]:
-            raise KeyError("what is it")
-        return batch
-
-    rows = {"prompt": ["a", "bad", "bad"]}
-    with pytest.raises(RowError, match="row 8 cannot be tokenised: KeyError: 'what is it'"):
-        encode_rows(rows, [6, 7, 8], encode, with_indices=False)
-    with pytest.raises(RowError) as caught:
-        encode_rows(rows, [6, 7, 8], encode, with_indices=False)
-    assert pickle.loads(pickle.dumps(caught.value)).number == 7
 
 
 def write(path, *rows):

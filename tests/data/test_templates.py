@@ -1,211 +1,25 @@
-from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
-
 import pytest
+from chat_templates import (
+    ANSWER,
+    CHATML_ASKED,
+    EACH,
+    PLAIN_ASKED,
+    STYLES,
+    SYSTEM,
+    TURNS,
+    learned_texts,
+    template_of,
+    templated,
+    tokenizer_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import comparison_rows, tiny_tokenizer
+from tiny import comparison_rows
 
-from dschat.data import template_trial
 from dschat.data.comparisons import Comparison, Turn, parse_dialogue
-from dschat.data.template_trial import settle_template
 from dschat.data.templates import NONE, PLAIN, ChatTemplate
 from dschat.data.tokenization import tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.errors import UserError
-
-# The templates below follow those that the model families publish, less their tools.
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-THINKING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-    "{{ m['content'].split('</think>')[-1] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-ALTERNATING = (
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) or m['role'] == 'system' %}"
-    "{{ raise_exception('user and assistant must alternate') }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}" + ALTERNATING + "{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for m in messages %}" + ALTERNATING + "{{ '<start_of_turn>' + "
-    "('model' if m['role'] == 'assistant' else 'user') + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
-SYSTEM_LAST = (  # as Mistral's third: the system message stands in the last question
-    "{% set system = messages[0]['content'] + ' ' if messages[0]['role'] == 'system' else '' %}"
-    "{% set last = messages | selectattr('role', 'eq', 'user') | list | last %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + (system if m == last else '') + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-TURNS = (Turn("user", "Tea?"), Turn("assistant", "Yes."), Turn("user", "Milk?"))
-ANSWER = "A drop."
-SYSTEM = Turn("system", "Be brief.")
-
-
-@dataclass(frozen=True)
-class Style:
-    """A template with its tokenizer's marks, and what it makes of `TURNS` and `ANSWER`."""
-
-    template: str
-    end: str
-    asked: str
-    answered: str
-    """Less the end token."""
-    learned: tuple[str, str]
-    """With the end token: the template's own, or else the tokenizer's."""
-    system: str
-    """What stands before "Tea?" where `SYSTEM` comes first."""
-    bos: bool = False
-    marks: tuple[str, ...] = ()
-
-
-IM = ("<|im_start|>", "<|im_end|>")
-CHATML_ASKED = (
-    "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n"
-    "Yes.<|im_end|>\n<|im_start|>user\nMilk?<|im_end|>\n<|im_start|>assistant\n"
-)
-CHATML_SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-PLAIN_ASKED = "\n\nHuman: Tea?\n\nAssistant: Yes.\n\nHuman: Milk?\n\nAssistant:"
-GEMMA_ASKED = (
-    "<s><start_of_turn>user\nTea?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
-    "<start_of_turn>user\nMilk?<end_of_turn>\n<start_of_turn>model\n"
-)
-HEADER = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>")
-
-STYLES = {
-    "plain": Style(
-        PLAIN,
-        "<|endoftext|>",
-        PLAIN_ASKED,
-        " A drop.",
-        (" Yes.", " A drop.<|endoftext|>"),
-        "Be brief.\n\nHuman: ",
-    ),
-    "plain_bos": Style(
-        PLAIN,
-        "<|endoftext|>",
-        PLAIN_ASKED,
-        " A drop.",
-        (" Yes.", " A drop.<|endoftext|>"),
-        "Be brief.\n\nHuman: ",
-        bos=True,
-    ),
-    "chatml": Style(
-        CHATML,
-        "<|im_end|>",
-        CHATML_ASKED,
-        "A drop.",
-        ("Yes.<|im_end|>", "A drop.<|im_end|>"),
-        CHATML_SYSTEM,
-        marks=IM,
-    ),
-    "chatml_of_a_base_model": Style(
-        CHATML,
-        "<|endoftext|>",
-        CHATML_ASKED,
-        "A drop.<|im_end|>",
-        ("Yes.<|im_end|>", "A drop.<|im_end|>"),
-        CHATML_SYSTEM,
-        marks=IM,
-    ),
-    "thinking": Style(
-        THINKING,
-        "<|im_end|>",
-        CHATML_ASKED.removeprefix("<|im_start|>system\nYou help.<|im_end|>\n"),
-        "<think>\n\n</think>\n\nA drop.",
-        ("Yes.<|im_end|>", "<think>\n\n</think>\n\nA drop.<|im_end|>"),
-        CHATML_SYSTEM,
-        marks=IM,
-    ),
-    "llama3": Style(
-        LLAMA3,
-        "<|eot_id|>",
-        "<s><|start_header_id|>user<|end_header_id|>\n\nTea?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nMilk?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "A drop.",
-        ("Yes.<|eot_id|>", "A drop.<|eot_id|>"),
-        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        bos=True,
-        marks=HEADER,
-    ),
-    "mistral": Style(
-        MISTRAL,
-        "<|endoftext|>",
-        "<s>[INST] Tea? [/INST] Yes.<|endoftext|>[INST] Milk? [/INST]",
-        " A drop.",
-        (" Yes.<|endoftext|>", " A drop.<|endoftext|>"),
-        "<s>[INST] Be brief.\n\n",
-        bos=True,
-        marks=("[INST]", "[/INST]"),
-    ),
-    "gemma": Style(
-        GEMMA,
-        "<end_of_turn>",
-        GEMMA_ASKED,
-        "A drop.",
-        ("Yes.<end_of_turn>", "A drop.<end_of_turn>"),
-        "<s><start_of_turn>user\nBe brief.\n\n",
-        bos=True,
-        marks=GEMMA_MARKS,
-    ),
-    "gemma_of_a_base_model": Style(
-        GEMMA,
-        "<|endoftext|>",
-        GEMMA_ASKED,
-        "A drop.<end_of_turn>",
-        ("Yes.<end_of_turn>", "A drop.<end_of_turn>"),
-        "<s><start_of_turn>user\nBe brief.\n\n",
-        bos=True,
-        marks=GEMMA_MARKS,
-    ),
-}
-EACH = pytest.mark.parametrize("name", STYLES)
-
-
-@cache
-def tokenizer_of(name):
-    style = STYLES[name]
-    tokenizer = tiny_tokenizer(bos=style.bos)
-    tokenizer.add_tokens(list(style.marks), special_tokens=True)
-    tokenizer.eos_token = style.end
-    tokenizer.chat_template = style.template
-    return tokenizer
-
-
-def template_of(name):
-    return ChatTemplate(tokenizer_of(name))
-
-
-def templated(template, **settings):
-    tokenizer = tiny_tokenizer(**settings)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def learned_texts(tokenizer, row):
-    """The runs of tokens that the mask marks, as text."""
-    runs = groupby(zip(row["input_ids"], row["loss_mask"], strict=True), key=lambda pair: pair[1])
-    return tuple(tokenizer.decode([token for token, _ in run]) for marked, run in runs if marked)
 
 
 @EACH
@@ -329,54 +143,6 @@ def test_what_looks_a_little_like_a_mark_is_no_rendered_text():
     assert template_of("mistral").prompt("INST] is a mark").startswith("<s>[INST] INST] is")
 
 
-@EACH
-def test_the_pieces_together_are_the_whole(name):
-    template = template_of(name)
-    pieces, _ = template.pieces(TURNS, ANSWER)
-    assert "".join(text for text, _ in pieces) == template.prompt(TURNS) + template.answer(TURNS, ANSWER)
-    said = [text for text, learned in pieces if learned]
-    assert said == [STYLES[name].learned[0], STYLES[name].answered]
-
-
-def test_an_answer_that_repeats_an_earlier_text_is_found_in_its_own_place():
-    turns = (Turn("user", "Yes."), Turn("assistant", "Yes."), Turn("user", "Yes."))
-    for name in STYLES:
-        positions, position = [], 0
-        for text, learned in template_of(name).pieces(turns, "Yes.")[0]:
-            positions += [position + text.index("Yes.")] if learned else []
-            position += len(text)
-        whole = template_of(name).prompt(turns) + template_of(name).answer(turns, "Yes.")
-        assert [whole[: p + 4].count("Yes.") for p in positions] == [2, 4]
-
-
-def test_an_earlier_answer_is_found_where_the_template_moves_the_system_message():
-    template = ChatTemplate(templated(SYSTEM_LAST))
-    pieces, _ = template.pieces((SYSTEM, *TURNS), ANSWER)
-    assert pieces == [
-        ("[INST] Tea? [/INST]", False),
-        (" Yes.<|endoftext|>", True),
-        ("[INST] Be brief. Milk? [/INST]", False),
-        (" A drop.", True),
-    ]
-
-
-def test_an_earlier_answer_that_is_shown_in_another_form_is_not_learned():
-    turns = (
-        Turn("user", "Tea?"),
-        Turn("assistant", "hm</think>Yes."),
-        Turn("user", "Milk?"),
-        Turn("assistant", "No."),
-        Turn("user", "Now?"),
-    )
-    pieces, num_missed = template_of("thinking").pieces(turns, ANSWER)
-    assert num_missed == 1
-    assert "hm" not in "".join(text for text, _ in pieces)
-    assert [text for text, learned in pieces if learned] == [
-        "No.<|im_end|>",
-        "<think>\n\n</think>\n\nA drop.",
-    ]
-
-
 def test_the_template_none_adds_and_removes_nothing():
     tokenizer = templated(NONE)
     template = ChatTemplate(tokenizer)
@@ -386,17 +152,6 @@ def test_the_template_none_adds_and_removes_nothing():
     assert template.pieces("Q ", " a") == ([("Q ", False), (" a", True)], 0)
     with pytest.raises(UserError, match="takes a prompt and an answer as they are"):
         template.prompt(TURNS)
-
-
-@EACH
-@pytest.mark.parametrize("ended", [True, False])
-def test_an_answer_alone_is_read_back_as_its_content(name, ended):
-    template = template_of(name)
-    shown = template.answer_alone(f" {ANSWER} ", ended)
-    assert shown == STYLES[name].answered.partition(ANSWER)[0] + ANSWER + (
-        STYLES[name].answered.partition(ANSWER)[2] if ended else ""
-    )
-    assert template.content(shown) == ANSWER
 
 
 @EACH
@@ -485,110 +240,3 @@ def test_pieces_are_the_whole_and_mark_each_answer(name, turns, answer):
         assert len(said) == len(expected)
         for text, content in zip(said, expected, strict=True):
             assert text.partition(content)[1] == content
-
-
-BAD = {
-    "{% for m in messages %}\n{{ messages[0]['content']": r"not sound Jinja \(line 2: unexpected end",
-    "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}": "does not work",
-    "{{ messages | length }}": "cannot be trained with",
-    "{{ raise_exception('never') }}": "never",
-    "{{ 1 / 0 }}": "does not work with a conversation of user .ZeroDivisionError: division by zero",
-    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
-    "{% for a in [1] %}" * 25 + "{% endfor %}" * 25: "too many statically nested blocks",
-    "{{ ''.__class__.__mro__ }}": "unsafe",
-    CHATML + "{{ 'x' * 10**6 }}": "makes 1,000,[0-9]* characters",
-    CHATML + "{{ '\\ud800' }}": "half of a surrogate pair",
-}
-
-
-@pytest.mark.parametrize("template", BAD)
-def test_a_template_that_cannot_serve_is_refused_with_the_flag(tmp_path, template):
-    (tmp_path / "t.jinja").write_text(template)
-    with pytest.raises(UserError, match=BAD[template]) as error:
-        settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))
-    assert str(error.value).count("--chat_template") == 1
-
-
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        (
-            "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'x ' * add_generation_prompt }}",
-            r"its generation prompt ends with 'x ', which the same answer .* remove that text",
-        ),
-        (CHATML.replace("assistant\\n'", "assistant\\n<answer>'"), r".*ends with '<answer>', which"),
-        ("{{ messages[0]['content'] }}", "it does not show an answer as it is"),
-        (
-            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-            "it shows a question in another form once it is answered",
-        ),
-    ],
-)
-def test_a_template_that_shows_no_answer_to_learn_still_asks_and_is_refused_by_steps_1_and_2(
-    template, problem
-):
-    tokenizer = templated(None)
-    tokenizer.chat_template = template
-    settle_template(tokenizer, None)
-    rows = comparison_rows(Comparison("Tea?", ("Yes.", "No.")))
-    assert len(tokenize_prompts(rows, tokenizer, max_prompt_seq_len=99).rows) == 1
-    for tokenize in (tokenize_sft, tokenize_pairs):
-        with pytest.raises(UserError, match=f"cannot be trained with: {problem}.*--chat_template"):
-            tokenize(rows, tokenizer, max_seq_len=99)
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "{{ 'x' * 10 ** 11 }}",
-        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 10 ** (10 ** 10) }}",  # which no signal handler of Python's interrupts
-    ],
-)
-def test_a_template_that_takes_all_time_or_memory_is_refused(tmp_path, monkeypatch, bomb):
-    monkeypatch.setattr(template_trial, "TRIAL_SECONDS", 1)
-    (tmp_path / "t.jinja").write_text(bomb + CHATML)
-    with pytest.raises(UserError, match=r"needs more than 1 seconds or 1024 MiB.*--chat_template"):
-        settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))
-
-
-@pytest.mark.parametrize(
-    ("own", "choice", "settled"),
-    [(None, None, PLAIN), (CHATML, None, CHATML), (CHATML, "plain", PLAIN), (CHATML, "none", NONE)],
-)
-def test_the_tokenizers_own_template_goes_before_the_plain_one_and_a_choice_before_both(own, choice, settled):
-    tokenizer = templated(own)
-    settle_template(tokenizer, choice)
-    assert tokenizer.chat_template == settled
-
-
-def test_a_template_from_a_file_is_saved_with_the_tokenizer(tmp_path):
-    (tmp_path / "t.jinja").write_text(CHATML)
-    tokenizer = tiny_tokenizer()
-    settle_template(tokenizer, str(tmp_path / "t.jinja"))
-    tokenizer.save_pretrained(tmp_path / "saved")
-    loaded = type(tokenizer).from_pretrained(tmp_path / "saved")
-    settle_template(loaded, None)
-    assert ChatTemplate(loaded).prompt(TURNS) == CHATML_ASKED
-
-
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (" \n", "is empty")])
-def test_a_template_file_that_is_missing_or_empty_is_named(tmp_path, content, message):
-    if content:
-        (tmp_path / "t.jinja").write_text(content)
-    with pytest.raises(UserError, match=rf"--chat_template .*t\.jinja {message}"):
-        settle_template(tiny_tokenizer(), str(tmp_path / "t.jinja"))
-
-
-def test_a_conversation_that_the_template_refuses_is_named_by_its_roles():
-    with pytest.raises(UserError, match="does not take a conversation of user, system, user"):
-        template_of("mistral").prompt((TURNS[0], SYSTEM, TURNS[2]))
-
-
-def test_of_a_long_conversation_that_is_refused_only_the_first_roles_are_named():
-    tokenizer = tiny_tokenizer()
-    settle_template(tokenizer, "none")
-    with pytest.raises(UserError, match=r"of (user, assistant, ){3}\.\.\. \(101 messages\) \("):
-        ChatTemplate(tokenizer).prompt((*[TURNS[0], TURNS[1]] * 50, TURNS[2]))

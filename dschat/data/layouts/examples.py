@@ -27,8 +27,8 @@ def labelled(row: Row, comparison: Comparison) -> Comparison:
 def _is_good(value: Any, column: str) -> bool:
     """What a label says. Raises `BadRow` for one that is neither true nor false."""
     word = value.strip().lower() if isinstance(value, str) else value
-    known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-    known |= {True: True, False: False}  # and 1 and 0, which equal them
+    known: dict[str | bool, bool] = {"true": True, "1": True, "1.0": True, True: True}
+    known |= {"false": False, "0": False, "0.0": False, False: False}  # 1 and 0 equal True and False
     try:
         return known[word]
     except (KeyError, TypeError) as error:

@@ -42,10 +42,31 @@ SIGNED = ("overall_preference", "preference_strength")
 ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 """Columns of which the one that is 1 says the same."""
 
-TIED = ("tie", "tied", "draw", "both", "equal", "same", "neither", "bothbad", "both_bad", "both bad")
+TIED: tuple[str, ...] = (
+    "tie",
+    "tied",
+    "draw",
+    "both",
+    "equal",
+    "same",
+    "neither",
+    "bothbad",
+    "both_bad",
+    "both bad",
+)
 TIED += ("tie (bothbad)", "tie(bothbad)", "tie (both bad)", "no preference", "no_preference", "c")
 
-NOUNS = ("", "model", "assistant", "answer", "response", "output", "completion", "conversation", "candidate")
+NOUNS: tuple[str, ...] = (
+    "",
+    "model",
+    "assistant",
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "conversation",
+    "candidate",
+)
 NOUNS += ("option", "reply", "generation", "summary")
 
 
@@ -72,12 +93,12 @@ def pair_of(row: Row) -> Pair | None:
 def _score_columns(row: Row, pair: Pair) -> tuple[str, str] | None:
     for kind in ("score", "rating", "reward"):
         for form in ("{kind}_{side}", "{kind}{side}", "{column}_{kind}", "{kind}_{column}"):
-            columns = tuple(
+            one, other = (
                 form.format(kind=kind, side=side, column=column)
                 for side, column in zip(pair.sides, pair.columns, strict=True)
             )
-            if set(columns) <= set(row):
-                return columns
+            if {one, other} <= set(row):
+                return one, other
     return None
 
 

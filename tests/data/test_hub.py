@@ -1,0 +1,93 @@
+"""The hub is asked for what the entry names, and its refusals say what to write."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
+from dschat.errors import UserError
+
+
+def saved(folder, names):
+    splits = {
+        name.removesuffix(".jsonl"): datasets.Dataset.from_list([{"prompt": name, "completion": "a"}])
+        for name in names
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return str(folder)
+
+
+def write(folder, *names):
+    """A file of one row for each name, whose prompt is the name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist([{"prompt": name, "completion": "a"}]), path)
+        else:
+            path.write_text(json.dumps({"prompt": name, "completion": "a"}) + "\n")
+    return str(folder)
+
+
+def read(entry, flag="--data_path"):
+    """The prompts to train on and to evaluate on, and what else there is."""
+    source = open_source(entry, flag, evaluates=flag == "--eval_data_path")
+    parts = [
+        [row.prompt for row in read_comparisons(source, rows, Format(), Findings())] if rows else []
+        for rows in (source.training, source.evaluation)
+    ]
+    return *parts, source.unused
+
+
+def test_the_hub_is_asked_for_configuration_and_revision(monkeypatch, tmp_path):
+    loaded = datasets.load_from_disk(saved(tmp_path / "saved", ["train.jsonl", "test.jsonl"]))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **options: asked.append(options) or loaded)
+    for entry in (
+        "some/set:config=main,revision=refs/pr/1:0.3",
+        "openai/gsm8k:config=socratic",
+        "openai/gsm8k",
+    ):
+        open_source(entry)
+    assert asked == [
+        {"path": "some/set", "name": "main", "revision": "refs/pr/1"},
+        {"path": "openai/gsm8k", "name": "socratic"},
+        {"path": "openai/gsm8k", "name": "main"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "some/set",
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']",
+        ),
+        ("some/set:config=x", "BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
+        ("some/set", "Couldn't find cache\nAvailable configs in the cache: ['main', 'socratic']"),
+    ],
+)
+def test_configurations_of_the_hub_are_listed_with_what_to_write(monkeypatch, entry, message):
+    def load(**options):
+        raise ValueError(message)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    told = (
+        r"\(found: main, socratic\)\. Write --data_path some/set:config=main or --data_path some/set:config=s"
+    )
+    with pytest.raises(UserError, match=told):
+        open_source(entry)
+
+
+def test_a_hub_that_cannot_be_reached_names_the_flag_and_a_way_out(monkeypatch):
+    def unreachable(path):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"--data_path some/set: .*ConnectionError: no route.* go online"):
+        open_source("some/set")
