@@ -1,41 +1,15 @@
-"""Messages for people: one line, whatever is quoted in them."""
+"""How a program starts and ends."""
 
+import errno
 import os
-import pickle
 import sys
 
 import pytest
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dschat.errors import LONGEST_MESSAGE, UserError
+from dschat.errors import UserError
 from dschat.program import readable_errors
-
-
-@pytest.mark.parametrize(
-    ("message", "shown"),
-    [
-        ("a.jsonl:3: \tno.\n  Correct it.\n", r"a.jsonl:3: \tno. Correct it."),
-        ("the key is \x1b[31mred\x00", r"the key is \x1b[31mred\x00"),
-        ("half a pair \ud800, back \u202e", r"half a pair \ud800, back \u202e"),
-        ("茶 é 😀", "茶 é 😀"),
-    ],
-)
-def test_a_message_is_one_line_that_steers_no_terminal(message, shown):
-    assert str(UserError(message)) == shown
-
-
-def test_of_a_long_message_beginning_and_end_are_kept_and_it_travels_between_processes():
-    error = UserError("--flag " + "x" * 5000 + " is no number.")
-    # 7 + 5,000 + 14 characters; 975 from either end stay.
-    assert str(error) == "--flag " + "x" * 968 + " ... (3,071 characters) ... " + "x" * 961 + " is no number."
-    assert len(str(error)) <= LONGEST_MESSAGE
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
-def test_details_are_lines_of_their_own_and_travel_too():
-    error = UserError("out of\nmemory:", "  12 GiB  weights", "What helps:\nless")
-    assert str(error) == "out of memory:\n  12 GiB  weights\nWhat helps: less"
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_a_rank_that_is_no_number_is_named_before_anything_reads_it(monkeypatch, capsys):
@@ -56,3 +30,36 @@ def test_the_last_message_stands_in_a_line_of_its_own_beside_a_progress_bar(caps
     bar.close()
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert "error: no more data" in lines
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("give another file"), 2), (KeyboardInterrupt(), 130)])
+def test_an_error_for_people_is_one_line_and_an_exit_code(error, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err.strip() in ("error: give another file", "interrupted")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "out/summary.json"),
+        OSError(errno.EROFS, "Read-only file system"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_no_bug(error, capsys):
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise error
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: nothing more can be written: ")
+    assert "--resume_from_checkpoint latest" in told
+
+
+def test_debug_and_bugs_keep_their_traceback():
+    with pytest.raises(UserError), readable_errors(debug=True):
+        raise UserError("x")
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        raise ZeroDivisionError

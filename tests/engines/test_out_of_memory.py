@@ -1,7 +1,6 @@
 """Where memory runs out: what is said, and that --auto_micro_batch learns the same in smaller parts."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,7 @@ from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from dschat.arguments import parse_arguments
-from dschat.distributed import restart
 from dschat.engines import out_of_memory
-from dschat.engines.memory_remedies import Phase, PhaseKind, halved, memory_flags, smaller_parts
 
 WORKER = ROOT / "tests" / "workers" / "out_of_memory.py"
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -89,37 +85,6 @@ def test_one_row_cannot_be_halved(folder):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((16, 1), (8, 2)), ((3, 2), (2, 3)), ((5, 1), (1, 5)), ((2, 4), (1, 8))]
-)
-def test_the_product_stays(before, after):
-    assert smaller_parts(*before) == after
-
-
-@pytest.mark.parametrize(
-    ("phase", "flags"),
-    [
-        (Phase(PhaseKind.SAMPLING), {"per_device_generation_batch_size": 4, "generation_batches": 6}),
-        (Phase(PhaseKind.ANALYZING), {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4}),
-        (
-            Phase(PhaseKind.TRAINING, "critic"),
-            {"per_device_training_batch_size": 2, "gradient_accumulation_steps": 4},
-        ),
-        (Phase(PhaseKind.LOADING, "actor"), {}),
-    ],
-)
-def test_what_is_halved_in_step_3(phase, flags):
-    args = parse_arguments(
-        "rlhf",
-        [
-            *("--actor_model_name_or_path=a", "--critic_model_name_or_path=c", "--generation_batches=3"),
-            *("--per_device_generation_batch_size=8", "--per_device_training_batch_size=4"),
-            "--gradient_accumulation_steps=2",
-        ],
-    )
-    assert halved(phase, memory_flags(args)) == flags
-
-
-@pytest.mark.parametrize(
     ("error", "is_one"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), True),
@@ -132,11 +97,3 @@ def test_what_is_halved_in_step_3(phase, flags):
 )
 def test_what_counts_as_out_of_memory(error, is_one):
     assert out_of_memory.is_out_of_memory(error) is is_one
-
-
-@pytest.mark.parametrize("start", [["-u", "main.py"], ["-m", "package.main"]])
-def test_the_command_keeps_how_python_was_started(start):
-    arguments = ["--local_rank=1", "--data_path", "a", "b", "--rows=4", "--more", "1"]
-    command = restart.command(["python3", *start, *arguments], arguments, {"rows": 2, "more": 2})
-    kept = ["--local_rank=1", "--data_path", "a", "b", "--more", "1"]
-    assert command == [sys.executable, *start, *kept, "--rows=2", "--more=2"]

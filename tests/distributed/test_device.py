@@ -1,0 +1,32 @@
+"""The checks of a machine before anything is loaded."""
+
+import os
+
+import psutil
+import pytest
+import torch
+
+from dschat.distributed import device
+from dschat.errors import UserError
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+def test_fp16_on_a_cpu_says_what_to_use():
+    with pytest.raises(UserError, match=r"--dtype fp16 .* --dtype bf16 or fp32"):
+        device.check_precision("fp16", offload=False)
+
+
+def test_offload_without_a_compiler_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UserError, match=r"--offload .* g\+\+"):
+        device.check_precision("bf16", offload=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the device's memory there")
+def test_on_a_cpu_the_peak_is_that_of_the_whole_process():
+    held = torch.ones(2**26, dtype=torch.uint8)
+    now = psutil.Process().memory_info().rss / 2**30
+    assert held.sum() == 2**26
+    assert now <= device.peak_memory_gib() * 1.01
+    assert device.peak_memory_gib() > 1 / 16
+    assert device.current_device() == torch.device("cpu")
