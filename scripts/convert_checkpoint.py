@@ -80,7 +80,7 @@ def convert(args: argparse.Namespace) -> None:
 def from_deepspeed_chat(folder: Path, output: Path) -> None:
     """Write DeepSpeed-Chat's model in `folder` as `export_model` does, in its own precision."""
     from dschat.export.export import export_model
-    from dschat.export.model_card import GOLDEN_TOKENS, Provenance
+    from dschat.export.provenance import GOLDEN_TOKENS, Provenance
     from dschat.models.loading import BACKBONE_NAMES
 
     tensors = _their_tensors(folder)

@@ -11,7 +11,7 @@ from dschat.console import messages
 from dschat.distributed.collectives import all_gather_object, barrier
 from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
-from dschat.export.shared_prompts import other_shares
+from dschat.export.shared_prompts import overlap_warnings
 from dschat.export.upstream import UpstreamModel
 from dschat.runs.atomic_folder import damage, flush
 from dschat.runs.output_folder import (
@@ -34,7 +34,7 @@ def begin_run(description: RunDescription, *, data: str, models: Sequence[Upstre
     what is learned, `models` are those that the run starts from. Raises `UserError`, on every rank the same,
     where a checkpoint cannot be used.
     """
-    for warning in other_shares(description, models):
+    for warning in overlap_warnings(description, models):
         messages.info(warning)
     choice: dict[str, Any] = {}
     now = identity(description, data)

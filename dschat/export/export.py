@@ -1,4 +1,4 @@
-"""Models on disk, in the form that transformers loads anywhere."""
+"""Export: models on disk, in the form that transformers loads anywhere."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +25,9 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.export.golden_outputs import golden_outputs, head_of
-from dschat.export.manifest import PRECISIONS, Manifest, template_fingerprint, weight_checksums
-from dschat.export.model_card import CARD, Provenance, model_card
+from dschat.export.manifest import PRECISIONS, Head, Manifest, template_fingerprint, weight_checksums
+from dschat.export.model_card import CARD, model_card
+from dschat.export.provenance import Provenance
 from dschat.models.end_tokens import end_token_ids
 from dschat.models.loading import HEAD, create_critic_model, create_hf_model
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
@@ -46,14 +47,14 @@ def export_model(
     parameters: Mapping[str, Tensor] | None = None,
     provenance: Provenance | None = None,
 ) -> None:
-    """Write model, configuration and tokenizer into `output_dir` from any ZeRO stage; every rank calls it.
+    """Write model, configuration and tokenizer into `output_dir`, from any ZeRO stage. Every rank calls it.
 
-    A language model then loads with AutoModelForCausalLM, a `RewardModel` with equal scores with
-    AutoModelForSequenceClassification. `parameters` (rank 0's count) replace the model's own by name, whole
-    and in any precision; the files are in the model's. LoRA's adapters are merged into copies of the weights
-    and also written by themselves, into `adapter/`. With a `provenance` the folder gets a manifest and a
-    model card. Files of an older export are replaced, others in the folder stay; config.json comes last, so
-    that a folder which has one is complete.
+    A language model then loads with AutoModelForCausalLM, and a `RewardModel` loads with equal scores with
+    AutoModelForSequenceClassification. `parameters` of rank 0 replace the model's by name: whole tensors in
+    any precision, which are written in the model's. LoRA's adapters are merged into copies of the weights and
+    also written alone, into adapter/. With a `provenance` the folder gets a manifest and a model card. Files
+    of an older export are replaced, other files stay. config.json is written last, so that a folder with one
+    is complete. Raises `UserError` on all ranks where the disk is full or broken.
     """
     module = getattr(engine_or_module, "module", engine_or_module)
     state = _whole_state(module, parameters or {})
@@ -75,17 +76,18 @@ def export_model(
 
 
 def move_export(source: Path, target: Path, provenance: Provenance) -> None:
-    """Let the model in `source` take the place of an older one in `target`; every rank calls it.
+    """Move the exported model in `source` to `target`, in place of an older one. Every rank must call it.
 
-    Its weights and promises stay; its card is written anew, as it names the folder. `source` goes when
-    `target` is whole.
+    The card is written anew, as it names the folder. `source` is removed when `target` is whole. Raises
+    `UserError` where the disk is full or broken.
     """
 
     def move() -> None:
         with replacing_export(target) as folder:
             link_export(source, folder)
             (folder / CARD).unlink(missing_ok=True)  # a link to that in `source`
-            card = model_card(provenance, provenance.head or Manifest.read(source).head, str(target))
+            head = provenance.head or _promised_head(source)
+            card = model_card(provenance, head, str(target))
             (folder / CARD).write_text(card, encoding="utf-8")
         remove_export(source)
 
@@ -94,11 +96,18 @@ def move_export(source: Path, target: Path, provenance: Provenance) -> None:
         raise UserError(f"{source} could not be moved to {target}: {problem}. {STORAGE_REMEDY}")
 
 
+def _promised_head(folder: Path) -> Head:
+    """The kind of the model in `folder` by its manifest."""
+    manifest = Manifest.read(folder)
+    assert manifest is not None  # what is moved was exported with a provenance
+    return manifest.head
+
+
 def _manifest(folder: Path, provenance: Provenance) -> Manifest:
-    """The promises of the model in `folder`: read back from its files, as the next step will read it.
+    """The manifest of the model in `folder`, which is read back as the next step will read it.
 
     So the golden outputs are those of the weights in the file, also where adapters were merged or an average
-    took the place of the live weights. On the CPU: the device is full of what was trained.
+    replaced the weights. They are computed on the CPU, as the device is full of the model in training.
     """
     tokenizer = load_tokenizer(str(folder))
     model = _read_back(folder, tokenizer)
@@ -128,9 +137,9 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
 
 
 def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | RewardModel:
-    """The model in `folder` on the CPU, in the precision of its files."""
+    """The exported model in `folder` on the CPU, in the precision of its files."""
     config = AutoConfig.from_pretrained(folder, **loading_consent())
-    precision = {PRECISIONS[config.dtype]: {"enabled": True}}  # what a DeepSpeed configuration says
+    precision = {PRECISIONS[config.dtype]: {"enabled": True}}  # in the form of a DeepSpeed configuration
     if config.architectures[0].endswith("ForSequenceClassification"):
         return create_critic_model(str(folder), tokenizer, precision, rlhf_training=True)
     return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, precision)
@@ -138,7 +147,7 @@ def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
 @contextmanager
 def _more_threads() -> Iterator[None]:
-    """This machine's cores for this process: torchrun leaves each rank one, and the others are waiting."""
+    """More CPU threads for this process inside the block: the other ranks of the machine are waiting."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, before * mesh().machine.size))
     try:
@@ -164,7 +173,8 @@ def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[
 
 
 def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    model = module
+    """Write weights and configuration of `module` with the whole weights `state`, adapters merged."""
+    model: Any = module
     if isinstance(module, RewardModel):
         model, state = _as_classifier(module, state)
     lora = lora_config(module)
@@ -190,7 +200,7 @@ def _as_classifier(model: RewardModel, state: dict[str, Tensor]) -> tuple[PreTra
 
 
 def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """`save_pretrained`, the cache switched on in the file though it is off while training."""
+    """`save_pretrained`, with the cache of keys and values on in config.json that is off in training."""
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
         model.save_pretrained(folder, state_dict=state)

@@ -1,6 +1,6 @@
-"""What a step promises about the model it hands on: manifest.json beside the weights, and the proof of it.
+"""manifest.json: what a step promises about the model that it exports, and how the file is read and written.
 
-A step calls `verify_model` before it loads anything and `UpstreamModel.check_outputs` before it trains.
+`export.upstream` verifies the promises, and `export.golden_outputs` computes those about outputs.
 """
 
 import dataclasses
@@ -21,84 +21,78 @@ from dschat.errors import UserError
 from dschat.fingerprint import files_fingerprint
 
 MANIFEST = "manifest.json"
-
+"""The name of the file in a model's folder."""
 
 FORMAT = 2
-"""Raise it when the fields of `Manifest` or their meaning change."""
-
+"""The version of the format; raise it when the fields of `Manifest` or their meaning change."""
 
 READABLE = (1, FORMAT)
-"""An older format lacks fields, which have defaults."""
-
+"""The versions that can be read; fields that an older one lacks have defaults."""
 
 WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")
-
+"""The names of weight files and of their indexes."""
 
 Head = Literal["language_model", "score", "value"]
-
 
 HEADS = {
     "language_model": "a language model",
     "score": "a reward model",
     "value": "a critic, as step 3 trains",
 }
-
+"""The kinds of models in the words of messages."""
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-
-NATS = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.1}
-"""How far a golden log-probability (nats a token) may be from the promised one.
-
-Another device, kernel, batch shape or ZeRO stage rounds differently. Measured on Llamas of 8 and 24 layers
-with random weights against fp32: up to 0.004 in fp16 and 0.025 in bf16; in fp32, between batch shapes, 1e-6.
-A random output layer is nats away.
-"""
+"""The names of precisions in flags and files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The promises. Fingerprints and checksums are xxh3_128, 32 hex digits."""
+    """The promises of one model. Fingerprints and checksums are xxh3_128, 32 hex digits."""
 
     step: str
-    """What made the model: sft, reward, dpo, rlhf, or deepspeed-chat for a converted one."""
+    """The step that made the model: sft, reward, dpo, rlhf, or deepspeed-chat for a converted model."""
     head: Head
     tokenizer: str
+    """Fingerprint of the tokenizer, independent of the version of the tokenizers library."""
     tokenizers_version: str
-    """Of the library that wrote the tokenizer, for the message where its fingerprint differs."""
+    """Version of the tokenizers library that wrote the tokenizer, for messages."""
     chat_template: str | None
+    """Fingerprint of the chat template; None where the tokenizer has none."""
     eos_token_id: int
     pad_token_id: int
     num_tokens: int
-    """Entries of the vocabulary, over which log-probabilities are taken."""
+    """Tokens of the tokenizer, over which log-probabilities are normalised."""
     dtype: str
-    """Precision of the weights, in which golden outputs were computed: fp32, bf16 or fp16."""
+    """Precision of the weights and of the golden outputs: fp32, bf16 or fp16."""
     score_mean: float | None
+    """Mean of a reward model's scores of all answers of its evaluation data; None for other models."""
     score_std: float | None
-    """Of a reward model's scores of all answers of its evaluation data; None where there are none."""
+    """Standard deviation of the same scores; None for other models."""
     files: dict[str, str]
-    """Checksums of the weight files (and of their index) by name."""
+    """Checksums of the weight files and of their index, by name."""
     golden_inputs: list[list[int]]
-    """Rows of token ids,"""
+    """Rows of token ids on which outputs are promised, N in number."""
     golden_outputs: list[float]
-    """and for each the mean log-probability of a token after the first, or the score at the last one."""
+    """The output [N] per row: its mean log-probability per token, or its score; see `golden_outputs`."""
     end_token_ids: list[int] | None = None
-    """All that end an answer, `eos_token_id` first; None in format 1."""
+    """Every token that ends an answer, `eos_token_id` first; None in format 1."""
     verdict: str | None = None
-    """On a reward model, as dschat/export/verdict.py words it; None where step 2 made none."""
+    """The verdict of step 2 on a reward model, see `export.verdict`; None for other models."""
     data: dict[str, Any] | None = None
-    """What decides which prompts it was trained on (`shared_prompts.py`); None where not known."""
+    """The settings that decide which prompts the model was trained on, see `export.shared_prompts`."""
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder."""
+        """Write manifest.json into `folder`."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, flag: str = "") -> "Manifest | None":
-        """The folder's manifest, None where it has none. Raises `UserError` for one it cannot use.
+        """The manifest in `folder`, None where there is none.
 
-        `flag` says who named the folder, where someone did.
+        Raises `UserError` for a file that is no manifest or of another version. The message begins with
+        `flag`, the flag that named the folder, if it is given.
         """
         path = folder / MANIFEST
         if not is_local(path):
@@ -119,16 +113,17 @@ class Manifest:
 
 
 def _version(values: Any) -> Any:
-    """Take the format out of a manifest's values. Raises `ValueError` where they cannot be a manifest's."""
+    """Remove the format from the values of a manifest and return it.
+
+    Raises `ValueError` where the values cannot be those of a manifest.
+    """
     if not isinstance(values, dict) or "format" not in values:
         raise ValueError('it is no JSON object with a "format"')
     version = values.pop("format")
     if version in READABLE:
         fields = dataclasses.fields(Manifest)
-        names, needed = (
-            {f.name for f in fields},
-            {f.name for f in fields if f.default is dataclasses.MISSING},
-        )
+        names = {f.name for f in fields}
+        needed = {f.name for f in fields if f.default is dataclasses.MISSING}
         for problem, found in (("lacks", needed - values.keys()), ("has an unknown", values.keys() - names)):
             if found:
                 raise ValueError(f"it {problem} {', '.join(sorted(found))}")
@@ -140,7 +135,7 @@ def _is_count(value: Any, below: int = 2**31) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a tensor can hold; NaN is one, and no output is near it."""
+    """Whether `value` is a number that a tensor can hold. NaN is one, and no output is near it."""
     return isinstance(value, float) or (_is_count(abs(value), 2**63) if isinstance(value, int) else False)
 
 
@@ -155,7 +150,7 @@ def _are_golden_inputs(rows: Any, num_tokens: int) -> bool:
 
 
 def _checked_types(manifest: Manifest) -> Manifest:
-    """The manifest itself. Raises `ValueError` for what later checks could not work with."""
+    """`manifest`, unchanged. Raises `ValueError` for a field with which later checks could not work."""
     texts = ("step", "head", "tokenizer", "tokenizers_version", "dtype")
     for name in texts:
         _check_holds(manifest, name, isinstance(getattr(manifest, name), str))
@@ -174,7 +169,7 @@ def _checked_types(manifest: Manifest) -> Manifest:
     _check_holds(manifest, "end_token_ids", ends is None or _are_tokens(ends, manifest.num_tokens))
     files, outputs = manifest.files, manifest.golden_outputs
     _check_holds(manifest, "head", manifest.head in HEADS)
-    _check_holds(manifest, "dtype", manifest.dtype in NATS)
+    _check_holds(manifest, "dtype", manifest.dtype in PRECISIONS.values())
     _check_holds(manifest, "files", isinstance(files, dict) and len(files) > 0)
     _check_holds(manifest, "golden_inputs", _are_golden_inputs(manifest.golden_inputs, manifest.num_tokens))
     are_numbers = isinstance(outputs, list) and all(map(_is_number, outputs))
@@ -188,7 +183,7 @@ def _check_holds(manifest: Manifest, name: str, is_good: bool) -> None:
 
 
 def weight_checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every weight file (and index of shards) in the folder, by name."""
+    """The checksums of all weight files and indexes in `folder`, by name."""
     paths = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
     with ThreadPoolExecutor() as pool:
         sums = pool.map(lambda path: files_fingerprint([path]), paths)
@@ -196,13 +191,13 @@ def weight_checksums(folder: Path) -> dict[str, str]:
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """32 hex digits of the chat template, None where there is none."""
+    """The fingerprint of the chat template, 32 hex digits; None where the tokenizer has none."""
     template = tokenizer.chat_template
     return None if template is None else xxhash.xxh3_128_hexdigest(str(template).encode())
 
 
 def changed_files(manifest: Manifest, folder: Path) -> str:
-    """What sets the weight files apart from those promised, as the beginning of a sentence; often nothing."""
+    """The first difference between the weight files in `folder` and the promised ones, in words; often ""."""
     found = weight_checksums(folder)
     for name, checksum in manifest.files.items():
         if name not in found:

@@ -1,28 +1,23 @@
-"""What is known of a model beside its weights, and the card (README.md) that tells it."""
+"""The model card: README.md beside the weights, which says what a model is and how it was made."""
 
 import math
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import ModelCardData
 
-from dschat.arguments import RunDescription
-from dschat.data.preparation import SplitData
 from dschat.export.manifest import Head
-from dschat.export.shared_prompts import deciders
+from dschat.export.provenance import Provenance
 
 CARD = "README.md"
-GOLDEN_ROWS = 8
-GOLDEN_TOKENS = 24
-"""Enough for an average, few enough that the CPU computes them for a large model in seconds."""
+"""The name of the file in a model's folder."""
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "peft")
+"""The libraries whose versions a card lists."""
+
 TITLES = {
     "sft": "supervised fine-tuning (step 1)",
     "reward": "reward modelling (step 2)",
@@ -30,6 +25,8 @@ TITLES = {
     "rlhf": "PPO (step 3)",
     "deepspeed-chat": "conversion from DeepSpeed-Chat",
 }
+"""The steps in words, by their names in a `Provenance`."""
+
 KINDS: dict[Head, tuple[str, str, str]] = {
     "language_model": ("A causal language model", "AutoModelForCausalLM", "text-generation"),
     "score": (
@@ -43,62 +40,7 @@ KINDS: dict[Head, tuple[str, str, str]] = {
         "text-classification",
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a model comes from: what its files cannot tell."""
-
-    step: str
-    """sft, reward, dpo, rlhf, or deepspeed-chat for a converted model."""
-    base_model: str
-    golden_inputs: list[list[int]]
-    """Rows of token ids on which the model's outputs are promised."""
-    head: Head | None = None
-    """None where the model tells its own."""
-    figures: dict[str, Any] = field(default_factory=dict)
-    """The final metrics; a reward model's score_mean and score_std go into its manifest."""
-    verdict: str | None = None
-    """On a reward model (dschat/export/verdict.py); it goes into its manifest too."""
-    data: dict[str, Any] | None = None
-    """What decides which prompts it was trained on; it goes into its manifest."""
-    flags: dict[str, Any] = field(default_factory=dict)
-    num_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each source of data,"""
-    num_used: dict[str, int] = field(default_factory=dict)
-    """and of each part that this step took of them."""
-
-
-def step_provenance(
-    description: RunDescription,
-    base_model: str,
-    data: SplitData,
-    figures: dict[str, Any],
-    *,
-    head: Head | None = None,
-    verdict: str | None = None,
-) -> Provenance:
-    """The provenance of a model that a run trained from `base_model` and that has these final `figures`."""
-    return Provenance(
-        step=description.step,
-        base_model=base_model,
-        golden_inputs=golden_rows(data.train),
-        head=head,
-        figures=figures,
-        verdict=verdict,
-        data=deciders(description),
-        flags=description.changed_flags(),
-        num_rows=data.num_rows,
-        num_used={"training": len(data.train), "evaluation": len(data.evaluation)},
-    )
-
-
-def golden_rows(rows: Dataset) -> list[list[int]]:
-    """The ends of the first rows of a step's data: up to 8 rows of 2 to 24 token ids."""
-    names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
-    first = rows.select_columns(names)[:GOLDEN_ROWS]
-    ids: Sequence[list[int]] = [row for together in zip(*first.values(), strict=True) for row in together]
-    return [list(row[-GOLDEN_TOKENS:]) for row in ids if len(row) > 1][:GOLDEN_ROWS]
+"""By head: a model in words, the class of transformers that loads it, and its task on the hub."""
 
 
 def model_card(provenance: Provenance, head: Head, folder: str) -> str:

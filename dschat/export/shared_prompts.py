@@ -1,6 +1,7 @@
-"""Whether a step meets prompts that the model it starts from was trained on, or that were held out there.
+"""Prompts that a step shares with the step that trained its starting model, and warnings about them.
 
-Prompts are shared between the steps by --data_split, --seed and --eval_fraction: other shares overlap.
+--data_split, --seed and --eval_fraction divide the prompts between the steps. Where they differ, the parts
+of two steps overlap: a step may meet prompts that an earlier one was trained on, or had held out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,15 @@ from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
 from dschat.export.upstream import UpstreamModel
 
-DECIDERS = ("data_split", "seed", "eval_fraction")
+DIVIDING = ("data_split", "seed", "eval_fraction")
+"""The flags that divide the prompts of one data set between the steps."""
 
 
-def deciders(description: RunDescription) -> dict[str, Any]:
-    """The flags that decide which prompts a step takes, for its manifest; of data sets, the names alone."""
+def share_settings(description: RunDescription) -> dict[str, Any]:
+    """The values of the flags that decide which prompts a step takes, for its manifest.
+
+    Of the entries of --data_path it has the names of the data sets alone.
+    """
     data = description.data
     return {
         "data_path": [parse_entry(entry).name for entry in data.data_path],
@@ -26,21 +31,21 @@ def deciders(description: RunDescription) -> dict[str, Any]:
     }
 
 
-def other_shares(description: RunDescription, models: Sequence[UpstreamModel]) -> Iterator[str]:
-    """What to warn of: the models that were trained on other shares of the same data.
+def overlap_warnings(description: RunDescription, models: Sequence[UpstreamModel]) -> Iterator[str]:
+    """A warning for each of `models` that was trained on other shares of the data of this run.
 
-    Step 1 starts from any model. A model whose manifest does not tell is not spoken of.
+    Step 1 gives none, as it starts from any model. Neither does a model whose manifest says nothing of data.
     """
     if description.step == "sft":
         return
-    now = deciders(description)
+    now = share_settings(description)
     for model in models:
         then = model.manifest.data if model.manifest else None
         if then is None or not _share_a_set(now["data_path"], then["data_path"]):
             continue
         others = [
             f"--{name} is {now[name]} and was {then[name]}"
-            for name in DECIDERS
+            for name in DIVIDING
             if name in then and _meaning(name, now[name]) != _meaning(name, then[name])
         ]
         if others:
@@ -56,7 +61,7 @@ def _share_a_set(now: Sequence[str], then: Sequence[str]) -> bool:
 
 
 def _is_same(now: str, then: str) -> bool:
-    """Whether two names mean the same data set; one that is not there any more may have been moved."""
+    """Whether two names mean the same data set. A file that does not exist any more may have been moved."""
     places = [user_path(name) for name in (now, then)]
     if all(map(is_local, places)):
         return places[0].resolve() == places[1].resolve()
@@ -64,7 +69,7 @@ def _is_same(now: str, then: str) -> bool:
 
 
 def _meaning(name: str, value: Any) -> Any:
-    """Shares count by their proportions: 1,2,2 is 2,4,4."""
+    """The value of a flag in a form that can be compared: shares by proportion, so that 1,2,2 is 2,4,4."""
     if name != "data_split":
         return value
     try:

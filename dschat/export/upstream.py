@@ -1,10 +1,14 @@
-"""A model as a step receives it, and the checks that it is what its manifest promises."""
+"""Upstream models: what a step receives from an earlier one, verified against the promises of its manifest.
+
+A step calls `verify_model` before it loads anything, and `UpstreamModel.check_outputs` before it trains.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
@@ -16,7 +20,7 @@ from dschat.distributed.collectives import max_across_ranks
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
-from dschat.export.golden_outputs import _tolerance, golden_outputs
+from dschat.export.golden_outputs import golden_outputs, tolerance
 from dschat.export.manifest import (
     HEADS,
     MANIFEST,
@@ -36,14 +40,17 @@ from dschat.models.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class UpstreamModel:
-    """A model as a step receives it: where it is, the flag that says so, and its manifest if it has one."""
+    """A model that a step starts from."""
 
     path: str
+    """Folder or hub id."""
     flag: str
+    """The flag that names the model, for messages."""
     manifest: Manifest | None
+    """None where the folder has none, or the model is on the hub: nothing is promised then."""
 
     def check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `UserError` where the run's tokenizer has another chat template than the model learned."""
+        """Raise `UserError` where `tokenizer` has another chat template than the model was trained with."""
         if self.manifest and self.manifest.chat_template != template_fingerprint(tokenizer):
             raise self._broken(
                 "its chat template",
@@ -51,28 +58,30 @@ class UpstreamModel:
             )
 
     def fingerprint(self) -> str:
-        """32 hex digits of the weights and the configuration, of a folder or of what the hub's cache holds.
+        """The fingerprint of weights and config.json, 32 hex digits, of a folder or in the cache of the hub.
 
-        Weights with a manifest have been verified, so that its checksums are not computed again.
+        The checksums of a manifest are taken from there, as they have been verified.
         """
         config = cached_file(self.path, "config.json")
+        assert config is not None  # without it the model would not have been accepted
         files = self.manifest.files if self.manifest else weight_checksums(Path(config).parent)
         return fingerprint({"files": files, "config": files_fingerprint([Path(config)])})
 
     def score_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of the reward model's scores of its evaluation data.
+        """Mean and standard deviation of a reward model's scores of its evaluation data.
 
         Raises `UserError` where the manifest has none.
         """
-        if self.manifest is None or not self.manifest.score_std:
+        mean, std = (self.manifest.score_mean, self.manifest.score_std) if self.manifest else (None, None)
+        if mean is None or not std:
             raise UserError(
                 f"--normalize_scores needs the score statistics that step 2 writes to {MANIFEST}, and "
                 f"{self.flag} {self.path} has none; leave the flag out."
             )
-        return self.manifest.score_mean, self.manifest.score_std
+        return mean, std
 
     def warn_of_verdict(self) -> None:
-        """Repeat on rank 0 what step 2 found wrong with the reward model."""
+        """Repeat on rank 0 a verdict of step 2 that the reward model is not good."""
         verdict = self.manifest.verdict if self.manifest else None
         if verdict and not is_good(verdict):
             messages.warning(
@@ -83,12 +92,12 @@ class UpstreamModel:
     def check_outputs(self, *engines: Any) -> None:
         """Raise `UserError` where an engine does not compute the golden outputs. Every rank must call it.
 
-        Weights packed into 4 bits are not those that were promised, and are left alone.
+        Engines with weights in 4 bits are not checked: packing rounds more than any tolerance allows.
         """
         if self.manifest is None or not self.manifest.golden_outputs:
             return
         for engine in engines:
-            if is_packed(engine):  # which rounds more than any tolerance allows
+            if is_packed(engine):
                 continue
             expected = torch.tensor(self.manifest.golden_outputs, dtype=torch.float64)
             outputs = golden_outputs(
@@ -97,7 +106,7 @@ class UpstreamModel:
                 num_tokens=self.manifest.num_tokens,
                 device=current_device(),
             )
-            allowed = _tolerance(self.manifest, next(engine.parameters()).dtype)
+            allowed = tolerance(self.manifest, next(engine.parameters()).dtype)
             # The worst of all ranks, so that all decide alike; a NaN is not within any tolerance.
             error = (outputs - expected).abs().nan_to_num(nan=torch.inf).to(current_device())
             worst = max_across_ranks(error, axis="world").max().item()
@@ -109,9 +118,12 @@ class UpstreamModel:
                     "head or config.json are not those that were exported. Copy or train the model again",
                 )
 
-    def check_promises(self) -> None:
-        """Raise `UserError` for the first promise that the folder breaks, as far as files tell."""
-        manifest, folder = self.manifest, Path(self.path)
+    def check_files(self, manifest: Manifest) -> None:
+        """Raise `UserError` for the first promise of `manifest` that the files of the folder break.
+
+        The order is that in which a message helps most: tokenizer, chat template, special tokens, weights.
+        """
+        folder = Path(self.path)
         try:
             tokenizer = load_tokenizer(self.path)
         except UserError as error:
@@ -122,16 +134,17 @@ class UpstreamModel:
         if template_fingerprint(tokenizer) != manifest.chat_template:
             problem = "the chat template in the folder is not the one that the model was trained with"
             raise self._broken("its chat template", f"{problem}; restore the file")
-        self._check_ids(tokenizer)
+        self._check_ids(manifest, tokenizer)
         changed = changed_files(manifest, folder)
         if changed:
             raise self._broken("its checksums", f"{changed}. Copy or train the model again")
 
-    def _check_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if len(tokenizer) != self.manifest.num_tokens:
-            problem = f"num_tokens is {len(tokenizer)} in the tokenizer and {self.manifest.num_tokens} there"
+    def _check_ids(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `UserError` where the vocabulary or a special token is not as promised, in any file."""
+        if len(tokenizer) != manifest.num_tokens:
+            problem = f"num_tokens is {len(tokenizer)} in the tokenizer and {manifest.num_tokens} there"
             raise self._broken("its vocabulary", f"{problem}; restore the file")
-        manifest, config = self.manifest, PretrainedConfig.get_config_dict(self.path)[0]
+        config = PretrainedConfig.get_config_dict(self.path)[0]
         ends = written_ids(manifest.end_token_ids or [manifest.eos_token_id])
         promises = [
             ("eos_token_id", "the tokenizer", tokenizer.eos_token_id, manifest.eos_token_id),
@@ -154,11 +167,11 @@ class UpstreamModel:
 
 
 def verify_model(path: str, flag: str, *heads: Head) -> UpstreamModel:
-    """The model at `path`, complete and as its manifest promises, as far as that shows without loading it.
+    """The model at `path` after all checks of it that need no weights in memory.
 
-    `heads` are those that the step can use; without any it takes a model of any kind, of which it uses the
-    backbone. Every rank may call it, rank 0 alone verifies. A folder without a manifest (or a hub id) is
-    accepted with one line. Raises `UserError` that names `flag` and the broken promise.
+    `heads` are the kinds of models that the step can use; without any it uses the backbone of a model of any
+    kind. Every rank may call it, and rank 0 alone verifies checksums. A folder without a manifest or a hub id
+    is accepted with a note. Raises `UserError` that names `flag` and the broken promise.
     """
     checks: dict[tuple[Head, ...], Callable[[str, str], None]] = {
         (): check_backbone,
@@ -172,26 +185,25 @@ def verify_model(path: str, flag: str, *heads: Head) -> UpstreamModel:
         checks.get(heads, check_reward_model)(path, flag)
     except UserError as error:
         raise _explained(error, manifest, Path(path)) from error
-    handover = UpstreamModel(path, flag, manifest)
+    model = UpstreamModel(path, flag, manifest)
     if manifest is None:
         messages.note(
             f"{path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
         )
-        return handover
+        return model
     if is_main_process():
-        handover.check_promises()
-    return handover
+        model.check_files(manifest)
+    return model
 
 
 def _explained(error: UserError, manifest: Manifest | None, folder: Path) -> UserError:
-    """The error, and why a folder that was once whole is not: its files have changed."""
+    """`error`, and the weight file that has changed since the folder was whole, if the manifest shows one."""
     changed = changed_files(manifest, folder) if manifest else ""
     return UserError(f"{error} By its {MANIFEST} {changed}.") if changed else error
 
 
 def _tokenizer_problem(manifest: Manifest) -> str:
-    import tokenizers
-
+    """The message for another tokenizer than the promised one, with the versions of the library."""
     problem = "the folder holds another tokenizer than the model was trained with; put its own files back"
     if tokenizers.__version__ != manifest.tokenizers_version:
         versions = f"{manifest.tokenizers_version} and this is {tokenizers.__version__}"

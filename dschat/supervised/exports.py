@@ -14,7 +14,7 @@ from dschat.distributed.mesh import is_main_process
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.best_model import BestModel
 from dschat.export.export import export_model
-from dschat.export.model_card import Provenance, step_provenance
+from dschat.export.provenance import Provenance, step_provenance
 from dschat.export.verdict import Evaluation, is_good
 from dschat.runs.output_folder import write_summary
 

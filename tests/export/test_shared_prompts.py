@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dschat.arguments import RunDescription, parse_arguments
-from dschat.export.shared_prompts import deciders, other_shares
+from dschat.export.shared_prompts import overlap_warnings, share_settings
 from dschat.export.upstream import UpstreamModel
 
 MODELS = {
@@ -23,7 +23,7 @@ def description(step: str, *flags: str) -> RunDescription:
 
 def received(*flags: str) -> UpstreamModel:
     """A model that step 1 trained with these flags."""
-    return UpstreamModel("m", "--model", SimpleNamespace(data=deciders(description("sft", *flags))))
+    return UpstreamModel("m", "--model", SimpleNamespace(data=share_settings(description("sft", *flags))))
 
 
 @pytest.mark.parametrize("step", ["reward", "dpo", "rlhf"])
@@ -36,7 +36,7 @@ def received(*flags: str) -> UpstreamModel:
     ],
 )
 def test_each_flag_that_differs_is_said_with_both_values(step, then, said):
-    (warning,) = other_shares(description(step), [received(then), received()])
+    (warning,) = overlap_warnings(description(step), [received(then), received()])
     assert said in warning
     assert "when m (--model) was trained on this data" in warning
 
@@ -51,7 +51,7 @@ def test_each_flag_that_differs_is_said_with_both_values(step, then, said):
     ],
 )
 def test_what_makes_the_same_shares_is_not_spoken_of(then, now):
-    assert not list(other_shares(description("rlhf", *now), [received(*then)]))
+    assert not list(overlap_warnings(description("rlhf", *now), [received(*then)]))
 
 
 def test_a_file_is_the_same_by_another_path_and_after_a_move(tmp_path, monkeypatch):
@@ -59,15 +59,15 @@ def test_a_file_is_the_same_by_another_path_and_after_a_move(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     now = description("rlhf", "--data_path", str(tmp_path / "pairs.jsonl"))
     for path, is_same in (("pairs.jsonl", True), ("moved/pairs.jsonl", True), ("other.jsonl", False)):
-        assert bool(list(other_shares(now, [received("--data_path", path, "--seed=7")]))) is is_same
+        assert bool(list(overlap_warnings(now, [received("--data_path", path, "--seed=7")]))) is is_same
 
 
 def test_step_1_and_models_of_which_nothing_is_known_are_left_alone():
-    assert not list(other_shares(description("sft"), [received("--seed=7")]))
+    assert not list(overlap_warnings(description("sft"), [received("--seed=7")]))
     unknown = [UpstreamModel("m", "--model", None), UpstreamModel("m", "--model", SimpleNamespace(data=None))]
-    assert not list(other_shares(description("rlhf"), unknown))
+    assert not list(overlap_warnings(description("rlhf"), unknown))
 
 
 def test_a_manifest_says_of_its_data_what_decides_the_shares():
-    told = deciders(description("reward", "--data_path", f"{Path('a')}/b:0.3", "--seed=7"))
+    told = share_settings(description("reward", "--data_path", f"{Path('a')}/b:0.3", "--seed=7"))
     assert told == {"data_path": ["a/b"], "data_split": "2,4,4", "seed": 7, "eval_fraction": 0.05}

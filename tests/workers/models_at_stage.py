@@ -17,7 +17,7 @@ from dschat.distributed import collectives, process_group, random_state, zero3
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
 from dschat.export.export import export_model
-from dschat.export.model_card import Provenance
+from dschat.export.provenance import Provenance
 from dschat.export.upstream import UpstreamModel, verify_model
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.reward_model import RewardModel

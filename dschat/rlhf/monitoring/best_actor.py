@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.console import messages
 from dschat.export.best_model import BestModel
 from dschat.export.export import export_model
-from dschat.export.model_card import Provenance
+from dschat.export.provenance import Provenance
 from dschat.rlhf.monitoring.gains import Answers, did_it_help, gained_objective, gained_score
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.roles import EngineSpec
