@@ -58,7 +58,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     check_positions(specs, tokenizers, longest_prompt(data) + args.rollout.max_answer_seq_len)
     prompt_loader = build_loader(args, data, tokenizers.actor.pad_token_id)
     texts = build_text_loader(args, tokenizers.actor)
-    rewards = build_rewards(args, tokenizers.actor, data, score_scale)
+    rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)

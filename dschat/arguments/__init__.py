@@ -13,7 +13,7 @@ from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments
 from dschat.arguments.record import STARTING, RunDescription, Setting, saved_settings, settings_of
-from dschat.arguments.rewards import REWARD_MODEL
+from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.secrets import without_secrets
@@ -43,6 +43,7 @@ __all__ = [
     "PpoArguments",
     "ReadableParser",
     "RewardArguments",
+    "RewardSourceArguments",
     "RlhfArguments",
     "RolloutArguments",
     "RunArguments",

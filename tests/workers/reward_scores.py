@@ -48,7 +48,8 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
     tokenizer = load_tokenizer(tokenizer_folder)
     scale = (8.0, 2.0) if args.ppo.score_scale == "step2" else (0.0, 1.0)
     rewards = Rewards(
-        args,
+        args.rewards,
+        args.reward_weights,
         tokenizer,
         ("answers", "number", "prompt"),
         model_scale=scale,

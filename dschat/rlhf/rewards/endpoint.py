@@ -36,9 +36,9 @@ class RewardEndpoint:
         self._url, self._headers = _credentials_apart(url)
         self._proxy = proxy_of(self._url)
 
-    def score(self, answered: TextAnswers) -> list[Score]:
-        """Each answer's score, or that it got none. Raises `UserError` where the endpoint does not serve."""
-        return [score for batch in answered.batches(self._batch_size) for score in self._score_batch(batch)]
+    def score(self, answers: TextAnswers) -> list[Score]:
+        """Each answer's score, or why it has none. Raises `UserError` where the endpoint does not serve."""
+        return [score for batch in answers.batches(self._batch_size) for score in self._score_batch(batch)]
 
     def _score_batch(self, batch: TextAnswers) -> list[Score]:
         body = {"prompts": batch.prompts, "answers": batch.answers, "columns": batch.columns}

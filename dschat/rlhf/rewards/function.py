@@ -20,9 +20,9 @@ WORKER = Path(__file__).with_name("function_worker.py")
 SECONDS_TO_START = 300.0
 """A file may import a large library."""
 GRACE = 5.0
-"""Seconds in which a worker ends itself after its time is up, before it is ended."""
+"""Seconds that a worker has to end itself after its time is up, before it is killed."""
 SECONDS_BETWEEN_LOOKS = 0.5
-"""At whether a worker that says nothing still lives."""
+"""Pause between checks of whether a silent worker still lives."""
 MAX_LOST_WORKERS = 8
 """Hung or dead workers of one rollout batch and rank after which its other answers are not tried."""
 
@@ -40,15 +40,14 @@ class RewardFunction:
         path, _, self.name = spec.rpartition(":")
         self._spec, self._path = spec, str(Path(path).expanduser().resolve())
         self._batch_size, self._seconds = batch_size, seconds
-        self._worker: _Worker | None = None
-        self._columns: list[str] | None = None
         self._num_lost = 0
         if not Path(self._path).is_file():
             raise UserError(
                 f"--reward_function {spec}: there is no file {path!r}, seen from {Path.cwd()}; correct the "
                 "path."
             )
-        required = self._start()
+        self._worker: _Worker | None
+        self._worker, self._columns, required = self._start()
         missing = [name for name in required if name not in available]
         if missing:
             raise UserError(
@@ -56,29 +55,30 @@ class RewardFunction:
                 f"(its columns: {', '.join(available) or 'none'}); give it a default, or other data."
             )
 
-    def _start(self) -> list[str]:
-        """Start a worker; returns the columns that the function needs. Raises `UserError`."""
-        self._worker = _Worker([sys.executable, str(WORKER), self._path, self.name, str(self._seconds)])
-        reply, _ = self._worker.reply(SECONDS_TO_START)
+    def _start(self) -> tuple["_Worker", list[str] | None, list[str]]:
+        """A new worker, the columns that the function takes (None for all), and those that it needs.
+
+        Raises `UserError` where the file cannot be loaded.
+        """
+        worker = _Worker([sys.executable, str(WORKER), self._path, self.name, str(self._seconds)])
+        reply, _ = worker.reply(SECONDS_TO_START)
         if reply is None:
             reply = {"problem": ["", "the process ended, or took too long, while it was loaded"]}
         if "problem" in reply:
-            self._worker = None
             raise UserError(f"--reward_function {self._spec}: {reply['problem'][1]}. Correct the file.")
-        self._columns = reply["columns"]
-        return reply["required"]
+        return worker, reply["columns"], reply["required"]
 
-    def score(self, answered: TextAnswers) -> list[Score]:
+    def score(self, answers: TextAnswers) -> list[Score]:
         """Each answer's score, or what went wrong. Raises `UserError` where no worker can be started."""
         self._num_lost = 0
-        return [score for batch in answered.batches(self._batch_size) for score in self._score_batch(batch)]
+        return [score for batch in answers.batches(self._batch_size) for score in self._score_batch(batch)]
 
     def _score_batch(self, batch: TextAnswers) -> list[Score]:
-        said = self._ask(batch)
-        if isinstance(said, list):
-            return said
+        scores = self._ask(batch)
+        if isinstance(scores, list):
+            return scores
         if len(batch) == 1:
-            return [said]
+            return [scores]
         return [score for one in batch.batches(1) for score in self._score_batch(one)]
 
     def _ask(self, batch: TextAnswers) -> list[Score] | Problem:
@@ -86,22 +86,22 @@ class RewardFunction:
             text = f"not tried, as the function had hung or died {self._num_lost} times in this PPO step"
             return Problem("not tried", text)
         if self._worker is None or not self._worker.is_alive():
-            self._start()
+            self._worker, self._columns, _ = self._start()
         names = batch.columns if self._columns is None else self._columns
         columns = {name: batch.columns[name] for name in names if name in batch.columns}
         self._worker.request({"prompts": batch.prompts, "answers": batch.answers, "columns": columns})
         reply, last_words = self._worker.reply(self._seconds + GRACE)
         if reply is None:
             self._num_lost += 1
-            return self._what_ended(last_words)
+            worker, self._worker = self._worker, None
+            return self._what_ended(worker.end(), last_words)
         if "problem" in reply:
             return Problem(*reply["problem"])
         problems = {int(place): Problem(*problem) for place, problem in reply["problems"].items()}
         return [problems.get(place, score) for place, score in enumerate(reply["scores"])]
 
-    def _what_ended(self, last_words: str) -> Problem:
-        """What became of the worker, which is given up."""
-        code, self._worker = self._worker.end(), None
+    def _what_ended(self, code: int | None, last_words: str) -> Problem:
+        """Why a worker ended, by its exit code as `_Worker.end` gives it and by what it wrote at last."""
         if "Timeout (" in last_words or code is None:
             frame = re.search(rf'File "{re.escape(self._path)}", line (\d+)', last_words)
             place = f" ({Path(self._path).name}:{frame[1]})" if frame else ""
@@ -119,6 +119,9 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         self._received = b""
         self._end = weakref.finalize(self, _end, self._process)
 
@@ -128,12 +131,12 @@ class _Worker:
     def request(self, content: dict[str, Any]) -> None:
         """Send a request; that the worker is gone shows when the reply is awaited."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(content).encode() + b"\n")
-            self._process.stdin.flush()
+            self._requests.write(json.dumps(content).encode() + b"\n")
+            self._requests.flush()
 
     def reply(self, seconds: float) -> tuple[dict[str, Any] | None, str]:
         """The reply that comes next; without one None, and what the worker wrote before it ended, if so."""
-        deadline, pipe = time.monotonic() + seconds, self._process.stdout.fileno()
+        deadline, pipe = time.monotonic() + seconds, self._replies.fileno()
         while True:
             line, newline, rest = self._received.partition(b"\n")
             if newline and line.startswith(b"{"):
@@ -163,4 +166,5 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
-            pipe.close()
+            if pipe is not None:
+                pipe.close()

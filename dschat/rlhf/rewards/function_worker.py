@@ -81,7 +81,7 @@ class LastingOutput(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
+    def write(self, data: Any) -> int:
         with suppress(OSError):
             return os.write(2, data)
         return len(data)
@@ -97,6 +97,8 @@ def load(path: Path, name: str) -> Callable[..., Any]:
     """The function of that name in the file. Raises whatever the file raises, and `BadResult`."""
     module_name = path.stem if path.stem not in sys.modules else f"{path.stem}_of_rewards"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Answers as a reward model with a tokenizer of its own reads them: in its tokens and in its template."""
+"""Answers in the tokens and the template of a reward model with a tokenizer of its own."""
 
 import torch
 from datasets import Dataset
@@ -11,7 +11,7 @@ from dschat.rlhf.rollout.batch import RolloutBatch
 
 
 def answer_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What was written, for whatever scores text: less the end token and the template's marks around it.
+    """Answers as text, for sources that score text, without end tokens and the template's marks around them.
 
     Any other special token stands in the text. PPO learns those too, so an actor could hide in them what no
     one scores.
@@ -26,7 +26,9 @@ def answer_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _exact_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
     """The text of token ids as it is, special tokens among it."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False)
+    assert isinstance(text, str)
+    return text
 
 
 def prompt_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -37,7 +39,7 @@ def prompt_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 class Retokenizer:
-    """Turns rollouts in the actor's tokens into the same prompts and answers in the reader's.
+    """Turns rollouts in the actor's tokens into the same prompts and answers in the reward model's.
 
     `prompts` are those of the rollouts, with the column reader_ids (`dschat.data.tokenization`). What is over
     `max_tokens` loses the prompt's beginning, then the answer's end.
@@ -47,20 +49,20 @@ class Retokenizer:
         self,
         prompts: Dataset,
         actor: PreTrainedTokenizerBase,
-        reader: PreTrainedTokenizerBase,
+        reward_tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int | None = None,
     ) -> None:
         self._max_tokens = max_tokens
         self._prompts = prompts.with_format("numpy", columns=["reader_ids"])
         self._actor = actor
-        self._encoder, self._pad_id = Encoder(reader), reader.pad_token_id
+        self._encoder, self._pad_id = Encoder(reward_tokenizer), reward_tokenizer.pad_token_id
 
     def read(self, batch: RolloutBatch) -> RolloutBatch:
-        """The same rows for the reader. An answer that was cut off has no end token there either.
+        """The batch in the reward model's tokens. An answer that was cut off has no end token there either.
 
-        Where the actor wrote the text of a control token of the reader's, such as one that begins a turn, the
-        reader gets that text in ordinary tokens.
+        Where the actor wrote the text of a control token of the reward model's, such as one that begins a
+        turn, the reward model gets that text in ordinary tokens.
         """
         answers = self._encoder.answers_alone(answer_texts(batch, self._actor), batch.ended.tolist())
         prompts = [ids.tolist() for ids in self._prompts[batch.prompt_rows.tolist()]["reader_ids"]]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import REWARD_MODEL, RlhfArguments
+from dschat.arguments import REWARD_MODEL, RewardSourceArguments
 from dschat.console import messages
-from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import all_gather_object, gather_rows
 from dschat.errors import UserError
 from dschat.rlhf.rewards.endpoint import RewardEndpoint
@@ -22,11 +22,9 @@ from dschat.rlhf.rewards.text_answers import Problem, Score, TextAnswers
 from dschat.rlhf.rollout.batch import RolloutBatch
 
 MAX_FAILURES = 3
-"""Rollout batches in a row, or evaluations, of which a source scores no answer before the run ends."""
-
-
+"""Rollout batches in a row, or evaluations, without any score of a source, before the run ends."""
 TAKEN = ("prompts", "answers")
-"""What a function is given beside the columns; a column of that name comes as row_prompts or row_answers."""
+"""Parameters of a function beside the columns; a column of that name is called row_prompts or row_answers."""
 
 
 def column_name(name: str) -> str:
@@ -36,35 +34,35 @@ def column_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class RewardParts:
-    """What the sources say of a rollout batch of all ranks."""
+    """Scores of all sources for a rollout batch of all ranks."""
 
     scores: Tensor
     """The weighted sum, fp32 [B]."""
     by_source: dict[str, Tensor]
-    """What each gave, before its weight, fp64 [B]; the value of --reward_on_error where it failed."""
+    """Scores by source before their weights, fp64 [B]; --reward_on_error where a source failed."""
     num_errors: dict[str, int]
-    """How many answers each source but the reward model gave no score."""
+    """Answers without a score, by source; the reward model has none."""
 
 
 class Rewards:
-    """Functions, endpoints and, where there is one, the reward model: a weighted sum of their scores.
+    """A weighted sum of the scores of functions, endpoints and, where there is one, the reward model.
 
-    `model_scale` is the mean and standard deviation that the reward model's part is brought to 0 and 1 by.
-    Raises `UserError` where a function cannot be used.
+    `weights` are by source. The reward model's scores are standardised with `model_scale`, a mean and a
+    standard deviation. Raises `UserError` where a function cannot be used.
     """
 
     def __init__(
         self,
-        args: RlhfArguments,
+        settings: RewardSourceArguments,
+        weights: Mapping[str, float],
         tokenizer: PreTrainedTokenizerBase,
         columns: tuple[str, ...],
         *,
         model_scale: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        settings = args.rewards
         self._tokenizer = tokenizer
         self._model_scale = model_scale
-        self._weights = args.reward_weights
+        self._weights = weights
         self._score_on_error = settings.reward_on_error
         self._columns = columns
         self._named: set[tuple[str, str]] = set()
@@ -93,36 +91,37 @@ class Rewards:
     def score(
         self,
         rollout: RolloutBatch,
-        rows: list[Tensor],
+        indices: list[Tensor],
         prompts: Dataset,
         model_scores: Tensor | None,
         *,
         in_evaluation: bool = False,
     ) -> RewardParts:
-        """Score the answers of all ranks; `rows` are the numbers of this rank's, which it scores itself.
+        """Score the answers of all ranks; `indices` are those of this rank's, which it scores itself.
 
         `prompts` is the rollout's data set with its column row, `model_scores` [B] are of all ranks. Failures
         of evaluations are counted apart from those of training. Every rank must call it. Raises `UserError`,
         on all ranks, where a source cannot go on.
         """
         device = rollout.input_ids.device
-        mine = torch.cat(rows).to(device)
-        answered = self._as_text(rollout.rows(mine), prompts)
-        said, fatal = self._ask(answered)
-        self._agree(said, answered, fatal)
-        table = [[s if isinstance(s, float) else float("nan") for s in scores] for scores in said.values()]
+        mine = torch.cat(indices).to(device)
+        answers = self._as_text(rollout.rows(mine), prompts)
+        scored, fatal = self._ask(answers)
+        self._agree(scored, answers, fatal)
+        table = [[s if isinstance(s, float) else float("nan") for s in scores] for scores in scored.values()]
         own = torch.tensor(table, dtype=torch.float64, device=device).T.contiguous()
         every = gather_rows(own, axis="data")[gather_rows(mine, axis="data").argsort()]
         failed = every.isnan()
         occasions = "evaluations" if in_evaluation else "rollout batches"
-        self._check_failures(occasions, dict(zip(said, failed.all(dim=0).tolist(), strict=True)))
+        self._check_failures(occasions, dict(zip(scored, failed.all(dim=0).tolist(), strict=True)))
         every = every.masked_fill(failed, self._score_on_error)
-        by_source = dict(zip(said, every.unbind(dim=1), strict=True))
+        by_source = dict(zip(scored, every.unbind(dim=1), strict=True))
         if model_scores is not None:
             mean, std = self._model_scale
             by_source = {REWARD_MODEL: (model_scores.double() - mean) / std, **by_source}
-        total = sum(self._weights[name] * scores for name, scores in by_source.items())
-        num_errors = dict(zip(said, failed.sum(dim=0).tolist(), strict=True))
+        weighted = (self._weights[name] * scores for name, scores in by_source.items())
+        total = sum(weighted, start=torch.zeros_like(every[:, 0]))
+        num_errors = dict(zip(scored, failed.sum(dim=0).tolist(), strict=True))
         return RewardParts(total.float(), by_source, num_errors)
 
     def _as_text(self, batch: RolloutBatch, prompts: Dataset) -> TextAnswers:
@@ -133,23 +132,23 @@ class Rewards:
             columns={column_name(name): [row.get(name) for row in rows] for name in self._columns},
         )
 
-    def _ask(self, answered: TextAnswers) -> tuple[dict[str, list[Score]], str]:
-        """What each source says, and the message that one ends the run with, or nothing."""
-        said: dict[str, list[Score]] = {}
+    def _ask(self, answers: TextAnswers) -> tuple[dict[str, list[Score]], str]:
+        """Scores by source, and "" or the message of an error that ends the run."""
+        scored: dict[str, list[Score]] = {}
         for source in self._sources:
             try:
-                said[source.name] = source.score(answered)
+                scored[source.name] = source.score(answers)
             except UserError as error:
                 return {}, str(error)
-        return said, ""
+        return scored, ""
 
-    def _agree(self, said: dict[str, list[Score]], answered: TextAnswers, fatal: str) -> None:
-        """Name on rank 0 what went wrong for the first time on any rank; raise on all what ends the run."""
+    def _agree(self, scored: dict[str, list[Score]], answers: TextAnswers, fatal: str) -> None:
+        """Report on rank 0 what went wrong for the first time on any rank; raise on all what ends the run."""
         first: dict[tuple[str, str], list[Any]] = {}
-        for name, scores in said.items():
+        for name, scores in scored.items():
             for place, problem in enumerate(scores):
                 if isinstance(problem, Problem) and (name, problem.kind) not in self._named:
-                    example = [answered.answers[place], answered.prompts[place]]
+                    example = [answers.answers[place], answers.prompts[place]]
                     first.setdefault(
                         (name, problem.kind), [name, problem.kind, problem.text, *map(_shown, example)]
                     )
@@ -181,15 +180,16 @@ class Rewards:
 
 
 def build_rewards(
-    args: RlhfArguments,
+    settings: RewardSourceArguments,
+    weights: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase,
-    data: SplitData,
+    columns: tuple[str, ...],
     model_scale: tuple[float, float],
 ) -> Rewards | None:
     """The sources that the flags name; None where the reward model alone scores. Raises `UserError`."""
-    if not args.rewards.has_sources:
+    if not settings.has_sources:
         return None
-    return Rewards(args, tokenizer, data.columns, model_scale=model_scale)
+    return Rewards(settings, weights, tokenizer, columns, model_scale=model_scale)
 
 
 def _shown(text: str, limit: int = 80) -> str:

@@ -1,4 +1,4 @@
-"""Answers as text, for what scores them outside of the models, and what it says of each."""
+"""Answers as text, for sources of scores outside of the models, and the score or problem of each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class TextAnswers:
-    """Prompts, answers to them, and the columns of the data rows that they come from: lists of one length."""
+    """Prompts, answers, and the columns of the data that the prompts come from: lists of one length."""
 
     prompts: list[str]
     answers: list[str]
@@ -17,7 +17,7 @@ class TextAnswers:
         return len(self.answers)
 
     def batches(self, size: int) -> Iterator["TextAnswers"]:
-        """The same in order, so many at a time."""
+        """Consecutive parts of at most `size` answers."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             columns = {name: values[part] for name, values in self.columns.items()}
@@ -28,9 +28,9 @@ class Problem(NamedTuple):
     """Why an answer has no score."""
 
     kind: str
-    """Problems of one kind are named once in a run."""
+    """Problems of one kind are reported once in a run."""
     text: str
 
 
 Score = float | Problem
-"""What a source of scores says of one answer."""
+"""An answer's score, or why it has none."""
