@@ -1,4 +1,4 @@
-"""Fingerprints of content."""
+"""Fingerprints of content: of JSON values, and of files."""
 
 import json
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ CHUNK = 1 << 20
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
-    """32 hex digits that change with any value in `parts` (JSON values), not with their order."""
+    """The fingerprint of a dictionary of JSON values, 32 hex digits, independent of the order of its keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def files_fingerprint(paths: Iterable[Path]) -> str:
-    """32 hex digits of the files' bytes, in the order given; their names and times do not matter.
+    """The fingerprint of the bytes of files in the order given, 32 hex digits. Names and times do not count.
 
     Raises `UserError` for a file that cannot be read.
     """

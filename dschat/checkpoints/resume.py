@@ -1,4 +1,4 @@
-"""How a run goes on: which checkpoint is chosen, whether it is intact, and whether it is of the same run."""
+"""Resuming a run: the checkpoint to resume from is chosen, verified, and compared with the run."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,15 @@ from dschat.runs.output_folder import (
 )
 
 UNREMARKABLE = (*STARTING, "output_dir")
-"""Flags whose change goes without saying."""
+"""Flags whose changes are not reported."""
 
 
 def begin_run(description: RunDescription, *, data: str, models: Sequence[UpstreamModel] = ()) -> Checkpoints:
-    """Choose and verify the checkpoint to go on from, if any, and prepare the output folder for the run.
+    """Choose and verify the checkpoint to resume from, if any, and prepare the output folder for the run.
 
-    Every rank calls it once the process group exists, before models are loaded. `data` is a fingerprint of
-    what is learned, `models` are those that the run starts from. Raises `UserError`, on every rank the same,
-    where a checkpoint cannot be used.
+    Every rank calls it once the process group exists, before models are loaded. `data` is the fingerprint of
+    the training data, and `models` are those that the run starts from. Raises the same `UserError` on every
+    rank where a checkpoint cannot be used.
     """
     for warning in overlap_warnings(description, models):
         messages.info(warning)
@@ -49,16 +49,17 @@ def begin_run(description: RunDescription, *, data: str, models: Sequence[Upstre
     if "error" in choice:
         raise UserError(choice["error"])
     chosen = Path(choice["chosen"]) if choice["chosen"] else None
+    output_dir = description.run.output_dir
     if is_main_process():
         start_run(description, is_resumed=chosen is not None)
-        if chosen is not None and (chosen / METRICS).is_file():
-            _restore_metrics(chosen / METRICS, Path(description.run.output_dir) / METRICS)
+        if chosen is not None and output_dir is not None and (chosen / METRICS).is_file():
+            _restore_metrics(chosen / METRICS, Path(output_dir) / METRICS)
     barrier(axis="world")
     return Checkpoints(description.run, now, chosen, choice["damaged"])
 
 
 def _choose(description: RunDescription, now: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint that a run goes on from, verified and compared, and those that were found damaged."""
+    """The path of the checkpoint to resume from ("chosen"), and the names of damaged ones ("damaged")."""
     asked, root = resumes(description.run), checkpoints_folder(description.run)
     if asked is None or root is None:
         return {"chosen": None, "damaged": []}
@@ -72,7 +73,8 @@ def _choose(description: RunDescription, now: dict[str, Any]) -> dict[str, Any]:
             )
         _compare(folder, description, now)
         return {"chosen": str(folder), "damaged": []}
-    finished, damaged = finished_checkpoints(root), []
+    finished = finished_checkpoints(root)
+    damaged: list[str] = []
     for unfinished in sorted(path.name for path in root.glob(STEP_FOLDERS) if path.name not in finished):
         messages.warning(f"checkpoint {root / unfinished} is passed over: {damage(root / unfinished)}.")
     for name in reversed(finished):
@@ -93,7 +95,7 @@ def _choose(description: RunDescription, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(folder: Path, description: RunDescription, now: dict[str, Any]) -> None:
-    """Raise `UserError` where the run would not be the one that was saved; say what else is different."""
+    """Raise `UserError` where the run is not the one that was saved in `folder`; report other differences."""
     saved = read_progress(folder)
     for name in ("format", "program"):
         if saved[name] != now[name]:
@@ -120,11 +122,11 @@ def _compare(folder: Path, description: RunDescription, now: dict[str, Any]) -> 
             f"--data_path: what it names has changed since {folder} was saved, so the run cannot go on in "
             "the middle of it; restore the data, or start anew in another --output_dir."
         )
-    _say_differences(folder, saved, now, changed)
+    _report_differences(folder, saved, now, changed)
 
 
 def _compare_models(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:
-    """Raise `UserError` where the run starts from other models, whatever their folders are called."""
+    """Raise `UserError` where the run starts from other models than the saved one, by content."""
     for flag in [*now, *(flag for flag in saved if flag not in now)]:
         if saved.get(flag) == now.get(flag):
             continue
@@ -140,34 +142,37 @@ def _compare_models(folder: Path, saved: dict[str, str], now: dict[str, str]) ->
 def _changed_settings(
     description: RunDescription, saved: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[Any, Setting]]]:
-    """The flags that have another value now, with the earlier one; one that was unknown had its default."""
+    """The saved value and the setting of each flag whose value has changed, by name.
+
+    A flag that the saved run did not know had its default.
+    """
     for name, setting in description.settings.items():
         before = saved.get(name, setting.default)
         if setting.value != before:
             yield name, (before, setting)
 
 
-def _say_differences(
+def _report_differences(
     folder: Path, saved: dict[str, Any], now: dict[str, Any], changed: dict[str, tuple[Any, Setting]]
 ) -> None:
-    said = [
+    differences = [
         f"--{name} {setting.value} (was {before})"
         for name, (before, setting) in changed.items()
         if name not in UNREMARKABLE
     ]
-    said += [
+    differences += [
         f"{name} {number} (was {saved['versions'].get(name)})"
         for name, number in now["versions"].items()
         if number != saved["versions"].get(name)
     ]
     if saved["world_size"] != now["world_size"]:
-        said.append(f"{now['world_size']} ranks (was {saved['world_size']})")
-    if said:
-        messages.note(f"other than when {folder} was saved: {', '.join(said)}.")
+        differences.append(f"{now['world_size']} ranks (was {saved['world_size']})")
+    if differences:
+        messages.note(f"other than when {folder} was saved: {', '.join(differences)}.")
 
 
 def _restore_metrics(saved: Path, path: Path) -> None:
-    """The figures up to the checkpoint, in one step: those after it are made again."""
+    """Replace metrics.jsonl by that of the checkpoint, in one step: later metrics are made again."""
     temporary = path.with_name(f".{path.name}.restored")
     shutil.copyfile(saved, temporary)
     flush(temporary)

@@ -1,4 +1,4 @@
-"""Folders that are complete or not there: written beside their place, flushed to disk, moved, then marked."""
+"""Atomic folders, complete or absent: written elsewhere, flushed to disk, moved and then marked."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from dschat.fingerprint import files_fingerprint, fingerprint
 
 COMPLETE = "complete.json"
-"""Written last into a folder: size and checksum (xxh3_128) of its other files. Without it, none."""
+"""The mark of a complete folder, written last: size and checksum (xxh3_128) of each of its other files."""
 
 Files = dict[str, tuple[int, str]]
 """Size in bytes and checksum of each file, by its path in the folder."""
@@ -20,7 +20,7 @@ Files = dict[str, tuple[int, str]]
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """What is made inside the block is readable by its owner alone."""
+    """Files and folders made inside the block can be read by their owner alone."""
     before = os.umask(0o077)
     try:
         yield
@@ -29,7 +29,7 @@ def private_files() -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file by `value` in one step that outlives a power cut."""
+    """Replace the file `path` by `value` as JSON, in one step that survives a power cut."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     flush(temporary)
@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,13 +47,13 @@ def flush(path: Path) -> None:
 
 
 def names_of_files(folder: Path) -> list[str]:
-    """Every file below the folder but its mark."""
+    """The paths of all files below `folder` except its mark, sorted."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(name for path in files if (name := str(path.relative_to(folder))) != COMPLETE)
 
 
 def flushed(folder: Path, names: Iterable[str]) -> Files:
-    """Size and checksum of these files, which are on the disk after that.
+    """Sizes and checksums of the files `names` below `folder`, once they are on the disk.
 
     One after the other: threads that are made anew for every checkpoint leave the C library's heap larger,
     5 % of resident memory after 300 checkpoints of a tiny model. Each rank has its own part of the files.
@@ -66,7 +66,10 @@ def flushed(folder: Path, names: Iterable[str]) -> Files:
 
 
 def put_in_place(temporary: Path, target: Path, files: Files, **facts: Any) -> None:
-    """Move a finished folder to its place and mark it complete; what was there is deleted after that."""
+    """Move the finished folder `temporary` to `target` and mark it complete, then delete an older `target`.
+
+    `facts` are JSON values to keep in the mark.
+    """
     for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
         flush(folder)
     flush(temporary)
@@ -82,7 +85,7 @@ def put_in_place(temporary: Path, target: Path, files: Files, **facts: Any) -> N
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:
-    """What the folder's mark says, None where there is none that is whole."""
+    """The content of the mark of `folder`; None where there is no mark or a damaged one."""
     try:
         facts = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         return facts if facts.pop("checksum") == fingerprint(facts) else None
@@ -91,7 +94,7 @@ def facts_of(folder: Path) -> dict[str, Any] | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the folder, None for one that is complete and intact. Reads every byte."""
+    """The damage of `folder` in words; None for one that is complete and intact. Reads every byte."""
     facts = facts_of(folder)
     if facts is None:
         return f"it was never finished, or its {COMPLETE} is corrupted"
@@ -111,5 +114,5 @@ def damage(folder: Path) -> str | None:
 
 
 def measured(path: Path) -> tuple[int, str]:
-    """Size and checksum of a file."""
+    """Size in bytes and checksum (xxh3_128) of the file `path`."""
     return path.stat().st_size, files_fingerprint([path])

@@ -1,6 +1,6 @@
-"""The files of an exported model: which files of a folder are ours, by a record that is written before them.
+"""The files of an exported model, which a record names before they are written.
 
-Nothing else is ever removed or replaced.
+No other file in the folder is ever removed or replaced.
 """
 
 import json
@@ -20,13 +20,13 @@ RECORD = ".export.json"
 """Size and checksum of every file of the export beside it, by name."""
 
 TEMPORARY = ".export-"
-"""What the folder of an export that is being written begins with."""
+"""The beginning of the name of the folder into which an export is written first."""
 
 ADAPTER_FOLDER = "adapter"
-"""Where an export keeps LoRA's adapters, in PEFT's format; the weights beside it have them merged in."""
+"""The subfolder of LoRA adapters in PEFT's format. They are merged into the weights beside it."""
 
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_config.json", "adapter_model*")
-"""What transformers would load from the folder, whoever wrote it."""
+"""Patterns of the files that transformers would load from a folder, whoever wrote them."""
 
 EXPORTED = (
     *WEIGHTS,
@@ -34,11 +34,11 @@ EXPORTED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece*", "chat_template*"),
 )
-"""The names that an export may have."""
+"""Patterns of the files that an export may have."""
 
 
 def recorded(folder: Path) -> Files:
-    """The files of the export in `folder`; none where no record says so.
+    """The files of the export in `folder` by its record; none without one.
 
     An export of a version that kept no record is known by its manifest.
     """
@@ -52,9 +52,9 @@ def recorded(folder: Path) -> Files:
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
-    """Files that an export would replace, or that would be loaded with it, and are not as ours were written.
+    """Files that an export would replace, or that would be loaded with it, and that no run wrote like that.
 
-    Each with the reason, such as "config.json (no run wrote it)". Reads what is recorded.
+    Each comes with the reason, such as "config.json (no run wrote it)". Reads every byte of recorded files.
     """
     ours = recorded(folder)
     for name in _exported_names(folder):
@@ -82,9 +82,9 @@ def remove_export(folder: Path) -> None:
 
 @contextmanager
 def replacing_export(output_dir: Path) -> Iterator[Path]:
-    """A folder to fill with a model, which then takes the place of an older one in `output_dir`.
+    """A new folder to fill with a model, which replaces the export in `output_dir` after the block.
 
-    Where the block fails, the older one stays.
+    Where the block raises, the older export stays.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(output_dir)
@@ -97,7 +97,7 @@ def replacing_export(output_dir: Path) -> Iterator[Path]:
 
 
 def link_export(source: Path, folder: Path) -> None:
-    """Let the new `folder` have the files of the export in `source`, as links where those can be made."""
+    """Link the files of the export in `source` into the new `folder`, or copy them where links fail."""
     for name in recorded(source):
         place = folder / name
         place.parent.mkdir(exist_ok=True)
@@ -108,10 +108,10 @@ def link_export(source: Path, folder: Path) -> None:
 
 
 def _move_into_place(temporary: Path, output_dir: Path) -> None:
-    """Replace the export in `output_dir`.
+    """Replace the export in `output_dir` by the files in `temporary`.
 
-    At every moment the record names what is ours; config.json goes first and comes last, so that a folder
-    which has one is complete.
+    At every moment the record names all files that runs wrote. config.json is removed first and comes last,
+    so that a folder with one is complete.
     """
     new = flushed(temporary, names_of_files(temporary))
     old = recorded(output_dir)
@@ -127,7 +127,7 @@ def _move_into_place(temporary: Path, output_dir: Path) -> None:
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove these files, config.json first, and the folders below `folder` that are empty then."""
+    """Remove the files `names` below `folder`, config.json first, and subfolders that are empty then."""
     for name in sorted(names, key=lambda name: name != "config.json"):
         if not (folder / name).parent.is_symlink():
             (folder / name).unlink(missing_ok=True)
@@ -137,13 +137,13 @@ def _remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def _present(folder: Path, new: Iterable[str]) -> list[str]:
-    """What stands in the way of files with these names, or would be loaded with them."""
+    """The files in `folder` that have the names `new`, or that would be loaded together with those."""
     loaded = [name for name in _exported_names(folder) if any(fnmatch(name, weight) for weight in WEIGHTS)]
     return sorted({*loaded, *(name for name in new if os.path.lexists(folder / name))})
 
 
 def _set_aside(folder: Path, names: Iterable[str]) -> None:
-    """Give files that came to lie there while the run went on another name."""
+    """Rename files that someone else put into `folder` while the run went on."""
     for name in names:
         kept = (folder / name).with_name(f"set-aside-{Path(name).name}")
         while os.path.lexists(kept):
@@ -153,14 +153,14 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _remove_left_behind(folder: Path) -> None:
-    """Remove what a run that was killed had not finished."""
+    """Remove the unfinished exports of killed runs."""
     for left_behind in folder.glob(f"{TEMPORARY}????????"):
         if left_behind.is_dir() and not left_behind.is_symlink():
             shutil.rmtree(left_behind)
 
 
 def _exported_names(folder: Path) -> list[str]:
-    """The files in the folder that are called like those of an export."""
+    """The files in `folder` with names that an export may have."""
     places = [*folder.glob("*"), *(folder / ADAPTER_FOLDER).glob("*")]
     names = [str(path.relative_to(folder)) for path in places if path.is_symlink() or path.is_file()]
     return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in EXPORTED))

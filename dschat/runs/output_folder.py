@@ -1,4 +1,4 @@
-"""The output folder of a step: made and tried before any work, its summary written last."""
+"""The output folder of a run: checked before any work, cleared at the start, its summary written last."""
 
 import json
 import math
@@ -21,35 +21,35 @@ from dschat.runs.export_files import foreign_files, remove_export
 from dschat.runs.lock import LOCK, claim, has_begun_before, note_begun
 
 SUMMARY = "summary.json"
-"""The final numbers of a step. It is the last file written: where it is, the step has finished."""
+"""The final metrics of a step. It is written last: a folder with this file holds a finished run."""
 
 ARGUMENTS = "arguments.json"
-"""What the run was started with. A folder that has one is a run's."""
+"""The arguments of a run. A folder with this file is the output folder of a run."""
 
 METRICS = "metrics.jsonl"
-"""The figures of every step, one JSON object a line."""
+"""The metrics of every step, one JSON object per line."""
 
 STEP_FOLDERS = "step_" + 8 * "[0-9]"
-"""What checkpoints are called; a copy that someone made of one is left alone."""
+"""Pattern of the names of checkpoints. Folders with other names, such as copies, are left alone."""
 
 BEST = "best.json"
-"""What step 3 knows of the actor in best/, while it runs."""
+"""The state of `export.best_model.BestModel`, while a run goes on."""
 
 LOG = "log.txt"
-"""What rank 0 printed."""
+"""The output of rank 0."""
 
 EXPORTS = ("", "actor", "best", "critic", "actor_ema")
-"""Where below its output folder a step writes models; step 3 writes none into the folder itself."""
+"""Subfolders to which steps export models; "" is the output folder itself, which step 3 does not use."""
 
 TEMPORARY_CHECKPOINTS = tuple(f".{state}-step_*" for state in ("saving", "replaced", "resharded"))
-"""What a run that was killed may leave beside its checkpoints."""
+"""Patterns of folders that a killed run may leave beside its checkpoints."""
 
 CHECKPOINT_FILES = ("progress.json", "rank_00000.json", "rank_00000.safetensors")
-"""Files that together tell a checkpoint of ours without a mark that is whole."""
+"""Files by which a checkpoint is recognised that was never marked complete."""
 
 
 def tensorboard_folder(run: RunArguments) -> Path | None:
-    """Where TensorBoard logs are written, if anywhere."""
+    """The folder of TensorBoard logs; None where none are written."""
     if not run.enable_tensorboard:
         return None
     if run.tensorboard_path:
@@ -58,14 +58,15 @@ def tensorboard_folder(run: RunArguments) -> Path | None:
 
 
 def checkpoints_folder(run: RunArguments) -> Path | None:
-    """Where a run's checkpoints are, if anywhere."""
+    """The folder of a run's checkpoints; None without an output folder."""
     return Path(run.output_dir) / "checkpoints" if run.output_dir else None
 
 
 def finished_checkpoints(root: Path | None) -> dict[str, int]:
-    """The checkpoints in that folder that are complete, with their serial numbers, the oldest first.
+    """Serial numbers of the complete checkpoints in folder `root`, by name, the oldest first.
 
-    A run that went back to an earlier one makes later ones of smaller steps.
+    Serial numbers count checkpoints as they are made. A run that went back to an earlier checkpoint makes
+    later ones of smaller steps.
     """
     facts = {path.name: facts_of(path) for path in (root.glob(STEP_FOLDERS) if root else ())}
     found = {name: known["serial"] for name, known in facts.items() if known is not None}
@@ -73,9 +74,9 @@ def finished_checkpoints(root: Path | None) -> dict[str, int]:
 
 
 def resumes(run: RunArguments) -> str | None:
-    """What a run goes on from: a folder, "latest" or nothing.
+    """The checkpoint that a run resumes from: a folder, "latest", or None.
 
-    A program that torchrun starts again after a failure (--max_restarts) goes on by itself.
+    A program that torchrun starts again after a failure (--max_restarts) resumes from the latest by itself.
     """
     if run.resume_from_checkpoint or not run.output_dir:
         return run.resume_from_checkpoint
@@ -83,16 +84,18 @@ def resumes(run: RunArguments) -> str | None:
 
 
 def newest_checkpoint(run: RunArguments) -> Path | None:
-    """The checkpoint that was made last, if there is one."""
+    """The checkpoint that was made last; None where there is none."""
     root = checkpoints_folder(run)
+    if root is None:
+        return None
     return next((root / name for name in reversed(finished_checkpoints(root))), None)
 
 
 def check_free(run: RunArguments) -> None:
-    """Raise `UserError` at once where a finished run would be overwritten, or a live one writes.
+    """Raise `UserError` where a finished run would be overwritten, or where a live run writes.
 
-    What can be said without torch, models and data; `check_run_folder` says the rest. A finished run that is
-    resumed ends the program.
+    These are the checks that need neither torch nor models and data; `check_run_folder` makes the others. A
+    finished run that is resumed ends the program.
     """
     check_finished(run)
     if run.output_dir and Path(run.output_dir, LOCK).exists() and int(os.environ.get("RANK", 0)) == 0:
@@ -105,12 +108,15 @@ def check_finished(run: RunArguments) -> None:
 
     Every rank may call it: nothing is changed.
     """
-    if not run.output_dir or not _is_of_a_run(Path(run.output_dir)) or read_summary(run.output_dir) is None:
+    root = checkpoints_folder(run)
+    if not run.output_dir or root is None:
+        return
+    if not _is_of_a_run(Path(run.output_dir)) or read_summary(run.output_dir) is None:
         return
     finished = datetime.fromtimestamp(Path(run.output_dir, SUMMARY).stat().st_mtime)
     holds = f"--output_dir {run.output_dir} holds a run that finished on {finished:%Y-%m-%d %H:%M}"
     asked = resumes(run)
-    if asked == "latest" or (asked and Path(asked).resolve().parent == checkpoints_folder(run).resolve()):
+    if asked == "latest" or (asked and Path(asked).resolve().parent == root.resolve()):
         messages.info(f"{holds}: there is nothing to go on with, and nothing is changed.")
         sys.exit(0)
     if not run.overwrite_output_dir:
@@ -118,15 +124,14 @@ def check_finished(run: RunArguments) -> None:
 
 
 def check_run_folder(description: RunDescription, *models: str) -> None:
-    """Make the folders a run writes and prove them writable. Raises `UserError` that names the flag.
+    """Make the folders that a run writes to, private to the user, and check that they can be written.
 
-    New ones are private to the user. `models` are those the run starts from, which it must not overwrite: a
-    run that fails would lose both. Neither is an older run to be lost, nor what no run wrote, nor may another
-    run still write there.
+    Raises `UserError` that names the flag where they cannot; where another run still writes; and where the
+    run would overwrite one of the `models` that it starts from, an older run or files that no run wrote.
     """
     run = description.run
-    for path in models if run.output_dir else ():
-        written = [Path(run.output_dir, name).resolve() for name in EXPORTS]
+    written = [Path(run.output_dir, name).resolve() for name in EXPORTS] if run.output_dir else []
+    for path in models:
         if Path(path).is_dir() and Path(path).resolve() in written:
             raise UserError(
                 f"--output_dir {run.output_dir} would overwrite the model that the run starts from, {path}; "
@@ -148,14 +153,14 @@ def check_run_folder(description: RunDescription, *models: str) -> None:
                 f"{flag} {folder} cannot be written ({error.strerror}); name a folder you may write to."
             ) from error
     if run.output_dir and is_main_process:
-        _check_content(description)
+        _check_content(description, Path(run.output_dir))
         log = log_of_streams()
         if log is not None:
             log.open(Path(run.output_dir) / LOG)
 
 
-def _check_content(description: RunDescription) -> None:
-    """Raise `UserError` where the run would overwrite another, or what no run wrote."""
+def _check_content(description: RunDescription, folder: Path) -> None:
+    """Raise `UserError` where the run would overwrite another run in `folder`, or files that no run wrote."""
     run = description.run
     check_finished(run)
     unfinished = newest_checkpoint(run)
@@ -165,7 +170,7 @@ def _check_content(description: RunDescription) -> None:
             f"checkpoint {unfinished.name}: add --resume_from_checkpoint latest; or to start anew name "
             "another folder, or give --overwrite_output_dir."
         )
-    foreign = list(_foreign(description))
+    foreign = list(_foreign(description, folder))
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise UserError(
@@ -174,9 +179,8 @@ def _check_content(description: RunDescription) -> None:
         )
 
 
-def _foreign(description: RunDescription) -> Iterator[str]:
-    """What stands where the run will write, or where it removes an older run's, and is not of a run."""
-    folder = Path(description.run.output_dir)
+def _foreign(description: RunDescription, folder: Path) -> Iterator[str]:
+    """The files in `folder` that no run wrote and that the run would replace or remove, with the reason."""
     if not _is_of_a_run(folder):
         for name in (ARGUMENTS, METRICS, SUMMARY, BEST):
             if os.path.lexists(folder / name):
@@ -213,10 +217,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def start_run(description: RunDescription, *, is_resumed: bool = False) -> None:
-    """Clear an older run's figures, checkpoints and models in the same folder and keep the new arguments.
+    """Write arguments.json, and remove the metrics, checkpoints and models of an older run in the folder.
 
-    A resumed run goes on with them. Rank 0 calls it once the input is known to be good: until then the older
-    run stays a finished one. What no run wrote stays, and symbolic links are not followed.
+    A resumed run keeps them. Rank 0 calls this once the input is known to be good: until then the older run
+    stays a finished one. Files that no run wrote stay, and symbolic links are not followed.
     """
     if not description.run.output_dir:
         return
@@ -232,7 +236,7 @@ def start_run(description: RunDescription, *, is_resumed: bool = False) -> None:
 
 
 def _clear_checkpoints(checkpoints: Path, *, complete: bool) -> None:
-    """Remove what killed runs had not finished, and with `complete` the checkpoints, too."""
+    """Remove unfinished checkpoints of killed runs, and with `complete` the finished ones too."""
     if checkpoints.is_symlink():
         return
     found = [path for pattern in TEMPORARY_CHECKPOINTS for path in checkpoints.glob(pattern)]
@@ -246,7 +250,7 @@ def _clear_checkpoints(checkpoints: Path, *, complete: bool) -> None:
 
 
 def _clear_results(folder: Path) -> None:
-    """Remove figures and models, but not the arguments, by which a folder is known to be a run's."""
+    """Remove metrics and models, but not arguments.json, by which the folder of a run is recognised."""
     for name in EXPORTS:
         remove_export(folder / name)
     if _is_of_a_run(folder):
