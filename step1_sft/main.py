@@ -1,7 +1,7 @@
 """Step 1: fine-tune a causal language model on prompts and their chosen answers.
 
 python step1_sft/main.py --model_name_or_path MODEL --data_path pairs.jsonl --output_dir output/sft
-On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+On two ranks: torchrun --nproc_per_node 2 step1_sft/main.py ..., or deepspeed --num_gpus 2 ...
 """
 
 import sys
@@ -15,51 +15,26 @@ from dschat.program import RunContext, run_step
 if __name__ == "__main__":
     run_step("sft", __file__)  # reads the flags, and only then imports the rest of this file
 
-import functools
 import math
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.collate import SftBatch, collate_sft
-from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData, sft_data
-from dschat.distributed.collectives import sum_across_ranks
-from dschat.engines.step import DeepSpeedEngine
-from dschat.export.upstream import verify_model
-from dschat.models.config import check_positions
 from dschat.models.forward import token_logprobs_of
-from dschat.models.lora import check_adapters
-from dschat.models.tokenizer import load_tokenizer
-from dschat.supervised.exports import ModelExports
-from dschat.supervised.loop import build_language_model, build_loaders, train_epochs
+from dschat.supervised.evaluations import DeepSpeedEngine, EvalLoader, sum_over_batches
+from dschat.supervised.run import Objective, SupervisedRun
 
 
 def main(args: SftArguments, context: RunContext) -> None:
-    """The step from flags to the saved model."""
-    base = verify_model(args.model.model_name_or_path, "--model_name_or_path", "language_model")
-    check_adapters(language=args.model)
-    context.claim_folder(args.model.model_name_or_path)
-    tokenizer = load_tokenizer(args.model.model_name_or_path, args.tokenizer)
-    data = load_data(args, tokenizer)
-    loaders = build_loaders(data, functools.partial(collate_sft, pad_id=tokenizer.pad_token_id), args)
-    check_positions(args.model.model_name_or_path, loaders.longest_row, "--max_seq_len", "the longest row")
-
-    checkpoints = context.begin(data.key, [base])
-    engine = build_language_model(args, tokenizer, loaders)
-    base.check_outputs(engine)
-    train_epochs(
-        engine,
-        loaders,
-        args,
-        description="SFT",
-        loss_and_metrics=lambda batch: {"loss": answer_loss(engine, batch, denominator=batch.denominator)},
-        evaluate=lambda loader: evaluate(engine, loader),
-        checkpoints=checkpoints,
-        exports=ModelExports(args, engine, tokenizer, data),
-        print_loss=args.sft.print_loss,
-    )
+    """From flags to a fine-tuned model."""
+    run = SupervisedRun.open(args, context, head="language_model")
+    loaders = run.build_loaders(load_data(args, run.tokenizer), collate_sft)
+    checkpoints = run.begin(loaders)
+    engine = run.build_language_model(loaders)
+    objective = Objective("SFT", loss_and_metrics, evaluate, print_loss=args.sft.print_loss)
+    run.train(engine, loaders, checkpoints, objective)
 
 
 def load_data(args: SftArguments, tokenizer: PreTrainedTokenizerBase) -> SplitData:
@@ -79,16 +54,20 @@ def answer_loss(engine: DeepSpeedEngine, batch: SftBatch, *, denominator: float)
     return batch.tokens.in_rows(-token_logprobs_of(engine, batch.tokens)).sum() / denominator
 
 
+def loss_and_metrics(engine: DeepSpeedEngine, batch: SftBatch) -> dict[str, Tensor]:
+    """A micro-batch's share of the optimiser step's mean loss per token."""
+    return {"loss": answer_loss(engine, batch, denominator=batch.denominator)}
+
+
+def evaluation_sums(engine: DeepSpeedEngine, batch: SftBatch) -> dict[str, Tensor]:
+    """The summed loss of a batch, and its number of tokens to be learned."""
+    return {"loss": answer_loss(engine, batch, denominator=1.0), "tokens": batch.tokens.label_mask.sum()}
+
+
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader) -> dict[str, float]:
     """Loss and perplexity per token over all ranks; nothing where there are no evaluation data."""
-    sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
-    for batch in loader:
-        batch = batch.to(engine.device)
-        sums += torch.stack(
-            [answer_loss(engine, batch, denominator=1.0).double(), batch.tokens.label_mask.sum().double()]
-        )
-    loss_sum, num_tokens = sum_across_ranks(sums, axis="data").tolist()
-    if num_tokens == 0:
+    sums = sum_over_batches(engine, loader, evaluation_sums)
+    if not sums.get("tokens"):
         return {}
-    loss = loss_sum / num_tokens
+    loss = sums["loss"] / sums["tokens"]
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}

@@ -27,6 +27,7 @@ from dschat.arguments.steps import (
     StepArguments,
     SupervisedArguments,
 )
+from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions
 
 __all__ = [
     "FOREIGN",
@@ -34,8 +35,10 @@ __all__ = [
     "REWARD_MODEL",
     "STARTING",
     "STEPS",
+    "BatchArguments",
     "DataArguments",
     "DpoArguments",
+    "DpoOptions",
     "GuardArguments",
     "InspectArguments",
     "ModelArguments",
@@ -43,6 +46,7 @@ __all__ = [
     "PpoArguments",
     "ReadableParser",
     "RewardArguments",
+    "RewardOptions",
     "RewardSourceArguments",
     "RlhfArguments",
     "RolloutArguments",

@@ -5,9 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dschat.console import messages
 from dschat.data.loaders import EvalLoader
+from dschat.distributed.collectives import sum_across_ranks
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -15,6 +17,7 @@ from dschat.export.verdict import Evaluation
 from dschat.runs.metrics import MetricsLogger
 
 Figures = dict[str, float]
+Evaluate = Callable[[DeepSpeedEngine, EvalLoader], Figures]
 
 
 class Evaluations:
@@ -27,7 +30,7 @@ class Evaluations:
     def __init__(
         self,
         engine: DeepSpeedEngine,
-        evaluate: Callable[[EvalLoader], Figures],
+        evaluate: Evaluate,
         metrics: MetricsLogger,
         *,
         whole: EvalLoader,
@@ -66,7 +69,7 @@ class Evaluations:
     @torch.no_grad()
     def _figures(self, loader: EvalLoader) -> Figures:
         self._engine.eval()
-        return self._evaluate(loader)
+        return self._evaluate(self._engine, loader)
 
     def state_dict(self) -> dict[str, Any]:
         """All evaluations, for JSON."""
@@ -79,6 +82,22 @@ class Evaluations:
         """Go on from there."""
         self.all = [Evaluation(**values) for values in state["all"]]
         self._loss_sum, self._num_losses = state["losses"]
+
+
+def sum_over_batches(
+    engine: DeepSpeedEngine, loader: EvalLoader, sums_of: Callable[[DeepSpeedEngine, Any], dict[str, Tensor]]
+) -> dict[str, float]:
+    """The totals in fp64, over all batches of all ranks, of the scalars that `sums_of` returns for a batch.
+
+    Nothing where the loader has no batches. Every rank must call it.
+    """
+    names: list[str] = []
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for batch in loader:
+        sums = sums_of(engine, batch.to(engine.device))
+        names = list(sums)
+        total = total + torch.stack([value.double() for value in sums.values()])
+    return dict(zip(names, sum_across_ranks(total, axis="data").tolist(), strict=True)) if names else {}
 
 
 def _shown(item: tuple[str, float]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import SupervisedArguments
 from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.distributed.mesh import is_main_process
@@ -17,6 +16,9 @@ from dschat.export.export import export_model
 from dschat.export.provenance import Provenance, step_provenance
 from dschat.export.verdict import Evaluation, is_good
 from dschat.runs.output_folder import write_summary
+from dschat.supervised.settings import SupervisedSettings
+
+VerdictOf = Callable[[Sequence[Evaluation]], str]
 
 
 class ModelExports:
@@ -28,20 +30,20 @@ class ModelExports:
 
     def __init__(
         self,
-        args: SupervisedArguments,
+        settings: SupervisedSettings,
         engine: DeepSpeedEngine,
         tokenizer: PreTrainedTokenizerBase,
         data: SplitData,
         *,
-        verdict_of: Callable[[Sequence[Evaluation]], str] | None = None,
+        verdict_of: VerdictOf | None = None,
     ) -> None:
-        self._args, self._engine, self._tokenizer, self._data = args, engine, tokenizer, data
+        self._settings, self._engine, self._tokenizer, self._data = settings, engine, tokenizer, data
         self._verdict_of = verdict_of
-        self._best = BestModel(args.run.output_dir, target="", unit="step")
+        self._best = BestModel(settings.run.output_dir, target="", unit="step")
 
     def offer(self, evaluations: Sequence[Evaluation]) -> None:
         """Write the model into best/ where --export_model wants it and the last evaluation is the best."""
-        takes_part = self._args.batch.export_model == "best" and evaluations and evaluations[-1].step > 0
+        takes_part = self._settings.batch.export_model == "best" and evaluations and evaluations[-1].step > 0
         if takes_part and evaluations[-1].loss < self._best.facts.get("loss", math.inf):  # nor is NaN
             step, loss = evaluations[-1].step, evaluations[-1].loss
             self._best.keep(step, {"loss": loss}, lambda folder: self._export(folder, step, evaluations))
@@ -52,10 +54,10 @@ class ModelExports:
         model_step = self._best.step if takes_best else step
         until = [evaluation for evaluation in evaluations if evaluation.step <= model_step]
         provenance = self._provenance(model_step, until)
-        if self._args.run.output_dir and takes_best:
+        if self._settings.run.output_dir and takes_best:
             self._best.move(provenance)
-        elif self._args.run.output_dir:
-            self._export(Path(self._args.run.output_dir), step, until)
+        elif self._settings.run.output_dir:
+            self._export(Path(self._settings.run.output_dir), step, until)
         self._best.forget(weights=True)
         last = {}
         if model_step != step:
@@ -75,7 +77,7 @@ class ModelExports:
             counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
             told = {"verdict": provenance.verdict} if provenance.verdict else {}
             summary = {"step": provenance.step, **provenance.figures, **last, **told, **counts}
-            write_summary(self._args.run.output_dir, {**summary, "seconds": seconds})
+            write_summary(self._settings.run.output_dir, {**summary, "seconds": seconds})
 
     def _export(self, folder: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
         provenance = self._provenance(step, evaluations)
@@ -89,8 +91,8 @@ class ModelExports:
             figures |= evaluations[-1].figures
         verdict = self._verdict_of(evaluations) if self._verdict_of else None
         return step_provenance(
-            self._args.description,
-            self._args.model.model_name_or_path,
+            self._settings.description,
+            self._settings.model.model_name_or_path,
             self._data,
             figures,
             verdict=verdict,

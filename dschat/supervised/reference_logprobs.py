@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dschat.arguments import DpoArguments
 from dschat.console import messages
 from dschat.data.cache import cache_folder, cached, lookup
 from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
@@ -33,7 +32,8 @@ from dschat.fingerprint import fingerprint
 from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import adapters_off
-from dschat.supervised.loop import Loaders
+from dschat.supervised.batches import Loaders
+from dschat.supervised.settings import SupervisedSettings
 
 FORMAT = 1
 """Raise it when code changes what the same model says of the same rows, by more than rounding."""
@@ -60,12 +60,13 @@ class ReferenceStore:
     """What an earlier run kept; None on ranks other than 0."""
 
     @staticmethod
-    def open(args: DpoArguments, base: UpstreamModel, data: SplitData) -> "ReferenceStore":
+    def open(settings: SupervisedSettings, base: UpstreamModel, data: SplitData) -> "ReferenceStore":
         """Look for what was kept, before the process group exists. Raises `UserError` for a spoilt file.
 
         Ranks, batches and ZeRO stages are not in the key: they change the numbers by rounding alone.
         """
-        root, num_pairs = cache_folder(args.data.data_output_path), len(data.train) + len(data.evaluation)
+        root = cache_folder(settings.description.data.data_output_path)
+        num_pairs = len(data.train) + len(data.evaluation)
         if not is_main_process():
             return ReferenceStore(root, "", num_pairs, None)
         key = fingerprint(
@@ -73,8 +74,8 @@ class ReferenceStore:
                 "reference": FORMAT,
                 "data": data.key,
                 "model": base.fingerprint(),
-                "dtype": args.run.dtype,
-                "load_in_4bit": args.model.load_in_4bit,
+                "dtype": settings.run.dtype,
+                "load_in_4bit": settings.model.load_in_4bit,
             }
         )
         folder = lookup(root, key)
@@ -118,15 +119,19 @@ def with_reference(data: SplitData, store: ReferenceStore, compute: Callable[[],
 
 @phase(PhaseKind.LOADING, "reference model")
 def reference_of_copy(
-    args: DpoArguments, tokenizer: PreTrainedTokenizerBase, base: UpstreamModel, loaders: Loaders
+    settings: SupervisedSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    base: UpstreamModel,
+    loaders: Loaders,
+    *,
+    offload: bool,
 ) -> Tensor:
     """`logprob_table` of a copy of the model that training starts from; its memory is free after that."""
     messages.info("loading the reference model, a copy, for its log-probabilities")
-    stage = 3 if args.model.zero_stage == 3 else 0
-    config = frozen_config(stage=stage, run=args.run, offload=args.dpo.offload_reference_model)
-    model = create_hf_model(
-        AutoModelForCausalLM, args.model.model_name_or_path, tokenizer, config, **args.model.loading_options
-    )
+    stage = 3 if settings.model.zero_stage == 3 else 0
+    config = frozen_config(stage=stage, run=settings.run, offload=offload)
+    path, options = settings.model.model_name_or_path, settings.model.loading_options
+    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, **options)
     engine = build_frozen_engine(model, config=config)
     base.check_outputs(engine)
     table = logprob_table(engine, loaders)
@@ -134,10 +139,10 @@ def reference_of_copy(
     return table
 
 
-def reference_of_policy(args: DpoArguments, engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
+def reference_of_policy(engine: DeepSpeedEngine, loaders: Loaders, *, offload: bool) -> Tensor:
     """`logprob_table` of a policy that trains adapters alone: without them it is its own reference."""
     messages.info("the reference model is the policy without its adapters: no copy is loaded")
-    if args.dpo.offload_reference_model:
+    if offload:
         messages.note("--offload_reference_model has nothing to offload and is ignored.")
     with adapters_off(engine.module):
         return logprob_table(engine, loaders)

@@ -15,6 +15,7 @@ from dschat.export.upstream import verify_model
 from dschat.export.verdict import Evaluation
 from dschat.models.tokenizer import load_tokenizer
 from dschat.supervised.exports import ModelExports
+from dschat.supervised.settings import SupervisedSettings
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ class Run:
         rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
         self.model = AutoModelForCausalLM.from_pretrained(base)
         self.exports = ModelExports(
-            parse_arguments(step, argv),
+            SupervisedSettings.of(parse_arguments(step, argv)),
             self.model,
             load_tokenizer(str(base)),
             SplitData(rows, rows, {}, ""),

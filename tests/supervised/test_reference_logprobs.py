@@ -8,12 +8,13 @@ import torch
 from datasets import Dataset
 from tiny import save_tiny_model
 
-from dschat.arguments import DpoArguments, parse_arguments
+from dschat.arguments import parse_arguments
 from dschat.data.collate import REFERENCE_COLUMNS
 from dschat.data.preparation import SplitData
 from dschat.errors import UserError
 from dschat.export.upstream import UpstreamModel
 from dschat.supervised.reference_logprobs import FILE, ReferenceStore, with_reference
+from dschat.supervised.settings import SupervisedSettings
 
 TABLE = torch.tensor([[-1.5, -2.5], [-3.0, -4.0], [-0.25, -0.5]])
 """Of two training pairs and one for evaluation."""
@@ -30,9 +31,9 @@ def data() -> SplitData:
     return SplitData(rows.select([0, 1]).flatten_indices(), rows.select([2]).flatten_indices(), {}, "pairs")
 
 
-def arguments(tmp_path, *more: str) -> DpoArguments:
+def settings(tmp_path, *more: str) -> SupervisedSettings:
     argv = ["--model_name_or_path", str(tmp_path / "base"), "--data_output_path", str(tmp_path / "cache")]
-    return parse_arguments("dpo", [*argv, *more])
+    return SupervisedSettings.of(parse_arguments("dpo", [*argv, *more]))
 
 
 def test_what_was_computed_once_is_read_and_stands_beside_its_rows(base, data, tmp_path):
@@ -43,7 +44,7 @@ def test_what_was_computed_once_is_read_and_stands_beside_its_rows(base, data, t
         return TABLE
 
     for _ in range(2):
-        extended = with_reference(data, ReferenceStore.open(arguments(tmp_path), base, data), compute)
+        extended = with_reference(data, ReferenceStore.open(settings(tmp_path), base, data), compute)
         read = [[rows[name] for name in REFERENCE_COLUMNS] for rows in (extended.train, extended.evaluation)]
         assert [[list(column) for column in columns] for columns in read] == [
             [[-1.5, -3.0], [-2.5, -4.0]],
@@ -53,37 +54,37 @@ def test_what_was_computed_once_is_read_and_stands_beside_its_rows(base, data, t
 
 
 def test_other_pairs_weights_settings_or_precision_have_numbers_of_their_own(base, data, tmp_path):
-    keys = [ReferenceStore.open(arguments(tmp_path), base, data).key]
-    keys.append(ReferenceStore.open(arguments(tmp_path), base, replace(data, key="others")).key)
-    keys.append(ReferenceStore.open(arguments(tmp_path, "--dtype", "fp32"), base, data).key)
+    keys = [ReferenceStore.open(settings(tmp_path), base, data).key]
+    keys.append(ReferenceStore.open(settings(tmp_path), base, replace(data, key="others")).key)
+    keys.append(ReferenceStore.open(settings(tmp_path, "--dtype", "fp32"), base, data).key)
     save_tiny_model(tmp_path / "base", seed=1)
-    keys.append(ReferenceStore.open(arguments(tmp_path), base, data).key)
+    keys.append(ReferenceStore.open(settings(tmp_path), base, data).key)
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
-    keys.append(ReferenceStore.open(arguments(tmp_path), base, data).key)
+    keys.append(ReferenceStore.open(settings(tmp_path), base, data).key)
     assert len(set(keys)) == len(keys)
 
 
 def test_batches_stages_and_dpos_own_settings_share_the_numbers(base, data, tmp_path):
     more = ["--beta", "0.5", "--zero_stage", "3", "--per_device_train_batch_size", "2", "--loss_type", "ipo"]
-    usual, other = (ReferenceStore.open(arguments(tmp_path, *f), base, data) for f in ([], more))
+    usual, other = (ReferenceStore.open(settings(tmp_path, *f), base, data) for f in ([], more))
     assert usual.key == other.key
 
 
 @pytest.mark.parametrize("spoil", [lambda table: table[:2], lambda table: table.astype(np.float64)])
 def test_a_file_of_another_shape_or_kind_is_named(spoil, base, data, tmp_path):
-    store = ReferenceStore.open(arguments(tmp_path), base, data)
+    store = ReferenceStore.open(settings(tmp_path), base, data)
     store.root.joinpath(store.key).mkdir(parents=True)
     store.write(TABLE)
     path = store.root / store.key / FILE
     np.save(path, spoil(TABLE.numpy()))
     (path.parent / "files.json").write_text(f'{{"{FILE}": {path.stat().st_size}}}')
     with pytest.raises(UserError, match=rf"{store.key}.* cannot be read .*remove"):
-        ReferenceStore.open(arguments(tmp_path), base, data)
+        ReferenceStore.open(settings(tmp_path), base, data)
 
 
 def test_numbers_that_are_not_finite_are_not_kept(base, data, tmp_path):
-    store = ReferenceStore.open(arguments(tmp_path), base, data)
+    store = ReferenceStore.open(settings(tmp_path), base, data)
     with pytest.raises(UserError, match=r"1 of 3 pairs no finite log-probability.*--dtype"):
         with_reference(data, store, lambda: TABLE.clone().index_fill(0, torch.tensor([1]), torch.nan))
-    assert ReferenceStore.open(arguments(tmp_path), base, data).found is None
+    assert ReferenceStore.open(settings(tmp_path), base, data).found is None

@@ -20,6 +20,7 @@ from dschat.engines.build import build_frozen_engine
 from dschat.engines.step import DeepSpeedEngine
 from dschat.program import prepare
 from dschat.supervised import reference_logprobs
+from dschat.supervised import run as supervised_run
 
 
 def program() -> ModuleType:
@@ -33,7 +34,7 @@ def program() -> ModuleType:
 def main(runs: Path) -> None:
     """Run them all."""
     dpo = program()
-    train, weights = dpo.train_epochs, []
+    train, weights = supervised_run.train_epochs, []
 
     def build_and_watch(*args: Any, **settings: Any) -> DeepSpeedEngine:
         engine = build_frozen_engine(*args, **settings)
@@ -49,7 +50,7 @@ def main(runs: Path) -> None:
         weights.clear()
         return train(*args, **settings)
 
-    reference_logprobs.build_frozen_engine, dpo.train_epochs = build_and_watch, look_and_train
+    reference_logprobs.build_frozen_engine, supervised_run.train_epochs = build_and_watch, look_and_train
     for name, flags in json.loads(runs.read_text()).items():
         messages.info(f"== {name}")
         args = parse_arguments("dpo", flags)

@@ -1,0 +1,59 @@
+"""The data of steps 1 and 2 and of DPO in batches: for training, and for evaluations."""
+
+from dataclasses import dataclass, replace
+
+from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from dschat.data.preparation import SplitData
+from dschat.data.tokenization import column
+from dschat.distributed.mesh import mesh
+from dschat.supervised.settings import SupervisedSettings
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of a step on this rank."""
+
+    data: SplitData
+    """The examples that they are made of."""
+    train: TrainLoader
+    evaluation: EvalLoader
+    short_evaluation: EvalLoader
+    """The part of the evaluation data that --eval_iters allows between epochs."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, prompt and answer."""
+        return max(
+            column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
+        )
+
+    def over(self, data: SplitData) -> "Loaders":
+        """The same batches of the same examples, which have further columns in `data`."""
+        train, evaluation = (examples.with_format("arrow") for examples in (data.train, data.evaluation))
+        return Loaders(
+            data=data,
+            train=replace(self.train, dataset=train),
+            evaluation=replace(self.evaluation, dataset=evaluation),
+            short_evaluation=replace(self.short_evaluation, dataset=evaluation),
+        )
+
+
+def build_loaders(data: SplitData, collate: Collate, settings: SupervisedSettings) -> Loaders:
+    """Loaders over the data of a step; `collate` has its padding token filled in."""
+    batch, place = settings.batch, {"rank": mesh().data.rank, "world_size": mesh().data.size}
+    eval_size = batch.per_device_eval_batch_size
+    return Loaders(
+        data=data,
+        train=build_train_loader(
+            data.train,
+            collate,
+            batch_size=batch.per_device_train_batch_size,
+            accumulation_steps=settings.optimizer.gradient_accumulation_steps,
+            seed=settings.run.seed,
+            **place,
+        ),
+        evaluation=build_eval_loader(data.evaluation, collate, batch_size=eval_size, **place),
+        short_evaluation=build_eval_loader(
+            data.evaluation, collate, batch_size=eval_size, num_batches=batch.eval_iters, **place
+        ),
+    )

@@ -1,0 +1,101 @@
+"""A run of step 1 or 2 or of DPO from its flags to its exports: what their programs do alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.arguments import SupervisedArguments
+from dschat.checkpoints.checkpoint import Checkpoints
+from dschat.data.loaders import Collate
+from dschat.data.preparation import SplitData
+from dschat.engines.build import build_trained_engine, train_config
+from dschat.engines.memory_remedies import PhaseKind
+from dschat.engines.out_of_memory import phase
+from dschat.engines.step import DeepSpeedEngine
+from dschat.export.upstream import UpstreamModel, verify_model
+from dschat.models.config import check_positions
+from dschat.models.loading import create_hf_model
+from dschat.models.lora import check_adapters
+from dschat.models.tokenizer import load_tokenizer
+from dschat.program import RunContext
+from dschat.supervised.batches import Loaders, build_loaders
+from dschat.supervised.exports import ModelExports
+from dschat.supervised.loop import Objective, train_epochs
+from dschat.supervised.settings import SupervisedSettings
+
+
+@dataclass(frozen=True)
+class SupervisedRun:
+    """A run whose flags are read. Every rank calls its methods, in the order in which they stand here."""
+
+    settings: SupervisedSettings
+    context: RunContext
+    base: UpstreamModel
+    """The model that training starts from."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @staticmethod
+    def open(
+        args: SupervisedArguments, context: RunContext, *, head: Literal["language_model", "reward_model"]
+    ) -> "SupervisedRun":
+        """Verify the model without loading it, claim the run's folder, load the tokenizer.
+
+        `head` is that of the trained model; a reward model may start from a model of any kind. Raises
+        `UserError` where the model or its adapters cannot be used, or the folder is not free.
+        """
+        path = args.model.model_name_or_path
+        if head == "language_model":
+            base = verify_model(path, "--model_name_or_path", "language_model")
+            check_adapters(language=args.model)
+        else:
+            base = verify_model(path, "--model_name_or_path")
+            check_adapters(reward=args.model)
+        context.claim_folder(path)
+        return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
+
+    def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
+        """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=)`.
+
+        Raises `UserError` where an example is longer than the model has positions.
+        """
+        padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id)
+        loaders, path = build_loaders(data, padded, self.settings), self.settings.model.model_name_or_path
+        check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
+        return loaders
+
+    def begin(self, loaders: Loaders) -> Checkpoints:
+        """Join the process group and choose the checkpoint to go on from, as `RunContext.begin` does."""
+        return self.context.begin(loaders.data.key, [self.base])
+
+    def build_language_model(self, loaders: Loaders) -> DeepSpeedEngine:
+        """The language model to be trained, in its engine; checked against the outputs promised with it."""
+        engine = self.build_engine(partial(create_hf_model, AutoModelForCausalLM), loaders)
+        self.base.check_outputs(engine)
+        return engine
+
+    @phase(PhaseKind.LOADING, "model")
+    def build_engine(self, create_model: Callable[..., PreTrainedModel], loaders: Loaders) -> DeepSpeedEngine:
+        """The model that `create_model`, of models/loading.py, loads for training, in its engine."""
+        model, optimizer, run = self.settings.model, self.settings.optimizer, self.settings.run
+        size = self.settings.batch.per_device_train_batch_size
+        config = train_config(model, optimizer, run, per_device_batch_size=size)
+        return build_trained_engine(
+            create_model(model.model_name_or_path, self.tokenizer, config, **model.loading_options),
+            model,
+            optimizer,
+            run,
+            config=config,
+            num_training_steps=loaders.train.num_steps_of(optimizer.num_train_epochs),
+        )
+
+    def train(
+        self, engine: DeepSpeedEngine, loaders: Loaders, checkpoints: Checkpoints, objective: Objective
+    ) -> None:
+        """Train and export the model, as `train_epochs` and `ModelExports` do."""
+        exports = ModelExports(
+            self.settings, engine, self.tokenizer, loaders.data, verdict_of=objective.verdict_of
+        )
+        train_epochs(engine, loaders, self.settings, objective, checkpoints, exports)
