@@ -65,7 +65,7 @@ class MemoryFlags:
     run: RunArguments
     models: tuple[ModelArguments, ...]
     """Flags of the trained models."""
-    models_of: Mapping[str, ModelArguments]
+    models_of: Mapping[str, ModelArguments] = field(default_factory=dict)
     """Flags that decide the memory of a model, by its name in phases; a missing name means all models."""
     batches: Mapping[PhaseKind, BatchFlags]
     """How the batch of a phase is divided; phases without are missing."""
@@ -78,14 +78,13 @@ class MemoryFlags:
 
 
 def memory_flags(args: StepArguments) -> MemoryFlags:
-    """The flags of a step that decide how much memory it takes."""
+    """The flags of a step that decide how much memory it takes, but for those of step 3's single models."""
     accumulation = ("gradient_accumulation_steps", args.optimizer.gradient_accumulation_steps)
     if not isinstance(args, RlhfArguments):
         batch = args.batch
         return MemoryFlags(
             run=args.run,
             models=(args.model,),
-            models_of={},
             batches={
                 PhaseKind.TRAINING: BatchFlags(
                     "per_device_train_batch_size", batch.per_device_train_batch_size, *accumulation
@@ -104,19 +103,9 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
         *("generation_batches", args.rollout.generation_batches),
     )
     may_gather = args.actor.zero_stage == 3 and args.rollout.rollout_gather != "never"
-    offloads = {
-        "offload_reference_model": args.actor.zero_stage == 3 and not args.rlhf.offload_reference_model,
-        "offload_reward_model": args.critic.zero_stage == 3 and not args.rlhf.offload_reward_model,
-    }
     return MemoryFlags(
         run=args.run,
         models=(args.actor, args.critic),
-        models_of={
-            "actor": args.actor,
-            "reference model": args.actor,
-            "critic": args.critic,
-            "reward model": args.critic,
-        },
         batches={
             PhaseKind.SAMPLING: rollout,
             PhaseKind.ANALYZING: minibatch,
@@ -124,7 +113,6 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
         },
         length=("max_answer_seq_len", args.rollout.max_answer_seq_len, 1),
         gather=args.rollout.rollout_gather if may_gather else None,
-        offloads=tuple(flag for flag, helps in offloads.items() if helps),
     )
 
 
@@ -156,7 +144,7 @@ def remedies(phase: Phase, flags: MemoryFlags) -> list[str]:
     if phase.kind is PhaseKind.SAMPLING and flags.gather:
         found.append(f"--rollout_gather {flags.gather} -> never")
     if current_device().type != "cpu":
-        found += [f"--{flag}" for flag in flags.offloads]
+        found += flags.offloads
     if phase.reads_rows:
         name, length, least = flags.length
         found.append(f"--{name} {length} -> {max(length // 2, least)}")

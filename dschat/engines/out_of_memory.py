@@ -2,14 +2,16 @@
 
 import errno
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from dschat.arguments import ModelArguments
 from dschat.distributed import deepspeed_private, restart
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import mesh
@@ -37,6 +39,13 @@ class MemoryReport:
 def report_memory_with(flags: MemoryFlags) -> None:
     """Let messages about memory in this process name these flags."""
     process_wide(MemoryReport).flags = flags
+
+
+def report_models_with(models_of: Mapping[str, ModelArguments], offloads: Iterable[str]) -> None:
+    """Let messages about memory in this process name the flags of single models, as in `MemoryFlags`."""
+    kept = process_wide(MemoryReport)
+    if kept.flags is not None:
+        kept.flags = replace(kept.flags, models_of=models_of, offloads=tuple(offloads))
 
 
 def consumes(model: str, engine: Any) -> None:
@@ -76,7 +85,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def report(phase: Phase, flags: MemoryFlags, error: BaseException) -> list[str]:
     """The lines of the message: phase, consumers, the device's memory, and what helps."""
-    lines = [f"{_where()} out of memory while {phase} ({str(error).splitlines()[0][:200] or 'MemoryError'})."]
+    reason = next(iter(str(error).splitlines()), "") or "MemoryError"  # which usually has no message
+    lines = [f"{_where()} out of memory while {phase} ({reason[:200]})."]
     lines += [f"  {text}" for text in _consumers()]
     lines += ["What helps, the first thing first:", *(f"  {text}" for text in remedies(phase, flags))]
     if halved(phase, flags) and not flags.run.auto_micro_batch:

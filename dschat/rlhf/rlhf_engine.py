@@ -10,14 +10,14 @@ from dschat.console import messages
 from dschat.distributed.deepspeed_private import whole_size
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
 from dschat.engines.memory_remedies import PhaseKind
-from dschat.engines.out_of_memory import phase
+from dschat.engines.out_of_memory import phase, report_models_with
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.ema import MovingAverage
-from dschat.rlhf.roles import EngineSpec
+from dschat.rlhf.roles import EngineSpec, unused_offloads
 from dschat.rlhf.tokenizers import RlhfTokenizers
 
 TRAINED_BYTES = 16
@@ -65,6 +65,7 @@ class DeepSpeedRLHFEngine:
         self.specs = specs
         self._tokenizers, self._optimizer, self._ppo, self._run = tokenizers, optimizer, ppo, run
         self.by_role: dict[str, DeepSpeedEngine] = {}
+        report_models_with({spec.name: spec.settings for spec in specs}, unused_offloads(specs))
         for spec in specs:
             with phase(PhaseKind.LOADING, spec.name):
                 if spec.trained:

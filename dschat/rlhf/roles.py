@@ -160,6 +160,12 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
     return [spec for spec in (actor, reference, *critics, reward, guard) if spec.path]
 
 
+def unused_offloads(specs: Iterable[EngineSpec]) -> list[str]:
+    """Flags not given that would move the weights of sharded frozen models to CPU memory."""
+    frozen = [spec for spec in specs if not spec.trained and spec.zero_stage == 3 and not spec.offload]
+    return list(dict.fromkeys(spec.offload_flag for spec in frozen))
+
+
 def spec_of(specs: Iterable[EngineSpec], role: str) -> EngineSpec | None:
     """The specification of a role, None where the run has no such model."""
     return next((spec for spec in specs if spec.role == role), None)

@@ -1,5 +1,7 @@
 """What helps where memory runs out, by phase and step."""
 
+from dataclasses import replace
+
 import pytest
 
 from dschat.arguments import parse_arguments
@@ -50,7 +52,9 @@ def flags_of(step: str, *flags: str) -> MemoryFlags:
         "rlhf": ("--actor_model_name_or_path=a", "--critic_model_name_or_path=c"),
         "sft": ("--model_name_or_path=m",),
     }
-    return memory_flags(parse_arguments(step, [*models[step], "--data_path=d", "--dtype=bf16", *flags]))
+    args = parse_arguments(step, [*models[step], "--data_path=d", "--dtype=bf16", *flags])
+    found = memory_flags(args)
+    return replace(found, models_of={"critic": args.critic}) if step == "rlhf" else found
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
+from dschat.arguments import parse_arguments
 from dschat.engines import out_of_memory
+from dschat.engines.memory_remedies import Phase, PhaseKind, memory_flags
 
 WORKER = ROOT / "tests" / "workers" / "out_of_memory.py"
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -97,3 +99,10 @@ def test_one_row_cannot_be_halved(folder):
 )
 def test_what_counts_as_out_of_memory(error, is_one):
     assert out_of_memory.is_out_of_memory(error) is is_one
+
+
+def test_an_error_without_a_message_is_named_by_its_kind():
+    flags = memory_flags(parse_arguments("sft", ["--model_name_or_path=a", "--data_path=b"]))
+    for error in (MemoryError(), MemoryError("")):
+        first = out_of_memory.report(Phase(PhaseKind.EXPORTING), flags, error)[0]
+        assert first.endswith("ran out of memory while exporting (MemoryError).")

@@ -7,10 +7,6 @@ from deepspeed.accelerator import get_accelerator
 from test_ppo_on_ranks import ONE_RANK, TWO_RANKS, assert_same, run
 from tiny import save_reward_model, save_tiny_model
 
-from dschat.arguments import parse_arguments
-from dschat.errors import UserError
-from dschat.rlhf.rlhf_engine import num_training_steps
-
 LOSS_TERMS = {
     "kl_in": "loss",
     "kl_target": 0.05,
@@ -183,15 +179,6 @@ def test_the_actor_waits_while_the_critic_learns(one_rank):
     assert second["kl_coef"] == 0.1
     assert second["kl"] == 0  # the policy that sampled the second time is still the reference
     assert second["approx_kl"] > 0
-
-
-def test_a_warm_up_of_the_whole_run_is_an_error():
-    flags = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=c", "--critic_warmup_steps=3"]
-    args = parse_arguments("rlhf", flags)
-    steps = num_training_steps(args.ppo, num_ppo_steps=5, updates_per_ppo_step=4)
-    assert steps == {"actor": 8, "critic": 20}
-    with pytest.raises(UserError, match=r"--critic_warmup_steps 3 leaves .* 3 PPO steps"):
-        num_training_steps(args.ppo, num_ppo_steps=3, updates_per_ppo_step=4)
 
 
 def test_an_update_ends_after_the_step_that_moved_too_far(one_rank):
