@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
-from dschat.export.model_card import step_provenance
+from dschat.export.provenance import step_provenance
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
@@ -57,7 +57,16 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     )
     check_positions(specs, tokenizers, longest_prompt(data) + args.rollout.max_answer_seq_len)
     prompt_loader = build_loader(args, data, tokenizers.actor.pad_token_id)
-    texts = build_text_loader(args, tokenizers.actor)
+    texts = build_text_loader(
+        args.text,
+        args.rollout,
+        tokenizers.actor,
+        model_path=args.actor.model_name_or_path,
+        batch_size=args.ppo.per_device_training_batch_size,
+        accumulation_steps=args.optimizer.gradient_accumulation_steps,
+        seed=args.run.seed,
+        data_output_path=args.data.data_output_path,
+    )
     rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)

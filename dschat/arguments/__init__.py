@@ -11,7 +11,7 @@ from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
-from dschat.arguments.ppo import PpoArguments
+from dschat.arguments.ppo import PpoArguments, TextArguments
 from dschat.arguments.record import STARTING, RunDescription, Setting, saved_settings, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
 from dschat.arguments.rollout import RolloutArguments
@@ -56,6 +56,7 @@ __all__ = [
     "SftArguments",
     "StepArguments",
     "SupervisedArguments",
+    "TextArguments",
     "TokenizerArguments",
     "flags_of",
     "parse_arguments",

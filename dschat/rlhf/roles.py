@@ -61,8 +61,8 @@ class EngineSpec:
     """Precision of weights and activations."""
     offload: bool
     """Whether CPU memory holds the optimiser states, or the weights of a frozen model at ZeRO stage 3."""
-    offload_flag: str = "--offload"
-    """Flag that says so."""
+    offload_flag: str | None = None
+    """Flag that asks for `offload`, None where no flag does."""
     load_in_4bit: bool = False
     """Whether the linear layers of the backbone are packed into 4 bits."""
     tokenizer: TokenizerRule = "actor"
@@ -103,7 +103,13 @@ class EngineSpec:
 def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
     """The models that the flags ask for, in the order in which their engines are built."""
     critic_path, reward_path = args.critic.model_name_or_path, args.rlhf.reward_model_name_or_path
-    trained = partial(EngineSpec, trained=True, dtype=args.run.dtype, offload=args.run.offload)
+    trained = partial(
+        EngineSpec,
+        trained=True,
+        dtype=args.run.dtype,
+        offload=args.run.offload,
+        offload_flag="--offload",
+    )
     reward_model = partial(
         EngineSpec,
         head="score",
@@ -163,7 +169,7 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
 def unused_offloads(specs: Iterable[EngineSpec]) -> list[str]:
     """Flags not given that would move the weights of sharded frozen models to CPU memory."""
     frozen = [spec for spec in specs if not spec.trained and spec.zero_stage == 3 and not spec.offload]
-    return list(dict.fromkeys(spec.offload_flag for spec in frozen))
+    return list(dict.fromkeys(spec.offload_flag for spec in frozen if spec.offload_flag))
 
 
 def spec_of(specs: Iterable[EngineSpec], role: str) -> EngineSpec | None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dschat.arguments import PpoArguments
 from dschat.errors import UserError
 from dschat.export.export import export_model
-from dschat.export.model_card import Provenance
+from dschat.export.provenance import Provenance
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.rlhf_engine import num_training_steps

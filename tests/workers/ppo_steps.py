@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import RlhfArguments, parse_arguments
 from dschat.data.collate import PromptBatch
+from dschat.data.loaders import TextLoader
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.random_state import seed_everything
@@ -63,6 +65,20 @@ def skew_cache(model: torch.nn.Module, factor: float) -> None:
     model.register_forward_hook(skew, with_kwargs=True)
 
 
+def text_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> TextLoader | None:
+    """The text beside PPO that the flags ask for."""
+    return build_text_loader(
+        args.text,
+        args.rollout,
+        tokenizer,
+        model_path=args.actor.model_name_or_path,
+        batch_size=args.ppo.per_device_training_batch_size,
+        accumulation_steps=args.optimizer.gradient_accumulation_steps,
+        seed=args.run.seed,
+        data_output_path=args.data.data_output_path,
+    )
+
+
 def build_engine(args: RlhfArguments) -> tuple[DeepSpeedRLHFEngine, RlhfTokenizers]:
     """The models of step 3, whose schedules are as long as 100 optimiser steps."""
     tokenizers, specs = load_rlhf_tokenizers(engine_specs(args), args.tokenizer)
@@ -91,7 +107,7 @@ def run(models: Path, flags: dict) -> dict:
     tokenizer = tokenizers.actor
     if cache_factor != 1:
         skew_cache(engine.actor.module, cache_factor)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=build_text_loader(args, tokenizer))
+    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=text_loader(args, tokenizer))
     try:
         steps = two_steps(trainer, args, tokenizer)
     except UserError as error:
