@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dschat.arguments import RunDescription, StepArguments, parse_arguments
 from dschat.console import messages
@@ -54,7 +54,7 @@ class RunContext:
         return checkpoints
 
 
-def run_step(step: str, file: str) -> NoReturn:
+def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoReturn:
     """Run the program of a training step, from its flags to its exit.
 
     `file` is the program's, in a folder of the repository. Only once the flags are known to be good, and the

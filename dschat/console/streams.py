@@ -12,9 +12,13 @@ import select
 import sys
 from errno import EBADF, EIO, EPIPE
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dschat.console.log_file import Log
 from dschat.console.text import printable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 HARMLESS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\d*A")
 """Escape sequences of colours, and of tqdm where it draws several bars."""
@@ -39,7 +43,7 @@ class _LastingOutput(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         while True:
             try:
                 return os.write(self._descriptor, data)
@@ -48,7 +52,7 @@ class _LastingOutput(io.RawIOBase):
             except OSError as error:
                 if error.errno in (EPIPE, EIO, EBADF):
                     self._give_up(error)
-                return len(data)
+                return memoryview(data).nbytes
 
     def _give_up(self, error: OSError) -> None:
         """Nobody will read this again: libraries and child processes that write there get no error either."""

@@ -28,7 +28,8 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where this rank's random generators stand: Python's and NumPy's as JSON, torch's and the device's."""
-    name, keys, *rest = numpy.random.get_state()
+    legacy: Any = numpy.random.get_state()  # a tuple, which its types say is a dictionary or one
+    name, keys, *rest = legacy
     numbers = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
     return numbers, {"torch": torch.get_rng_state(), "device": get_accelerator().get_rng_state().cpu()}
 

@@ -134,7 +134,7 @@ def take_free_port() -> None:
             probe.bind(("", int(port)))
         except OSError as error:
             os.environ["MASTER_PORT"] = other = str(free_port())
-            why = error.strerror.lower()
+            why = (error.strerror or str(error)).lower()
             messages.note(f"port {port} is not used ({why}); one process needs any port: {other}.")
 
 

@@ -107,10 +107,11 @@ class RankWatchdog:
     def _look(self) -> None:
         while not self._stopped.wait(INTERVAL):
             self.each_time()
-            if self.message() is None:
+            message = self.message()
+            if message is None:
                 continue
             if not self._stopped.wait(GRACE):
-                self.report(self.message())
+                self.report(self.message() or message)  # more ranks may have ended
                 os._exit(1)  # the main thread hangs in a collective and cannot be woken
             return
 
@@ -150,7 +151,9 @@ def unwatch() -> bool:
 def report_lost_peers() -> bool:
     """Say which ranks of this machine are gone; False where none is."""
     watchdog = process_wide(WatchedRanks).watchdog
-    for _ in range(NUM_LOOKS) if watchdog else ():
+    if watchdog is None:
+        return False
+    for _ in range(NUM_LOOKS):
         watchdog.each_time()
         message = watchdog.message()
         if message is not None:

@@ -51,8 +51,7 @@ class MetricsLogger:
         if not is_main_process:
             return
         if run.output_dir:
-            mode = "wb" if steps_done is None else "ab"
-            self._lines = (Path(run.output_dir) / METRICS).open(mode, buffering=0)
+            self._lines = FileIO(Path(run.output_dir) / METRICS, "w" if steps_done is None else "a")
         folder = tensorboard_folder(run)
         if folder:
             purge_step = None if steps_done is None else steps_done + 1
@@ -68,8 +67,9 @@ class MetricsLogger:
         if self._lines:
             self._write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
         with self._gives_up_curves():
-            for name, value in values.items() if self._writer else ():
-                self._writer.add_scalar(name, value, step)
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
         if show:
             self._bar.set_postfix(
                 {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False
@@ -85,10 +85,11 @@ class MetricsLogger:
 
     def flush(self) -> None:
         """Try again to write the lines that found no room."""
-        if self._lines:
-            self._write("")
+        self._write("")
 
     def _write(self, lines: str) -> None:
+        if self._lines is None:
+            return
         had_room = not self._unwritten
         self._unwritten += lines.encode()
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dschat.arguments import RunArguments
+from dschat.distributed.process_wide import process_wide
 from dschat.errors import UserError
 from dschat.runs import lock
 from dschat.runs.lock import LOCK, claim, has_begun_before, note_begun
@@ -116,7 +117,7 @@ def test_a_launch_that_is_started_again_knows_whether_it_had_begun(run_id, tmp_p
     assert not has_begun_before(tmp_path)  # what refused the first attempt refuses the second
     note_begun(tmp_path)
     assert has_begun_before(tmp_path)
-    os.close(lock._claims.pop(tmp_path.resolve()).descriptor)
+    os.close(process_wide(lock.HeldLocks).pop(tmp_path.resolve()).descriptor)
     claim(tmp_path)
     assert has_begun_before(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
