@@ -27,7 +27,8 @@ def run_out(step: str, limit: int, rank: int) -> Any:
     right = getattr(place, name)
 
     def fails(*args: Any, **settings: Any) -> Any:
-        rows = len(args[1].rollout.input_ids if step == "rlhf" else args[1].input_ids)
+        batch = next(arg for arg in args if hasattr(arg, "rollout" if step == "rlhf" else "tokens"))
+        rows = len((batch.rollout if step == "rlhf" else batch.tokens).input_ids)
         if torch.is_grad_enabled() and rows > limit and mesh().world.rank == rank:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
         return right(*args, **settings)
