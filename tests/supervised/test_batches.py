@@ -1,0 +1,52 @@
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from dschat.arguments import parse_arguments
+from dschat.data.preparation import SplitData
+from dschat.supervised.batches import Loaders, build_loaders
+from dschat.supervised.settings import SupervisedSettings
+
+LENGTHS = {"train": [3, 9, 4, 5, 2], "evaluation": [7, 2, 6]}
+
+
+def names(rows: pa.Table, num_rows: int, denominator: float) -> list[str]:
+    """A batch of names instead of tokens."""
+    return rows["name"].to_pylist()
+
+
+@pytest.fixture
+def loaders() -> Loaders:
+    flags = ["--per_device_train_batch_size=2", "--per_device_eval_batch_size=1", "--eval_iters=2"]
+    args = parse_arguments("sft", ["--model_name_or_path=m", "--gradient_accumulation_steps=2", *flags])
+    parts = [
+        Dataset.from_dict({"length": lengths, "name": [f"{part} {n}" for n in lengths]})
+        for part, lengths in LENGTHS.items()
+    ]
+    return build_loaders(SplitData(*parts, {}, "key"), names, SupervisedSettings.of(args))
+
+
+def test_training_and_evaluation_have_batches_of_their_own_sizes(loaders):
+    # Four of five examples fill an optimiser step of 2 micro-batches of 2.
+    assert loaders.train.steps_per_epoch == 2
+    assert sorted(len(batch) for batch in loaders.train) == [0, 1, 2, 2]
+    assert list(loaders.evaluation) == [["evaluation 7"], ["evaluation 6"], ["evaluation 2"]]
+    assert len(list(loaders.short_evaluation)) == 2
+
+
+def test_the_longest_row_is_that_of_both_parts(loaders):
+    assert loaders.longest_row == 9
+
+
+def test_further_columns_leave_the_batches_as_they_are(loaders):
+    data = loaders.data
+    train = data.train.remove_columns("name").add_column("name", [f"new {n}" for n in LENGTHS["train"]])
+    evaluation = data.evaluation.add_column("number", [1, 2, 3])
+    extended = loaders.over(replace(data, train=train, evaluation=evaluation))
+    assert extended.data.train is train
+    old, new = ([name for batch in found.train for name in batch] for found in (loaders, extended))
+    assert new == [name.replace("train", "new") for name in old]
+    assert list(extended.evaluation) == list(loaders.evaluation)
+    assert list(extended.short_evaluation) == list(loaders.short_evaluation)
