@@ -90,7 +90,7 @@ PHASES = (
     ("evaluating", ("evaluation.py", "_evaluated", "reference.py")),
     ("generating", ("rollout.py",)),
     ("judging", ("judging.py",)),
-    ("training", ("train_on", "train_rlhf", "train_epochs", "training.py")),
+    ("training", ("train_on", "updates.py", "train_epochs", "training.py")),
     (
         "loading",
         ("factory.py", "rlhf_engine.py", "engines.py", "manifest.py", "preparation.py"),

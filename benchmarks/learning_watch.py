@@ -37,26 +37,27 @@ def take_dropout(argv: list[str]) -> tuple[list[str], float]:
 
 def watch(dropout: float) -> None:
     """Make the trainer report `checked_success`, and its actor drop out attention weights as it learns."""
-    from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+    from dschat.rlhf import ppo_trainer
+    from dschat.rlhf.ppo_trainer import PPOTrainer
 
-    construct, metrics = DeepSpeedPPOTrainer.__init__, DeepSpeedPPOTrainer.metrics
+    build, step = ppo_trainer.build_trainer, PPOTrainer.step
 
-    def construct_and_watch(
-        self: DeepSpeedPPOTrainer, engine: Any, tokenizers: Any, *args: Any, **options: Any
-    ) -> None:
-        construct(self, engine, tokenizers, *args, **options)
-        self.watched_tokenizer = tokenizers.actor
+    def build_and_watch(args: Any, engine: Any, tokenizers: Any, *more: Any, **options: Any) -> PPOTrainer:
         if dropout and not set_attention_dropout(engine.actor.module, dropout):
             raise ValueError(f"{DROPOUT_FLAG}: no layer of the actor has attention dropout.")
+        trainer = build(args, engine, tokenizers, *more, **options)
+        trainer.watched_tokenizer = tokenizers.actor
+        return trainer
 
-    def metrics_and_truth(self: DeepSpeedPPOTrainer) -> dict[str, float]:
-        rollout = self._experience.rollout
+    def step_and_truth(self: PPOTrainer, *args: Any, **options: Any) -> dict[str, float]:
+        metrics = step(self, *args, **options)
+        rollout = self.experience.rollout
         decode = self.watched_tokenizer.batch_decode
         prompts = decode(rollout.input_ids[:, : rollout.prompt_length], skip_special_tokens=True)
         answers = decode(rollout.answers, skip_special_tokens=True)
-        return {**metrics(self), "checked_success": share_right(prompts, answers)}
+        return {**metrics, "checked_success": share_right(prompts, answers)}
 
-    DeepSpeedPPOTrainer.__init__, DeepSpeedPPOTrainer.metrics = construct_and_watch, metrics_and_truth
+    ppo_trainer.build_trainer, PPOTrainer.step = build_and_watch, step_and_truth
 
 
 def set_attention_dropout(model: Any, probability: float) -> int:

@@ -27,10 +27,11 @@ from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ppo_trainer import build_trainer
 from dschat.rlhf.rewards.sources import build_rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, num_training_steps
 from dschat.rlhf.roles import engine_specs
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import load_rlhf_tokenizers
 from dschat.rlhf.train import train_ppo
@@ -83,11 +84,12 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         ),
     )
     received.check_outputs(specs, engine.by_role)
-    trainer = DeepSpeedPPOTrainer(
-        engine, tokenizers, args, prompts=data.train, score_scale=score_scale, rewards=rewards, texts=texts
-    )
-    watch = TrainingMonitor(
-        build_evaluator(trainer, tokenizers, args, data.evaluation),
+    backend = HuggingFaceGenerate(engine.actor, tokenizers.actor, gather=args.rollout.rollout_gather)
+    models = (args, engine, tokenizers, backend)
+    scores = {"score_scale": score_scale, "rewards": rewards}
+    trainer = build_trainer(*models, prompts=data.train, texts=texts, **scores)
+    monitor = TrainingMonitor(
+        build_evaluator(*models, data.evaluation, **scores),
         Guard(args.guard, kl_target=args.ppo.kl_target),
         Exports(
             engine,
@@ -98,18 +100,19 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         ),
         args.guard.eval_interval,
     )
-    num_done, figures, seconds = train_ppo(
+    num_done, metrics, seconds = train_ppo(
         trainer,
         prompt_loader,
-        args,
-        watch,
+        monitor,
+        run=args.run,
+        rollout=args.rollout,
         num_ppo_steps=num_ppo_steps,
         tokenizer=tokenizers.actor,
         checkpoints=checkpoints,
     )
-    figures |= watch.exports.finish(num_done, figures) | watch.guard.verdict()
+    metrics |= monitor.exports.finish(num_done, metrics) | monitor.guard.verdict()
     if mesh().is_main_process:
-        summary = {"step": "rlhf", "ppo_steps": num_done, **figures, "seconds": seconds}
+        summary = {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds}
         write_summary(args.run.output_dir, summary)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
+from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.rlhf.rollout.hf_generate import Rollout
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,11 @@ def answer(
     table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "key": pa.array(keys, pa.int64())})
     numbers = defaultdict(itertools.count)
     samples = np.array([next(numbers[key]) for key in keys])  # or equal prompts would get equal answers
-    rollout = Rollout(model, model.tokenizer, settings, seed=seed, greedy=greedy)
+    backend = HuggingFaceGenerate(model, model.tokenizer, gather=settings.rollout_gather)
+    sampling = replace(Sampling.of(settings, seed=seed, greedy=greedy), ppo_step=EVALUATION)
     order = np.argsort([len(row) for row in ids], kind="stable")
     size, batches = settings.per_device_generation_batch_size, []
-    with rollout.phase():
+    with backend.session():
         for rows in np.split(order, range(size, len(order), size)):
             asked = collate_prompts(
                 table.take(rows),
@@ -110,7 +112,7 @@ def answer(
                 numbers=rows,
                 samples=samples[rows],
             )
-            batches.append(rollout.generate(asked.to(model.device), ppo_step=EVALUATION))
+            batches.append(backend.generate(asked.to(model.device), sampling))
     texts = [text for batch in batches for text in answer_texts(batch, model.tokenizer)]
     return Answers([texts[place] for place in np.argsort(order)], batches)
 

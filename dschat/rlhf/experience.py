@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import PpoArguments
+from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console.text import printable
 from dschat.distributed.collectives import gather_rows
+from dschat.distributed.mesh import mesh
 from dschat.losses import (
     advantages_and_returns,
     discounted_returns,
@@ -89,6 +90,25 @@ class MinibatchSampler:
         parts = step_rows.split(self.micro_batch_size * self.world_size)
         return [part[self.rank :: self.world_size] for part in parts]
 
+    def rows_of_first_pass(self, rollout: RolloutBatch, ppo_step: int) -> list[Tensor]:
+        """This rank's row numbers in the micro-batches in which pass 0 will meet them."""
+        lengths = rollout.attention_mask.sum(dim=1).cpu()
+        steps = self.optimizer_steps(lengths, ppo_step=ppo_step, epoch=0)
+        return [part for step_rows in steps for part in self.micro_batches(step_rows)]
+
+
+def build_minibatch_sampler(
+    ppo: PpoArguments, optimizer: OptimizerArguments, run: RunArguments
+) -> MinibatchSampler:
+    """The dealing of rows to this rank's optimiser steps and micro-batches that the flags ask for."""
+    return MinibatchSampler(
+        micro_batch_size=ppo.per_device_training_batch_size,
+        accumulation_steps=optimizer.gradient_accumulation_steps,
+        world_size=mesh().data.size,
+        rank=mesh().data.rank,
+        seed=run.seed,
+    )
+
 
 @dataclass(frozen=True)
 class AnswerAnalysis:
@@ -111,7 +131,7 @@ class AnswerAnalysis:
 
     @staticmethod
     def gather(parts: list["AnswerAnalysis"], rows: list[Tensor], answer_length: int) -> "AnswerAnalysis":
-        """Judgements of this rank's micro-batches -> those of all ranks, each at its row's number."""
+        """Analyses of this rank's micro-batches -> those of all ranks, each at its row's number."""
         row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device), axis="data")
         order = row_numbers.argsort()
 
@@ -173,11 +193,24 @@ class Minibatch:
 
 
 @dataclass(frozen=True)
-class Experience:
-    """A rollout batch of all ranks, judged: what every pass over it learns from. All [B, T]."""
+class AnalyzedRollout:
+    """What a PPO step starts from: an analysed rollout batch of all ranks, and numbers that are steered."""
 
     rollout: RolloutBatch
-    judgement: AnswerAnalysis
+    analysis: AnswerAnalysis
+    shaping: ScoreShaping
+    kl_coef: float
+    """beta of this PPO step."""
+    ppo_step: int
+    """Counted from 0."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """An analysed rollout batch of all ranks with what every pass over it learns from. All [B, T]."""
+
+    rollout: RolloutBatch
+    analysis: AnswerAnalysis
     raw_advantages: Tensor
     advantages: Tensor
     """Whitened over the rollout batch, unless told otherwise or made by comparison of answers."""
@@ -185,73 +218,57 @@ class Experience:
     weights: Tensor | None
     """Of the tokens' policy losses, with --rollout_correction, and where they are truncated."""
     weight_cap: float
-    schedule: MinibatchSampler
+    minibatch_sampler: MinibatchSampler
     shaping: ScoreShaping
     kl_coef: float
     ppo_step: int
 
     @staticmethod
-    def build(
-        rollout: RolloutBatch,
-        judgement: AnswerAnalysis,
+    def of(
+        begun: AnalyzedRollout,
+        advantages: Tensor,
+        returns: Tensor,
         args: PpoArguments,
-        schedule: MinibatchSampler,
-        shaping: ScoreShaping,
-        *,
-        ppo_step: int,
-        kl_coef: float | None = None,
+        minibatch_sampler: MinibatchSampler,
     ) -> "Experience":
-        """Rewards, advantages and returns by items 3 to 7 of docs/ppo.md.
-
-        `kl_coef` is the present one where it is steered, by default --kl_coef.
-        """
-        kl_coef = args.kl_coef if kl_coef is None else kl_coef
-        mask = rollout.answer_mask
-        scores = shaping(judgement.scores, rollout.ended)
-        rewards = kl_shaped_rewards(
-            scores,
-            judgement.logprobs,
-            judgement.ref_logprobs,
-            mask,
-            kl_coef=0 if args.has_kl_loss else kl_coef,
-            score_clip=0,
-            kl_estimator=args.penalised_kl,
-        )
-        advantages, returns = estimate_advantages(rewards, judgement.values, rollout, args)
+        """The advantages whitened, item 7 of docs/ppo.md, and the tokens weighed. Both [B, T]."""
+        rollout, analysis = begun.rollout, begun.analysis
         is_whitened = args.whiten_advantages and not args.compares_answers
         return Experience(
             rollout=rollout,
-            judgement=judgement,
+            analysis=analysis,
             raw_advantages=advantages,
-            advantages=masked_whiten(advantages, mask) if is_whitened else advantages,
+            advantages=masked_whiten(advantages, rollout.answer_mask) if is_whitened else advantages,
             returns=returns,
-            weights=rollout_weights(judgement.logprobs, rollout, args),
+            weights=rollout_weights(analysis.logprobs, rollout, args),
             weight_cap=args.tis_cap,
-            schedule=schedule,
-            shaping=shaping,
-            kl_coef=kl_coef,
-            ppo_step=ppo_step,
+            minibatch_sampler=minibatch_sampler,
+            shaping=begun.shaping,
+            kl_coef=begun.kl_coef,
+            ppo_step=begun.ppo_step,
         )
 
     @property
     def settings(self) -> dict[str, float]:
-        """The numbers that, with rollout and judgement, it was built with in the PPO step's state."""
+        """The numbers of the `AnalyzedRollout` that it was made of, for JSON."""
         shaping = {"mean": self.shaping.mean, "std": self.shaping.std}
         return {**shaping, "kl_coef": self.kl_coef, "ppo_step": self.ppo_step}
 
     def minibatches(self, epoch: int) -> Iterator[Minibatch]:
         """This rank's optimiser steps of one pass.
 
-        In pass 0 rows meet in the micro-batches in which they were judged, so that the ratio of the first
+        In pass 0 rows meet in the micro-batches in which they were analysed, so that the ratio of the first
         optimiser step is exactly 1, not only nearly.
         """
         answer_lengths = self.rollout.answer_lengths.cpu()
         lengths = self.rollout.attention_mask.sum(dim=1).cpu()
         for number, rows in enumerate(
-            self.schedule.optimizer_steps(lengths, ppo_step=self.ppo_step, epoch=epoch)
+            self.minibatch_sampler.optimizer_steps(lengths, ppo_step=self.ppo_step, epoch=epoch)
         ):
             yield Minibatch(
-                micro_batches=[self._micro_batch(part) for part in self.schedule.micro_batches(rows)],
+                micro_batches=[
+                    self._micro_batch(part) for part in self.minibatch_sampler.micro_batches(rows)
+                ],
                 num_tokens=int(answer_lengths[rows].sum()),
                 is_first=epoch == 0 and number == 0,
                 kl_coef=self.kl_coef,
@@ -261,9 +278,9 @@ class Experience:
         rows = rows.to(self.returns.device)
         rollout = self.rollout.rows(rows)
         width = rollout.answer_mask.shape[1]
-        judged = self.judgement
+        analysis = self.analysis
         columns = (
-            *(judged.logprobs, judged.ref_logprobs, judged.values),
+            *(analysis.logprobs, analysis.ref_logprobs, analysis.values),
             *(self.advantages, self.returns, self.weights),
         )
         return MicroBatch(rollout, *(c if c is None else c[rows, :width] for c in columns))
@@ -271,10 +288,10 @@ class Experience:
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
         """The first prompts with their answers and raw scores, for people."""
         lines = []
-        for row in range(min(count, len(self.judgement.scores))):
+        for row in range(min(count, len(self.analysis.scores))):
             one = self.rollout.rows(torch.tensor([row], device=self.returns.device))
             prompt, answer = one.input_ids[0].split([one.prompt_length, one.answer_mask.shape[1]])
-            score = self.judgement.scores[row]
+            score = self.analysis.scores[row]
             lines.append(f"--- prompt: {printable(tokenizer.decode(prompt))}")
             lines.append(f"--- answer (score {score:.3f}): {printable(tokenizer.decode(answer))}")
         return "\n".join(lines)
@@ -282,21 +299,21 @@ class Experience:
     @property
     def kl(self) -> Tensor:
         """k1 to the reference in nats an answer, the mean over answers. Scalar."""
-        return self.judgement.log_ratio(self.rollout.answer_mask).sum(dim=1).mean()
+        return self.analysis.log_ratio(self.rollout.answer_mask).sum(dim=1).mean()
 
     def metrics(self) -> dict[str, float]:
         """What the rollout batch was like before anything was learned from it. Names as in docs/ppo.md."""
-        mask, judged = self.rollout.answer_mask, self.judgement
-        log_ratio, kl = judged.log_ratio(mask), self.kl
+        mask, analysis = self.rollout.answer_mask, self.analysis
+        log_ratio, kl = analysis.log_ratio(mask), self.kl
         k3 = kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean()
         values = {
-            "score": judged.scores.mean(),
-            "score_std": judged.scores.std(unbiased=False),
-            "score_clipped_share": self.shaping.is_clipped(judged.scores).float().mean(),
+            "score": analysis.scores.mean(),
+            "score_std": analysis.scores.std(unbiased=False),
+            "score_clipped_share": self.shaping.is_clipped(analysis.scores).float().mean(),
             "kl": kl,
             "k3": k3,
-            "score_minus_kl": judged.scores.mean() - self.kl_coef * kl,
-            "entropy": masked_mean(judged.entropy, mask),
+            "score_minus_kl": analysis.scores.mean() - self.kl_coef * kl,
+            "entropy": masked_mean(analysis.entropy, mask),
             "advantage_mean": masked_mean(self.raw_advantages, mask),
             "advantage_std": masked_variance(self.raw_advantages, mask).sqrt(),
             "return_mean": masked_mean(self.returns, mask),
@@ -304,20 +321,38 @@ class Experience:
             "answer_length": self.rollout.answer_lengths.float().mean(),
             "eos_share": self.rollout.ended.float().mean(),
         }
-        values |= {f"score_{name}": scores.mean() for name, scores in judged.by_source.items()}
-        if judged.values is not None:
-            unexplained = masked_variance(self.returns - judged.values, mask)
+        values |= {f"score_{name}": scores.mean() for name, scores in analysis.by_source.items()}
+        if analysis.values is not None:
+            unexplained = masked_variance(self.returns - analysis.values, mask)
             total = masked_variance(self.returns, mask).clamp(min=1e-8)
             values["explained_variance"] = 1 - unexplained / total
         if self.weights is not None:
             values["tis_weight_mean"] = masked_mean(self.weights, mask)
             values["tis_truncated_share"] = masked_mean((self.weights >= self.weight_cap).float(), mask)
-        errors = {f"reward_errors_{name}": number for name, number in judged.num_errors.items()}
+        errors = {f"reward_errors_{name}": number for name, number in analysis.num_errors.items()}
         numbers = {name: value.item() for name, value in values.items()} | errors | {"kl_coef": self.kl_coef}
         if self.rollout.logprobs is None:
             return numbers
-        apart = Difference.between(self.rollout, judged.logprobs)
+        apart = Difference.between(self.rollout, analysis.logprobs)
         return numbers | {"rollout_logprob_diff": apart.mean, "rollout_logprob_diff_max": apart.largest}
+
+
+def shape_rewards(
+    scores: Tensor, analysis: AnswerAnalysis, mask: Tensor, args: PpoArguments, *, kl_coef: float
+) -> Tensor:
+    """Rewards per token, item 4 of docs/ppo.md: shaped scores [B] at the end, less the KL penalty. -> [B, T].
+
+    `kl_coef` is the present beta; the penalty is left out where it stands in the loss.
+    """
+    return kl_shaped_rewards(
+        scores,
+        analysis.logprobs,
+        analysis.ref_logprobs,
+        mask,
+        kl_coef=0 if args.has_kl_loss else kl_coef,
+        score_clip=0,
+        kl_estimator=args.penalised_kl,
+    )
 
 
 def estimate_advantages(

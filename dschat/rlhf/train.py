@@ -4,86 +4,87 @@ import time
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import RlhfArguments
+from dschat.arguments import RolloutArguments, RunArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.console import messages
 from dschat.data.loaders import PromptLoader
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
-from dschat.rlhf.monitoring.guard import Figures
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ppo_trainer import Metrics, PPOTrainer
 from dschat.runs.metrics import MetricsLogger
 
 SHOWN = ("score", "kl", "answer_length", "value_loss")
+"""Metrics beside the progress bar."""
 
 
 NUM_PRINTED_ANSWERS = 3
 
 
 def train_ppo(
-    trainer: DeepSpeedPPOTrainer,
+    trainer: PPOTrainer,
     prompt_loader: PromptLoader,
-    args: RlhfArguments,
-    watch: TrainingMonitor,
+    monitor: TrainingMonitor,
     *,
+    run: RunArguments,
+    rollout: RolloutArguments,
     num_ppo_steps: int,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints,
-) -> tuple[int, Figures, float]:
+) -> tuple[int, Metrics, float]:
     """Train for so many PPO steps, or until the guard ends the run; go on from a checkpoint if there is one.
 
-    Returns how many PPO steps are done, the figures of the last, and the seconds of all. Every rank must
+    Returns how many PPO steps are done, the metrics of the last, and the seconds of all. Every rank must
     call it.
     """
     begun = checkpoints.load(trainer.engine.by_name)
-    begun.restore({**trainer.parts, "watch": watch})
+    begun.restore({**trainer.parts, "watch": monitor})
     done = trainer.num_ppo_steps_done
-    metrics = MetricsLogger(
-        args.run,
+    logger = MetricsLogger(
+        run,
         total_steps=num_ppo_steps,
         description="PPO",
         is_main_process=is_main_process(),
         steps_done=done if begun.step else None,
     )
     start = time.perf_counter() - begun.values.get("seconds", 0.0)
-    figures = begun.values["figures"] if begun.step else _watched(0, {}, watch, metrics)
+    metrics = begun.values["figures"] if begun.step else _monitored(0, {}, monitor, logger)
 
     def save_if_due(*, is_last: bool = False) -> None:
-        number = trainer.num_updates_passed
+        number = trainer.num_updates
         if checkpoints.is_due(number, is_last=is_last):
-            parts = {**trainer.parts_to_keep, "watch": watch, "figures": figures}
+            parts = {**trainer.parts_to_keep, "watch": monitor, "figures": metrics}
             parts["seconds"] = time.perf_counter() - start
-            metrics.flush()
+            logger.flush()
             checkpoints.save(number, engines=trainer.engine.by_name, parts=parts)
 
-    steps = range(done + 1, num_ppo_steps + 1) if not watch.guard.stopped_by else ()
+    def after_update() -> None:
+        if trainer.is_inside_ppo_step:  # else it is saved with the metrics of the PPO step
+            save_if_due()
+
+    steps = range(done + 1, num_ppo_steps + 1) if not monitor.guard.stopped_by else ()
     for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):
-        experience = trainer.unfinished
-        if experience is None:
-            experience = trainer.generate_experience([batch.to(current_device()) for batch in prompts])
-        for minibatch in trainer.minibatches():
-            trainer.train_rlhf(minibatch)
-            if trainer.unfinished:
-                save_if_due()
-        figures = _watched(step, trainer.metrics(), watch, metrics, is_last=step == num_ppo_steps)
-        metrics.advance()
-        if args.rollout.print_answers and step % args.rollout.print_answers_interval == 0:
-            messages.info(experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
-        save_if_due(is_last=step == num_ppo_steps or watch.guard.stopped_by is not None)
-        if watch.guard.stopped_by:
+        batches = [batch.to(current_device()) for batch in prompts]
+        metrics_of_step = trainer.step(batches, ppo_step=step - 1, after_update=after_update)
+        metrics = _monitored(step, metrics_of_step, monitor, logger, is_last=step == num_ppo_steps)
+        logger.advance()
+        if rollout.print_answers and step % rollout.print_answers_interval == 0:
+            assert trainer.experience is not None, "a PPO step has experience"
+            messages.info(trainer.experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+        save_if_due(is_last=step == num_ppo_steps or monitor.guard.stopped_by is not None)
+        if monitor.guard.stopped_by:
             break
-    metrics.close()
-    return trainer.num_ppo_steps_done, figures, time.perf_counter() - start
+    logger.close()
+    return trainer.num_ppo_steps_done, metrics, time.perf_counter() - start
 
 
-def _watched(
-    step: int, figures: Figures, watch: TrainingMonitor, metrics: MetricsLogger, *, is_last: bool = False
-) -> Figures:
-    """The figures after a PPO step with those of an evaluation, logged, and what the guard says printed."""
-    values, warnings = watch.after(step, figures, is_last=is_last)
+def _monitored(
+    step: int, metrics: Metrics, monitor: TrainingMonitor, logger: MetricsLogger, *, is_last: bool = False
+) -> Metrics:
+    """The metrics after a PPO step with those of an evaluation, logged, and the guard's warnings printed."""
+    values, lines = monitor.after_step(step, metrics, is_last=is_last)
     if values:
-        metrics.log(step, show=SHOWN, **values)
-    for warning in warnings:
-        messages.info(warning)
+        logger.log(step, show=SHOWN, **values)
+    for line in lines:
+        messages.info(line)
     return values

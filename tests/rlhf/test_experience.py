@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experiences import build_experience
 
 from dschat.arguments import PpoArguments
 from dschat.rlhf.experience import (
@@ -44,7 +45,7 @@ def make_judgement() -> AnswerAnalysis:
 def make_experience(**settings) -> Experience:
     args = PpoArguments(kl_coef=0.2, **settings)
     shaping = ScoreShaping(clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
-    return Experience.build(make_rollout(), make_judgement(), args, schedule(), shaping, ppo_step=3)
+    return build_experience(make_rollout(), make_judgement(), args, schedule(), shaping, ppo_step=3)
 
 
 def test_scores_are_normalised_then_clipped_then_penalised():
@@ -109,7 +110,7 @@ def test_minibatches_carry_the_numbers_of_their_rows_and_the_token_count_of_all_
         assert part.rollout.answer_mask.shape[1] == width
         assert minibatch.num_tokens == LENGTHS[rows].sum()
         assert torch.equal(part.returns, experience.returns[rows, :width])
-        assert torch.equal(part.logprobs, experience.judgement.logprobs[rows, :width])
+        assert torch.equal(part.logprobs, experience.analysis.logprobs[rows, :width])
 
 
 def test_a_later_pass_is_never_called_the_first():
@@ -135,14 +136,14 @@ def test_the_score_reaches_the_last_token_of_every_row():
     args = PpoArguments(gae_lambda=1.0, kl_coef=0.0, reward_clip=0.0)
     judgement = replace(make_judgement(), values=torch.zeros(NUM_ROWS, ANSWER))
     shaping = ScoreShaping(clip=0, missing_eos_penalty=0)
-    experience = Experience.build(make_rollout(), judgement, args, schedule(), shaping, ppo_step=0)
+    experience = build_experience(make_rollout(), judgement, args, schedule(), shaping, ppo_step=0)
     last = experience.returns[torch.arange(NUM_ROWS), LENGTHS - 1]
     torch.testing.assert_close(last, judgement.scores)
 
 
 def test_with_kl_in_the_loss_the_rewards_are_the_scores_alone():
     experience = make_experience(kl_in="loss", gamma=1.0, gae_lambda=1.0, reward_clip=0.0)
-    mask, scores = experience.rollout.answer_mask, experience.judgement.scores
+    mask, scores = experience.rollout.answer_mask, experience.analysis.scores
     torch.testing.assert_close(experience.returns, scores[:, None] * mask)
     assert experience.metrics()["kl_coef"] == 0.2  # it multiplies the loss's term
 
@@ -150,10 +151,10 @@ def test_with_kl_in_the_loss_the_rewards_are_the_scores_alone():
 def test_a_steered_kl_coefficient_takes_the_place_of_the_flag():
     args, shaping = PpoArguments(kl_coef=0.2), ScoreShaping(clip=0, missing_eos_penalty=0)
     build = (make_rollout(), make_judgement(), args, schedule(), shaping)
-    steered = Experience.build(*build, ppo_step=0, kl_coef=0.3)
+    steered = build_experience(*build, ppo_step=0, kl_coef=0.3)
     assert steered.metrics()["kl_coef"] == 0.3
     assert [m.kl_coef for m in steered.minibatches(0)] == [0.3] * 4
-    assert not torch.equal(steered.returns, Experience.build(*build, ppo_step=0).returns)
+    assert not torch.equal(steered.returns, build_experience(*build, ppo_step=0).returns)
 
 
 GROUPS = torch.tensor([0, 1, 2, 3] * 3)
@@ -163,13 +164,13 @@ def without_critic(**settings) -> Experience:
     args = PpoArguments(kl_coef=0.2, reward_clip=0.0, **settings)
     rollout, judgement = replace(make_rollout(), prompt_rows=GROUPS), replace(make_judgement(), values=None)
     shaping = ScoreShaping(clip=0, missing_eos_penalty=0)
-    return Experience.build(rollout, judgement, args, schedule(), shaping, ppo_step=0)
+    return build_experience(rollout, judgement, args, schedule(), shaping, ppo_step=0)
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_rloo_compares_the_scores_less_the_kl_penalty_that_stands_in_the_rewards(kl_in):
     experience = without_critic(advantage_estimator="rloo", kl_in=kl_in)
-    judged, mask = experience.judgement, experience.rollout.answer_mask
+    judged, mask = experience.analysis, experience.rollout.answer_mask
     earned = judged.scores.clone()
     if kl_in == "reward":
         earned -= 0.2 * ((judged.logprobs - judged.ref_logprobs) * mask).sum(dim=1)
@@ -181,7 +182,7 @@ def test_rloo_compares_the_scores_less_the_kl_penalty_that_stands_in_the_rewards
 
 def test_grpo_compares_the_scores_and_has_its_kl_in_the_loss():
     experience = without_critic(advantage_estimator="grpo")
-    scores, mask = experience.judgement.scores, experience.rollout.answer_mask
+    scores, mask = experience.analysis.scores, experience.rollout.answer_mask
     for group in range(4):
         rows = group == GROUPS
         expected = (scores[rows] - scores[rows].mean()) / scores[rows].std(unbiased=False)
@@ -240,7 +241,7 @@ def test_metrics_of_a_batch_worked_out_by_hand():
     )
     args = PpoArguments(kl_coef=0.5, gae_lambda=1.0)
     shaping = ScoreShaping(clip=5, missing_eos_penalty=0)
-    metrics = Experience.build(rollout, judgement, args, schedule(2), shaping, ppo_step=0).metrics()
+    metrics = build_experience(rollout, judgement, args, schedule(2), shaping, ppo_step=0).metrics()
     assert metrics["score"] == 4
     assert metrics["score_clipped_share"] == 0.5
     assert metrics["kl"] == pytest.approx((0.4 + 0.2) / 2)
@@ -266,7 +267,7 @@ def test_tokens_are_weighed_by_training_over_sampling_probability_with_any_estim
     )
     args = PpoArguments(advantage_estimator=estimator, rollout_correction="tis", tis_cap=2.0)
     shaping = ScoreShaping(clip=0, missing_eos_penalty=0)
-    experience = Experience.build(rollout, judgement, args, schedule(), shaping, ppo_step=3)
+    experience = build_experience(rollout, judgement, args, schedule(), shaping, ppo_step=3)
     expected = torch.tensor([0.5, 1.0, 2.0, 1.2]).expand(NUM_ROWS, -1)
     mask = rollout.answer_mask
     torch.testing.assert_close(experience.weights, torch.where(mask, expected, 1))

@@ -6,6 +6,7 @@ import numpy as np
 import numpy_ppo as reference
 import pytest
 import torch
+from experiences import build_experience
 from torch import Tensor
 
 from dschat.arguments import PpoArguments
@@ -61,7 +62,7 @@ class Answers:
         )
         old, ref, values = (self.padded(name) for name in ("old", "ref", "values"))
         judgement = AnswerAnalysis(old, old, ref, values, torch.from_numpy(self.scores))
-        return Experience.build(
+        return build_experience(
             rollout, judgement, args, MinibatchSampler(1, 1, 1, 0, 0), ScoreShaping(0, 0), ppo_step=0
         )
 

@@ -1,7 +1,6 @@
 """The invariants of docs/ppo.md that need a model. Those that need DeepSpeed are in test_ppo_on_ranks.py."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +26,8 @@ from dschat.models.forward import (
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.actor_loss import actor_loss
-from dschat.rlhf.experience import MicroBatch, ScoreShaping
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.experience import MicroBatch
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.rlhf.running_statistics import RunningStatistics
-from dschat.rlhf.update_statistics import UpdateStatistics
 
 PROMPTS = ((10, 11, 12, 13, 14), (20, 21), (30, 31, 32))
 ANSWERS = ((40, 41, 42, 0), (50, 0), (60, 61, 62, 63))  # token 0 ends; the last is cut at the limit
@@ -205,20 +201,3 @@ def test_the_ratio_at_unchanged_weights_is_exactly_one_in_train_mode_too(actor):
 def test_only_answer_logits_are_computed(actor):
     assert logits_of(actor, BATCH.tokens, num_tokens=NUM_TOKENS).shape == (3, 4, actor.config.vocab_size)
     assert logits_of(actor, BATCH.tokens, num_tokens=100).shape == (3, 4, 100)
-
-
-def test_running_statistics_count_a_batch_in_before_it_is_shaped():
-    trainer = SimpleNamespace(_scores=RunningStatistics(), shaping=ScoreShaping(0, missing_eos_penalty=0))
-    batches, ended = torch.tensor([[1.0, 3.0], [8.0, 8.0]]), torch.tensor([True, True])
-    first, second = (DeepSpeedPPOTrainer._shaping_of(trainer, scores)(scores, ended) for scores in batches)
-    assert first.tolist() == [-1, 1]  # mean 2, std 1
-    # 1 3 8 8: mean 5, variance (16 + 4 + 9 + 9) / 4
-    assert second.tolist() == [pytest.approx(3 / 9.5**0.5)] * 2
-
-
-def test_statistics_add_up_and_keep_the_largest():
-    statistics = UpdateStatistics()
-    for value in (1.0, 5.0, 3.0):
-        statistics.add(total=torch.tensor(value))
-        statistics.maximise(most=torch.tensor(value))
-    assert statistics.reduce() == ({"total": 9.0}, {"most": 5.0})

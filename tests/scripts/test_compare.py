@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from dschat.errors import UserError
 from dschat.rlhf import answering
 from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
-from dschat.rlhf.rollout.hf_generate import Rollout
+from dschat.rlhf.rollout.backend import Sampling
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from scripts import compare
 
 PROMPTS = [
@@ -150,9 +152,9 @@ def test_answers_are_those_of_an_evaluation_of_step_3(model):
         rows.rows, num_prompts=9, pad_id=asked.tokenizer.pad_token_id, batch_size=9, rank=0, world_size=1
     )
     settings = RolloutArguments(max_answer_seq_len=6, temperature=0.7)
-    rollout = Rollout(asked, asked.tokenizer, settings, seed=3)
-    with rollout.phase():
-        evaluated = rollout.generate(batch, ppo_step=EVALUATION)
+    backend = HuggingFaceGenerate(asked, asked.tokenizer)
+    with backend.session():
+        evaluated = backend.generate(batch, replace(Sampling.of(settings, seed=3), ppo_step=EVALUATION))
     texts = dict(zip(evaluated.prompt_rows.tolist(), answer_texts(evaluated, asked.tokenizer), strict=True))
     assert compare.compare(args)[1]["a"] == [texts[0], texts[1]]
 

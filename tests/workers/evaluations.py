@@ -13,8 +13,9 @@ from tiny import comparison_rows
 from dschat.arguments import parse_arguments
 from dschat.data.comparisons import Comparison
 from dschat.data.tokenization import tokenize_prompts
-from dschat.rlhf.monitoring.evaluation import Evaluator
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.monitoring.evaluation import build_evaluator
+from dschat.rlhf.ppo_trainer import build_trainer
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 
 QUESTIONS = [f"\n\nHuman: Name {n} colours{', please' * (n % 4)}.\n\nAssistant:" for n in range(9)]
 
@@ -33,13 +34,12 @@ def run(models: Path, flags: dict) -> list[dict[str, float]]:
     held_out = tokenize_prompts(
         comparison_rows(*map(Comparison, QUESTIONS)), tokenizers.actor, max_prompt_seq_len=99
     ).rows
-    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args)
-    evaluator = Evaluator(trainer, tokenizers, args, held_out)
-    before = evaluator.figures()
-    experience = trainer.generate_experience(prompts(tokenizers.actor, 0, 1, 1))
-    for minibatch in experience.minibatches(0):
-        trainer.train_rlhf(minibatch)
-    return [before, evaluator.figures(), evaluator.figures()]
+    backend = HuggingFaceGenerate(engine.actor, tokenizers.actor)
+    trainer = build_trainer(args, engine, tokenizers, backend)
+    evaluator = build_evaluator(args, engine, tokenizers, backend, held_out)
+    before = evaluator.evaluate()
+    kl_coef = trainer.step(prompts(tokenizers.actor, 0, 1, 1), ppo_step=0)["kl_coef"]
+    return [before, evaluator.evaluate(kl_coef=kl_coef), evaluator.evaluate(kl_coef=kl_coef)]
 
 
 if __name__ == "__main__":

@@ -20,27 +20,27 @@ from dschat.distributed import process_group
 from dschat.distributed.mesh import mesh
 from dschat.errors import Stopped
 from dschat.program import prepare
-from dschat.rlhf import ppo_trainer
+from dschat.rlhf.ppo_trainer import PPOTrainer
 
 
-def stopping(train_rlhf: Any, stop_after: int | None) -> Any:
-    """`train_rlhf` that asks its own process to stop."""
+def stopping(update: Any, stop_after: int | None) -> Any:
+    """`update` that asks its own process to stop."""
 
-    def train(self: ppo_trainer.DeepSpeedPPOTrainer, minibatch: Any) -> None:
-        train_rlhf(self, minibatch)
-        if self.num_updates_passed == stop_after and mesh().is_main_process:
+    def update_and_stop(self: PPOTrainer, minibatch: Any) -> None:
+        update(self, minibatch)
+        if self.num_updates == stop_after and mesh().is_main_process:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    return train
+    return update_and_stop
 
 
 def main(runs: Path) -> None:
     """Run them all."""
     step3 = program("rlhf", ROOT / "step3_ppo" / "main.py")
-    train_rlhf = ppo_trainer.DeepSpeedPPOTrainer.train_rlhf
+    update = PPOTrainer.update
     for run in json.loads(runs.read_text()):
         args = parse_arguments("rlhf", run["flags"])
-        ppo_trainer.DeepSpeedPPOTrainer.train_rlhf = stopping(train_rlhf, run.get("stop_after"))
+        PPOTrainer.update = stopping(update, run.get("stop_after"))
         try:
             step3.main(args, prepare(args))
             how = "finished"

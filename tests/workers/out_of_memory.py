@@ -19,7 +19,7 @@ def run_out(step: str, limit: int, rank: int) -> Any:
     """The step's program, with a loss that fails as an allocation does."""
     module = program(step)
     if step == "rlhf":
-        from dschat.rlhf import ppo_trainer as place
+        from dschat.rlhf import updates as place
 
         name = "actor_loss"
     else:

@@ -27,9 +27,10 @@ from dschat.errors import UserError
 from dschat.export.export import export_model
 from dschat.models.lora import trains_adapters_only
 from dschat.rlhf import rlhf_engine
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ppo_trainer import PPOTrainer, build_trainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.roles import engine_specs
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import RlhfTokenizers, load_rlhf_tokenizers
 
@@ -107,7 +108,9 @@ def run(models: Path, flags: dict) -> dict:
     tokenizer = tokenizers.actor
     if cache_factor != 1:
         skew_cache(engine.actor.module, cache_factor)
-    trainer = DeepSpeedPPOTrainer(engine, tokenizers, args, texts=text_loader(args, tokenizer))
+    backend = HuggingFaceGenerate(engine.actor, tokenizer, gather=args.rollout.rollout_gather)
+    texts = text_loader(args, tokenizer)
+    trainer = build_trainer(args, engine, tokenizers, backend, texts=texts)
     try:
         steps = two_steps(trainer, args, tokenizer)
     except UserError as error:
@@ -116,18 +119,16 @@ def run(models: Path, flags: dict) -> dict:
     return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
 
 
-def two_steps(trainer: DeepSpeedPPOTrainer, args: RlhfArguments, tokenizer) -> list[dict]:
+def two_steps(trainer: PPOTrainer, args: RlhfArguments, tokenizer) -> list[dict]:
     """Metrics and answers of each step."""
     steps = []
     for ppo_step in range(2):
-        experience = trainer.generate_experience(
-            prompts(tokenizer, ppo_step, args.rollout.generation_batches, args.rollout.num_samples_per_prompt)
-        )
-        for epoch in range(args.ppo.ppo_epochs):
-            for minibatch in experience.minibatches(epoch):
-                trainer.train_rlhf(minibatch)
-        answers = experience.rollout.answers.masked_fill(~experience.rollout.answer_mask, -1)
-        steps.append({**trainer.metrics(), "answers": answers.tolist()})
+        batches = args.rollout.generation_batches
+        asked = prompts(tokenizer, ppo_step, batches, args.rollout.num_samples_per_prompt)
+        metrics = trainer.step(asked, ppo_step=ppo_step)
+        rollout = trainer.experience.rollout
+        answers = rollout.answers.masked_fill(~rollout.answer_mask, -1)
+        steps.append({**metrics, "answers": answers.tolist()})
     return steps
 
 

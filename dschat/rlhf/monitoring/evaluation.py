@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dschat.arguments import RlhfArguments
 from dschat.console import messages
+from dschat.data.collate import PromptBatch
 from dschat.data.loaders import build_eval_prompts
 from dschat.distributed.collectives import gather_rows
 from dschat.distributed.device import current_device, synchronize
@@ -18,10 +19,21 @@ from dschat.distributed.statistics import standard_error
 from dschat.losses import kl_estimate, masked_mean
 from dschat.models.forward import scores_of
 from dschat.rlhf.analysis import AnswerAnalyzer
-from dschat.rlhf.experience import AnswerAnalysis, finite_scores
+from dschat.rlhf.experience import (
+    AnswerAnalysis,
+    MinibatchSampler,
+    ScoreShaping,
+    build_minibatch_sampler,
+    finite_scores,
+)
 from dschat.rlhf.monitoring.gains import Answers
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rewards.retokenize import Retokenizer
+from dschat.rlhf.rewards.sources import Rewards
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.rollout.sampler import RolloutSampler
+from dschat.rlhf.score_scale import ScoreScale
 from dschat.rlhf.tokenizers import RlhfTokenizers, build_retokenizer
 
 EVALUATION = -1
@@ -34,61 +46,64 @@ MOST_SAMPLES = 8
 
 
 class Evaluator:
-    """Answers a fixed sample of held-out prompts as PPO would, and judges the answers."""
+    """Answers a fixed sample of held-out prompts as PPO would, and analyses the answers."""
 
     def __init__(
         self,
-        trainer: DeepSpeedPPOTrainer,
-        tokenizers: RlhfTokenizers,
-        args: RlhfArguments,
-        prompts: Dataset,
+        batches: list[PromptBatch],
+        *,
+        engine: DeepSpeedRLHFEngine,
+        sampler: RolloutSampler,
+        minibatch_sampler: MinibatchSampler,
+        analyzer: AnswerAnalyzer,
+        guard_retokenizer: Retokenizer | None,
+        shaping: ScoreShaping,
+        has_running_scale: bool,
+        first_kl_coef: float,
     ) -> None:
-        num_prompts = args.guard.num_eval_prompts or args.rollout_size * mesh().data.size
+        """`batches` are this rank's prompts; a prompt's row is -1 in a filler.
+
+        With `has_running_scale` scores have the scale of the first evaluation's.
+        """
         self.answers: Answers | None = None
         """What the last evaluation found of each answer."""
-        self._batches = build_eval_prompts(
-            prompts,
-            num_prompts=num_prompts,
-            samples_per_prompt=samples_per_prompt(args, len(prompts), num_prompts),
-            pad_id=tokenizers.actor.pad_token_id,
-            batch_size=args.rollout.per_device_generation_batch_size,
-            rank=mesh().data.rank,
-            world_size=mesh().data.size,
-        )
-        self._trainer, self._engine = trainer, trainer.engine
-        self._judges = AnswerAnalyzer(
-            trainer.engine, tokenizers, args, prompts, trainer.rewards, in_evaluation=True
-        )
-        self._first_kl_coef = args.ppo.kl_coef
-        self._shaping = trainer.shaping
-        self._needs_scale = args.ppo.score_scale == "running"
-        self._guard_reading = build_retokenizer(trainer.engine.specs, "guard", tokenizers, prompts)
+        self._batches, self._engine, self._sampler = batches, engine, sampler
+        self._minibatch_sampler, self._analyzer = minibatch_sampler, analyzer
+        self._guard_retokenizer = guard_retokenizer
+        self._shaping, self._needs_scale = shaping, has_running_scale
+        self._first_kl_coef = first_kl_coef
 
     @torch.no_grad()
-    def figures(self) -> dict[str, float]:
-        """The figures with eval_ of docs/ppo.md, over all ranks. Every rank must call it."""
+    def evaluate(self, *, kl_coef: float | None = None) -> dict[str, float]:
+        """The metrics with eval_ of docs/ppo.md, over all ranks. Every rank must call it.
+
+        `kl_coef` is the beta of the last PPO step, by default the first beta.
+        """
         start = time.perf_counter()
         device = current_device()
-        rollout = self._trainer.answer([batch.to(device) for batch in self._batches], ppo_step=EVALUATION)
+        rollout = self._sampler.sample([batch.to(device) for batch in self._batches], ppo_step=EVALUATION)
         real = rollout.prompt_rows >= 0
-        # A filler passes through the models as the first prompt, and is left out of every figure.
+        # A filler passes through the models as the first prompt, and is left out of every metric.
         rollout = replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
         by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
-        rows = self._trainer.schedule.micro_batches(by_length)
-        judged = self._judges.judge(rollout, rows, with_values=False)
-        values = self._of_answers(rollout, judged, real)
+        rows = self._minibatch_sampler.micro_batches(by_length)
+        analysis = self._analyzer.judge(rollout, rows, with_values=False)
+        kl_coef = self._first_kl_coef if kl_coef is None else kl_coef
+        values = self._of_answers(rollout, analysis, real, kl_coef=kl_coef)
         if self._engine.guard_reward is not None:
             guard_scores, _ = finite_scores(self._guard_scores(rollout, rows)[real])
             values["guard_score"] = guard_scores.mean()
             values["guard_score_stderr"] = standard_error(guard_scores, rollout.prompt_rows[real])
         synchronize()
-        figures = {f"eval_{name}": value.item() for name, value in values.items()}
-        return figures | {"seconds_evaluation": time.perf_counter() - start}
+        metrics = {f"eval_{name}": value.item() for name, value in values.items()}
+        return metrics | {"seconds_evaluation": time.perf_counter() - start}
 
-    def _of_answers(self, rollout: RolloutBatch, judged: AnswerAnalysis, real: Tensor) -> dict[str, Tensor]:
+    def _of_answers(
+        self, rollout: RolloutBatch, analysis: AnswerAnalysis, real: Tensor, *, kl_coef: float
+    ) -> dict[str, Tensor]:
         mask, ended = rollout.answer_mask[real], rollout.ended[real]
-        scores, num_bad = finite_scores(judged.scores[real])
-        log_ratio = judged.log_ratio(rollout.answer_mask)[real]
+        scores, num_bad = finite_scores(analysis.scores[real])
+        log_ratio = analysis.log_ratio(rollout.answer_mask)[real]
         kl = log_ratio.sum(dim=1)
         if self._needs_scale and scores.isfinite().all():  # of the first evaluation, so that all compare
             std = scores.std(correction=0).item()
@@ -101,22 +116,22 @@ class Evaluator:
             "score_stderr": standard_error(scores, rollout.prompt_rows[real]),
             "kl": kl.mean(),
             "k3": kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3").sum(dim=1).mean(),
-            "score_minus_kl": scores.mean() - self._trainer.kl_coef * kl.mean(),
+            "score_minus_kl": scores.mean() - kl_coef * kl.mean(),
             "objective": objectives.mean(),
-            "entropy": masked_mean(judged.entropy[real], mask),
+            "entropy": masked_mean(analysis.entropy[real], mask),
             "answer_length": mask.sum(dim=1).float().mean(),
             "eos_share": ended.float().mean(),
             "nonfinite_scores": torch.tensor(num_bad),
-            **{f"score_{name}": scores[real].mean() for name, scores in judged.by_source.items()},
+            **{f"score_{name}": scores[real].mean() for name, scores in analysis.by_source.items()},
         }
 
     def _guard_scores(self, rollout: RolloutBatch, rows: list[Tensor]) -> Tensor:
         """The second reward model's scores of all ranks' answers. -> [B]."""
-        reading, device = self._guard_reading, rollout.input_ids.device
+        retokenizer, device = self._guard_retokenizer, rollout.input_ids.device
         parts = []
         for part in rows:
             batch = rollout.rows(part.to(device))
-            read = reading.read(batch) if reading else batch
+            read = retokenizer.read(batch) if retokenizer else batch
             parts.append(scores_of(self._engine.guard_reward, read.tokens))
         order = gather_rows(torch.cat(rows).to(device), axis="data").argsort()
         return gather_rows(torch.cat(parts), axis="data")[order]
@@ -131,10 +146,10 @@ class Evaluator:
         self._needs_scale = state["needs_scale"]
 
 
-def samples_per_prompt(args: RlhfArguments, num_held_out: int, num_prompts: int) -> int:
+def samples_per_prompt(asked_for: int | None, num_held_out: int, num_prompts: int) -> int:
     """Answers to each prompt: where fewer prompts are held out than wanted, several make up for them."""
-    if args.guard.eval_samples_per_prompt is not None:
-        return args.guard.eval_samples_per_prompt
+    if asked_for is not None:
+        return asked_for
     samples = min(-(-num_prompts // num_held_out), MOST_SAMPLES)
     if samples > 1:
         messages.note(
@@ -146,12 +161,16 @@ def samples_per_prompt(args: RlhfArguments, num_held_out: int, num_prompts: int)
 
 
 def build_evaluator(
-    trainer: DeepSpeedPPOTrainer,
-    tokenizers: RlhfTokenizers,
     args: RlhfArguments,
+    engine: DeepSpeedRLHFEngine,
+    tokenizers: RlhfTokenizers,
+    backend: RolloutBackend,
     prompts: Dataset,
+    *,
+    score_scale: tuple[float, float] = (0.0, 1.0),
+    rewards: Rewards | None = None,
 ) -> Evaluator | None:
-    """The evaluator, None where --eval_interval is 0 or there are no prompts held out, which is said."""
+    """The evaluator, None where --eval_interval is 0 or no prompts are held out, of which a note tells."""
     if args.guard.eval_interval == 0:
         return None
     if len(prompts) == 0:
@@ -160,4 +179,26 @@ def build_evaluator(
             "actor/ will be the actor of the last PPO step."
         )
         return None
-    return Evaluator(trainer, tokenizers, args, prompts)
+    num_prompts = args.guard.num_eval_prompts or args.rollout_size * mesh().data.size
+    pad_token_id = tokenizers.actor.pad_token_id
+    return Evaluator(
+        build_eval_prompts(
+            prompts,
+            num_prompts=num_prompts,
+            samples_per_prompt=samples_per_prompt(
+                args.guard.eval_samples_per_prompt, len(prompts), num_prompts
+            ),
+            pad_id=pad_token_id,
+            batch_size=args.rollout.per_device_generation_batch_size,
+            rank=mesh().data.rank,
+            world_size=mesh().data.size,
+        ),
+        engine=engine,
+        sampler=RolloutSampler(backend, Sampling.of(args.rollout, seed=args.run.seed), pad_token_id),
+        minibatch_sampler=build_minibatch_sampler(args.ppo, args.optimizer, args.run),
+        analyzer=AnswerAnalyzer(engine, tokenizers, args, prompts, rewards, in_evaluation=True),
+        guard_retokenizer=build_retokenizer(engine.specs, "guard", tokenizers, prompts),
+        shaping=ScoreScale(args.ppo, score_scale, has_sources=rewards is not None).fixed,
+        has_running_scale=args.ppo.score_scale == "running",
+        first_kl_coef=args.ppo.kl_coef,
+    )

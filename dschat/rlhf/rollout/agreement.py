@@ -12,7 +12,7 @@ from dschat.rlhf.rollout.batch import RolloutBatch
 
 @dataclass(frozen=True)
 class Difference:
-    """How far log-probabilities lie apart, without sign, in nats a token."""
+    """How far log-probabilities lie apart, without sign, in nats per token."""
 
     mean: float
     largest: float
@@ -35,8 +35,15 @@ class RolloutCheck:
     shifts them all. Ranks hold the same rollout batch, so all of them decide alike.
     """
 
-    def __init__(self, tolerance: float, on_mismatch: Literal["stop", "uncached", "warn"]) -> None:
-        self._tolerance = tolerance
+    def __init__(
+        self,
+        tolerance: float,
+        on_mismatch: Literal["stop", "uncached", "warn"],
+        *,
+        engine: str = "generate()",
+    ) -> None:
+        """`tolerance` is in nats per token; `engine` is the back end's name in messages."""
+        self._tolerance, self._engine = tolerance, engine
         self._on_mismatch = on_mismatch
 
     def wants_uncached(self, rollout: RolloutBatch, logprobs: Tensor) -> bool:
@@ -44,7 +51,7 @@ class RolloutCheck:
 
         Raises `UserError` beyond the tolerance where the run is to stop.
         """
-        difference = self._compare(rollout, logprobs, "generate()")
+        difference = self._compare(rollout, logprobs, self._engine)
         if difference.mean <= self._tolerance:  # False for NaN
             return False
         if self._on_mismatch == "stop":
@@ -66,7 +73,7 @@ class RolloutCheck:
 
     def require_agreement(self, rollout: RolloutBatch, logprobs: Tensor) -> None:
         """The same of answers without a KV cache. Raises `UserError` beyond the tolerance."""
-        difference = self._compare(rollout, logprobs, "generate() without a KV cache")
+        difference = self._compare(rollout, logprobs, f"{self._engine} without a KV cache")
         if not difference.mean <= self._tolerance:
             raise UserError(
                 f"{self._disagreement(difference)} The KV cache is not to blame: there was none. "
@@ -83,6 +90,6 @@ class RolloutCheck:
 
     def _disagreement(self, difference: Difference) -> str:
         return (
-            f"generate() and the training model disagree: {difference}, and --rollout_tolerance lets a mean "
-            f"of {self._tolerance:g} pass."
+            f"{self._engine} and the training model disagree: {difference}, and --rollout_tolerance lets a "
+            f"mean of {self._tolerance:g} pass."
         )

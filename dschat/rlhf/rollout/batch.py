@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dschat.data.collate import PromptBatch
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import gather_rows, largest_across_ranks
 from dschat.distributed.mesh import mesh
@@ -25,6 +26,30 @@ class RolloutBatch:
     prompt_rows: Tensor  # [B] int64: the prompt's row in its data set
     prompt_length: int  # P
     logprobs: Tensor | None = None  # [B, T] fp32: of the sampled tokens when they were sampled; 0 beyond
+
+    @staticmethod
+    def of_answers(
+        prompts: PromptBatch,
+        answers: Tensor,
+        end_ids: tuple[int, ...],
+        pad_token_id: int,
+        logprobs: Tensor | None = None,
+    ) -> "RolloutBatch":
+        """Prompts with sampled tokens [B, T], and maybe their log-probabilities [B, T].
+
+        What follows an answer's first end token may be anything.
+        """
+        answer_mask = mask_up_to_first_end(answers, end_ids)
+        answers = answers.masked_fill(~answer_mask, pad_token_id)
+        return RolloutBatch(
+            input_ids=torch.cat([prompts.input_ids, answers], dim=1),
+            attention_mask=torch.cat([prompts.attention_mask.long(), answer_mask.long()], dim=1),
+            answer_mask=answer_mask,
+            ended=(is_end(answers, end_ids) & answer_mask).any(dim=1),
+            prompt_rows=prompts.rows,
+            prompt_length=prompts.input_ids.shape[1],
+            logprobs=None if logprobs is None else logprobs.masked_fill(~answer_mask, 0),
+        )
 
     @property
     def tokens(self) -> TokenBatch:

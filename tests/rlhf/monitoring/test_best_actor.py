@@ -339,7 +339,7 @@ class Recorded:
     def __init__(self) -> None:
         self.num_evaluations, self.offered = 0, []
 
-    def figures(self) -> dict[str, float]:
+    def evaluate(self, *, kl_coef: float | None) -> dict[str, float]:
         self.num_evaluations += 1
         names = ("score", "score_stderr", "kl", "objective", "answer_length", "eos_share")
         return {f"eval_{name}": 1.0 for name in names}
@@ -359,9 +359,9 @@ def watched(
     args = parse_arguments("rlhf", ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b",
                                     f"--patience={patience}", "--max_kl=1"])  # fmt: skip
     watch = TrainingMonitor(recorded, Guard(args.guard), recorded, interval)
-    figures = [watch.after(0, {})[0]]
+    figures = [watch.after_step(0, {})[0]]
     for step, kl in enumerate(kls, 1):
-        figures.append(watch.after(step, {"kl": kl}, is_last=step == len(kls))[0])
+        figures.append(watch.after_step(step, {"kl": kl}, is_last=step == len(kls))[0])
         if watch.guard.stopped_by:
             break
     return recorded, watch, ["eval_score" in values for values in figures]

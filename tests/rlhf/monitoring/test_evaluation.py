@@ -128,10 +128,10 @@ def test_a_second_reward_model_scores_the_same_answers(one_rank):
     assert one_rank["plain"][0]["eval_guard_score"] != pytest.approx(one_rank["plain"][0]["eval_score"])
 
 
-def plain_evaluator(kl_coef: float) -> Evaluator:
-    """One whose first beta is 0.5 and whose present one is `kl_coef`."""
+def plain_evaluator() -> Evaluator:
+    """One whose first beta is 0.5."""
     evaluator = Evaluator.__new__(Evaluator)
-    evaluator._first_kl_coef, evaluator._trainer = 0.5, SimpleNamespace(kl_coef=kl_coef)
+    evaluator._first_kl_coef = 0.5
     evaluator._shaping, evaluator._needs_scale = ScoreShaping(clip=0, missing_eos_penalty=0), False
     return evaluator
 
@@ -152,11 +152,11 @@ def evaluated(
     logprobs = reference if log_ratio is None else log_ratio
     judged = AnswerAnalysis(logprobs, reference, reference, None, scores)
     real = torch.tensor(real or [True] * count)
-    return (evaluator or plain_evaluator(kl_coef))._of_answers(rollout, judged, real)
+    return (evaluator or plain_evaluator())._of_answers(rollout, judged, real, kl_coef=kl_coef)
 
 
 def test_a_score_that_is_not_finite_spoils_no_figure():
-    evaluator = plain_evaluator(0.5)
+    evaluator = plain_evaluator()
     evaluator._needs_scale = True
 
     def figures(*scores: float) -> dict[str, torch.Tensor]:
@@ -202,7 +202,7 @@ def test_few_held_out_prompts_are_answered_several_times(flags, num_held_out, sa
     models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
     args = parse_arguments("rlhf", [*models, *flags.split()])
     wanted = args.guard.num_eval_prompts or 16
-    assert samples_per_prompt(args, num_held_out, wanted) == samples
+    assert samples_per_prompt(args.guard.eval_samples_per_prompt, num_held_out, wanted) == samples
     is_told = samples > 1 and "samples" not in flags
     assert (f"answered {samples} times (--eval_samples_per_prompt)" in capsys.readouterr().out) == is_told
 
@@ -212,5 +212,5 @@ def test_without_held_out_prompts_or_interval_there_is_no_evaluator(interval, no
     models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
     args = parse_arguments("rlhf", [*models, f"--eval_interval={interval}"])
     rows = Dataset.from_dict({"input_ids": [], "key": [], "length": []})
-    assert build_evaluator(None, None, args, rows) is None
+    assert build_evaluator(args, None, None, None, rows) is None
     assert note in capsys.readouterr().out

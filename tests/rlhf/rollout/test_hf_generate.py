@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
 from dschat.models.forward import logits_of
-from dschat.rlhf.rollout.batch import RolloutBatch, gather_rollouts, mask_up_to_first_end
-from dschat.rlhf.rollout.hf_generate import Rollout
+from dschat.rlhf.rollout.backend import Sampling
+from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 
 END, PAD = 0, 1
 
@@ -33,6 +34,21 @@ class PlainEngine:
         return self.module(**inputs)
 
 
+class Answering(HuggingFaceGenerate):
+    """A back end with the sampling of every call but its PPO step."""
+
+    sampling: Sampling
+
+    def answer(self, prompts: PromptBatch, *, ppo_step: int) -> RolloutBatch:
+        return self.generate(prompts, replace(self.sampling, ppo_step=ppo_step))
+
+
+def backend_of(engine: PlainEngine, tokenizer, args: RolloutArguments, **options) -> Answering:
+    backend = Answering(engine, tokenizer, gather=args.rollout_gather)
+    backend.sampling = Sampling.of(args, **options)
+    return backend
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def actor(request, tmp_path_factory):
     folder = save_tiny_model(tmp_path_factory.mktemp("actor"), request.param)
@@ -53,11 +69,6 @@ def answers(rollout: RolloutBatch) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(rollout.answers, rollout.answer_mask, strict=True)]
 
 
-def test_mask_reaches_the_first_end_token_and_no_further():
-    tokens = torch.tensor([[5, END, 6, END], [END, 5, 5, 5], [5, 6, 7, 8]])
-    assert mask_up_to_first_end(tokens, (END,)).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-
-
 def test_any_end_token_ends_an_answer(tmp_path, capsys):
     """The padding token is one of them, as in Qwen's generation_config.json."""
     folder = save_tiny_model(tmp_path)
@@ -66,9 +77,9 @@ def test_any_end_token_ends_an_answer(tmp_path, capsys):
     prompts = prompt_batch(tokenizer, TEXTS * 4)
 
     def sampled() -> RolloutBatch:
-        rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=40), seed=3)
-        with rollout.phase():
-            return rollout.generate(prompts, ppo_step=1)
+        rollout = backend_of(engine, tokenizer, RolloutArguments(max_answer_seq_len=40), seed=3)
+        with rollout.session():
+            return rollout.answer(prompts, ppo_step=1)
 
     engine.module.generation_config.eos_token_id = [END]
     before = answers(sampled())
@@ -85,20 +96,20 @@ def test_any_end_token_ends_an_answer(tmp_path, capsys):
 
 def test_an_answer_does_not_depend_on_its_batch(actor):
     engine, tokenizer = actor
-    rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=10), seed=3)
-    with rollout.phase():
-        together = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
-        alone = [rollout.generate(prompt_batch(tokenizer, [text]), ppo_step=1) for text in reversed(TEXTS)]
-        next_step = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=2)
+    rollout = backend_of(engine, tokenizer, RolloutArguments(max_answer_seq_len=10), seed=3)
+    with rollout.session():
+        together = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+        alone = [rollout.answer(prompt_batch(tokenizer, [text]), ppo_step=1) for text in reversed(TEXTS)]
+        next_step = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=2)
     assert answers(together) == [answers(one)[0] for one in reversed(alone)]
     assert answers(together) != answers(next_step)
 
 
 def test_rescoring_finds_the_tokens_that_greedy_decoding_chose(actor):
     engine, tokenizer = actor
-    rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=12, temperature=1e-6), seed=0)
-    with rollout.phase():
-        batch = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=0)
+    rollout = backend_of(engine, tokenizer, RolloutArguments(max_answer_seq_len=12, temperature=1e-6), seed=0)
+    with rollout.session():
+        batch = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=0)
         likeliest = logits_of(engine, batch.tokens, num_tokens=len(tokenizer)).argmax(dim=-1)
     assert torch.equal(likeliest[batch.answer_mask], batch.answers[batch.answer_mask])
 
@@ -108,9 +119,9 @@ def test_recorded_log_probabilities_are_those_of_the_whole_softmax_of_each_row_a
     engine, tokenizer = actor
     args = RolloutArguments(max_answer_seq_len=10, temperature=0.7, **filters)
     prompts = prompt_batch(tokenizer, TEXTS)
-    rollout = Rollout(engine, tokenizer, args, seed=3, records_logprobs=True)
-    with rollout.phase():
-        batch = rollout.generate(prompts, ppo_step=1)
+    rollout = backend_of(engine, tokenizer, args, seed=3, with_logprobs=True)
+    with rollout.session():
+        batch = rollout.answer(prompts, ppo_step=1)
         for row, answer in enumerate(answers(batch)):
             prompt = prompts.input_ids[row][prompts.attention_mask[row].bool()].tolist()
             logits = engine.module(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -121,17 +132,17 @@ def test_recorded_log_probabilities_are_those_of_the_whole_softmax_of_each_row_a
 
 def test_without_a_cache_answers_and_log_probabilities_are_the_same(actor):
     engine, tokenizer = actor
-    rollout = Rollout(
-        engine, tokenizer, RolloutArguments(max_answer_seq_len=8), seed=3, records_logprobs=True
+    rollout = backend_of(
+        engine, tokenizer, RolloutArguments(max_answer_seq_len=8), seed=3, with_logprobs=True
     )
     uses_cache = []
     handle = engine.module.register_forward_pre_hook(
         lambda module, args, kwargs: uses_cache.append(kwargs["use_cache"]), with_kwargs=True
     )
-    with rollout.phase():
-        cached = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+    with rollout.session():
+        cached = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)
         rollout.uses_cache = False
-        uncached = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+        uncached = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)
     handle.remove()
     assert uses_cache == [True] * 8 + [False] * 8
     assert answers(uncached) == answers(cached)
@@ -142,9 +153,9 @@ def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_scored(tmp_path):
     folder = save_tiny_model(tmp_path, "llama", vocab_size=5000)  # the tokenizer has some 370 tokens
     engine = PlainEngine(AutoModelForCausalLM.from_pretrained(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rollout = Rollout(engine, tokenizer, RolloutArguments(max_answer_seq_len=10), seed=3)
-    with rollout.phase():
-        batch = rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+    rollout = backend_of(engine, tokenizer, RolloutArguments(max_answer_seq_len=10), seed=3)
+    with rollout.session():
+        batch = rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)
         assert int(batch.answers.max()) < len(tokenizer)
         assert logits_of(engine, batch.tokens, num_tokens=len(tokenizer)).shape[-1] == len(tokenizer)
 
@@ -152,16 +163,16 @@ def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_scored(tmp_path):
 def test_settings_for_chatting_do_not_change_the_samples_and_come_back_afterwards(actor):
     engine, tokenizer = actor
     args = RolloutArguments(max_answer_seq_len=10)
-    plain = Rollout(engine, tokenizer, args, seed=3)
-    with plain.phase():
-        expected = plain.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)
+    plain = backend_of(engine, tokenizer, args, seed=3)
+    with plain.session():
+        expected = plain.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)
     own = engine.module.generation_config
     chatty = GenerationConfig.from_dict({**own.to_dict(), "repetition_penalty": 50.0, "min_new_tokens": 9})
     engine.module.generation_config = chatty
     try:
-        rollout = Rollout(engine, tokenizer, args, seed=3)
-        with rollout.phase():
-            assert answers(rollout.generate(prompt_batch(tokenizer, TEXTS), ppo_step=1)) == answers(expected)
+        rollout = backend_of(engine, tokenizer, args, seed=3)
+        with rollout.session():
+            assert answers(rollout.answer(prompt_batch(tokenizer, TEXTS), ppo_step=1)) == answers(expected)
         assert engine.module.generation_config is chatty
     finally:
         engine.module.generation_config = own
@@ -170,57 +181,6 @@ def test_settings_for_chatting_do_not_change_the_samples_and_come_back_afterward
 def test_a_phase_is_in_eval_mode_and_leaves_the_mode_as_it_was(actor):
     engine, tokenizer = actor
     engine.train()
-    with Rollout(engine, tokenizer, RolloutArguments(), seed=0).phase():
+    with backend_of(engine, tokenizer, RolloutArguments(), seed=0).session():
         assert not engine.module.training
     assert engine.module.training
-
-
-@pytest.fixture
-def two_rows() -> RolloutBatch:
-    # prompts "7 8" and "9", answers "5 END" and "6 6 6" (cut at the limit)
-    return RolloutBatch(
-        input_ids=torch.tensor([[7, 8, 5, END, PAD], [PAD, 9, 6, 6, 6]]),
-        attention_mask=torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
-        answer_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
-        ended=torch.tensor([True, False]),
-        prompt_rows=torch.tensor([5, 3]),
-        prompt_length=2,
-        logprobs=torch.tensor([[-1.0, -2, 0], [-3, -4, -5]]),
-    )
-
-
-def test_positions_count_real_tokens_only(two_rows):
-    assert two_rows.position_ids.tolist() == [[0, 1, 2, 3, 3], [0, 0, 1, 2, 3]]
-
-
-def test_selected_rows_lose_the_columns_that_are_padding_in_all_of_them(two_rows):
-    second = two_rows.rows(torch.tensor([1]))
-    assert (second.input_ids.tolist(), second.prompt_length) == ([[9, 6, 6, 6]], 1)
-    first = two_rows.rows(torch.tensor([0]))
-    assert first.input_ids.tolist() == [[7, 8, 5, END]]
-    assert first.answer_mask.tolist() == [[True, True]]
-    assert first.logprobs.tolist() == [[-1, -2]]
-
-
-def test_padding_and_selecting_give_the_rows_back(two_rows):
-    wide = two_rows.padded(6, 9, PAD)
-    assert wide.input_ids.shape == (2, 15)
-    back = wide.rows(torch.tensor([0, 1]))
-    for column in ("input_ids", "attention_mask", "answer_mask", "ended", "logprobs"):
-        assert torch.equal(getattr(back, column), getattr(two_rows, column))
-
-
-def test_batches_of_different_widths_are_gathered_in_order(two_rows):
-    narrow = two_rows.rows(torch.tensor([1]))
-    together = gather_rollouts([narrow, two_rows], PAD)
-    assert together.input_ids.tolist() == [[PAD, 9, 6, 6, 6], [7, 8, 5, END, PAD], [PAD, 9, 6, 6, 6]]
-    assert together.answer_lengths.tolist() == [3, 2, 3]
-    assert together.ended.tolist() == [False, True, False]
-    assert together.logprobs.tolist() == [[-3, -4, -5], [-1, -2, 0], [-3, -4, -5]]
-    unrecorded = replace(two_rows, logprobs=None)
-    assert gather_rollouts([unrecorded], PAD).rows(torch.tensor([0])).logprobs is None
-
-
-def test_an_answer_of_one_token_is_a_row_like_any_other(two_rows):
-    short = replace(two_rows, answer_mask=torch.tensor([[1, 0, 0], [0, 0, 0]]).bool())
-    assert short.rows(torch.tensor([0, 1])).answer_mask.tolist() == [[True], [False]]
