@@ -24,8 +24,6 @@ from dschat.export.upstream import verify_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.monitoring.best_actor import OBJECTIVE, Exports
 from dschat.rlhf.monitoring.gains import Answers
-from dschat.rlhf.monitoring.guard import Guard
-from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.roles import engine_specs
 
 
@@ -331,54 +329,3 @@ def test_a_best_actor_whose_weights_were_replaced_is_not_exported_as_such(base, 
     assert kept.finish(2, {})["actor_step"] == 2
     assert mark(output / "actor") == 9
     assert "the best model, that after PPO step 1, is not in" in capsys.readouterr().out
-
-
-class Recorded:
-    """An evaluator of prepared figures and an exporter that remembers."""
-
-    def __init__(self) -> None:
-        self.num_evaluations, self.offered = 0, []
-
-    def evaluate(self, *, kl_coef: float | None) -> dict[str, float]:
-        self.num_evaluations += 1
-        names = ("score", "score_stderr", "kl", "objective", "answer_length", "eos_share")
-        return {f"eval_{name}": 1.0 for name in names}
-
-    answers = None
-
-    def offer(self, step: int, evaluation: dict[str, float], answers: None, *, is_warned_of: bool) -> None:
-        if not is_warned_of:
-            self.offered.append(step)
-
-
-def watched(
-    kls: list[float], *, interval: int, patience: int = 2
-) -> tuple[Recorded, TrainingMonitor, list[bool]]:
-    """What a watch does over PPO steps of these KLs, and in which there was an evaluation."""
-    recorded = Recorded()
-    args = parse_arguments("rlhf", ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b",
-                                    f"--patience={patience}", "--max_kl=1"])  # fmt: skip
-    watch = TrainingMonitor(recorded, Guard(args.guard), recorded, interval)
-    figures = [watch.after_step(0, {})[0]]
-    for step, kl in enumerate(kls, 1):
-        figures.append(watch.after_step(step, {"kl": kl}, is_last=step == len(kls))[0])
-        if watch.guard.stopped_by:
-            break
-    return recorded, watch, ["eval_score" in values for values in figures]
-
-
-def test_evaluations_stand_at_the_ends_and_at_the_interval():
-    _, _, evaluated = watched([0.1] * 5, interval=2)
-    assert evaluated == [True, False, True, False, True, True]
-
-
-def test_what_the_guard_warns_of_is_no_best_actor():
-    recorded, _, _ = watched([0.1, 5.0, 0.1, 0.1], interval=1)
-    assert recorded.offered == [0, 1, 3, 4]
-
-
-def test_a_stopped_run_ends_with_an_evaluation():
-    recorded, watch, evaluated = watched([0.1, 5.0, 5.0, 5.0], interval=10)
-    assert watch.guard.stopped_by == "kl"
-    assert evaluated == [True, False, False, True]
-    assert recorded.offered == [0]

@@ -1,11 +1,9 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dschat.errors import UserError
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rollout.agreement import Difference, RolloutCheck
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -70,26 +68,3 @@ def test_answers_without_a_cache_must_agree(capsys):
     assert "generate() without a KV cache against the training model" in capsys.readouterr().out
     with pytest.raises(UserError, match="The KV cache is not to blame"):
         check.require_agreement(APART, TRAINED)
-
-
-def trainer_that_answers(again: RolloutBatch, *, uses_cache: bool) -> SimpleNamespace:
-    """A trainer whose answers to the same prompts are these the second time."""
-    return SimpleNamespace(
-        _rollout_check=RolloutCheck(0.19, "uncached"),
-        _rollout=SimpleNamespace(uses_cache=uses_cache),
-        _answer_and_judge=lambda batches: (again, SimpleNamespace(logprobs=TRAINED)),
-    )
-
-
-def test_answers_are_made_again_without_a_cache_and_the_check_is_made_once():
-    sound, judged = sampled(-1, -2, -3), SimpleNamespace(logprobs=TRAINED)
-    trainer = trainer_that_answers(sound, uses_cache=True)
-    assert DeepSpeedPPOTrainer._checked(trainer, APART, judged, [])[0] is sound
-    assert not trainer._rollout.uses_cache
-    assert DeepSpeedPPOTrainer._checked(trainer, APART, judged, [])[0] is APART
-
-
-def test_a_run_resumed_without_a_cache_is_checked_without_one():
-    trainer = trainer_that_answers(sampled(-1, -2, -3), uses_cache=False)
-    with pytest.raises(UserError, match="The KV cache is not to blame"):
-        DeepSpeedPPOTrainer._checked(trainer, APART, SimpleNamespace(logprobs=TRAINED), [])
