@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -40,13 +40,11 @@ class Writer(TorchCheckpointEngine):
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Write one file."""
         with self._noting_problems(), Path(path).open("wb", buffering=0) as file:
-            told = _TellingFile(file)
+            kept = _ErrorKeepingFile(file)
             try:
-                torch.save(state_dict, told)
-            except (
-                RuntimeError
-            ) as error:  # torch's zip writer turns a full disk into one, and says nothing of it
-                raise told.problem or error from error
+                torch.save(state_dict, cast(IO[bytes], kept))
+            except RuntimeError as error:  # torch's zip writer makes one of a full disk, without its message
+                raise kept.problem or error from error
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
@@ -56,7 +54,7 @@ class Writer(TorchCheckpointEngine):
             self.problem = self.problem or str(error)
 
 
-class _TellingFile:
+class _ErrorKeepingFile:
     """A file to write to that keeps the first error."""
 
     problem: OSError | None = None

@@ -331,7 +331,7 @@ def step_indices(lengths: np.ndarray, step_size: int, generator: np.random.Gener
     """The examples of each optimiser step of an epoch, the longest first; the last step may lack some."""
     order = generator.permutation(len(lengths))
     whole, rest = np.split(order, [len(order) // step_size * step_size])
-    steps = []
+    steps: list[np.ndarray] = []
     for window in np.split(whole, range(WINDOW * step_size, len(whole), WINDOW * step_size)):
         steps.extend(_longest_first(window, lengths).reshape(-1, step_size))
     shuffled = [steps[i] for i in generator.permutation(len(steps))]

@@ -159,7 +159,7 @@ def skipping(engine: "DeepSpeedEngine") -> Iterator[None]:
 def train_on_at_lowest_scale(engine: "DeepSpeedEngine") -> None:
     """Have an fp16 engine skip steps for ever where DeepSpeed would raise at the lowest loss scale."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
 
@@ -201,7 +201,7 @@ def write_universal_checkpoint(folder: Path, output: Path) -> None:
         )
 
 
-def checkpoint_classes() -> list[type]:
+def checkpoint_classes() -> list[Any]:
     """The classes in DeepSpeed's checkpoints besides tensors and plain values: they hold numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,6 +1,7 @@
 """A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
 
 import functools
+from typing import Any
 
 import deepspeed
 import torch
@@ -42,7 +43,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's own on the CPU where states are offloaded, else torch's (fused on a GPU)."""
     groups = parameter_groups(model, model_args)
-    settings = {
+    settings: dict[str, Any] = {
         "lr": model_args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
@@ -88,7 +89,7 @@ def tell_of_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_tra
 
 
 def build_trained_engine(
-    model: nn.Module,
+    model: Any,
     model_args: ModelArguments,
     args: OptimizerArguments,
     run: RunArguments,
@@ -98,7 +99,7 @@ def build_trained_engine(
 ) -> DeepSpeedEngine:
     """An engine with optimiser and learning-rate schedule over `num_training_steps` optimiser steps.
 
-    The model gets LoRA adapters first where its arguments ask for them.
+    The model, of transformers or a `RewardModel`, gets LoRA adapters first where its arguments ask for them.
     """
     if model_args.uses_lora:
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)

@@ -1,4 +1,4 @@
-"""The evaluations of steps 1 and 2 and of DPO: made, told, kept in order."""
+"""The evaluations of steps 1 and 2 and of DPO: made, logged, kept in order."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,9 +21,9 @@ Evaluate = Callable[[DeepSpeedEngine, EvalLoader], Figures]
 
 
 class Evaluations:
-    """Evaluates a model over rows that it never learns from. Every rank must make the same calls.
+    """Evaluates a model on examples that it never learns from. Every rank must make the same calls.
 
-    Some evaluations take all rows and some, `short`, a part of them. Where there are short ones, all are
+    Some evaluations take all examples and some, `short`, a part of them. Where there are short ones, all are
     compared by that part.
     """
 
@@ -43,7 +43,7 @@ class Evaluations:
 
     @property
     def last_step(self) -> int | None:
-        """The optimiser steps that were done at the last evaluation, None without one."""
+        """The optimiser steps that were taken before the last evaluation, None without one."""
         return self.all[-1].step if self.all else None
 
     def take_in(self, train_loss: float) -> None:
@@ -52,11 +52,11 @@ class Evaluations:
         self._num_losses += 1
 
     def make(self, step: int, moment: str, *, is_short: bool = False) -> None:
-        """Evaluate after so many optimiser steps, log the figures and print them; nothing without rows."""
-        figures = self._figures(self._short if is_short else self._whole)
+        """Evaluate after so many optimiser steps, log the metrics and print them; nothing without data."""
+        figures = self._figures(self._short if is_short and self._short is not None else self._whole)
         if not figures:
             return
-        self._metrics.log(step, **figures)
+        self._metrics.log(step, show=(), **figures)
         messages.info(f"{moment}: " + ", ".join(map(_shown, figures.items())))
         loss = figures["eval_loss"]
         if self._short and not is_short and len(self._short.order) < len(self._whole.order):

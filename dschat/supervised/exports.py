@@ -51,7 +51,7 @@ class ModelExports:
     def finish(self, step: int, evaluations: Sequence[Evaluation], seconds: float) -> None:
         """Write what the run, whose last step is `step`, ends with, and last of all the summary."""
         takes_best = self._best.is_there()
-        model_step = self._best.step if takes_best else step
+        model_step = self._best.step if takes_best and self._best.step is not None else step
         until = [evaluation for evaluation in evaluations if evaluation.step <= model_step]
         provenance = self._provenance(model_step, until)
         if self._settings.run.output_dir and takes_best:
@@ -59,7 +59,7 @@ class ModelExports:
         elif self._settings.run.output_dir:
             self._export(Path(self._settings.run.output_dir), step, until)
         self._best.forget(weights=True)
-        last = {}
+        last: dict[str, Any] = {}
         if model_step != step:
             last = {f"last_{name}": value for name, value in evaluations[-1].figures.items()}
             messages.info(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.console import messages
@@ -68,7 +69,7 @@ def train_epochs(
     evaluations = Evaluations(engine, objective.evaluate, metrics, whole=loaders.evaluation, short=short)
     skipped = SkippedSteps(settings.run)
     start = time.perf_counter() - begun.values.get("seconds", 0.0)
-    parts = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
+    parts: dict[str, Stateful] = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
     begun.restore(parts)
     if not begun.step:
         evaluations.make(0, "before training")

@@ -6,6 +6,7 @@ Rank 0 alone looks after the file, so ranks that share no file system know the s
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
 def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tensor:
     """This rank's rows of the loader's data set, 0 in those of other ranks. -> fp32 [N, 2]."""
     table = torch.zeros(len(loader.dataset), len(REFERENCE_COLUMNS), device=engine.device)
-    shown = {"desc": "reference", "disable": not is_main_process(), "dynamic_ncols": True}
+    shown: dict[str, Any] = {"desc": "reference", "disable": not is_main_process(), "dynamic_ncols": True}
     for indices, batch in tqdm(loader.indexed_batches(), total=len(loader), **shown):
         logprobs = answer_logprobs(engine, batch.to(engine.device)).view(len(REFERENCE_COLUMNS), -1)
         table[torch.from_numpy(indices)] = logprobs.T[: len(indices)]
