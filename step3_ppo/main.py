@@ -53,7 +53,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         tokenizers.actor,
         max_prompt_seq_len=args.rollout.max_prompt_seq_len,
         seed=args.run.seed,
-        reader=tokenizers.reward_tokenizer,
+        reward_tokenizer=tokenizers.reward_tokenizer,
         keep_rows=args.rewards.has_sources,
     )
     check_positions(specs, tokenizers, longest_prompt(data) + args.rollout.max_answer_seq_len)

@@ -1,4 +1,4 @@
-"""What a template writes around an answer, found by showing it a question and an answer."""
+"""Text that a template writes around an answer, found by rendering a question and an answer."""
 
 import re
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ LONGEST_SHOWN = 1_000_000
 
 @dataclass(frozen=True)
 class AnswerMarks:
-    """What stands around an answer, and what the generation prompt says that no answer is shown with."""
+    """Text around an answer, and the end of the generation prompt that no answer is shown with."""
 
     lead: str
     """Between the generation prompt, less `opens`, and the answer."""

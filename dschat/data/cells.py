@@ -1,4 +1,4 @@
-"""What is in the columns of a row, checked: text, numbers, and what is wrong with them."""
+"""Values of a row's columns, checked: text, numbers, and the error for a bad one."""
 
 import math
 import re
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class Columns(dict[str, Any]):
-    """A row that notes which of its columns are asked for. `in`, iteration and copies are no question."""
+    """A row that records which columns are read by name. `in`, iteration and copies are not recorded."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(row)
@@ -23,13 +23,13 @@ class Columns(dict[str, Any]):
         return super().__getitem__(column)
 
     def get(self, column: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """The value as `dict.get` gives it; records the read."""
         self.asked.add(column)
         return super().get(column, default)
 
 
 def replaced(row: Row, **values: Any) -> Row:
-    """The row with other values in some columns; what is asked of it is asked of the row."""
+    """A copy of the row with other values in some columns; reads of the copy are recorded for the row."""
     other = Columns({**row, **values})
     if isinstance(row, Columns):
         other.asked = row.asked
@@ -37,7 +37,7 @@ def replaced(row: Row, **values: Any) -> Row:
 
 
 class BadRow(ValueError):
-    """A row that cannot be read. The message says what is wrong; the reader adds file and line."""
+    """A row that cannot be read. The message says what is wrong; file and line are added later."""
 
     @property
     def reason(self) -> str:
@@ -46,18 +46,18 @@ class BadRow(ValueError):
 
 
 class DroppedRow(Exception):
-    """A sound row that is of no use here; the message is the reason it is counted under."""
+    """A sound row that no step can use; the message is the reason under which it is counted."""
 
 
 def value_of(row: Row, column: str) -> Any:
-    """What is in that column. Raises `BadRow` where there is none: rows need not be like the first."""
+    """The value in a column. Raises `BadRow` for a row without it: rows need not be like the first."""
     if column not in row:
         raise BadRow(f'the row has no "{column}"')
     return row[column]
 
 
 def is_blank(value: Any) -> bool:
-    """Whether an optional value says nothing: null, NaN (as pandas has it), white space, an empty list."""
+    """Whether a value counts as absent: null, NaN (as pandas has it), blank text, an empty list or object."""
     if isinstance(value, float):
         return math.isnan(value)
     return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
@@ -69,7 +69,7 @@ def text(row: Row, column: str) -> str:
 
 
 def sound_text(value: Any, name: str) -> str:
-    """`value`, if it is a string with something in it; `name` says in a message what it is."""
+    """`value` if it is a string of more than white space. Raises `BadRow`, which calls the value `name`."""
     if not isinstance(value, str):
         raise BadRow(f"{name} must be a string, but is {describe(value)}")
     if not value.strip():
@@ -82,23 +82,23 @@ def sound_text(value: Any, name: str) -> str:
 
 
 def optional(row: Row, column: str) -> Any:
-    """What is in that column, None where it is absent."""
+    """The value in a column, None where it is absent or blank."""
     value = row.get(column)
     return None if is_blank(value) else value
 
 
 def has(row: Row, *columns: str) -> bool:
-    """Whether all the columns are there and filled, without asking for them."""
+    """Whether the row has all the columns and none is blank; records no read."""
     return all(column in row and not is_blank(dict.__getitem__(row, column)) for column in columns)
 
 
 def first_filled(row: Row, *columns: str) -> str | None:
-    """The first of the columns that holds something, None where none does; it is not asked for."""
+    """The name of the first column that is not blank, None where all are; records no read."""
     return next((column for column in columns if has(row, column)), None)
 
 
 def finite_number(value: Any, name: str) -> float:
-    """`value`, if it is a number, or text of one, that is finite as a float32."""
+    """`value` as a float if it is a number, or text of one, that is finite in float32. Raises `BadRow`."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -110,7 +110,7 @@ def finite_number(value: Any, name: str) -> float:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for a message."""
+    """A value's kind and its beginning, for a message."""
     if value is None:
         return "null"
     if isinstance(value, float) and math.isnan(value):

@@ -10,7 +10,7 @@ ROWS_AT_ONCE = 1000
 
 
 def count_contradictions(rows: Dataset, keys: np.ndarray) -> int:
-    """How many different pairs stand in the rows both ways; `keys` [N] are hashes of the rows' prompts."""
+    """Number of different pairs that the N rows hold both ways; `keys` [N] are hashes of their prompts."""
     directed: set[tuple[int, int, int]] = set()
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]

@@ -1,4 +1,4 @@
-"""Entries: what one value of --data_path says: a name, which part of it is meant, and its weight.
+"""Values of --data_path: the name of a data set, options for a part of it, and a weight.
 
 An entry is NAME, NAME:0.3, NAME:split=train_sft or NAME:config=main,split=train_sft,revision=refs/pr/1:0.3,
 which shells pass on without quotes. A file or folder that has exactly that name is meant first.
@@ -57,7 +57,7 @@ class Entry:
 
 
 def parse_entry(text: str, flag: str = "--data_path", *, evaluates: bool = False) -> Entry:
-    """The entry that `text` is. Raises `UserError` for options and weights that are none."""
+    """Parse a value of `flag`. Raises `UserError` for unknown options and for weights that are no numbers."""
     if not text:
         raise UserError(f"{flag} has an empty value; give the name of a data set.")
     name = text

@@ -1,4 +1,4 @@
-"""Families: conversations of which one goes on from another, to be held out together.
+"""Families of conversations, of which one goes on from another: they are held out together.
 
 The longer conversation tells the answer to the shorter one, so a model that learned the one knows the other.
 Published sets are full of them: of 2,301 prompts of HH's harmless test set 128 are the beginning of another.

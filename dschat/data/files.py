@@ -53,7 +53,7 @@ def is_local(path: str | Path) -> bool:
 
 
 def is_data_file(name: str) -> bool:
-    """Whether files of that name are read, by the suffix."""
+    """Whether the suffix of a name is that of a file format that is read."""
     return _kind_of(name) is not None
 
 
@@ -120,7 +120,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def arrow_rows(parts: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of Arrow tables, counted on; `BadRow` for one that Python cannot hold."""
+    """Rows of Arrow tables with their numbers from 1; a `BadRow` for one that Python cannot hold."""
     number = 0
     for part in parts:
         try:
@@ -140,7 +140,7 @@ def _one_row(part: pa.RecordBatch | pa.Table) -> Any:
 
 
 def sound_rows(rows: Rows) -> Iterator[tuple[str, Any]]:
-    """The rows. Raises `UserError` for one that cannot be read."""
+    """Rows with their places. Raises `UserError` for a row that cannot be read."""
     for place, row in rows():
         if isinstance(row, BadRow):
             raise UserError(f"{place}: {row}. Correct the row or remove it.")
@@ -202,7 +202,7 @@ def _elements(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _too_much(error: RecursionError | ValueError) -> str:
-    """What Python's JSON reader stops at, apart from faults of syntax."""
+    """Reason why Python's JSON decoder fails on text whose syntax is sound."""
     is_deep = isinstance(error, RecursionError)
     return "it is nested too deep" if is_deep else "it holds a number of thousands of digits"
 
@@ -258,7 +258,7 @@ class _TextWindow:
         return UserError(f"{self._path}:{line}: not a JSON list of objects ({message}). Correct it there.")
 
     def _more(self) -> bool:
-        """Read on, as much again as is being looked at, so that a long value is not looked at too often."""
+        """Double the window, so that a long value is decoded few times; False at the end of the file."""
         if self._at_end:
             return False
         self._text = self._text[self._position :]

@@ -1,4 +1,4 @@
-"""Findings: what reading the rows of a source told beside the comparisons, counted and put into words."""
+"""Findings of reading a source beside its comparisons: counts, and the sentences that report them."""
 
 import reprlib
 from collections import Counter
@@ -45,12 +45,12 @@ class Findings:
 
     @property
     def num_left_out(self) -> int:
-        """Rows that make no comparison."""
+        """Number of rows that make no comparison."""
         return self.dropped.total() + self.bad.total()
 
     @property
     def reasons(self) -> dict[str, int]:
-        """All the reasons why rows make no comparison."""
+        """Numbers of rows that make no comparison, by reason."""
         return dict(self.dropped) | {f"bad row: {reason}": number for reason, number in self.bad.items()}
 
     def add_bad(self, place: str, problem: BadRow) -> None:
@@ -60,7 +60,7 @@ class Findings:
             self.bad_places.append(f"{place}: {problem}")
 
     def add_read(self, found: Comparison, unread: list[str]) -> None:
-        """Count what of a row that is read makes no part of its comparison."""
+        """Count what a row holds beside its comparison."""
         self.unread.update(unread)
         if len(found.answers) > 1:
             self.beside_pairs.update(column for column in unread if column in JUDGEMENTS)
@@ -68,39 +68,39 @@ class Findings:
             self.unlearned[found.unlearned] += 1
 
     def as_json(self) -> dict[str, Any]:
-        """What `Findings.of_json` reads."""
+        """The counts as a JSON object, for `Findings.of_json`."""
         return {name: copy(value) for name, value in vars(self).items()}
 
     @staticmethod
     def of_json(kept: Mapping[str, Any]) -> "Findings":
-        """From what `as_json` gave."""
+        """Findings from the JSON object of `as_json`."""
         values: dict[str, Any] = {
             name: value if isinstance(value, list) else Counter(value) for name, value in kept.items()
         }
         return Findings(**values)
 
     def lines(self, *, bad: bool = True) -> list[str]:
-        """A sentence for each kind of finding but dropped rows, and without `bad` but bad rows."""
-        told = []
+        """A sentence for each kind of finding except dropped rows; bad rows only with `bad`."""
+        lines = []
         if self.unread:
             some = "column is" if len(self.unread) == 1 else "columns are"
-            told.append(f"{len(self.unread)} {some} not read: {_listed(self.unread)}")
+            lines.append(f"{len(self.unread)} {some} not read: {_listed(self.unread)}")
         if self.beside_pairs:
-            told.append(
+            lines.append(
                 f"WARNING: {_listed(self.beside_pairs)} may judge the answers of pairs and is not read: "
                 "the order of each pair is what its columns or its list say (docs/data.md)"
             )
         for reason, number in self.unlearned.items():
-            told.append(f"{number} rows have {reason}: no step learns those, step 3 has their prompts")
+            lines.append(f"{number} rows have {reason}: no step learns those, step 3 has their prompts")
         if bad and self.bad:
             reasons = ", ".join(f"{number} ({reason})" for reason, number in self.bad.most_common(NUM_NAMED))
-            told.append(f"{self.bad.total()} bad rows left out (--on_bad_row drop): {reasons}")
-            told += [f"  {place}" for place in self.bad_places]
-        return told
+            lines.append(f"{self.bad.total()} bad rows left out (--on_bad_row drop): {reasons}")
+            lines += [f"  {place}" for place in self.bad_places]
+        return lines
 
 
 def unread_columns(row: Columns) -> list[str]:
-    """The columns that hold something, were not asked for and may matter."""
+    """Columns that are not blank, were not read, and do not only say where a row comes from."""
     return [
         column
         for column, value in row.items()
@@ -109,7 +109,7 @@ def unread_columns(row: Columns) -> list[str]:
 
 
 def check_verdicts(row: Columns, unread: list[str]) -> None:
-    """Raise `BadRow` where an unread column says which answer is better, and does not say what is read."""
+    """Raise `BadRow` for an unread column that judges the answers, unless it agrees with the pair."""
     for column in unread:
         if column in VERDICTS and column not in JUDGEMENTS:
             value = dict.__getitem__(row, column)

@@ -1,4 +1,4 @@
-"""Folders and patterns: which of their files are which split."""
+"""Folders and patterns of files, sorted into splits."""
 
 import glob
 import os

@@ -13,8 +13,10 @@ CONFIGURATIONS = re.compile(r"available(?: configs)?(?: in the cache)?: \[([^\]]
 
 
 def load_from_hub(entry: Entry, options: dict[str, str]) -> datasets.Dataset | datasets.DatasetDict:
-    """What `datasets.load_dataset` gives for `options`, with the entry's configuration and revision instead
-    where it names them. Raises `UserError`."""
+    """Load a data set of the hub with `options` and with the entry's configuration and revision, if any.
+
+    Raises `UserError` for what the hub does not have, and for a choice among configurations.
+    """
     options = dict(options)
     if entry.config is not None:
         options["data_dir" if "data_dir" in options else "name"] = entry.config

@@ -57,7 +57,7 @@ class KnownSet:
     evaluation: tuple[str, ...] = ("test", "validation")
     """Names of splits; those that are there are used."""
     others: tuple[str, ...] = ()
-    """Columns that are known and left alone: nobody has to be told of them."""
+    """Columns that are known and left alone: they are not reported."""
     local_files: tuple[str, str] | None = None
     """Files for training and for evaluation, seen from the working directory, in place of a hub id."""
 

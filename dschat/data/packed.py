@@ -1,4 +1,4 @@
-"""Bytes of files as they are before they were packed with gzip, bzip2, xz or Zstandard."""
+"""Files packed with gzip, bzip2, xz or Zstandard, opened as the bytes that were packed."""
 
 import bz2
 import gzip
@@ -30,6 +30,6 @@ def packing(name: str) -> str:
 
 
 def open_unpacked(path: Path, suffix: str) -> BinaryIO:
-    """The bytes of the file, unpacked as that suffix says."""
+    """Open a file for reading, unpacked as `suffix` says; "" is a file that is not packed."""
     file: BinaryIO = PACKED[suffix][1](path) if suffix else path.open("rb")
     return file

@@ -11,7 +11,7 @@ from dschat.errors import UserError
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether it can be read once only: a pipe, a terminal, a device."""
+    """Whether a path can be read once only: a pipe, a terminal, a device."""
     return path.is_fifo() or path.is_char_device()
 
 

@@ -30,15 +30,14 @@ from dschat.console import messages
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached
 from dschat.data.cells import BadRow
-from dschat.data.comparisons import Comparison, ComparisonIndex, write_comparisons
+from dschat.data.comparisons import ComparisonIndex, write_comparisons
 from dschat.data.contradictions import count_contradictions
-from dschat.data.files import Rows
 from dschat.data.findings import Findings
-from dschat.data.reading import Format, read_comparisons, read_rows
+from dschat.data.reading import Format
 from dschat.data.refused_rows import RowError
 from dschat.data.report import columns_of, describe, listed, num_related, rows_report, source_report
 from dschat.data.share import Task, rows_of_part, some_of
-from dschat.data.sources import Source, open_source
+from dschat.data.source_set import SourceSet
 from dschat.data.tokenization import (
     Tokenized,
     default_num_proc,
@@ -67,36 +66,6 @@ class SplitData:
     """The fingerprint of all that shaped the rows and their order."""
     columns: tuple[str, ...] = ()
     """The columns of the data rows, where those are kept."""
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """The opened data sets, in the order in which their comparisons are numbered."""
-
-    shared: list[Source]
-    """--data_path, which all steps know."""
-    evaluation: list[Source]
-    """--eval_data_path."""
-    own: list[Source]
-    """Step 1's own."""
-
-    @property
-    def all(self) -> list[Source]:
-        """Every source; its place is its number."""
-        return [*self.shared, *self.evaluation, *self.own]
-
-    def are_for_evaluation(self, number: int) -> bool:
-        """Whether the source of that number is one of --eval_data_path."""
-        return len(self.shared) <= number < len(self.shared) + len(self.evaluation)
-
-    @staticmethod
-    def open(data: DataArguments, own_data_path: Sequence[str]) -> "_Sources":
-        """Open them all. Raises `UserError`."""
-        return _Sources(
-            [open_source(entry) for entry in data.data_path],
-            [open_source(entry, "--eval_data_path", evaluates=True) for entry in data.eval_data_path],
-            [open_source(entry, "--sft_only_data_path") for entry in own_data_path],
-        )
 
 
 def sft_data(
@@ -145,14 +114,23 @@ def prompt_data(
     *,
     max_prompt_seq_len: int,
     seed: int,
-    reader: PreTrainedTokenizerBase | None = None,
+    reward_tokenizer: PreTrainedTokenizerBase | None = None,
     keep_rows: bool = False,
 ) -> SplitData:
-    """Step 3's prompts, as `tokenize_prompts` makes them. Raises `UserError` as `sft_data` does."""
+    """Step 3's prompts, as `tokenize_prompts` makes them; `reward_tokenizer` is a reward model's own.
+
+    Raises `UserError` as `sft_data` does.
+    """
     settings: dict[str, Any] = {"max_prompt_seq_len": max_prompt_seq_len}
-    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, reader=reader, keep_rows=keep_rows, **settings)
-    if reader is not None:
-        settings["reader"] = _text_fingerprint(reader)
+    tokenize = partial(
+        tokenize_prompts,
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        keep_rows=keep_rows,
+        **settings,
+    )
+    if reward_tokenizer is not None:
+        settings["reader"] = _text_fingerprint(reward_tokenizer)
     if keep_rows:
         settings["keep_rows"] = True
     task = Task(
@@ -179,20 +157,14 @@ def _prepare(
     seed: int,
     own_data_path: Sequence[str] = (),
 ) -> SplitData:
-    sources = _Sources.open(data, own_data_path)
+    sources = SourceSet.open(data, own_data_path)
     form = replace(Format.of(data), keep_rows=task.keep_rows)
-
-    def identities(some: list[Source]) -> list[list]:
-        return [[s.fingerprint, s.weight, s.read and s.read.__name__] for s in some]
-
     key = fingerprint(
         {
             "format": FORMAT,
             "step": task.step,
             "settings": task.settings,
-            "sources": identities(sources.shared),
-            "evaluation": identities(sources.evaluation),
-            "own": identities(sources.own),
+            **sources.identities,
             "form": [form.name, form.keys, form.drop_bad_rows],
             "tokenizer": _text_fingerprint(tokenizer),
             "shares": data.shares,
@@ -220,15 +192,17 @@ def _prepare(
     return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())))
 
 
-def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _Sources, form: Format) -> None:
+def _build(
+    folder: Path, task: Task, data: DataArguments, seed: int, sources: SourceSet, form: Format
+) -> None:
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
     text = folder / "comparisons.arrow"
     findings = [Findings() for _ in sources.all]
-    comparisons = _all_comparisons(sources, form, findings)
+    comparisons = sources.comparisons(form, findings)
     bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
     first = _assign(index, sources, data, seed)
-    _check_sources(sources, index, findings)
+    sources.check(index, findings)
     _check_share(first, task, data)
     parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
     rows = Dataset.from_file(str(text))
@@ -246,7 +220,7 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
         try:
             tokenized = _tokenized(rows.select(chosen), index, chosen, task, data)
         except RowError as error:
-            place = _place_of(int(chosen[error.number]), sources, form)
+            place = sources.place_of(int(chosen[error.number]), form)
             raise UserError(
                 f"{place}: {error.reason} Correct the row or remove it, or leave out all such rows with "
                 "--on_bad_row drop."
@@ -260,7 +234,7 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
             tokenized.rows.save_to_disk(str(folder / name), num_shards=None if len(tokenized.rows) else 1)
         report[name] = rows_report(tokenized, +left_out)
         for number, reason in islice(tokenized.refused.items(), 1):
-            report[name]["refused"] = f"{_place_of(int(chosen[number]), sources, form)}: {reason}"
+            report[name]["refused"] = f"{sources.place_of(int(chosen[number]), form)}: {reason}"
         if task.step == 2:
             report[name]["contradictions"] = count_contradictions(rows.select(chosen), index.keys[chosen])
         if task.keep_rows:
@@ -269,18 +243,6 @@ def _build(folder: Path, task: Task, data: DataArguments, seed: int, sources: _S
     for scratch in folder.glob("cache-*.arrow"):
         scratch.unlink()
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _place_of(number: int, sources: _Sources, form: Format) -> str:
-    """Where the comparison of that number stands, such as "pairs.jsonl:3". The sources are read once more for
-    it: no row carries its place through the work that hardly ever fails."""
-    places = (
-        place
-        for _, source, rows, _ in _parts(sources)
-        for place, found in read_rows(source, rows, form, Findings())
-        if isinstance(found, Comparison)
-    )
-    return next(islice(places, number, None))
 
 
 def _tokenized(
@@ -308,27 +270,7 @@ def _without_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _parts(sources: _Sources) -> Iterator[tuple[int, Source, Rows, bool]]:
-    """The number and the source of all rows that are read, in their order, and whether they evaluate."""
-    for number, source in enumerate(sources.all):
-        if sources.are_for_evaluation(number):
-            yield number, source, source.evaluation or source.training, True
-        else:
-            yield number, source, source.training, False
-            if source.evaluation is not None and not sources.evaluation:
-                yield number, source, source.evaluation, True
-
-
-def _all_comparisons(
-    sources: _Sources, form: Format, findings: list[Findings]
-) -> Iterator[tuple[Comparison, int, bool]]:
-    """Every comparison of every source, with the source's number and whether it is for evaluation."""
-    for number, source, rows, in_evaluation in _parts(sources):
-        for comparison in read_comparisons(source, rows, form, findings[number]):
-            yield comparison, number, in_evaluation
-
-
-def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed: int) -> np.ndarray:
+def _assign(index: ComparisonIndex, sources: SourceSet, data: DataArguments, seed: int) -> np.ndarray:
     """The part of each comparison, as `splits.assign` numbers them.
 
     The other steps do not know step 1's own sources, so they must not change the split of the shared ones:
@@ -352,20 +294,10 @@ def _assign(index: ComparisonIndex, sources: _Sources, data: DataArguments, seed
     return parts
 
 
-def _check_sources(sources: _Sources, index: ComparisonIndex, findings: list[Findings]) -> None:
-    """Raise `UserError` for a source without rows to train on, or to evaluate on."""
-    for number, source in enumerate(sources.all):
-        use = "evaluate" if sources.are_for_evaluation(number) else "train"
-        if not np.any((index.sources == number) & (index.in_evaluation == (use == "evaluate"))):
-            problem = f"{source.flag} {source.name} holds no rows to {use} on"
-            why = listed(": dropped", findings[number].reasons)
-            raise UserError(f"{problem}{why}; leave it out or give another file.")
-
-
 def _check_share(parts: np.ndarray, task: Task, data: DataArguments) -> None:
     """Raise `UserError` where the split leaves the step nothing to train on."""
     sizes = np.bincount(parts[(parts >= 0) & (parts < splits.NUM_STEPS)], minlength=splits.NUM_STEPS)
-    if sizes.sum() == 0:  # every source has rows to train on, or `_check_sources` would have spoken
+    if sizes.sum() == 0:  # every source has rows to train on, or `SourceSet.check` would have spoken
         raise UserError(
             f"step {task.step} has no prompts to train on: all those of --data_path are also in the data for "
             "evaluation, and prompts for evaluation leave the training data. Give other data with "

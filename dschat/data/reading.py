@@ -1,4 +1,4 @@
-"""Reading: the rows of a source as comparisons, and what is found on the way."""
+"""Rows of a source as a stream of comparisons, with findings about the rows."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dschat.errors import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """How the user says that rows are to be read, where the columns do not tell."""
+    """Flags that decide how rows are read, where their columns do not."""
 
     name: str | None = None
     """A layout or a known data set, None for what the columns tell."""

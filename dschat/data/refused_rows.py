@@ -32,9 +32,11 @@ def encode_rows(
     with_indices: bool,
     marked_as: Features | None = None,
 ) -> Columns:
-    """What `encode` makes of the rows. Raises `RowError` for the first that fails by itself; or, with the
-    columns of `marked_as`, makes such rows empty and marks them `Truncation.REFUSED`, with the reason in the
-    column unshown."""
+    """Encode a batch of rows. Raises `RowError` for the first row that fails by itself.
+
+    With `marked_as`, the features of the result, such rows are empty instead and marked `Truncation.REFUSED`,
+    with the reason in the column unshown.
+    """
 
     def encoded(rows: Columns, numbers: list[int]) -> Columns:
         return encode(rows, numbers) if with_indices else encode(rows)
@@ -68,6 +70,6 @@ def _mark(features: Features, number: int, reason: str) -> Columns:
 
 
 def refused_rows(marked: Dataset, truncations: np.ndarray) -> dict[int, str]:
-    """The numbers of the rows that `encode_rows` marked, and why each was refused."""
-    told = marked.select(np.flatnonzero(truncations == Truncation.REFUSED))["unshown"]
-    return {int(number): reason for number, _, reason in (text.partition(" ") for text in told)}
+    """Reasons of the rows that `encode_rows` marked, by row number; `truncations` [N] are of all rows."""
+    reasons = marked.select(np.flatnonzero(truncations == Truncation.REFUSED))["unshown"]
+    return {int(number): reason for number, _, reason in (text.partition(" ") for text in reasons)}

@@ -1,4 +1,4 @@
-"""Turns to the messages that a tokenizer's Jinja template takes, and those to text."""
+"""Rendering of conversations by a tokenizer's Jinja template."""
 
 import json
 import re
@@ -26,13 +26,13 @@ SHOWN_ROLES = 6
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template, of several the one for chat."""
+    """The tokenizer's chat template; of several the default one."""
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
 
 
 def shared_start(one: str, other: str) -> str:
-    """What both texts begin with."""
+    """The longest common beginning of two texts."""
     pairs = zip(one, other, strict=False)
     return one[: next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
 
@@ -59,7 +59,7 @@ class Renderer:
             self._shows_outputs = self._marks_outputs([*asked, answer])
 
     def takes_tools(self, turns: Sequence[Turn]) -> bool:
-        """Whether it shows the tools of that conversation, the calls of them and what they returned."""
+        """Whether the template shows a conversation's tools, the calls of them and what they returned."""
         calls = any(
             '"tool_calls"' in turn.fields and "tool_calls" in json.loads(turn.fields) for turn in turns
         )
@@ -71,7 +71,7 @@ class Renderer:
         )
 
     def unshown(self, turns: Sequence[Turn]) -> set[str]:
-        """The fields of those turns that it does not read; `takes_tools` answers for those about tools."""
+        """Fields of the turns that the template does not read, less those about tools (`takes_tools`)."""
         names = {name for turn in turns if turn.fields for name in json.loads(turn.fields)}
         shown = {"tool_calls", "tool_call_id"} | ({"reasoning"} if self.thought_key else set())
         return {name for name in names - shown if name == "reasoning" or not self._reads(name)}

@@ -1,4 +1,4 @@
-"""What a step tells of its data before it starts: a line a source, one for training, one for evaluation."""
+"""Report of a step's data: a line per source, one for training and one for evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ def source_report(
     findings: Findings,
     task: Task,
 ) -> dict[str, Any]:
-    """What became of the rows of the source of that number, for `report.json`.
+    """Counts of what became of one source's rows, for `report.json`.
 
     `first` are the parts as `splits.assign` gives them, of each prompt's first comparison alone; `parts`
-    those of the prompts, as `splits.parts_of_prompts` gives them; `findings` what reading told.
+    those of the prompts, as `splits.parts_of_prompts` gives them; `findings` are of reading the source.
     """
     mine = index.sources == number
     repeats = mine & task.repeats(index, parts)
@@ -52,13 +52,13 @@ def source_report(
 
 
 def num_related(families: np.ndarray, first: np.ndarray) -> int:
-    """The evaluation prompts that training prompts begin with, or that begin with one; `first` as above."""
+    """Number of evaluation prompts in the family of a training prompt; `first` as for `source_report`."""
     training = (first >= 0) & (first < splits.NUM_STEPS)
     return int(np.isin(families[first == splits.EVALUATION], families[training]).sum())
 
 
 def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, Any]:
-    """What became of the rows of training, or of evaluation, for `report.json`."""
+    """Counts of what became of the rows of training, or of evaluation, for `report.json`."""
     lengths = column(tokenized.rows, "length")
     return {
         "rows": len(lengths),
@@ -71,13 +71,13 @@ def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, 
 
 
 def columns_of(rows: Dataset) -> set[str]:
-    """The names of the columns that any of the kept data rows has."""
+    """Names of the columns of all data rows that stand beside the prompts."""
     tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
     return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}
 
 
 def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], folder: Path) -> str:
-    """What became of the data, a line a source and two for the step."""
+    """The report as text: a line per source, with its findings, and two for the step."""
     lines = [f"data of step {task.step} (tokens kept in {folder})"]
     for source, counts in zip(sources, report["sources"], strict=True):
         shares = " + ".join(map(str, counts["shares"]))
@@ -111,7 +111,7 @@ def describe(report: dict[str, Any], task: Task, sources: Sequence[Source], fold
 
 
 def listed(intro: str, counts: Mapping[str, int]) -> str:
-    """The intro and each count with its reason, or nothing where nothing was counted."""
+    """`intro` and each count with its reason; "" without counts."""
     return (
         f"{intro} " + ", ".join(f"{number} ({reason})" for reason, number in counts.items()) if counts else ""
     )

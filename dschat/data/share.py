@@ -1,4 +1,4 @@
-"""A step's share: which comparisons the step takes of its prompts and of those held out."""
+"""Choice of the comparisons that a step takes of its prompts and of those held out."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from dschat.data.tokenization import Tokenized
 
 @dataclass(frozen=True)
 class Task:
-    """What one step wants done with its comparisons."""
+    """One step's requirements for its comparisons."""
 
     step: int
     """1, 2 or 3."""
     tokenize: Callable[..., Tokenized]
     limit: str
-    """The flag that bounds a prompt's length,"""
+    """The flag that bounds a prompt's length."""
     max_tokens: int
-    """and its value."""
+    """The value of that flag, in tokens."""
     settings: dict[str, Any]
-    """What shapes the tokens beside the text and the tokenizer."""
+    """Settings that shape the tokens beside the text and the tokenizer, for the cache's key."""
     keep_rows: bool = False
     """Whether the data rows stand beside the tokens."""
     lacks: str = ""
-    """What a row that the step cannot use lacks."""
+    """Reason under which prompts are counted that the step cannot use."""
     unique_prompts: bool = False
     """Whether steps 1 and 3 take a prompt once."""
 
@@ -50,7 +50,7 @@ class Task:
 
     @property
     def what_repeats(self) -> str:
-        """What the comparisons are that `repeats` tells."""
+        """Reason under which the comparisons of `repeats` are counted."""
         if self.unique_prompts and self.step != 2:
             return "repeated prompt"
         return "prompt repeated in evaluation" if self.step == 3 else "repeated row"

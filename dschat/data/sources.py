@@ -1,4 +1,4 @@
-"""Sources: the entries of --data_path, each opened as training and evaluation rows.
+"""Data sets that flags name, opened as training and evaluation rows.
 
 An entry (`dschat.data.entries`) is a local file, a pattern of files, a pipe, a folder that `datasets` saved
 or that holds files, or else the id of a data set on the hub.
@@ -204,7 +204,7 @@ def _source_of_splits(
     """A source of named splits, each given as its rows and the files that hold them."""
     training, evaluation = choose_splits(list(splits), entry)
 
-    def told(names: list[str]) -> str:
+    def joined(names: list[str]) -> str:
         counts = {name: len(splits[name][1]) for name in names}
         return " + ".join(f"{name} ({n} files)" if n > 1 else name for name, n in counts.items())
 
@@ -212,7 +212,7 @@ def _source_of_splits(
         entry,
         training=[splits[name] for name in training],
         evaluation=[splits[name] for name in evaluation],
-        splits=told(training) + (f", evaluation on {told(evaluation)}" if evaluation else ""),
+        splits=joined(training) + (f", evaluation on {joined(evaluation)}" if evaluation else ""),
         unused=(*sorted(set(splits) - {*training, *evaluation}), *unused),
     )
 

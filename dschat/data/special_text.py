@@ -1,4 +1,4 @@
-"""Text that spells special tokens: where a tokenizer would make control tokens of what someone wrote."""
+"""Text that spells special tokens, of which a tokenizer would make control tokens."""
 
 import re
 from itertools import pairwise

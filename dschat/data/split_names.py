@@ -1,4 +1,4 @@
-"""Names of splits: which are to train on, which to evaluate on, and which belong together."""
+"""Names of splits: for training, for evaluation, and which of them belong together."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which prompt goes where: one step's training, or evaluation. Pure functions of prompt keys.
+"""Assignment of prompts to the steps' training or to evaluation. Pure functions of prompt keys.
 
 Everything follows from hashes of the prompts, never from their order, so that each step comes to the same
 split by itself.

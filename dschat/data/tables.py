@@ -1,4 +1,4 @@
-"""Tables of text: CSV and TSV as rows under the names of their first line, all values strings or None."""
+"""CSV and TSV as rows under the names of their first line; all values are strings or None."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""A tokenizer's one chat template: chosen, read, and tried before anything depends on it."""
+"""Choice of a tokenizer's one chat template, which is tried before anything depends on it."""
 
 import contextlib
 import multiprocessing

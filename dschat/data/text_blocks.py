@@ -1,4 +1,4 @@
-"""Plain text, such as a model was pre-trained on, as blocks of equal length.
+"""Plain text, such as models are pre-trained on, as blocks of equally many tokens.
 
 The texts' tokens stand one after the other, each text's followed by the end token, and are cut into blocks;
 what is left over at the end fills no block. A .txt file is one text. Of a file or data set of rows each row

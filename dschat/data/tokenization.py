@@ -113,7 +113,7 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_seq_len: int,
-    reader: PreTrainedTokenizerBase | None = None,
+    reward_tokenizer: PreTrainedTokenizerBase | None = None,
     keep_rows: bool = False,
     num_proc: int = 1,
     mark_refused: bool = False,
@@ -121,17 +121,17 @@ def tokenize_prompts(
     """Columns input_ids (the prompt), key (a hash of them, int64) and length. Prompts that are too long lose
     whole early turns; those that still are are dropped.
 
-    With `reader`, the tokenizer of a reward model that has its own, also reader_ids: the prompt in its tokens
-    and template. With `keep_rows` also row: the whole data row as JSON.
+    With `reward_tokenizer`, of a reward model that has its own, also reader_ids: the prompt in its tokens and
+    template. With `keep_rows` also row: the whole data row as JSON.
     """
     encode = partial(
         _prompt_batch,
         encoder=Encoder(tokenizer),
         max_prompt_seq_len=max_prompt_seq_len,
-        reader=Encoder(reader) if reader else None,
+        reward_encoder=Encoder(reward_tokenizer) if reward_tokenizer else None,
         keep_rows=keep_rows,
     )
-    columns = PROMPT_COLUMNS | (READER_COLUMN if reader else {}) | (ROW_COLUMN if keep_rows else {})
+    columns = PROMPT_COLUMNS | (READER_COLUMN if reward_tokenizer else {}) | (ROW_COLUMN if keep_rows else {})
     return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc, mark_refused)
 
 
@@ -260,20 +260,20 @@ def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prom
     conversations = zip(prompts, answers, batch["learn_all_turns"], strict=True)
     in_pieces = [all_turns or _has_marks(prompt, answer) for prompt, answer, all_turns in conversations]
 
-    def read(numbers: list[int], prompts: list[Prompt]) -> list[EncodedRow]:
+    def in_turns(numbers: list[int], prompts: list[Prompt]) -> list[EncodedRow]:
         texts = [answers[number] for number in numbers]
         all_turns = [batch["learn_all_turns"][number] for number in numbers]
         return encoder.conversations(prompts, texts, all_turns, with_prompt=train_on_prompt)
 
-    def read_whole(numbers: list[int], prompts: list[Prompt]) -> list[EncodedRow]:
+    def whole(numbers: list[int], prompts: list[Prompt]) -> list[EncodedRow]:
         return encoder.rows(prompts, [[answers[number]] for number in numbers], learned=train_on_prompt)
 
     table: dict[int, tuple] = {}
-    for reader, flag in ((read, True), (read_whole, False)):
+    for encode, flag in ((in_turns, True), (whole, False)):
         chosen = [number for number, some in enumerate(in_pieces) if some == flag]
         asked = [prompts[number] for number in chosen]
-        rows = reader(chosen, asked)
-        fitted = encoder.fitted(rows, asked, max_seq_len, partial(_reread, reader, chosen))
+        rows = encode(chosen, asked)
+        fitted = encoder.fitted(rows, asked, max_seq_len, partial(_encode_again, encode, chosen))
         for number, row, fit in zip(chosen, rows, fitted, strict=True):
             ids, mask = _sft_row(fit)
             truncation = (
@@ -284,14 +284,14 @@ def _sft_batch(batch: Columns, encoder: Encoder, max_seq_len: int, train_on_prom
     return _columns([table[number] for number in range(len(prompts))], SFT_COLUMNS)
 
 
-def _reread(
-    read: Callable[[list[int], list[Prompt]], list[EncodedRow]],
+def _encode_again(
+    encode: Callable[[list[int], list[Prompt]], list[EncodedRow]],
     chosen: list[int],
     places: list[int],
     shorter: list[Prompt],
 ) -> list[EncodedRow]:
     """Encode shorter prompts of the examples at those places of `chosen`."""
-    return read([chosen[place] for place in places], shorter)
+    return encode([chosen[place] for place in places], shorter)
 
 
 def _answers_of(batch: Columns) -> list[list[Reply]]:
@@ -348,22 +348,22 @@ def _pair_batch(
 
 
 def _prompt_batch(
-    batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reader: Encoder | None, keep_rows: bool
+    batch: Columns, encoder: Encoder, max_prompt_seq_len: int, reward_encoder: Encoder | None, keep_rows: bool
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     rows = encoder.rows(prompts, [()] * len(prompts))
     fitted_rows = encoder.fitted(
         rows, prompts, max_prompt_seq_len, lambda numbers, shorter: encoder.rows(shorter, [()] * len(numbers))
     )
-    read = reader.rows(prompts, [()] * len(prompts)) if reader else []
-    extra = ({"reader_ids": [row.prompt for row in read]} if reader else {}) | (
+    reread = reward_encoder.rows(prompts, [()] * len(prompts)) if reward_encoder else []
+    extra = ({"reader_ids": [row.prompt for row in reread]} if reward_encoder else {}) | (
         {"row": batch["row"]} if keep_rows else {}
     )
     table = []
     for number, (row, fitted) in enumerate(zip(rows, fitted_rows, strict=True)):
         ids = fitted.prompt
         truncation = Truncation.NO_TOKEN if fitted.truncation.is_kept and not ids else fitted.truncation
-        if read and read[number].truncation == Truncation.WITH_TOOLS:
+        if reread and reread[number].truncation == Truncation.WITH_TOOLS:
             truncation = Truncation.WITH_TOOLS
         more = (values[number] for values in extra.values())
         unshown = encoder.unshown(prompts[number], ())

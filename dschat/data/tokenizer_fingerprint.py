@@ -1,4 +1,4 @@
-"""What a tokenizer does with text, as a fingerprint, and what it puts before every text."""
+"""Fingerprint of what a tokenizer does with text, and the tokens that it puts before every text."""
 
 import json
 

@@ -67,7 +67,7 @@ def _as_function(value: Any, name: str) -> dict:
 
 
 def from_json(value: Any) -> Any:
-    """What a string of JSON stands for; any other value as it is."""
+    """The decoded value of a string of JSON; any other value as it is."""
     if isinstance(value, str) and value.strip()[:1] in ("{", "[", '"', "n"):
         try:
             return json.loads(value)
@@ -77,7 +77,7 @@ def from_json(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The same less what is null in objects: Arrow gives every object the keys that any other one has."""
+    """The value without nulls in objects: Arrow gives every object the keys that any other one has."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Where a rendered conversation shows what is to be learned of it, or to be left out."""
+"""Positions of turns in a rendered conversation, to learn them or to leave them out."""
 
 import json
 from collections.abc import Sequence
@@ -75,14 +75,14 @@ class TurnSpans:
         thinks = self._thinks(turns[number])
         if not asked or not after.startswith(asked) or (asked != before and thinks):
             return None
-        said = after[len(asked) :]
-        if self._marks.ending and said.endswith(self._marks.ending):
-            said = said.removesuffix(self._marks.ending) + self._marks.close_inside
-        if not said.strip():
+        answer = after[len(asked) :]
+        if self._marks.ending and answer.endswith(self._marks.ending):
+            answer = answer.removesuffix(self._marks.ending) + self._marks.close_inside
+        if not answer.strip():
             return None
         prompt = asked[len(shared_start(asked, self._renderer.attempt(turns[:number]))) :]
         # Earlier answers may be shown without the empty thought that stands before the last one.
-        for shown in (said, *([] if thinks else [said.removeprefix(self._marks.lead)])):
+        for shown in (answer, *([] if thinks else [answer.removeprefix(self._marks.lead)])):
             start = whole.find(
                 prompt + shown, len(asked) - len(prompt) if whole.startswith(asked) else position
             )
@@ -91,6 +91,6 @@ class TurnSpans:
         return None
 
     def _thinks(self, turn: Turn) -> bool:
-        """Whether there is a thought before what the turn says."""
+        """Whether a thought stands before the turn's content."""
         in_text = (self._marks.thought_end or "</think>") in turn.content
         return in_text or "reasoning" in json.loads(turn.fields or "{}")

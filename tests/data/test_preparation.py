@@ -104,7 +104,7 @@ def test_a_second_start_reads_what_the_first_one_wrote(tmp_path, tokenizer, monk
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
     first = sft_data(data, tokenizer, max_seq_len=64, seed=1)
     told = capsys.readouterr().out
-    monkeypatch.setattr("dschat.data.preparation.read_comparisons", None)
+    monkeypatch.setattr("dschat.data.source_set.read_comparisons", None)
     second = sft_data(data, tokenizer, max_seq_len=64, seed=1)
     assert first.train.to_list() == second.train.to_list()
     assert capsys.readouterr().out == told
@@ -569,11 +569,15 @@ def test_template_reader_format_weight_and_evaluation_make_other_results(tmp_pat
     path, evaluation = (write_json(tmp_path / name, rows) for name in ("a.jsonl", "b.jsonl"))
     write_json(tmp_path / "b.jsonl", rows[:2])
 
-    def prepared(number, template=PLAIN, reader=None, entry=path, **settings):
+    def prepared(number, template=PLAIN, reward_tokenizer=None, entry=path, **settings):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         prompt_data(
-            arguments(tmp_path, entry, **settings), tokenizer, max_prompt_seq_len=64, seed=1, reader=reader
+            arguments(tmp_path, entry, **settings),
+            tokenizer,
+            max_prompt_seq_len=64,
+            seed=1,
+            reward_tokenizer=reward_tokenizer,
         )
         assert len(entries(tmp_path)) == number
 
@@ -586,9 +590,9 @@ def test_template_reader_format_weight_and_evaluation_make_other_results(tmp_pat
     prepared(5, entry=f"{path}:0.5")
     prepared(6, eval_data_path=[evaluation])
     prepared(7, max_train_samples=2)
-    prepared(8, reader=other)
+    prepared(8, reward_tokenizer=other)
     other.chat_template = NONE
-    prepared(9, reader=other)
+    prepared(9, reward_tokenizer=other)
     prepared(9, preprocessing_num_workers=1)
 
 
@@ -597,7 +601,7 @@ def test_a_readers_tokens_stand_beside_the_actors(tmp_path):
     data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0.25)
     reader = tiny_tokenizer(bos=True)
     reader.chat_template = NONE
-    split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reader=reader)
+    split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reward_tokenizer=reader)
     for rows in (split.train, split.evaluation):
         for row in rows:
             text = tiny_tokenizer().decode(row["input_ids"])
@@ -629,7 +633,9 @@ def test_data_rows_are_kept_as_they_are_in_the_file_also_under_other_names(tmp_p
     path = write_json(tmp_path / "a.jsonl", [{"ask": "one?", "solution": [1, "é"]}, {"ask": "two?"}])
     data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0, prompt_key="ask")
     reader = tiny_tokenizer(bos=True)
-    split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reader=reader, keep_rows=True)
+    split = prompt_data(
+        data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reward_tokenizer=reader, keep_rows=True
+    )
     kept = sorted(split.train["row"])
     assert [json.loads(row) for row in kept] == [{"ask": "one?", "solution": [1, "é"]}, {"ask": "two?"}]
     assert split.columns == ("ask", "solution")

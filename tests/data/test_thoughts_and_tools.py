@@ -338,7 +338,9 @@ def test_a_call_that_a_template_refuses_drops_the_row_and_not_the_run():
 
 def test_a_reader_that_takes_no_tools_drops_the_prompt():
     rows = comparison_rows(read(TURNS, tools=[ADD]), read(TURNS))
-    tokenized = tokenize_prompts(rows, tokenizer(QWEN3), max_prompt_seq_len=512, reader=tokenizer(CHATML))
+    tokenized = tokenize_prompts(
+        rows, tokenizer(QWEN3), max_prompt_seq_len=512, reward_tokenizer=tokenizer(CHATML)
+    )
     assert tokenized.dropped == {TOOLS: 1}
     with pytest.raises(UserError, match=f"1 of the prompts are {TOOLS}; leave them out"):
         Encoder(tokenizer(CHATML)).prompts([read(TURNS).prompt, read(TURNS, tools=[ADD]).prompt])

@@ -360,7 +360,7 @@ def test_no_pairs_are_no_rows_of_the_same_columns():
 def test_a_reader_gets_the_prompt_in_its_own_tokens_and_template():
     reader = tiny_tokenizer(bos=True)
     rows = comparison_rows(Comparison(LONG))
-    row = only(tokenize_prompts(rows, chat(), max_prompt_seq_len=16, reader=reader))
+    row = only(tokenize_prompts(rows, chat(), max_prompt_seq_len=16, reward_tokenizer=reader))
     assert shown(chat(), row["input_ids"]) == "S9U12A34$U56A"
     assert decoded(reader, row["reader_ids"]) == (
         "^9\n\nHuman: 12\n\nAssistant: 34\n\nHuman: 56\n\nAssistant:"

@@ -1,4 +1,4 @@
-"""Layouts of rows whose better answer is told by the name of its column, or by its place in a list."""
+"""Layouts of rows that name the better answer by its column, or by its place in a list."""
 
 from collections.abc import Sequence
 from itertools import product

@@ -107,7 +107,7 @@ def from_text(value: Any) -> Any:
 
 
 def messages_from_text(value: Any) -> Any:
-    """The same where the list is one of messages; other text is what somebody said."""
+    """`from_text` where the list holds messages; any other value as it is."""
     found = from_text(value)
     if not isinstance(found, list) or not found:
         return value

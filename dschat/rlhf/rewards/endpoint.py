@@ -1,10 +1,8 @@
 """Scores from a server: prompts and answers are posted, scores come back."""
 
-import base64
 import json
 import time
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx2
 
@@ -33,8 +31,7 @@ class RewardEndpoint:
     def __init__(self, name: str, url: str, *, batch_size: int, seconds: float, retries: int) -> None:
         self.name, self._shown = name, without_secrets(url)
         self._batch_size, self._seconds, self._retries = batch_size, seconds, retries
-        self._url, self._headers = _credentials_apart(url)
-        self._proxy = proxy_of(self._url)
+        self._url, self._proxy = url, proxy_of(url)
 
     def score(self, answers: TextAnswers) -> list[Score]:
         """Each answer's score, or why it has none. Raises `UserError` where the endpoint does not serve."""
@@ -55,9 +52,7 @@ class RewardEndpoint:
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self._retries + 1):
             try:
-                return post(
-                    self._url, body, self._headers, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY
-                )
+                return post(self._url, body, self._proxy, seconds=self._seconds, longest=LONGEST_REPLY)
             except httpx2.HTTPStatusError as error:
                 reply = error.response
                 cause = f"HTTP {reply.status_code} {_plain(reply.reason_phrase)}"
@@ -92,17 +87,6 @@ class RewardEndpoint:
                 f"See that both serve, or add its host to no_proxy if {self._proxy.variable} is not for it."
             )
         return UserError(f"--reward_endpoint {self._shown}: {problem}. {remedy}")
-
-
-def _credentials_apart(url: str) -> tuple[str, dict[str, str]]:
-    """The URL without user, password and fragment, and the headers of a request to it."""
-    parts, headers = urlsplit(url), {"Content-Type": "application/json"}
-    user, at, host = parts.netloc.rpartition("@")
-    if at:
-        name, _, password = user.partition(":")
-        token = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode())
-        headers["Authorization"] = f"Basic {token.decode()}"
-    return urlunsplit((parts.scheme, host, parts.path, parts.query, "")), headers
 
 
 def _where_to(reply: httpx2.Response) -> str:

@@ -38,21 +38,20 @@ def proxy_of(url: str) -> Proxy | None:
     return Proxy(found, next((name for name in names if os.environ.get(name)), names[0]))
 
 
-def post(
-    url: str, body: bytes, headers: dict[str, str], proxy: Proxy | None, *, seconds: float, longest: int
-) -> bytes:
-    """The body of the reply to a POST, of at most `longest` bytes. No redirection is followed.
+def post(url: str, body: bytes, proxy: Proxy | None, *, seconds: float, longest: int) -> bytes:
+    """The body of the reply to a POST of JSON, of at most `longest` bytes. No redirection is followed.
+
+    A user and password in the URL are sent as HTTP's basic authentication.
 
     Raises `TimeoutError` without a whole reply after so many seconds, whatever trickles in; `TooLong`;
     `httpx2.HTTPStatusError` for a status that is not 2xx; and what else `httpx2` raises.
     """
-    return asyncio.run(_post(url, body, headers, proxy, seconds, longest))
+    return asyncio.run(_post(url, body, proxy, seconds, longest))
 
 
-async def _post(
-    url: str, body: bytes, headers: dict[str, str], proxy: Proxy | None, seconds: float, longest: int
-) -> bytes:
-    headers = {**headers, "Accept-Encoding": "identity"}  # `longest` bounds what is unpacked, too
+async def _post(url: str, body: bytes, proxy: Proxy | None, seconds: float, longest: int) -> bytes:
+    # `longest` bounds what is unpacked, too.
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     through = _proxy_url(proxy) if proxy else None
     reply = bytearray()
     try:

@@ -22,8 +22,8 @@ def server(pieces, pause=0.0):
             connection, _ = listener.accept()
             with connection:
                 received.append(b"")
-                while not received[0].endswith(b"{}"):
-                    received[0] += connection.recv(1 << 16)
+                while not received[0].endswith(b"{}") and (more := connection.recv(1 << 16)):
+                    received[0] += more
                 for piece in pieces:
                     connection.sendall(piece)
                     time.sleep(pause)
@@ -36,7 +36,7 @@ def server(pieces, pause=0.0):
 
 
 def send(url, proxy=None, seconds=5.0, longest=100):
-    return post(url, b"{}", {"A": "b"}, proxy, seconds=seconds, longest=longest)
+    return post(url, b"{}", proxy, seconds=seconds, longest=longest)
 
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -64,7 +64,7 @@ def test_no_packing_is_asked_for_and_none_undone_which_would_take_any_memory():
     with server([b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n", packed]) as (url, received):
         assert send(url) == packed
     assert b"Accept-Encoding: identity\r\n" in received[0]
-    assert b"A: b\r\n" in received[0]
+    assert b"Content-Type: application/json\r\n" in received[0]
 
 
 @pytest.mark.parametrize("status", [b"302 Found", b"404 Not Found", b"503 Busy"])
@@ -117,3 +117,11 @@ def test_a_server_elsewhere_has_the_proxy_of_the_environment_unless_it_is_except
     assert proxy_of("https://somewhere.else/") is None
     monkeypatch.setenv("no_proxy", "somewhere.else")
     assert proxy_of("http://somewhere.else/") is None
+
+
+def test_a_user_and_password_go_into_a_header_and_not_into_the_request_to_a_proxy():
+    with server([OK, b"{}"]) as (url, received):
+        send("http://us%40er:p%3Aw@somewhere.else/score#top", Proxy(url.removesuffix("/score"), "http_proxy"))
+    assert received[0].startswith(b"POST http://somewhere.else/score HTTP/1.1\r\n")
+    assert b"Authorization: Basic dXNAZXI6cDp3\r\n" in received[0]  # base64 of us@er:p:w
+    assert b"us%40er" not in received[0]

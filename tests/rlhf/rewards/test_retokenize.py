@@ -45,7 +45,7 @@ def reader():
 
 def prompts(actor, reader) -> Dataset:
     rows = comparison_rows(*(Comparison(question) for question in QUESTIONS))
-    return tokenize_prompts(rows, actor, max_prompt_seq_len=99, reader=reader).rows
+    return tokenize_prompts(rows, actor, max_prompt_seq_len=99, reward_tokenizer=reader).rows
 
 
 def rollout(actor, ended) -> RolloutBatch:
