@@ -24,7 +24,7 @@ class Log:
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict]] = []
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
         self.logged.append((step, values))
 
 
