@@ -43,9 +43,10 @@ def test_without_the_flag_there_is_no_text(model):
 def test_a_block_is_as_long_as_a_prompt_with_its_answer_and_as_many_meet_as_answers(model):
     loader = build(model, save_text(model, 100))
     step = next(iter(loader))
-    shapes = [tuple(batch.input_ids.shape) for batch in step.micro_batches]
-    assert shapes == [(2, 32)] * 3  # 20 + 12 tokens
-    assert loader.num_targets == 2 * 3 * 31  # the first token of a block is not predicted
+    # Blocks of 20 + 12 tokens, of which the first is not predicted.
+    assert [tuple(batch.labels.shape) for batch in step.micro_batches] == [(2, 31)] * 3
+    assert step.denominator == 2 * 3 * 31
+    assert loader.num_targets == 2 * 3 * 31
 
 
 def test_a_text_shorter_than_a_block_is_an_error(model):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
 from dschat.export.manifest import Manifest, changed_files
-from dschat.export.model_card import step_provenance
+from dschat.export.provenance import step_provenance
 from dschat.export.upstream import verify_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.monitoring.best_actor import OBJECTIVE, Exports
