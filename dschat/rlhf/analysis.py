@@ -44,8 +44,10 @@ class AnswerAnalyzer:
 
     @phase(PhaseKind.ANALYZING)
     @torch.no_grad()
-    def judge(self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True) -> AnswerAnalysis:
-        """Judge the answers of all ranks; `rows` are this rank's, a tensor of row numbers a forward pass.
+    def analyze(
+        self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True
+    ) -> AnswerAnalysis:
+        """Analyse the answers of all ranks; `rows` are this rank's, a tensor of row numbers per forward pass.
 
         Every rank must call it, with as many passes, whose rows together are all rows once. Without
         `with_values` the critic is left out.
@@ -53,16 +55,18 @@ class AnswerAnalyzer:
         for engine in self._engine.trained:
             engine.eval()
         critic = self._engine.critic if with_values else None
-        parts = [self._judge_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
-        judgement = AnswerAnalysis.gather(parts, rows, rollout.answer_mask.shape[1])
+        parts = [self._analyze_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
+        analysis = AnswerAnalysis.gather(parts, rows, rollout.answer_mask.shape[1])
         if self._rewards is None:
-            return judgement
-        said = self._rewards.score(
-            rollout, rows, self._prompts, judgement.scores, in_evaluation=self._in_evaluation
+            return analysis
+        summed = self._rewards.score(
+            rollout, rows, self._prompts, analysis.scores, in_evaluation=self._in_evaluation
         )
-        return replace(judgement, scores=said.scores, by_source=said.by_source, num_errors=said.num_errors)
+        return replace(
+            analysis, scores=summed.scores, by_source=summed.by_source, num_errors=summed.num_errors
+        )
 
-    def _judge_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> AnswerAnalysis:
+    def _analyze_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> AnswerAnalysis:
         tokens = batch.tokens
         softmax = {"num_tokens": self._num_tokens, "temperature": self._temperature}
         # No logits outlive their call: they are the largest tensor here.

@@ -1,4 +1,4 @@
-"""What PPO learns from: a rollout batch of all ranks, with what the four models said of it.
+"""What PPO learns from: a rollout batch of all ranks, with the analysis of its answers by the four models.
 
 Column t of every [B, T] tensor belongs to the decision to emit answer token t, whose logits and value a model
 gives one position before the token (`dschat.data.token_batch`).

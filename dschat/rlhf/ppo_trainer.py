@@ -240,7 +240,7 @@ def build_trainer(
     require(backend, sampling, on_mismatch=args.rollout.rollout_on_mismatch if check else "stop")
 
     def analyze(rollout: RolloutBatch, ppo_step: int) -> AnswerAnalysis:
-        return analyzer.judge(rollout, minibatch_sampler.rows_of_first_pass(rollout, ppo_step))
+        return analyzer.analyze(rollout, minibatch_sampler.rows_of_first_pass(rollout, ppo_step))
 
     return PPOTrainer(
         args.ppo,

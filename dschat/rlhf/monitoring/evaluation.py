@@ -87,7 +87,7 @@ class Evaluator:
         rollout = replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
         by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
         rows = self._minibatch_sampler.micro_batches(by_length)
-        analysis = self._analyzer.judge(rollout, rows, with_values=False)
+        analysis = self._analyzer.analyze(rollout, rows, with_values=False)
         kl_coef = self._first_kl_coef if kl_coef is None else kl_coef
         values = self._of_answers(rollout, analysis, real, kl_coef=kl_coef)
         if self._engine.guard_reward is not None:
