@@ -11,7 +11,7 @@ from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from dschat.arguments import RunDescription, StepArguments, parse_arguments
+from dschat.arguments import InspectArguments, RunDescription, StepArguments, parse_arguments
 from dschat.console import messages
 from dschat.console.streams import take_over
 from dschat.distributed.process_end import errors_end_ranks
@@ -63,6 +63,7 @@ def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoRetu
     """
     with readable_errors():
         args = parse_arguments(step)
+        assert not isinstance(args, InspectArguments)  # it trains nothing, and has no output folder
         check_free(args.run)
     with readable_errors(args.run.debug):
         program = importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import subprocess
 import sys
 
 import pytest
+from processes import ROOT, environment
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -63,3 +65,37 @@ def test_debug_and_bugs_keep_their_traceback():
         raise UserError("x")
     with pytest.raises(ZeroDivisionError), readable_errors():
         raise ZeroDivisionError
+
+
+STEP = """
+import sys
+
+from dschat.program import run_step
+
+if __name__ == "__main__":
+    run_step("sft", __file__)
+
+print("imported for", __name__)
+
+
+def main(args, context):
+    print("torch" in sys.modules, args.run.seed, context.description.run is args.run)
+    sys.exit(3)
+"""
+
+
+def test_a_step_is_imported_once_its_flags_are_known_to_be_good(tmp_path):
+    (tmp_path / "a_step").mkdir()
+    program = tmp_path / "a_step" / "main.py"
+    program.write_text(STEP)
+    good = ["--model_name_or_path=m", "--data_path=d", "--dtype=fp32", "--seed=5"]
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    for flags, code, printed in (
+        (["--sed=5"], 2, []),
+        (good, 3, ["imported for a_step.main", "True 5 True"]),
+    ):
+        result = subprocess.run(
+            [sys.executable, program, *flags], capture_output=True, text=True, env=env, check=False
+        )
+        assert result.returncode == code, result.stderr
+        assert [line for line in result.stdout.splitlines() if not line.startswith("[")] == printed
