@@ -81,7 +81,7 @@ def from_deepspeed_chat(folder: Path, output: Path) -> None:
     """Write DeepSpeed-Chat's model in `folder` as `export_model` does, in its own precision."""
     from dschat.export.export import export_model
     from dschat.export.provenance import GOLDEN_TOKENS, Provenance
-    from dschat.models.loading import BACKBONE_NAMES
+    from dschat.models.weights import BACKBONE_NAMES
 
     tensors = _their_tensors(folder)
     is_reward = any(name.startswith((*BACKBONE_NAMES, "v_head.")) for name in tensors)

@@ -29,12 +29,13 @@ from dschat.export.manifest import PRECISIONS, Head, Manifest, template_fingerpr
 from dschat.export.model_card import CARD, model_card
 from dschat.export.provenance import Provenance
 from dschat.models.end_tokens import end_token_ids
-from dschat.models.loading import HEAD, create_critic_model, create_hf_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import lora_config, merge_lora, save_adapter, trains_more_than_adapters
 from dschat.models.quantization import unpacked
 from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
+from dschat.models.weights import HEAD
 from dschat.runs.export_files import ADAPTER_FOLDER, link_export, remove_export, replacing_export
 
 

@@ -1,4 +1,4 @@
-"""An adapter's folder, as PEFT writes it: whose adapter it is, and the whole model that the two make."""
+"""Adapter folders as PEFT writes them, and the whole model of an adapter and its base."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ from dschat.models.vocabulary import grow_vocabulary
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-"""What stands before a weight's name in an adapter's file."""
+"""The prefix of the names of weights in an adapter's file."""
 
 
 def merged_model(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the adapter was trained on, with the adapter merged in, on the CPU; and its tokenizer.
+    """The model on which the adapter in `folder` was trained, with the adapter merged in, and its tokenizer.
 
     `base` replaces the name of the model in adapter_config.json. Raises `UserError` for an adapter that is
     not whole, cannot be merged or does not fit the model.
@@ -66,6 +66,7 @@ def merged_model(folder: Path, base: str | None = None) -> tuple[PreTrainedModel
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration. Raises `UserError` for one that cannot be merged."""
     path = folder / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +87,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Path:
+    """The file of the adapter's weights. Raises `UserError` where there is none."""
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} has {ADAPTER_CONFIG} and no weights ({' or '.join(WEIGHTS)}).")
@@ -93,12 +95,13 @@ def _weights(folder: Path) -> Path:
 
 
 def _tokenizer_folder(folder: Path) -> str | None:
-    """Where the adapter's own tokenizer is; our exports have it beside the merged model."""
+    """The folder of the adapter's own tokenizer, if any: our exports have it beside the merged model."""
     places = [folder, *([folder.resolve().parent] if folder.resolve().name == "adapter" else [])]
     return next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), None)
 
 
 def _check_head(state: dict[str, Any], folder: Path) -> None:
+    """Raise `UserError` unless the adapter brings a head of one label."""
     head = next((tensor for name, tensor in state.items() if name.endswith("score.weight")), None)
     if head is None:
         raise UserError(f"the adapter in {folder} has no score.weight, so it is no reward model's.")
@@ -107,8 +110,8 @@ def _check_head(state: dict[str, Any], folder: Path) -> None:
 
 
 def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> None:
-    """Give the vocabulary the rows that the adapter was trained with."""
-    embedding = model.get_input_embeddings()
+    """Add the rows to the vocabulary with which the adapter was trained."""
+    embedding: Any = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     whole = next((tensor for key, tensor in state.items() if key.endswith(f"{name}.weight")), None)
     if whole is not None and len(whole) > embedding.num_embeddings:

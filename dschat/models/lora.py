@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -99,12 +99,12 @@ def add_lora(
     new_tokens = getattr(model, "new_tokens", {})
     if only_optimize_lora and new_tokens:
         config = dataclasses.replace(config, trainable_token_indices=train_new_rows(host, new_tokens))
-    model.lora_config = config
+    model.lora_config = config  # type: ignore[assignment]  # modules declare tensors and modules alone
     _announce(model, len(layers))
 
 
 def lora_config(model: nn.Module) -> "LoraConfig | None":
-    """The configuration of the model's adapters, None where it has none."""
+    """PEFT's configuration of the model's adapters; None where there are none."""
     return getattr(model, "lora_config", None)
 
 
@@ -122,6 +122,7 @@ def will_train_adapters_only(args: ModelArguments, *, only_optimize_lora: bool) 
 def trains_more_than_adapters(model: nn.Module) -> bool:
     """Whether weights are trained that `save_adapter` does not write: embeddings, norms, other biases."""
     config = lora_config(model)
+    assert config is not None, "the model has no adapters"
     return any(
         p.requires_grad and name != "v_head.weight" and not _is_written(name, config)
         for name, p in model.named_parameters()
@@ -154,7 +155,7 @@ def merge_lora(state: dict[str, Tensor], config: "LoraConfig") -> dict[str, Tens
     With rsLoRA the factor is alpha / sqrt(r). Added in fp32 and rounded once, to W's precision. The rows of
     new tokens take their places too.
     """
-    state = merge_rows(state, config.trainable_token_indices or {})
+    state = merge_rows(state, _ids_by_layer(config))
     factor = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     merged = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_adapter(name)}
     for layer in (name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)):
@@ -173,13 +174,20 @@ def save_adapter(state: dict[str, Tensor], config: "LoraConfig", folder: Path) -
     """
     heads = ["score"] if config.task_type == "SEQ_CLS" else None
     kept = {name for name in state if _is_written(name, config) or (heads and name == "score.weight")}
-    rows = merged_rows(state, config.trainable_token_indices or {})
+    rows = merged_rows(state, _ids_by_layer(config))
     folder.mkdir()
     whole = {name.replace(".default.", "."): state[name] for name in sorted(kept) if not name.endswith(ROWS)}
     whole |= {layer + PEFT_ROWS: tensor for layer, tensor in rows.items()}
     tensors = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    dataclasses.replace(config, modules_to_save=heads, inference_mode=True).save_pretrained(folder)
+    dataclasses.replace(config, modules_to_save=heads, inference_mode=True).save_pretrained(str(folder))
+
+
+def _ids_by_layer(config: "LoraConfig") -> dict[str, list[int]]:
+    """The tokens whose rows are trained, by the name of the layer."""
+    ids = config.trainable_token_indices or {}
+    assert isinstance(ids, dict)  # `train_new_rows` makes it so
+    return ids
 
 
 def _is_written(name: str, config: "LoraConfig") -> bool:
@@ -189,14 +197,17 @@ def _is_written(name: str, config: "LoraConfig") -> bool:
 
 
 def _wanted(args: ModelArguments) -> "LoraConfig":
-    """The adapters that the flags or the file ask for; which layers they mean is not settled yet."""
+    """PEFT's configuration by the flags or by the file; its target modules are not resolved yet."""
     from peft import LoraConfig
 
     if args.lora_config is not None:
         return read_lora_file(args)
     alpha = args.lora_dim if args.lora_alpha is None else args.lora_alpha
     return LoraConfig(
-        r=args.lora_dim, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules="all-linear"
+        r=args.lora_dim,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it by r, so that any number will do
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",
     )
 
 
@@ -206,7 +217,7 @@ def _covered_layers(
     """The backbone's linear layers that get adapters: all, those of `lora_module_name`, those of the file."""
     backbone = model.rwtransformer if isinstance(model, RewardModel) else model.base_model
     inside = set(backbone.modules())  # leaves out the layer that turns hidden states into logits
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.Linear | Conv1D)
@@ -243,7 +254,8 @@ def _layers_of_file(
     names = {own_name(name): name for name in layers}
     where = f"--{args.prefix}lora_config {args.lora_config}: "
     targets, excluded = wanted.target_modules, wanted.exclude_modules
-    for target in sorted(targets) if isinstance(targets, set) else ():
+    given: list[str] = sorted(targets) if isinstance(targets, set) else []
+    for target in given:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(f"{where}target_modules: {target!r} is no linear layer here; {_kinds(names)}")
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -266,11 +278,13 @@ def _kinds(names: Iterable[str]) -> str:
     return f"the names are {', '.join(kinds)} (* is a number)."
 
 
-def _announce(model: nn.Module, num_layers: int) -> None:
+def _announce(model: Any, num_layers: int) -> None:
+    """Report how many layers have adapters, and what else is trained or not."""
     sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     messages.info(f"LoRA on {num_layers} layers: {trained:,} of {total:,} weights are trained")
-    if lora_config(model).trainable_token_indices:
+    config = lora_config(model)
+    if config is not None and config.trainable_token_indices:
         shown = [repr(token) for token in model.new_tokens.values()]
         more = f" and {len(shown) - SHOWN_TOKENS} more" if len(shown) > SHOWN_TOKENS else ""
         messages.info(
@@ -279,5 +293,5 @@ def _announce(model: nn.Module, num_layers: int) -> None:
         )
     stacked = [p for p in model.parameters() if len(whole_shape(p)) == 3]
     if stacked:
-        fate = "trained whole" if stacked[0].requires_grad else "not trained"
-        messages.note(f"the experts' weights are no linear layers and get no adapters; they are {fate}.")
+        treatment = "trained whole" if stacked[0].requires_grad else "not trained"
+        messages.note(f"the experts' weights are no linear layers and get no adapters; they are {treatment}.")

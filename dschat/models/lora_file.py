@@ -65,13 +65,16 @@ DECIDED_HERE = {
 
 
 def read_lora_file(args: ModelArguments) -> "LoraConfig":
-    """What `args.lora_config` asks for; keys it leaves out have PEFT's defaults, target_modules all layers.
+    """PEFT's configuration of the file `args.lora_config`, which must be given.
+
+    Keys that the file leaves out have PEFT's defaults, but for target_modules, which is all layers.
 
     Raises `UserError` for a file that is not JSON, and for a key that is unknown, unsupported or has a value
     that cannot work. Keys that PEFT writes into every file pass where they ask for nothing.
     """
     from peft import LoraConfig
 
+    assert args.lora_config is not None
     where = f"--{args.prefix}lora_config {args.lora_config}"
     values = _read_object(Path(args.lora_config), where)
     known = {f.name: f for f in dataclasses.fields(LoraConfig)}

@@ -1,7 +1,8 @@
-"""Checks of a model's files that load no weights."""
+"""Preflight checks: whether a model can be loaded, and its modules, before any weights are in memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import (
@@ -12,10 +13,10 @@ from transformers import (
 
 from dschat.errors import UserError
 from dschat.models.config import check_classifiable, check_generates, check_scores, read_config
-from dschat.models.loading import _check_weights, _loader, _reward_model_loader
 from dschat.models.model_folder import check_model_path
 from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
+from dschat.models.weights import check_weights, reward_model_loader, weights_loader
 
 
 def check_language_model(model_name_or_path: str, flag: str) -> None:
@@ -24,15 +25,15 @@ def check_language_model(model_name_or_path: str, flag: str) -> None:
     with _named(flag):
         config = read_config(model_name_or_path, dropout=None)
         check_generates(config, model_name_or_path)
-        _check_weights(_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
+        check_weights(weights_loader(AutoModelForCausalLM, model_name_or_path, config), model_name_or_path)
 
 
 def check_backbone(model_name_or_path: str, flag: str) -> None:
-    """Raise `UserError` naming `flag` unless a reward model can be made of this: any head is left aside."""
+    """Raise `UserError` naming `flag` unless a reward model can be made of this model, its head ignored."""
     check_model_path(model_name_or_path, flag)
     with _named(flag):
-        load = _reward_model_loader(model_name_or_path, dropout=None)
-        _check_weights(load, model_name_or_path, fresh_head=True)
+        load = reward_model_loader(model_name_or_path, dropout=None)
+        check_weights(load, model_name_or_path, fresh_head=True)
 
 
 def check_reward_model(model_name_or_path: str, flag: str) -> None:
@@ -40,7 +41,7 @@ def check_reward_model(model_name_or_path: str, flag: str) -> None:
     check_model_path(model_name_or_path, flag)
     with _named(flag):
         check_scores(read_config(model_name_or_path, dropout=None), model_name_or_path)
-        _check_weights(_reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
+        check_weights(reward_model_loader(model_name_or_path, dropout=None), model_name_or_path)
 
 
 def meta_model(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedModel | RewardModel:
@@ -50,7 +51,7 @@ def meta_model(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedM
     """
     settings = {"num_labels": 1, "problem_type": None} if is_reward_model else {}
     config = read_config(model_name_or_path, dropout=None, **settings)
-    model_class = AutoModelForCausalLM
+    model_class: Any = AutoModelForCausalLM
     if is_reward_model:
         check_classifiable(config, model_name_or_path)
         model_class = AutoModelForSequenceClassification

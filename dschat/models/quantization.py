@@ -1,6 +1,6 @@
 """QLoRA: frozen weights in 4 bits (NF4) under adapters that are trained, https://arxiv.org/abs/2305.14314.
 
-bitsandbytes, an optional extra, does the packing; it is imported where such weights are unpacked.
+The packing is bitsandbytes', an optional extra, which is imported where such weights are unpacked.
 """
 
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
 from dschat.distributed.deepspeed_private import whole_size
 from dschat.distributed.device import current_device
@@ -25,7 +25,7 @@ def check_bitsandbytes(flag: str) -> None:
 
 
 def four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` takes to hold linear layers in 4 bits on this rank's device.
+    """Options of `from_pretrained` that hold linear layers in 4 bits on this rank's device.
 
     They compute in `dtype`. Output layers and heads stay whole.
     """
@@ -38,8 +38,8 @@ def four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": current_device()}}
 
 
-def settle_4bit(model: PreTrainedModel) -> None:
-    """Leave no trace of 4 bits but the weights, so that engines and exports see an ordinary model."""
+def forget_4bit(model: Any) -> None:
+    """Remove every trace of 4 bits but the weights, so that engines and exports see an ordinary model."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On some CPUs an evaluation would repack the weights for a kernel that has no gradient.
@@ -61,14 +61,14 @@ def is_packed(model: nn.Module) -> bool:
     return any(is_4bit(parameter) for parameter in model.parameters())
 
 
-def num_weights(parameter: nn.Parameter) -> int:
+def num_weights(parameter: Any) -> int:
     """Weights in a parameter, also where it is packed or sharded."""
     if is_4bit(parameter):
         return parameter.quant_state.shape.numel()
     return whole_size(parameter)
 
 
-def unpacked(parameter: Tensor) -> Tensor:
+def unpacked(parameter: Any) -> Tensor:
     """The weights of a packed parameter in the precision the model was loaded in; any other as it is."""
     if not is_4bit(parameter):
         return parameter

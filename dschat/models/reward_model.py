@@ -70,8 +70,8 @@ class RewardModel(nn.Module):
         chosen, rejected = scores.chunk(2)
         losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn, margin=margins)
         weights = torch.ones_like(losses) if weights is None else weights
-        denominator = weights.sum().clamp(min=1e-8) if denominator is None else denominator
-        loss = (losses * weights).sum() / denominator
+        total = weights.sum().clamp(min=1e-8) if denominator is None else denominator
+        loss = (losses * weights).sum() / total
         return {"loss": loss, "chosen_mean_scores": chosen, "rejected_mean_scores": rejected}
 
     def forward_value(

@@ -5,6 +5,7 @@ adds to a row is a parameter of its own, [tokens, d] and 0 at first, that the la
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,12 @@ PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
 class NewRows(nn.Module):
     """What training adds to the rows of some tokens in an embedding, or in the layer that makes logits."""
 
-    def __init__(self, layer: nn.Module, ids: list[int], delta: nn.Parameter | None = None) -> None:
+    row_of: Tensor
+    """The place of each row of the layer in `delta`, int64 [rows]; N for rows that are not trained."""
+    ids: Tensor
+    """The tokens whose rows are trained, int64 [N]."""
+
+    def __init__(self, layer: Any, ids: list[int], delta: nn.Parameter | None = None) -> None:
         super().__init__()
         num_rows, width = whole_shape(layer.weight)
         zeros = torch.zeros(len(ids), width, dtype=layer.weight.dtype, device=layer.weight.device)
@@ -62,13 +68,13 @@ def train_new_rows(model: PreTrainedModel, ids: Iterable[int]) -> dict[str, list
     return trained
 
 
-def _attach(layer: nn.Module, ids: list[int], delta: nn.Parameter | None = None) -> NewRows:
+def _attach(layer: Any, ids: list[int], delta: nn.Parameter | None = None) -> NewRows:
     layer.new_rows = rows = NewRows(layer, ids, delta)
     layer.register_forward_hook(_add_rows)
     return rows
 
 
-def _add_rows(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_rows(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     # Some embeddings multiply what they look up, Gemma's by the root of the width.
     return layer.new_rows(inputs[0], output, getattr(layer, "embed_scale", 1.0))
 

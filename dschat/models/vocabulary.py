@@ -1,23 +1,26 @@
-"""A model's vocabulary and special tokens brought in line with its tokenizer's."""
+"""A model's vocabulary and special tokens, adapted to its tokenizer's."""
+
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dschat.distributed.zero3 import gathered
 from dschat.models.end_tokens import end_token_ids, written_ids
 
 NUM_KNOWN = "num_known_tokens"
-"""The attribute of a tokenizer that says how many tokens it had before this run added some."""
+"""The attribute of a tokenizer with the number of tokens it had before this run added some."""
 
 
-def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows for tokens that the tokenizer has and the model does not, each the mean of the others.
+def grow_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add rows for tokens that the tokenizer has and the model does not, each the mean of the others.
 
     No random draw, so that actor and reference agree when both grow. The model gets an attribute
     `new_tokens`, the tokens that it has not learned by id: those that got rows, and those that this run added
     to the tokenizer and that found a row in a vocabulary longer than the tokenizer's.
     """
-    old = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    old: int = embeddings.num_embeddings
     first_new = min(old, getattr(tokenizer, NUM_KNOWN, len(tokenizer)))
     new_ids = list(range(first_new, len(tokenizer)))
     model.new_tokens = dict(zip(new_ids, tokenizer.convert_ids_to_tokens(new_ids), strict=True))
@@ -31,8 +34,8 @@ def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
                 row[old:] = row[:old].float().mean(dim=0).to(row.dtype)
 
 
-def settle_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The special tokens in the configurations, every end token too; caches off except while generating."""
+def configure_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write special tokens and all end tokens into the configurations, and caches on for generation alone."""
     # Masks tell padding; with an index here the end token would not learn where it is the padding token too.
     model.get_input_embeddings().padding_idx = None
     generation = getattr(model, "generation_config", None)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved_models import edit_json
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma3Config,
     LlavaConfig,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from dschat.errors import UserError
+from dschat.models.config import check_positions
 from dschat.models.loading import create_critic_model
 from dschat.models.preflight import check_backbone, check_language_model, check_reward_model
 
@@ -88,3 +91,37 @@ def test_models_that_read_more_than_text_are_refused(config, what, tmp_path):
     config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"reads {what}; every step trains on text alone"):
         check_language_model(str(tmp_path), FLAG)
+
+
+def test_lengths_beyond_learned_positions_are_an_error_and_beyond_rotary_ones_a_note(tmp_path, capsys):
+    learned, rotary = save_tiny_model(tmp_path / "gpt2", "gpt2"), save_tiny_model(tmp_path / "llama", "llama")
+    check_positions(str(learned), 512, "--max_seq_len", "the longest row")
+    with pytest.raises(UserError, match=r"longest row has 513 tokens .* 512 positions; lower --max_seq_len"):
+        check_positions(str(learned), 513, "--max_seq_len", "the longest row")
+    check_positions(str(rotary), 513, "--max_seq_len", "the longest row")
+    assert "512 positions" in capsys.readouterr().out
+
+
+def test_positions_that_are_stretched_count(tmp_path, capsys):
+    folder = save_tiny_model(tmp_path)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    edit_json(folder / "config.json", rope_parameters=yarn)
+    check_positions(str(folder), 2048, "--max_seq_len", "the longest row")
+    assert "positions" not in capsys.readouterr().out
+    check_positions(str(folder), 2049, "--max_seq_len", "the longest row")
+    assert "has 2049 tokens and" in (said := capsys.readouterr().out)
+    assert "knows 2048 positions" in said
+
+
+def test_a_table_of_rotations_ends_as_learned_positions_do(tmp_path):
+    folder = save_tiny_model(tmp_path, "gptj")
+    tokens = torch.full((1, 513), 5)
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(folder)(tokens)
+    with pytest.raises(UserError, match=r"513 tokens .* 512 positions; lower --max_seq_len"):
+        check_positions(str(folder), 513, "--max_seq_len", "the longest row")
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_alibi"])
+def test_models_that_know_no_positions_have_no_limit(family, tmp_path):
+    check_positions(str(save_tiny_model(tmp_path, family)), 10_000, "--max_seq_len", "the longest row")

@@ -1,13 +1,13 @@
 """Building models: both modes, both spellings, and weights that do not fit are errors that say which."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, save_reward_model, save_tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from saved_models import edit_json, edit_weights, equal_weights
+from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,10 +20,8 @@ from transformers import (
 
 from dschat.errors import UserError
 from dschat.export.export import export_model
-from dschat.models.config import check_positions
 from dschat.models.loading import create_critic_model, create_hf_model
-from dschat.models.model_folder import check_model_path
-from dschat.models.preflight import check_language_model, check_reward_model
+from dschat.models.preflight import check_language_model
 
 DS_CONFIG = {
     "zero_optimization": {"stage": 0},
@@ -43,21 +41,6 @@ def reward(base, tmp_path) -> Path:
         create_critic_model(str(base), tiny_tokenizer(), None), tiny_tokenizer(), tmp_path / "reward"
     )
     return tmp_path / "reward"
-
-
-def edit_weights(folder: Path, edit) -> None:
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(path: Path, **settings) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
-def equal_weights(one, other) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(name == same and torch.equal(a, b) for (name, a), (same, b) in pairs)
 
 
 def test_the_published_calls_work_as_written(base, reward):
@@ -120,64 +103,6 @@ def test_a_fresh_head_on_a_reward_model_is_said(reward, capsys):
     critic = create_critic_model(str(reward), tiny_tokenizer(), None)
     assert "a fresh one takes its place" in capsys.readouterr().out
     assert not torch.equal(critic.v_head.weight, load_file(reward / "model.safetensors")["score.weight"])
-
-
-@pytest.mark.parametrize("spelling", ["rwtransformer", "rwtranrsformer"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_deepspeed_chat_checkpoint_gives_the_model_it_was_saved_from(spelling, family, tmp_path):
-    base = save_tiny_model(tmp_path / "base", family)
-    source = create_critic_model(str(base), tiny_tokenizer(), None)
-    folder = tmp_path / "deepspeed_chat"
-    folder.mkdir()
-    shutil.copy(base / "config.json", folder)
-    state = {name.replace("rwtransformer", spelling): p.half() for name, p in source.state_dict().items()}
-    torch.save(state, folder / "pytorch_model.bin")
-    critic = create_critic_model(str(folder), tiny_tokenizer(), None, rlhf_training=True)
-    assert equal_weights(critic, source.half().float())
-
-
-def test_a_pickle_that_runs_code_is_refused(base):
-    (base / "model.safetensors").unlink()
-    torch.save({"v_head.weight": Path("anything but a tensor")}, base / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
-        create_critic_model(str(base), tiny_tokenizer(), None, rlhf_training=True)
-
-
-def test_missing_and_unexpected_keys_are_both_listed(reward):
-    def edit(weights):
-        weights["surprise"] = weights.pop("model.norm.weight")
-
-    edit_weights(reward, edit)
-    for rlhf_training in (True, False):
-        with pytest.raises(UserError, match=r"missing: model\.norm\.weight; unexpected: surprise"):
-            create_critic_model(str(reward), tiny_tokenizer(), None, rlhf_training=rlhf_training)
-
-
-def test_a_missing_key_of_a_deepspeed_chat_checkpoint_is_listed(base):
-    state = create_critic_model(str(base), tiny_tokenizer(), None).state_dict()
-    del state["v_head.weight"]
-    (base / "model.safetensors").unlink()
-    torch.save(state, base / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"missing: score\.weight"):
-        create_critic_model(str(base), tiny_tokenizer(), None, rlhf_training=True)
-
-
-def test_a_base_model_is_no_reward_model(base):
-    with pytest.raises(UserError, match=r"missing: score\.weight.*comes from step 2"):
-        create_critic_model(str(base), tiny_tokenizer(), None, rlhf_training=True)
-
-
-def test_a_weight_of_another_shape_is_an_error(base):
-    edit_weights(base, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    with pytest.raises(UserError, match=r"of another shape: model\.norm\.weight \[7\] not \[32\]"):
-        create_hf_model(AutoModelForCausalLM, str(base), tiny_tokenizer())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tied_weights_are_not_missing(family, tmp_path):
-    folder = save_tiny_model(tmp_path, family)
-    model = create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer(), DS_CONFIG)
-    assert equal_weights(model, AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_dropout_replaces_every_probability(tmp_path):
@@ -297,202 +222,6 @@ def test_an_architecture_without_classifier_cannot_score(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="'clip'"):
         create_critic_model(str(tmp_path), tiny_tokenizer(), None)
-
-
-def test_a_cut_off_weight_file_is_an_error(base):
-    weights = base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
-        create_hf_model(AutoModelForCausalLM, str(base), tiny_tokenizer())
-
-
-def test_a_complete_folder_passes_and_a_hub_id_is_left_to_the_hub(base):
-    check_model_path(str(base), "--model_name_or_path")
-    check_model_path("facebook/opt-350m", "--model_name_or_path")
-    check_model_path("gpt2", "--model_name_or_path")
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "output/step1/model"])
-def test_a_path_that_does_not_exist_is_an_error(path):
-    with pytest.raises(UserError, match=r"--actor_model_name_or_path .* there is no such folder"):
-        check_model_path(path, "--actor_model_name_or_path")
-
-
-def test_a_name_too_long_for_a_path_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="is neither a model's folder nor a hub id"):
-        check_language_model("x" * 300, "--model_name_or_path")
-
-
-@pytest.mark.parametrize("num_layers", [10**6, 10**30, 10**700])
-def test_a_number_of_layers_that_no_model_has_is_refused_before_they_are_built(num_layers, base):
-    edit_json(base / "config.json", num_hidden_layers=num_layers)
-    with pytest.raises(
-        UserError, match=r"--model_name_or_path: the config\.json of .* asks for more than 10,000 layers"
-    ):
-        check_language_model(str(base), "--model_name_or_path")
-
-
-def test_one_slash_is_a_path_below_a_folder_that_is_here_and_a_hub_id_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_model_path("output/reward", "--critic_model_name_or_path")
-    (tmp_path / "output").mkdir()
-    with pytest.raises(UserError, match="'output/reward': there is no such folder"):
-        check_model_path("output/reward", "--critic_model_name_or_path")
-
-
-def test_lengths_beyond_learned_positions_are_an_error_and_beyond_rotary_ones_a_note(tmp_path, capsys):
-    learned, rotary = save_tiny_model(tmp_path / "gpt2", "gpt2"), save_tiny_model(tmp_path / "llama", "llama")
-    check_positions(str(learned), 512, "--max_seq_len", "the longest row")
-    with pytest.raises(UserError, match=r"longest row has 513 tokens .* 512 positions; lower --max_seq_len"):
-        check_positions(str(learned), 513, "--max_seq_len", "the longest row")
-    check_positions(str(rotary), 513, "--max_seq_len", "the longest row")
-    assert "512 positions" in capsys.readouterr().out
-
-
-def test_positions_that_are_stretched_count(tmp_path, capsys):
-    folder = save_tiny_model(tmp_path)
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
-    edit_json(folder / "config.json", rope_parameters=yarn)
-    check_positions(str(folder), 2048, "--max_seq_len", "the longest row")
-    assert "positions" not in capsys.readouterr().out
-    check_positions(str(folder), 2049, "--max_seq_len", "the longest row")
-    assert "has 2049 tokens and" in (said := capsys.readouterr().out)
-    assert "knows 2048 positions" in said
-
-
-def test_a_table_of_rotations_ends_as_learned_positions_do(tmp_path):
-    folder = save_tiny_model(tmp_path, "gptj")
-    tokens = torch.full((1, 513), 5)
-    with pytest.raises(RuntimeError):
-        AutoModelForCausalLM.from_pretrained(folder)(tokens)
-    with pytest.raises(UserError, match=r"513 tokens .* 512 positions; lower --max_seq_len"):
-        check_positions(str(folder), 513, "--max_seq_len", "the longest row")
-
-
-@pytest.mark.parametrize("family", ["bloom", "falcon_alibi"])
-def test_models_that_know_no_positions_have_no_limit(family, tmp_path):
-    check_positions(str(save_tiny_model(tmp_path, family)), 10_000, "--max_seq_len", "the longest row")
-
-
-def test_actor_and_reward_model_cannot_be_swapped(tmp_path):
-    base = save_tiny_model(tmp_path / "base")
-    reward = save_reward_model(base, tmp_path / "reward")
-    check_language_model(str(base), "--actor_model_name_or_path")
-    check_reward_model(str(reward), "--critic_model_name_or_path")
-    with pytest.raises(UserError, match=r"--actor_model_name_or_path: .*This is a reward model"):
-        check_language_model(str(reward), "--actor_model_name_or_path")
-    with pytest.raises(UserError, match=r"--critic_model_name_or_path: .*not from a base model"):
-        check_reward_model(str(base), "--critic_model_name_or_path")
-
-
-def test_a_folder_must_have_configuration_and_weights(base):
-    (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"--model_name_or_path .* has no weights"):
-        check_model_path(str(base), "--model_name_or_path")
-    (base / "config.json").unlink()
-    with pytest.raises(UserError, match=r"no config\.json"):
-        check_model_path(str(base), "--model_name_or_path")
-
-
-def in_shards(folder: Path, form: str) -> None:
-    """Divide the folder's weights over two files, with an index."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    stem, _, ending = form.rpartition(".")
-    weight_map = {}
-    for part in (1, 2):
-        name = f"{stem}-0000{part}-of-00002.{ending}"
-        tensors = dict(list(weights.items())[part - 1 :: 2])
-        if ending == "bin":
-            torch.save(tensors, folder / name)
-        else:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    (folder / f"{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-FORMS = ("model.safetensors", "pytorch_model.bin")
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_shards_give_the_model_that_was_divided(family, form, tmp_path):
-    base = save_tiny_model(tmp_path / "base", family)
-    reward = save_reward_model(base, tmp_path / "reward")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    critic = create_critic_model(str(reward), tiny_tokenizer(), None, rlhf_training=True)
-    for folder in (base, reward):
-        in_shards(folder, form)
-    check_language_model(str(base), "--actor_model_name_or_path")
-    check_reward_model(str(reward), "--critic_model_name_or_path")
-    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(base), tiny_tokenizer()), model)
-    fresh = create_critic_model(str(base), tiny_tokenizer(), None)
-    assert equal_weights(fresh.rwtransformer, model.base_model)
-    assert equal_weights(create_critic_model(str(reward), tiny_tokenizer(), None, rlhf_training=True), critic)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_shard_must_be_there(form, base):
-    in_shards(base, form)
-    shard = next(base.glob("*-00002-of-00002*"))
-    shard.unlink()
-    with pytest.raises(UserError, match=f"--model_name_or_path .* lacks 1 of the 2 .*{shard.name}"):
-        check_model_path(str(base), "--model_name_or_path")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[" * 100_000, "[]", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}'],
-)
-@pytest.mark.parametrize("form", FORMS)
-def test_a_malformed_shard_index_is_an_error_that_names_it(form, text, base):
-    in_shards(base, form)
-    index = base / f"{form}.index.json"
-    index.write_text(text)
-    with pytest.raises(UserError, match=rf"--model_name_or_path: .*{index.name} is no index"):
-        check_model_path(str(base), "--model_name_or_path")
-
-
-def with_causal_masks(weights: dict[str, torch.Tensor], attention: str) -> None:
-    """Add what transformers before version 5 kept beside the weights of GPT-2, GPT-J and GPT-NeoX."""
-    for layer in range(2):
-        weights[f"{attention.format(layer)}.bias"] = torch.ones(1, 1, 512, 512).tril().bool()
-        weights[f"{attention.format(layer)}.masked_bias"] = torch.tensor(-1e9)
-
-
-OLD_FILES = {
-    "gpt2": lambda weights: with_causal_masks(weights, "transformer.h.{}.attn"),
-    "gptj": lambda weights: with_causal_masks(weights, "transformer.h.{}.attn"),
-    "gpt_neox": lambda weights: with_causal_masks(weights, "gpt_neox.layers.{}.attention"),
-    "llama": lambda weights: weights.update(
-        {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(2)}
-    ),
-}
-
-
-@pytest.mark.parametrize("family", OLD_FILES)
-def test_constants_that_older_versions_saved_are_no_unexpected_weights(family, tmp_path):
-    folder = save_tiny_model(tmp_path, family)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    edit_weights(folder, OLD_FILES[family])
-    check_language_model(str(folder), "--model_name_or_path")
-    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer()), model)
-    critic = create_critic_model(str(folder), tiny_tokenizer(), None)
-    assert equal_weights(critic.rwtransformer, model.base_model)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
-def test_weights_without_the_backbones_prefix_load(family, tmp_path):
-    folder = save_tiny_model(tmp_path, family)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
-    def strip(weights: dict[str, torch.Tensor]) -> None:
-        for name in list(weights):
-            weights[name.removeprefix("transformer.")] = weights.pop(name)
-
-    edit_weights(folder, strip)
-    check_language_model(str(folder), "--model_name_or_path")
-    assert equal_weights(create_hf_model(AutoModelForCausalLM, str(folder), tiny_tokenizer()), model)
 
 
 def tiny_encoder(model_type: str, **settings) -> PretrainedConfig:

@@ -85,3 +85,37 @@ def test_weights_that_do_not_fit_say_what_they_may_be(added, removed, said, tmp_
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=said):
         check_language_model(str(tmp_path), "--model_name_or_path")
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return save_tiny_model(tmp_path / "base", "llama")
+
+
+def test_a_complete_folder_passes_and_a_hub_id_is_left_to_the_hub(base):
+    check_model_path(str(base), "--model_name_or_path")
+    check_model_path("facebook/opt-350m", "--model_name_or_path")
+    check_model_path("gpt2", "--model_name_or_path")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "output/step1/model"])
+def test_a_path_that_does_not_exist_is_an_error(path):
+    with pytest.raises(UserError, match=r"--actor_model_name_or_path .* there is no such folder"):
+        check_model_path(path, "--actor_model_name_or_path")
+
+
+def test_one_slash_is_a_path_below_a_folder_that_is_here_and_a_hub_id_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_model_path("output/reward", "--critic_model_name_or_path")
+    (tmp_path / "output").mkdir()
+    with pytest.raises(UserError, match="'output/reward': there is no such folder"):
+        check_model_path("output/reward", "--critic_model_name_or_path")
+
+
+def test_a_folder_must_have_configuration_and_weights(base):
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--model_name_or_path .* has no weights"):
+        check_model_path(str(base), "--model_name_or_path")
+    (base / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        check_model_path(str(base), "--model_name_or_path")
