@@ -8,7 +8,7 @@ from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
 from torch import nn
 
 from dschat.models.loading import create_critic_model
-from dschat.models.reward_model import RewardModel, _at_last_token
+from dschat.models.reward_model import RewardModel, at_last_token
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -112,7 +112,7 @@ def test_a_batch_of_fillers_alone_costs_nothing(echo):
 def test_the_last_token_is_found_on_either_side_and_with_gaps():
     x = torch.tensor([[10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42]])
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 0, 0]])
-    assert _at_last_token(x, mask).tolist() == [11, 22, 32, 40]
+    assert at_last_token(x, mask).tolist() == [11, 22, 32, 40]
 
 
 def test_a_head_in_bf16_still_scores_in_fp32(echo):
