@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -144,9 +145,9 @@ class DeepSpeedRLHFEngine:
         config = frozen_config(stage=spec.zero_stage, run=self._run, offload=spec.offload)
         return build_frozen_engine(self._load(spec, config), config=config, role=spec.name)
 
-    def _load(self, spec: EngineSpec, config: dict) -> PreTrainedModel | RewardModel:
+    def _load(self, spec: EngineSpec, config: dict[str, Any]) -> PreTrainedModel | RewardModel:
         tokenizer = self._tokenizers.of(spec.role)
-        options = {"dropout": 0.0, "load_in_4bit": spec.load_in_4bit}
+        options: dict[str, Any] = {"dropout": 0.0, "load_in_4bit": spec.load_in_4bit}
         if spec.head == "language_model":
             return create_hf_model(AutoModelForCausalLM, spec.path, tokenizer, config, **options)
         return create_critic_model(spec.path, tokenizer, config, rlhf_training=not spec.fresh_head, **options)

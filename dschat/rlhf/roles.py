@@ -140,7 +140,7 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
     critic = trained(
         role="critic",
         name="critic",
-        path=critic_path,
+        path=critic_path or "",  # a model without a path is left out below
         flag=CRITIC_FLAG,
         shares_folder_of="reward" if reward_path in (None, critic_path) else None,
         head="value",
@@ -151,14 +151,14 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
     reward = reward_model(
         role="reward",
         name="reward model",
-        path=reward_path or critic_path,
+        path=reward_path or critic_path or "",
         flag=REWARD_FLAG if reward_path else CRITIC_FLAG,
         tokenizer="own" if reward_path else "own tokens",
     )
     guard = reward_model(
         role="guard",
         name="second reward model",
-        path=args.guard.guard_reward_model_name_or_path,
+        path=args.guard.guard_reward_model_name_or_path or "",
         flag="--guard_reward_model_name_or_path",
         tokenizer="known",
     )
