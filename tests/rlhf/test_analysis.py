@@ -1,0 +1,97 @@
+"""The analysis of answers by models whose outputs are known."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dschat.rlhf.analysis import AnswerAnalyzer
+from dschat.rlhf.rollout.batch import RolloutBatch
+
+# P(next | token) of a vocabulary of 3, whose last entry pads it; the reference model finds all alike
+BIGRAMS = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.1, 0.8, 0.1]])
+ALIKE = torch.ones(3, 3)
+# Prompts 0 1 and, behind padding, 1; answers 1 0 and 0.
+ROLLOUT = RolloutBatch(
+    input_ids=torch.tensor([[0, 1, 1, 0], [2, 1, 0, 0]]),
+    attention_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]]),
+    answer_mask=torch.tensor([[True, True], [True, False]]),
+    ended=torch.tensor([True, True]),
+    prompt_rows=torch.tensor([4, 7]),
+    prompt_length=2,
+)
+
+
+class Bigrams:
+    """A language model that predicts from the last token alone, in the place of an engine."""
+
+    def __init__(self, table, calls):
+        self.table, self.calls, self.training = table, calls, True
+
+    def __call__(self, input_ids, logits_to_keep, **masks):
+        self.calls.append(len(input_ids))
+        return SimpleNamespace(logits=self.table.log()[input_ids][:, logits_to_keep])
+
+    def eval(self):
+        self.training = False
+
+
+class Echo(Bigrams):
+    """A critic or reward model whose output is the token."""
+
+    def __call__(self, input_ids, attention_mask, position_ids, *, return_values):
+        return input_ids.float()
+
+
+@pytest.fixture
+def engines():
+    calls = []
+    actor, critic = Bigrams(BIGRAMS, calls), Echo(None, calls)
+
+    @contextmanager
+    def reference():
+        yield Bigrams(ALIKE, calls)
+
+    return SimpleNamespace(
+        actor=actor,
+        critic=critic,
+        reward=Echo(None, calls),
+        reference=reference,
+        trained=[actor, critic],
+        specs={},
+        calls=calls,
+    )
+
+
+@pytest.fixture
+def analyzer(engines, monkeypatch):
+    monkeypatch.setattr("dschat.rlhf.analysis.build_retokenizer", lambda *args: None)
+    args = SimpleNamespace(rollout=SimpleNamespace(temperature=1.0))
+    return AnswerAnalyzer(engines, SimpleNamespace(actor=range(2)), args)
+
+
+def rows(*indices):
+    return [torch.tensor(part) for part in indices]
+
+
+def test_every_model_is_asked_of_the_answers_and_what_it_says_stands_at_their_rows(analyzer, engines):
+    # each row a pass of its own, the later one first
+    analysis = analyzer.analyze(ROLLOUT, rows([1], [0]))
+    # of two tokens: P(1|1) = 0.6 / 0.8 and P(0|1), and P(0|1)
+    torch.testing.assert_close(analysis.logprobs[ROLLOUT.answer_mask].exp(), torch.tensor([0.75, 0.25, 0.25]))
+    torch.testing.assert_close(analysis.ref_logprobs[ROLLOUT.answer_mask].exp(), torch.full((3,), 0.5))
+    assert analysis.values.tolist()[0] == [1, 1]  # of the tokens before: 1 1
+    assert analysis.values[1, 0] == 1
+    assert analysis.scores.tolist() == [0, 0]  # of the last tokens of the answers
+    assert not engines.actor.training
+    assert not engines.critic.training
+
+
+def test_the_critic_is_left_out_where_values_are_not_asked_for(analyzer):
+    assert analyzer.analyze(ROLLOUT, rows([0, 1]), with_values=False).values is None
+
+
+def test_actor_and_reference_pass_over_the_same_rows_in_turn(analyzer, engines):
+    analyzer.analyze(ROLLOUT, rows([0], [1]))
+    assert engines.calls == [1, 1, 1, 1]
