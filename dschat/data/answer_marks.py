@@ -57,6 +57,14 @@ class AnswerMarks:
             return shown
         return f"{thought}\n{self.thought_end}\n\n{shown.lstrip()}"
 
+    def inside(self, shown: str) -> str:
+        """The answer's own text, from what a model wrote, its end token apart."""
+        return shown.strip().removeprefix(self.lead.strip()).removesuffix(self.close.strip()).strip()
+
+    def closed(self, shown: str) -> str:
+        """An answer as a template shows it, without the text that follows its end token."""
+        return shown.removesuffix(self.ending) + self.close if shown.endswith(self.ending) else shown
+
     def thought_and_rest(self, content: str) -> tuple[str, str]:
         """The answer cut at the end of the thought it begins with; no thought without one."""
         before, end, rest = content.partition(self.thought_end) if self.thought_end else ("", "", content)

@@ -100,8 +100,10 @@ class ChatTemplate:
         """
         rendered = self._rendered(prompt)
         if rendered is not None:
-            return self._from_bos(rendered), [self.answer_alone(answer, ended=True) for answer in answers]
-        with self._tools_taken(prompt, answers):
+            return _from_bos(rendered, self._bos), [
+                self.answer_alone(answer, ended=True) for answer in answers
+            ]
+        with _tools_taken(self._renderer, prompt, answers, any_turns=self._keeps_text):
             turns = self.turns(prompt)
             asked = self._renderer.render(turns, True)
             return asked, [self._continuation(asked, turns, answer) for answer in answers]
@@ -117,10 +119,7 @@ class ChatTemplate:
 
     def content(self, shown: str) -> str:
         """The answer's own text, from what a model wrote in this template, its end token apart."""
-        if self._keeps_text:
-            return shown
-        lead, close = self._marks.lead.strip(), self._marks.close.strip()
-        return shown.strip().removeprefix(lead).removesuffix(close).strip()
+        return shown if self._keeps_text else self._marks.inside(shown)
 
     def pieces(
         self, prompt: Prompt, answer: Reply, *, all_turns: bool = True, with_prompt: bool = False
@@ -172,7 +171,7 @@ class ChatTemplate:
 
     def turns(self, prompt: Prompt) -> tuple[Turn, ...]:
         """The conversation that a prompt is, in the form that the template takes."""
-        return self._adapted(self._conversation(prompt))
+        return self._adapted_to(self._conversation(prompt))
 
     def without_first_exchange(self, prompt: Prompt) -> Prompt | None:
         """The prompt less its first question and what follows up to the next; None where one question is
@@ -195,22 +194,8 @@ class ChatTemplate:
         if last is None:
             return ""
         turns[last] = Turn("user", PLACE)
-        before, found, _ = self._renderer.render(self._adapted(turns), True).rpartition(PLACE)
+        before, found, _ = self._renderer.render(self._adapted_to(turns), True).rpartition(PLACE)
         return before if found else ""
-
-    @contextmanager
-    def _tools_taken(self, prompt: Prompt, answers: Sequence[Reply]) -> Iterator[None]:
-        """Raise `DroppedRow` for a conversation with tools that the template does not take."""
-        turns = [turn for turn in (*_turns_of(prompt), *answers) if isinstance(turn, Turn)]
-        with_tools = any(turn.role in ("tools", "tool") or "tool_calls" in turn.fields for turn in turns)
-        if with_tools and not self._renderer.takes_tools(turns) and not self._keeps_text:
-            raise DroppedRow(TOOLS)
-        try:
-            yield
-        except UserError as error:
-            if with_tools:  # such as several calls at once
-                raise DroppedRow(TOOLS) from error
-            raise
 
     def _conversation(self, prompt: Prompt) -> tuple[Turn, ...]:
         """The prompt's turns, whatever the template takes."""
@@ -231,24 +216,9 @@ class ChatTemplate:
         shown = prompt.lstrip().removeprefix(self._bos).lstrip()
         return prompt if shown.startswith(self._openings) else None
 
-    def _from_bos(self, text: str) -> str:
-        """Rendered text less the space before a BOS token that it spells out."""
-        return text.lstrip() if self._bos and text.lstrip().startswith(self._bos) else text
-
-    def _adapted(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
-        """The same for a template that takes no system message, or no answer before the first question."""
-        tools = turns[:1] if turns[0].role == "tools" else ()
-        turns = turns[len(tools) :]
-        system = turns[:1] if turns[0].role == "system" and len(turns) > 1 else ()
-        rest = list(turns[len(system) :])
-        while rest[0].role == "assistant" and not self._takes_leading_answer and len(rest) > 1:
-            rest.pop(0)
-        if not system or self._takes_system:
-            return (*tools, *system, *rest)
-        if rest[0].role != "user":
-            return (*tools, Turn("user", system[0].content), *rest)
-        question = rest[0]._replace(content=f"{system[0].content}\n\n{rest[0].content}")
-        return (*tools, question, *rest[1:])
+    def _adapted_to(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        leading = self._takes_leading_answer
+        return _adapted(turns, takes_system=self._takes_system, takes_leading_answer=leading)
 
     def _continuation(self, asked: str, turns: Sequence[Turn], answer: Reply) -> str:
         self._marks.check()
@@ -256,7 +226,7 @@ class ChatTemplate:
         turn = turn if self._keeps_text else turn._replace(content=turn.content.strip())
         whole = self._renderer.render([*turns, turn])
         if whole.startswith(asked):
-            return self._closed(whole[len(asked) :])
+            return self._marks.closed(whole[len(asked) :])
         if self._marks.opens:
             return self._after_opening(asked, turns, turn)
         if not turn.is_plain and tuple(turns) != ASKED:
@@ -275,14 +245,49 @@ class ChatTemplate:
         thought = fields.pop("reasoning", thought)
         bare = Turn("assistant", content, fields=json.dumps(fields) if fields else "")
         base, whole = asked.removesuffix(self._marks.opens), self._renderer.render([*turns, bare])
-        shown = self._closed(whole[len(base) :]) if whole.startswith(base) else content + self._marks.close
+        shown = (
+            self._marks.closed(whole[len(base) :]) if whole.startswith(base) else content + self._marks.close
+        )
         return self._marks.thoughtful(thought, shown)
-
-    def _closed(self, shown: str) -> str:
-        """What a template shows of an answer, less what follows its end token."""
-        ending = self._marks.ending
-        return shown.removesuffix(ending) + self._marks.close if shown.endswith(ending) else shown
 
 
 def _turns_of(prompt: Prompt) -> tuple[Turn, ...]:
     return () if isinstance(prompt, str) else prompt
+
+
+def _from_bos(text: str, bos: str) -> str:
+    """Rendered text less the space before a BOS token that it spells out."""
+    return text.lstrip() if bos and text.lstrip().startswith(bos) else text
+
+
+@contextmanager
+def _tools_taken(
+    renderer: Renderer, prompt: Prompt, answers: Sequence[Reply], *, any_turns: bool
+) -> Iterator[None]:
+    """Raise `DroppedRow` for a conversation with tools that the template does not take, or fails on."""
+    turns = [turn for turn in (*_turns_of(prompt), *answers) if isinstance(turn, Turn)]
+    with_tools = any(turn.role in ("tools", "tool") or "tool_calls" in turn.fields for turn in turns)
+    if with_tools and not any_turns and not renderer.takes_tools(turns):
+        raise DroppedRow(TOOLS)
+    try:
+        yield
+    except UserError as error:
+        if with_tools:  # such as several calls at once
+            raise DroppedRow(TOOLS) from error
+        raise
+
+
+def _adapted(turns: Sequence[Turn], *, takes_system: bool, takes_leading_answer: bool) -> tuple[Turn, ...]:
+    """Turns for a template that takes no system message, or no answer before the first question."""
+    tools = turns[:1] if turns[0].role == "tools" else ()
+    turns = turns[len(tools) :]
+    system = turns[:1] if turns[0].role == "system" and len(turns) > 1 else ()
+    rest = list(turns[len(system) :])
+    while rest[0].role == "assistant" and not takes_leading_answer and len(rest) > 1:
+        rest.pop(0)
+    if not system or takes_system:
+        return (*tools, *system, *rest)
+    if rest[0].role != "user":
+        return (*tools, Turn("user", system[0].content), *rest)
+    question = rest[0]._replace(content=f"{system[0].content}\n\n{rest[0].content}")
+    return (*tools, question, *rest[1:])
