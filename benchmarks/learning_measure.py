@@ -44,7 +44,7 @@ def measure(actor: Path, sft: Path, reward: Path, data: Path) -> dict[str, float
         "success": sum(not check_answer(compare.as_text(p), text) for p, text in pairs) / len(pairs),
         "kl": (own - reference).mean().item(),
         "score": _mean_score(reward, said, model.tokenizer.pad_token_id),
-        **said.figures,
+        **said.metrics,
     }
 
 

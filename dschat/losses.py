@@ -100,7 +100,7 @@ def pairwise_ranking_loss(
 
 
 def implicit_reward(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float) -> Tensor:
-    """beta (log pi - log pi_ref) of answers, DPO's reward up to a number a prompt. [B], [B] -> [B].
+    """beta (log pi - log pi_ref) of answers, DPO's reward up to a number per prompt. [B], [B] -> [B].
 
     https://arxiv.org/abs/2305.18290, section 4; exactly 0 where the two log-probabilities are equal.
     """

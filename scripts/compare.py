@@ -152,7 +152,7 @@ def compare(
         start = time.perf_counter()
         said = ask(model, prompts, args)
         print(f"{name}: {len(prompts)} answers in {time.perf_counter() - start:.1f} s", flush=True)
-        answers[name], figures[name] = said.texts, said.figures
+        answers[name], figures[name] = said.texts, said.metrics
         if args.demo_task:
             from demo_task import check_answer
 

@@ -74,7 +74,7 @@ def build_policy(
     return run.build_language_model(loaders), loaders.over(data)
 
 
-def judge(engine: DeepSpeedEngine, batch: PairBatch, options: DpoOptions) -> dict[str, Tensor]:
+def pair_metrics(engine: DeepSpeedEngine, batch: PairBatch, options: DpoOptions) -> dict[str, Tensor]:
     """Loss, implicit rewards and log-probabilities of each pair, [B]; with ipo the latter are a token's."""
     is_mean = options.loss_type == "ipo"
     num_tokens = batch.tokens.label_mask.sum(dim=1).clamp(min=1) if is_mean else 1
@@ -89,18 +89,18 @@ def judge(engine: DeepSpeedEngine, batch: PairBatch, options: DpoOptions) -> dic
 
 def loss_and_metrics(engine: DeepSpeedEngine, batch: PairBatch, *, options: DpoOptions) -> dict[str, Tensor]:
     """A micro-batch's shares of the optimiser step's metrics; the pairs of a prompt weigh 1 together."""
-    judged = judge(engine, batch, options)
-    return {name: (values * batch.weights).sum() / batch.denominator for name, values in judged.items()}
+    metrics = pair_metrics(engine, batch, options)
+    return {name: (values * batch.weights).sum() / batch.denominator for name, values in metrics.items()}
 
 
 def evaluation_sums(
     engine: DeepSpeedEngine, batch: PairBatch, *, options: DpoOptions, accuracies: MeanOverRanks
 ) -> dict[str, Tensor]:
     """The sums over a batch's pairs; "loss" is weighted as in training. `accuracies` take in each pair's."""
-    judged = judge(engine, batch, options)
-    loss = (judged.pop("loss") * batch.weights).sum()
-    accuracies.add(judged["accuracy"], groups=batch.groups, mask=batch.pair_mask)
-    columns = {"pairs": batch.pair_mask, **judged}
+    metrics = pair_metrics(engine, batch, options)
+    loss = (metrics.pop("loss") * batch.weights).sum()
+    accuracies.add(metrics["accuracy"], groups=batch.groups, mask=batch.pair_mask)
+    columns = {"pairs": batch.pair_mask, **metrics}
     sums = (torch.stack(list(columns.values())).double() * batch.pair_mask).sum(dim=1)
     return {"loss": loss, "weight": batch.weights.sum(), **dict(zip(columns, sums, strict=True))}
 

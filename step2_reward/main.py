@@ -49,7 +49,7 @@ def main(args: RewardArguments, context: RunContext) -> None:
     run.train(engine, loaders, checkpoints, objective)
 
 
-def judge(
+def rank_answers(
     engine: DeepSpeedEngine, batch: PairBatch, options: RewardOptions, *, denominator: float
 ) -> dict[str, Tensor]:
     """The ranking loss, summed over pairs and divided by `denominator`, and both answers' scores [B]."""
@@ -60,17 +60,17 @@ def loss_and_metrics(
     engine: DeepSpeedEngine, batch: PairBatch, *, options: RewardOptions
 ) -> dict[str, Tensor]:
     """A micro-batch's shares of the optimiser step's loss and accuracy."""
-    judged = judge(engine, batch, options, denominator=batch.denominator)
-    accuracy = pair_accuracy(judged["chosen_mean_scores"], judged["rejected_mean_scores"]) * batch.weights
-    return {"loss": judged["loss"], "accuracy": accuracy.sum() / batch.denominator}
+    ranked = rank_answers(engine, batch, options, denominator=batch.denominator)
+    accuracy = pair_accuracy(ranked["chosen_mean_scores"], ranked["rejected_mean_scores"]) * batch.weights
+    return {"loss": ranked["loss"], "accuracy": accuracy.sum() / batch.denominator}
 
 
 def evaluation_sums(
     engine: DeepSpeedEngine, batch: PairBatch, *, options: RewardOptions, accuracies: MeanOverRanks
 ) -> dict[str, Tensor]:
     """The sums that `evaluate` needs of a batch; `accuracies` take in each pair's."""
-    judged = judge(engine, batch, options, denominator=1.0)
-    chosen, rejected = judged["chosen_mean_scores"].double(), judged["rejected_mean_scores"].double()
+    ranked = rank_answers(engine, batch, options, denominator=1.0)
+    chosen, rejected = ranked["chosen_mean_scores"].double(), ranked["rejected_mean_scores"].double()
     right = pair_accuracy(chosen, rejected)
     accuracies.add(right, groups=batch.groups, mask=batch.pair_mask)
     columns = {
@@ -81,7 +81,7 @@ def evaluation_sums(
         "squares": chosen**2 + rejected**2,
     }
     sums = {name: (column * batch.pair_mask).sum() for name, column in columns.items()}
-    return {**sums, "loss": judged["loss"], "weight": batch.weights.sum()}
+    return {**sums, "loss": ranked["loss"], "weight": batch.weights.sum()}
 
 
 def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, *, options: RewardOptions) -> dict[str, float]:

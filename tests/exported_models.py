@@ -18,7 +18,7 @@ ROWS = [[5, 80, 90, 11], [7, 8, 9, 60, 61, 62, 0], [33, 44]]
 
 
 def provenance(step: str, head: str | None = None, **figures: float) -> Provenance:
-    return Provenance(step=step, base_model="base", golden_inputs=ROWS, head=head, figures=figures)
+    return Provenance(step=step, base_model="base", golden_inputs=ROWS, head=head, metrics=figures)
 
 
 def with_template(template: str = PLAIN):

@@ -6,7 +6,7 @@ from typing import Literal
 from dschat.arguments.flags import flag, require, require_at_least
 
 ROLLOUT_TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
-"""Mean difference of log-probabilities, generating against training, in nats a token at temperature 1."""
+"""Mean difference of log-probabilities, generating against training, in nats per token at temperature 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ class Checkpoints:
                 )
         if self._requests.received is not None:
             self._requests.release()
-            raise Stopped(self._farewell(step))
+            raise Stopped(self._stop_message(step))
 
     def _write(
         self,
@@ -242,7 +242,7 @@ class Checkpoints:
     def _kept(self) -> str:
         return f"the previous one, {self._newest}, is kept" if self._newest else "there is no earlier one"
 
-    def _farewell(self, step: int) -> str:
+    def _stop_message(self, step: int) -> str:
         asked = f"stopped after step {step} as {self._requests.received} asked"
         if self._root is None:
             return f"{asked}; without --output_dir nothing could be kept."

@@ -98,7 +98,7 @@ class Comparison:
     prompt: Prompt
     answers: tuple[Reply, ...] = ()
     ranks: tuple[float, ...] | None = None
-    """One number an answer, ascending; answers of equal rank are a tie. None: 0, 1, 2, ..."""
+    """One number per answer, ascending; answers of equal rank are a tie. None: 0, 1, 2, ..."""
     margin: float = 0.0
     """By how much the better answer of a pair is better, on the scale of scores."""
     learn_all_turns: bool = False
@@ -172,7 +172,7 @@ def _identity(turn: Turn) -> list:
     return [turn.role, turn.content, known] if known else [turn.role, turn.content]
 
 
-def _said(prompt: Prompt) -> list[tuple[str, str]]:
+def _contents(prompt: Prompt) -> list[tuple[str, str]]:
     """Who says what in the prompt, for `Families`: whatever else differs, one conversation goes on from the
     other."""
     return [turn[:2] for turn in _turns(prompt) if turn.role != "tools"] or [("user", str(prompt).strip())]
@@ -239,7 +239,7 @@ def write_comparisons(rows: Iterable[tuple[Comparison, int, bool]], path: Path) 
             columns["sources"].append(np.array([source for _, source, _ in some], dtype=np.int32))
             columns["in_evaluation"].append(np.array([held_out for _, _, held_out in some], dtype=bool))
             for comparison, _, _ in some:
-                families.add(_said(comparison.prompt))
+                families.add(_contents(comparison.prompt))
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return ComparisonIndex(families=families.keys(), **joined)
 

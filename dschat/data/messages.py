@@ -101,15 +101,15 @@ def _message(message: Any, name: str) -> _Message | None:
     role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
     if role_key not in message:
         raise BadRow(f'{name} has no "{role_key}"')
-    said_by = str(message[role_key]).strip().lower()
-    if said_by not in ROLES and said_by not in CALLERS:
+    role_name = str(message[role_key]).strip().lower()
+    if role_name not in ROLES and role_name not in CALLERS:
         raise BadRow(f"{name} is by {reprlib.repr(message[role_key])}; known are {', '.join(ROLES)}")
-    role = ROLES.get(said_by, "assistant")
+    role = ROLES.get(role_name, "assistant")
     fields = _fields(message, {role_key, content_key}, name)
     value = message.get(content_key)
-    if said_by in CALLERS:
+    if role_name in CALLERS:
         if not (calls := calls_of(value, name)):
-            raise BadRow(f"{name} is a {said_by}, but calls nothing")
+            raise BadRow(f"{name} is a {role_name}, but calls nothing")
         fields["tool_calls"], value = calls, None
     if content_key not in message and not ({"tool_calls", "reasoning"} & set(fields)):
         raise BadRow(f'{name} has no "{content_key}"')
@@ -187,10 +187,10 @@ def _mark(message: dict[str, Any], role: str, name: str) -> bool | None:
     Only the assistant's messages are learned without a mark, so "no" on another's says nothing.
     """
     marks = {key: _yes_or_no(message[key], f'"{key}" of {name}') for key in MARKS if key in message}
-    said = {mark for mark in marks.values() if mark is not None}
-    if len(said) > 1:
+    marked = {mark for mark in marks.values() if mark is not None}
+    if len(marked) > 1:
         raise BadRow(f"{name} is marked both as to be learned and as not: {', '.join(marks)}")
-    learn = said.pop() if said else None
+    learn = marked.pop() if marked else None
     return None if role != "assistant" and learn is False else learn
 
 

@@ -46,7 +46,7 @@ class Format:
         given = tuple((ours, theirs) for ours, theirs in keys.items() if theirs)
         return Format(data.data_format, given, drop_bad_rows=data.on_bad_row == "drop")
 
-    def reader(self) -> ReadRow | None:
+    def read_function(self) -> ReadRow | None:
         """What reads a row, None where the columns are to tell."""
         if self.name is None:
             return None
@@ -88,7 +88,7 @@ def read_rows(
 
     They are read as `form` says, else as is known of the source, else by the columns of the first row.
     """
-    read, layout = form.reader() or source.read, None
+    read, layout = form.read_function() or source.read, None
     for place, row in rows():
         try:
             if isinstance(row, BadRow):

@@ -30,16 +30,16 @@ def table_rows(
 def _rows(name: str, lines: Iterator[str], delimiter: str | None) -> Iterator[tuple[str, Any]]:
     first = next(lines, "")
     delimiter = delimiter or max(",;\t", key=first.count)
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    parsed = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     columns: list[str] = []
     line = 1
     try:
-        for fields in reader:
+        for fields in parsed:
             if fields and not columns:
                 columns = _names(fields, f"{name}:{line}")
             elif fields:
                 yield f"{name}:{line}", _row(columns, fields, delimiter)
-            line = reader.line_num + 1
+            line = parsed.line_num + 1
     except csv.Error as error:
         remedy = "Correct its quotes: text that holds any stands between double quotes, each doubled in it."
         if "new-line" in str(error):

@@ -42,7 +42,7 @@ PAIR_COLUMNS = {
     "margin": Value("float32"),
 }
 PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
-READER_COLUMN = {"reader_ids": Tokens(Value("int32"))}
+REWARD_TOKENS_COLUMN = {"reader_ids": Tokens(Value("int32"))}
 ROW_COLUMN = {"row": Value("string")}
 
 
@@ -131,7 +131,11 @@ def tokenize_prompts(
         reward_encoder=Encoder(reward_tokenizer) if reward_tokenizer else None,
         keep_rows=keep_rows,
     )
-    columns = PROMPT_COLUMNS | (READER_COLUMN if reward_tokenizer else {}) | (ROW_COLUMN if keep_rows else {})
+    columns = (
+        PROMPT_COLUMNS
+        | (REWARD_TOKENS_COLUMN if reward_tokenizer else {})
+        | (ROW_COLUMN if keep_rows else {})
+    )
     return _tokenize(rows, encode, columns, "--max_prompt_seq_len", num_proc, mark_refused)
 
 

@@ -45,7 +45,7 @@ def _build_folder() -> Path:
 def _is_left_behind(lock: Path, youngest: float) -> bool:
     """Wait until the lock is gone, or deleted here as nobody holds it and it is `youngest` seconds old."""
     start = unheld_since = time.monotonic()
-    has_told = False
+    has_noted = False
     while True:
         try:
             age = time.time() - lock.stat().st_mtime
@@ -56,8 +56,8 @@ def _is_left_behind(lock: Path, youngest: float) -> bool:
                 return True
         except FileNotFoundError:
             return False
-        if time.monotonic() - start > NOTE_AFTER and not has_told:
-            has_told = True
+        if time.monotonic() - start > NOTE_AFTER and not has_noted:
+            has_noted = True
             messages.note(f"waiting for another process that compiles {lock.parent.name} ({lock}).")
         time.sleep(0.1)
 

@@ -34,7 +34,7 @@ def errors_end_ranks() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not watchdog.unwatch():
+        if not watchdog.stop_watching():
             raise
         end(_exit_code(error))
 

@@ -69,7 +69,7 @@ def init_process_group(local_rank: int = -1) -> torch.device:
     restart.listen()
     if mesh().world.size > 1:
         mine = torch.tensor([[os.getpid(), watchdog.machine_number()]], device=device)
-        watchdog.watch(
+        watchdog.start_watching(
             *gather_rows(mine, axis="data").T.tolist(), rank=mesh().world.rank, each_time=restart.obey
         )
     return device
@@ -90,7 +90,7 @@ def destroy_process_group(exit_code: int = 0) -> None:
     The group's threads end first, as far as they can: an engine at ZeRO-3 keeps some of gloo's.
     """
     barrier(axis="world")
-    watchdog.unwatch()
+    watchdog.stop_watching()
     restart.forget()
     deepspeed.comm.destroy_process_group()
     gc.collect()  # what else refers to the group, in cycles, keeps its threads alive

@@ -142,7 +142,7 @@ def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
     """Wait, on other ranks, until something listens where they meet. Raises `UserError` if nothing does."""
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     where = f"MASTER_ADDR {address}, MASTER_PORT {port}"
-    start, has_told = time.monotonic(), False
+    start, has_noted = time.monotonic(), False
     while rank != "0":
         try:
             socket.create_connection((address, int(port)), timeout=10).close()
@@ -154,8 +154,8 @@ def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
                     f"rank {rank} met nobody at {where} within {patience}: {error}. Rank 0 must run on that "
                     "machine, and no firewall may be between."
                 ) from error
-            if waited > NOTE_AFTER and not has_told:
-                has_told = True
+            if waited > NOTE_AFTER and not has_noted:
+                has_noted = True
                 messages.to_stderr(f"note: rank {rank} waits for rank 0 at {where}: {error}")
         time.sleep(1)
 

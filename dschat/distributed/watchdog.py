@@ -123,7 +123,7 @@ class WatchedRanks:
     watchdog: RankWatchdog | None = None
 
 
-def watch(
+def start_watching(
     pids: list[int], machines: list[int], *, rank: int, each_time: Callable[[], None] = lambda: None
 ) -> None:
     """Watch the ranks whose machine is this rank's, unless they are watched; both lists are by rank.
@@ -138,7 +138,7 @@ def watch(
     watched.watchdog = RankWatchdog(peers, rank=rank, each_time=each_time)
 
 
-def unwatch() -> bool:
+def stop_watching() -> bool:
     """From here on ranks may end. False where none was watched."""
     watched = process_wide(WatchedRanks)
     watchdog, watched.watchdog = watched.watchdog, None

@@ -74,7 +74,7 @@ def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
 
 
 @functools.cache
-def tell_of_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_training_steps: int) -> None:
+def note_long_warmup(args: OptimizerArguments, num_warmup_steps: int, num_training_steps: int) -> None:
     """Say once, for actor and critic together, that the learning rate rises for most of a short run."""
     if 2 * num_warmup_steps <= num_training_steps:
         return
@@ -106,7 +106,7 @@ def build_trained_engine(
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     num_warmup_steps = args.warmup_steps(num_training_steps)
-    tell_of_long_warmup(args, num_warmup_steps, num_training_steps)
+    note_long_warmup(args, num_warmup_steps, num_training_steps)
     optimizer = build_optimizer(model, model_args, args, offload=run.offload)
     scheduler = get_scheduler(
         args.lr_scheduler_type,

@@ -36,7 +36,7 @@ class SkippedSteps:
                 f"skipped ({self._total} so far)."
             )
         if 0 < self._run.max_skipped_steps < self._in_a_row[model]:
-            raise UserError(self._farewell(step, model, reason))
+            raise UserError(self._stop_message(step, model, reason))
         return 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class SkippedSteps:
         """Go on counting from there."""
         self._in_a_row, self._total = Counter(state["in_a_row"]), state["total"]
 
-    def _farewell(self, step: int, model: str, reason: str) -> str:
+    def _stop_message(self, step: int, model: str, reason: str) -> str:
         checkpoint = newest_checkpoint(self._run)
         kept = (
             f"The last good checkpoint is {checkpoint}: go on from it with --resume_from_checkpoint latest"

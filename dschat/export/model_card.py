@@ -62,7 +62,7 @@ def model_card(provenance: Provenance, head: Head, folder: str) -> str:
         f"## Verdict\n\n{provenance.verdict}" if provenance.verdict else "",
         _table("Data", ("source", "rows"), provenance.num_rows) + (f"\n\nOf these: {used}." if used else ""),
         _table("Flags that are not at their defaults", ("flag", "value"), _named(provenance.flags)),
-        _table("Final metrics", ("metric", "value"), provenance.figures),
+        _table("Final metrics", ("metric", "value"), provenance.metrics),
         _table("Versions", ("library", "version"), {"python": platform.python_version(), **_versions()}),
     ]
     body = "\n\n".join(section for section in sections if section)

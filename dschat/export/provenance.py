@@ -30,7 +30,7 @@ class Provenance:
     """Rows of token ids on which the model's outputs are promised."""
     head: Head | None = None
     """None where the class of the model decides, see `golden_outputs.head_of`."""
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     """The final metrics; a reward model's score_mean and score_std go into its manifest."""
     verdict: str | None = None
     """The verdict on a reward model or on PPO, in words; a reward model's goes into its manifest too."""
@@ -48,18 +48,18 @@ def step_provenance(
     description: RunDescription,
     base_model: str,
     data: SplitData,
-    figures: dict[str, Any],
+    metrics: dict[str, Any],
     *,
     head: Head | None = None,
     verdict: str | None = None,
 ) -> Provenance:
-    """The provenance of a model that a run trained from `base_model` and that has these final `figures`."""
+    """The provenance of a model that a run trained from `base_model` and that has these final `metrics`."""
     return Provenance(
         step=description.step,
         base_model=base_model,
         golden_inputs=golden_rows(data.train),
         head=head,
-        figures=figures,
+        metrics=metrics,
         verdict=verdict,
         data=share_settings(description),
         flags=description.changed_flags(),

@@ -52,12 +52,12 @@ def load_tokenizer(
             f"the tokenizer of {model_name_or_path!r} has no end token, so no answer could ever end; "
             "--add_eot_token adds one."
         )
-    _settle_padding(tokenizer)
+    _configure_padding(tokenizer)
     configure_template(tokenizer, args.chat_template)
     return tokenizer
 
 
-def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+def _configure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give padding a token apart from the end token.
 
     Our masks do not need it, but AutoModelForSequenceClassification takes an answer's score at the last token

@@ -61,7 +61,7 @@ class Answers:
     """Prompts of similar length together."""
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The mean length in tokens, end token included, and the share of answers that have one."""
         lengths = torch.cat([batch.answer_lengths for batch in self.batches])
         ended = torch.cat([batch.ended for batch in self.batches])

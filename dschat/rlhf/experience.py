@@ -225,14 +225,14 @@ class Experience:
 
     @staticmethod
     def of(
-        begun: AnalyzedRollout,
+        analyzed: AnalyzedRollout,
         advantages: Tensor,
         returns: Tensor,
         args: PpoArguments,
         minibatch_sampler: MinibatchSampler,
     ) -> "Experience":
         """The advantages whitened, item 7 of docs/ppo.md, and the tokens weighed. Both [B, T]."""
-        rollout, analysis = begun.rollout, begun.analysis
+        rollout, analysis = analyzed.rollout, analyzed.analysis
         is_whitened = args.whiten_advantages and not args.compares_answers
         return Experience(
             rollout=rollout,
@@ -243,9 +243,9 @@ class Experience:
             weights=rollout_weights(analysis.logprobs, rollout, args),
             weight_cap=args.tis_cap,
             minibatch_sampler=minibatch_sampler,
-            shaping=begun.shaping,
-            kl_coef=begun.kl_coef,
-            ppo_step=begun.ppo_step,
+            shaping=analyzed.shaping,
+            kl_coef=analyzed.kl_coef,
+            ppo_step=analyzed.ppo_step,
         )
 
     @property
@@ -298,7 +298,7 @@ class Experience:
 
     @property
     def kl(self) -> Tensor:
-        """k1 to the reference in nats an answer, the mean over answers. Scalar."""
+        """k1 to the reference in nats per answer, the mean over answers. Scalar."""
         return self.analysis.log_ratio(self.rollout.answer_mask).sum(dim=1).mean()
 
     def metrics(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ class KlController:
     horizon: int = 1000
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Take in the KL (nats an answer, the mean of k1's sum) of a rollout batch of `num_samples` answers.
+        """Take in the KL (nats per answer, the mean of k1's sum) of a rollout batch of `num_samples` answers.
 
         A batch of more than a horizon counts as one horizon, so that beta stays positive. A KL that is not
         finite says nothing.

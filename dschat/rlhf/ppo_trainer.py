@@ -83,12 +83,14 @@ class PPOTrainer:
         called after each optimiser step. Where the run goes on inside the PPO step, what is done of it is
         not done again. Returns the metrics of item 11, over all ranks. Every rank must call it.
         """
-        begun = self._resumed or self._sample_and_analyze(prompts, ppo_step)
-        rollout, analysis, kl_coef = begun.rollout, begun.analysis, begun.kl_coef
-        scores = begun.shaping(analysis.scores, rollout.ended)  # item 3
+        restored = self._resumed or self._sample_and_analyze(prompts, ppo_step)
+        rollout, analysis, kl_coef = restored.rollout, restored.analysis, restored.kl_coef
+        scores = restored.shaping(analysis.scores, rollout.ended)  # item 3
         rewards = shape_rewards(scores, analysis, rollout.answer_mask, self._ppo, kl_coef=kl_coef)  # item 4
         advantages, returns = estimate_advantages(rewards, analysis.values, rollout, self._ppo)  # item 6
-        experience = Experience.of(begun, advantages, returns, self._ppo, self._minibatch_sampler)  # item 7
+        experience = Experience.of(
+            restored, advantages, returns, self._ppo, self._minibatch_sampler
+        )  # item 7
         self.experience, self._resumed = experience, None
         for minibatch in self._minibatches_left(experience):  # item 10
             self.update(minibatch)  # items 8 and 9

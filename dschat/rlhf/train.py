@@ -37,18 +37,18 @@ def train_ppo(
     Returns how many PPO steps are done, the metrics of the last, and the seconds of all. Every rank must
     call it.
     """
-    begun = checkpoints.load(trainer.engine.by_name)
-    begun.restore({**trainer.parts, "watch": monitor})
+    restored = checkpoints.load(trainer.engine.by_name)
+    restored.restore({**trainer.parts, "watch": monitor})
     done = trainer.num_ppo_steps_done
     logger = MetricsLogger(
         run,
         total_steps=num_ppo_steps,
         description="PPO",
         is_main_process=is_main_process(),
-        steps_done=done if begun.step else None,
+        steps_done=done if restored.step else None,
     )
-    start = time.perf_counter() - begun.values.get("seconds", 0.0)
-    metrics = begun.values["figures"] if begun.step else _monitored(0, {}, monitor, logger)
+    start = time.perf_counter() - restored.values.get("seconds", 0.0)
+    metrics = restored.values["figures"] if restored.step else _monitored(0, {}, monitor, logger)
 
     def save_if_due(*, is_last: bool = False) -> None:
         number = trainer.num_updates

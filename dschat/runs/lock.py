@@ -109,7 +109,7 @@ def has_begun_before(folder: Path) -> bool:
 
 
 def _wait_for_lock(folder: Path, descriptor: int) -> None:
-    start, has_told = time.monotonic(), False
+    start, has_noted = time.monotonic(), False
     while not _is_mine(descriptor):
         holder, waited = _read(descriptor), time.monotonic() - start
         if waited > (UNKNOWN_PATIENCE if holder is None else PATIENCE if holder.is_ending else -1):
@@ -117,8 +117,8 @@ def _wait_for_lock(folder: Path, descriptor: int) -> None:
                 f"--output_dir {folder}: another run is writing into it{_described(holder)}; wait for "
                 "its end or stop it first, or name another folder."
             )
-        if holder is not None and not has_told:
-            has_told = True
+        if holder is not None and not has_noted:
+            has_noted = True
             messages.note(f"another run{_described(holder)} is ending in {folder}; waiting for that.")
         time.sleep(0.1)
 

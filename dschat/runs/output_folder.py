@@ -261,11 +261,11 @@ def _clear_results(folder: Path) -> None:
             old_curve.unlink()
 
 
-def without_infinities(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures, those that are not finite as None: JSON has no infinities."""
+def without_infinities(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics, those that are not finite as None: JSON has no infinities."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
+        for name, value in metrics.items()
     }
 
 

@@ -16,8 +16,8 @@ from dschat.engines.step import DeepSpeedEngine
 from dschat.export.verdict import Evaluation
 from dschat.runs.metrics import MetricsLogger
 
-Figures = dict[str, float]
-Evaluate = Callable[[DeepSpeedEngine, EvalLoader], Figures]
+Metrics = dict[str, float]
+Evaluate = Callable[[DeepSpeedEngine, EvalLoader], Metrics]
 
 
 class Evaluations:
@@ -53,21 +53,21 @@ class Evaluations:
 
     def make(self, step: int, moment: str, *, is_short: bool = False) -> None:
         """Evaluate after so many optimiser steps, log the metrics and print them; nothing without data."""
-        figures = self._figures(self._short if is_short and self._short is not None else self._whole)
-        if not figures:
+        metrics = self._measure(self._short if is_short and self._short is not None else self._whole)
+        if not metrics:
             return
-        self._metrics.log(step, show=(), **figures)
-        messages.info(f"{moment}: " + ", ".join(map(_shown, figures.items())))
-        loss = figures["eval_loss"]
+        self._metrics.log(step, show=(), **metrics)
+        messages.info(f"{moment}: " + ", ".join(map(_shown, metrics.items())))
+        loss = metrics["eval_loss"]
         if self._short and not is_short and len(self._short.order) < len(self._whole.order):
-            loss = self._figures(self._short)["eval_loss"]
+            loss = self._measure(self._short)["eval_loss"]
         train_loss = self._loss_sum / self._num_losses if self._num_losses else None
         self._loss_sum, self._num_losses = 0.0, 0
-        self.all.append(Evaluation(step, figures, loss, train_loss))
+        self.all.append(Evaluation(step, metrics, loss, train_loss))
 
     @phase(PhaseKind.EVALUATING)
     @torch.no_grad()
-    def _figures(self, loader: EvalLoader) -> Figures:
+    def _measure(self, loader: EvalLoader) -> Metrics:
         self._engine.eval()
         return self._evaluate(self._engine, loader)
 

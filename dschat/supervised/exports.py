@@ -75,8 +75,8 @@ class ModelExports:
             messages.info(f"{warning}verdict on the reward model: {provenance.verdict}")
         if is_main_process():
             counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
-            told = {"verdict": provenance.verdict} if provenance.verdict else {}
-            summary = {"step": provenance.step, **provenance.figures, **last, **told, **counts}
+            verdict = {"verdict": provenance.verdict} if provenance.verdict else {}
+            summary = {"step": provenance.step, **provenance.metrics, **last, **verdict, **counts}
             write_summary(self._settings.run.output_dir, {**summary, "seconds": seconds})
 
     def _export(self, folder: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
@@ -85,16 +85,16 @@ class ModelExports:
 
     def _provenance(self, step: int, evaluations: Sequence[Evaluation]) -> Provenance:
         """That of the model after so many steps, with the figures of the first and the last evaluation."""
-        figures: dict[str, Any] = {"model_step": step}
+        metrics: dict[str, Any] = {"model_step": step}
         if evaluations:
-            figures |= {f"initial_{name}": value for name, value in evaluations[0].figures.items()}
-            figures |= evaluations[-1].figures
+            metrics |= {f"initial_{name}": value for name, value in evaluations[0].figures.items()}
+            metrics |= evaluations[-1].figures
         verdict = self._verdict_of(evaluations) if self._verdict_of else None
         return step_provenance(
             self._settings.description,
             self._settings.model.model_name_or_path,
             self._data,
-            figures,
+            metrics,
             verdict=verdict,
         )
 

@@ -56,26 +56,26 @@ def train_epochs(
     steps_per_epoch = loaders.train.steps_per_epoch
     num_steps = loaders.train.num_steps_of(settings.optimizer.num_train_epochs)
     seed_ranks_apart(settings.run.seed)
-    begun = checkpoints.load({ENGINE: engine})
+    restored = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
         settings.run,
         total_steps=num_steps,
         description=objective.title,
         is_main_process=is_main_process(),
-        steps_done=begun.step or None,
+        steps_done=restored.step or None,
     )
     interval = settings.batch.eval_interval
     short = loaders.short_evaluation if interval else None
     evaluations = Evaluations(engine, objective.evaluate, metrics, whole=loaders.evaluation, short=short)
     skipped = SkippedSteps(settings.run)
-    start = time.perf_counter() - begun.values.get("seconds", 0.0)
+    start = time.perf_counter() - restored.values.get("seconds", 0.0)
     parts: dict[str, Stateful] = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
-    begun.restore(parts)
-    if not begun.step:
+    restored.restore(parts)
+    if not restored.step:
         evaluations.make(0, "before training")
     loss_and_metrics = partial(objective.loss_and_metrics, engine)
-    numbers = range(begun.step + 1, num_steps + 1)
-    for step, optimizer_step in zip(numbers, loaders.train.steps_after(begun.step), strict=False):
+    numbers = range(restored.step + 1, num_steps + 1)
+    for step, optimizer_step in zip(numbers, loaders.train.steps_after(restored.step), strict=False):
         trained = train_step(engine, optimizer_step.micro_batches, loss_and_metrics)
         values = {
             "learning_rate": learning_rate(engine),

@@ -19,7 +19,7 @@ def test_an_error_ends_a_watched_rank_with_its_exit_code_after_what_was_register
         "    def __del__(self): print('torn down')\n"
         "late = Late()\n"
         "with readable_errors():\n"
-        "    watchdog.watch([os.getpid()] * 2, [1, 1], rank=0)\n"
+        "    watchdog.start_watching([os.getpid()] * 2, [1, 1], rank=0)\n"
         "    print('unflushed', end=' ')\n"
         "    exec(sys.argv[1])\n"
     )

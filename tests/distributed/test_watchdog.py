@@ -86,10 +86,10 @@ def test_the_watch_has_ended_when_ranks_may_though_it_was_waiting_for_the_store(
         time.sleep(0.3)
         looks.append("over")
 
-    watchdog.watch([os.getpid(), os.getpid()], [1, 1], rank=0, each_time=slow_store)
+    watchdog.start_watching([os.getpid(), os.getpid()], [1, 1], rank=0, each_time=slow_store)
     while not looks:
         time.sleep(0.01)
-    assert watchdog.unwatch()
+    assert watchdog.stop_watching()
     assert looks[-1] == "over"
     assert not [thread for thread in threading.enumerate() if thread.name == "peer watch"]
-    assert not watchdog.unwatch()
+    assert not watchdog.stop_watching()

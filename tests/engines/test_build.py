@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments
-from dschat.engines.build import parameter_groups, tell_of_long_warmup
+from dschat.engines.build import note_long_warmup, parameter_groups
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import add_lora
 
@@ -59,11 +59,11 @@ def test_the_schedule_scales_every_group(model):
 def test_a_warm_up_of_most_of_the_run_is_said_once(capsys):
     default = OptimizerArguments(num_warmup_steps=100)
     for _ in ("actor", "critic"):
-        tell_of_long_warmup(default, default.warmup_steps(8), 8)
+        note_long_warmup(default, default.warmup_steps(8), 8)
     said = capsys.readouterr().out
     assert said.count("note: warm-up takes 8 of the run's 8 optimiser steps (--num_warmup_steps 100)") == 1
     share = OptimizerArguments(warmup_ratio=0.6)
-    tell_of_long_warmup(share, share.warmup_steps(10), 10)
+    note_long_warmup(share, share.warmup_steps(10), 10)
     assert "6 of the run's 10 optimiser steps (--warmup_ratio 0.6)" in capsys.readouterr().out
-    tell_of_long_warmup(default, default.warmup_steps(200), 200)
+    note_long_warmup(default, default.warmup_steps(200), 200)
     assert capsys.readouterr().out == ""

@@ -42,7 +42,7 @@ def test_figures_are_means_over_the_answers_of_all_batches():
 
     answers = Answers(["", "", ""], [batch([[1, 1], [1, 0]], [False, True]), batch([[1, 1, 1]], [True])])
     # Lengths 2, 1 and 3; two of three ended.
-    assert answers.figures == {"answer_length": 2.0, "eos_share": pytest.approx(2 / 3)}
+    assert answers.metrics == {"answer_length": 2.0, "eos_share": pytest.approx(2 / 3)}
     assert answers.token_ids == [[0, 1, 2], [3, 4], [0, 1, 2, 3]]
 
 

@@ -32,7 +32,7 @@ def models(tmp_path_factory) -> Path:
             golden_inputs=[],
             head=head,
             verdict="no better than chance" if name == "reward" else None,
-            figures={"score_mean": 0.25, "score_std": 0.5},
+            metrics={"score_mean": 0.25, "score_std": 0.5},
         )
         model = create_critic_model(str(base), tokenizer, None)
         export_model(model, tokenizer, folder / name, provenance=provenance)

@@ -51,8 +51,8 @@ def sharegpt(row: Row) -> Comparison:
 
 
 def _conversation(row: Row, column: str) -> Comparison:
-    said = from_text(value_of(row, column))
-    prompt, answer = prompt_and_answer(turns(said, f'"{column}"'), f'"{column}"')
+    message = from_text(value_of(row, column))
+    prompt, answer = prompt_and_answer(turns(message, f'"{column}"'), f'"{column}"')
     return labelled(row, Comparison(with_columns(row, prompt), (answer,), learn_all_turns=True))
 
 

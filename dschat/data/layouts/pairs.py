@@ -183,12 +183,12 @@ def texts_of(row: Row, column: str) -> list[str]:
 def check_best_first(row: Row, column: str) -> None:
     """Raise `BadRow` where a list of answers would be taken as the best first beside a column that may say
     otherwise."""
-    for judgement in JUDGEMENTS:
-        if has(row, judgement):
+    for verdict in JUDGEMENTS:
+        if has(row, verdict):
             raise BadRow(
-                f'"{column}" would be read as the best answer first, and what "{judgement}" says of them is '
+                f'"{column}" would be read as the best answer first, and what "{verdict}" says of them is '
                 'not known; give numbers as "scores" (higher is better) or "ranks" (lower is better) beside '
-                f'"prompt" and "answers", or remove "{judgement}"'
+                f'"prompt" and "answers", or remove "{verdict}"'
             )
 
 
@@ -223,8 +223,8 @@ def parted(row: Row, better: str, worse: str, **settings: Any) -> Comparison:
 
 
 def _cut_messages(row: Row, column: str) -> tuple[Prompt, Reply]:
-    said = messages_from_text(value_of(row, column))
-    return prompt_and_answer(turns(said, f'"{column}"'), f'"{column}"')
+    message = messages_from_text(value_of(row, column))
+    return prompt_and_answer(turns(message, f'"{column}"'), f'"{column}"')
 
 
 def _cut_marked_dialogue(row: Row, column: str) -> tuple[str, str]:

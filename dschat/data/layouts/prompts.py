@@ -33,8 +33,8 @@ def text_prompt(value: str) -> str:
     marks = list(MARK.finditer(value))
     if marks and marks[-1][1] == "Assistant" and value[marks[-1].end() :].strip():
         raise DroppedRow("prompts that end inside an answer")
-    said = parse_dialogue(value)
-    if not said or said[-1].role != "user":
+    dialogue = parse_dialogue(value)
+    if not dialogue or dialogue[-1].role != "user":
         raise DroppedRow("prompts with an empty question")
     return value
 
@@ -58,13 +58,13 @@ def a_prompt(row: Row, column: str = "prompt") -> Prompt:
 def with_columns(row: Row, prompt: Prompt) -> Prompt:
     """The prompt after what columns of the row hold: a system message, unless the prompt has its own, and
     earlier questions with their answers. Text without such columns stays text."""
-    said = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
-    has_own = any(turn.role == "system" for turn in said[:1])
+    dialogue = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
+    has_own = any(turn.role == "system" for turn in dialogue[:1])
     system = () if has_own else _system(row)
     earlier = _history(row)
     if not system and not earlier:
         return prompt
-    whole = [*said[:has_own], *system, *earlier, *said[has_own:]]
+    whole = [*dialogue[:has_own], *system, *earlier, *dialogue[has_own:]]
     for before, turn in pairwise(whole):
         if before.role == turn.role:
             raise BadRow(f'with "history" two messages of the {turn.role} follow one another')
@@ -85,13 +85,13 @@ def _history(row: Row) -> tuple[Turn, ...]:
         raise BadRow(f'"history" must be a list of [question, answer], but is {describe(value)}')
     if isinstance(value[0], dict):
         return turns(value, '"history"')
-    said: list[Turn] = []
+    dialogue: list[Turn] = []
     for number, pair in enumerate(value, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f'{number} of "history" must be [question, answer], but is {describe(pair)}')
         question, answer = (sound_text(part, f'{number} of "history"').strip() for part in pair)
-        said += [Turn("user", question), Turn("assistant", answer)]
-    return tuple(said)
+        dialogue += [Turn("user", question), Turn("assistant", answer)]
+    return tuple(dialogue)
 
 
 def from_text(value: Any) -> Any:

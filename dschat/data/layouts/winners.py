@@ -211,15 +211,15 @@ def _named(value: Any, column: str, row: Row, pair: Pair) -> int | None:
     )
 
 
-def _check_other_verdicts(better: int | None, said_in: str, row: Row, pair: Pair) -> None:
+def _check_other_verdicts(better: int | None, verdict_column: str, row: Row, pair: Pair) -> None:
     """Raise `BadRow` where a further column names the other answer."""
     for column in VERDICTS:
-        if column == said_in or not has(row, column) or better is None:
+        if column == verdict_column or not has(row, column) or better is None:
             continue
         word = _word(dict.__getitem__(row, column))
         agrees, differs = (word in _names(side, row, pair) for side in (better, 1 - better))
         if differs and not agrees:
-            raise BadRow(f'"{said_in}" and "{column}" name different answers')
+            raise BadRow(f'"{verdict_column}" and "{column}" name different answers')
         if agrees and not differs:
             row.get(column)  # it has been read
 

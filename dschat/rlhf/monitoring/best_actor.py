@@ -41,7 +41,7 @@ class Exports:
         self._folder = Path(output_dir) if output_dir else None
         self._best = BestModel(output_dir, target="actor", unit="PPO step")
         self._start: Answers | None = None
-        self._start_figures: dict[str, float] = {}
+        self._start_metrics: dict[str, float] = {}
         self._last: Answers | None = None
         self._last_step: int | None = None  # None where the guard warned of the last evaluation
 
@@ -57,14 +57,14 @@ class Exports:
 
         The first evaluation is that of the start. What the guard warns of is no best actor.
         """
-        figures = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        metrics = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
         if self._start is None:
-            self._start, self._start_figures = answers, figures
+            self._start, self._start_metrics = answers, metrics
         self._last, self._last_step = answers, None if is_warned_of else step
         if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
             return
-        facts = {"figures": figures, "answers": asdict(answers)}
-        provenance = self._provenance(self._actor, {"ppo_step": step, **figures})
+        facts = {"figures": metrics, "answers": asdict(answers)}
+        provenance = self._provenance(self._actor, {"ppo_step": step, **metrics})
         self._best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
 
     def _is_better(self, answers: Answers) -> bool:
@@ -77,15 +77,15 @@ class Exports:
     def _best_answers(self) -> Answers:
         return Answers(**self._best.facts["answers"])
 
-    def finish(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
+    def finish(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
 
-        `step` is the last PPO step and `figures` are its. Returns what a summary tells of them.
+        `step` is the last PPO step and `metrics` are its. Returns what a summary tells of them.
         """
         takes_best = self._takes_best(step) and self._best.is_there()
         gains = self._gains(takes_best, step)
         actor_step = self.best_step if takes_best else step
-        of_last = {"ppo_step": step, **figures}
+        of_last = {"ppo_step": step, **metrics}
         of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
         verdict = gains.pop("verdict", None)
         provenance = self._provenance(self._actor, {**of_actor, **gains}, verdict=verdict)
@@ -98,8 +98,8 @@ class Exports:
         self._best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
         best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
-        told = {"verdict": verdict, **gains} if verdict else {}
-        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {}) | told
+        gained = {"verdict": verdict, **gains} if verdict else {}
+        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {}) | gained
 
     def _takes_best(self, step: int) -> bool:
         """Whether actor/ is to be the best actor.
@@ -126,7 +126,7 @@ class Exports:
             warned = ", of which the guard warned," if self._last_step != step else ""
             verdict = f"the start itself: the last actor{warned} is {verdict}"
         return {
-            **{f"initial_{name}": value for name, value in self._start_figures.items()},
+            **{f"initial_{name}": value for name, value in self._start_metrics.items()},
             "score_gain": score.mean,
             "score_gain_stderr": score.stderr,
             "objective_gain": objective.mean,
@@ -147,17 +147,17 @@ class Exports:
         if verdict:
             messages.info(f"did PPO help? actor/ is {verdict}")
 
-    def _provenance(self, spec: EngineSpec, figures: dict[str, Any], **more: Any) -> Provenance:
-        return self._provenance_of(spec.path, figures=figures, **more)
+    def _provenance(self, spec: EngineSpec, metrics: dict[str, Any], **more: Any) -> Provenance:
+        return self._provenance_of(spec.path, metrics=metrics, **more)
 
     def _export_actor(self, folder: Path, provenance: Provenance) -> None:
         export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
 
-    def _export_others(self, figures: dict[str, Any]) -> None:
+    def _export_others(self, metrics: dict[str, Any]) -> None:
         """Write the critic and the moving average as the last PPO step left them."""
         engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
         for spec in self._others:
-            provenance = self._provenance(spec, figures, head=spec.head)
+            provenance = self._provenance(spec, metrics, head=spec.head)
             export_model(engine.by_role[spec.role], tokenizer, folder / spec.role, provenance=provenance)
         if engine.ema:
             export_model(
@@ -165,7 +165,7 @@ class Exports:
                 tokenizer,
                 folder / "actor_ema",
                 parameters=engine.ema.weights(),
-                provenance=self._provenance(self._actor, figures),
+                provenance=self._provenance(self._actor, metrics),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Exports:
         return {
             "best": self._best.state_dict(),
             "start": asdict(self._start) if self._start else None,
-            "start_figures": self._start_figures,
+            "start_figures": self._start_metrics,
             "last": asdict(self._last) if self._last else None,
             "last_step": self._last_step,
         }
@@ -182,6 +182,6 @@ class Exports:
         """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
         self._best.load_state_dict(state["best"])
         self._start = Answers(**state["start"]) if state["start"] else None
-        self._start_figures = state["start_figures"]
+        self._start_metrics = state["start_figures"]
         self._last = Answers(**state["last"]) if state["last"] else None
         self._last_step = state["last_step"]

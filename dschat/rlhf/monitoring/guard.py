@@ -1,6 +1,6 @@
-"""The guard: sees in a run's figures that PPO over-optimises its reward, says so, and ends the run in time.
+"""The guard: sees in a run's metrics that PPO over-optimises its reward, says so, and ends the run in time.
 
-Numbers in, messages out. The figures are alike on all ranks, and so are the decisions.
+Numbers in, messages out. The metrics are alike on all ranks, and so are the decisions.
 """
 
 import math
@@ -10,10 +10,10 @@ from typing import Any
 
 from dschat.arguments import GuardArguments
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 KL_PER_TOKEN, LEAST_MAX_KL = 0.25, 2.0
-"""Without --max_kl and --kl_target the limit is so many nats a token of the first answers, and at least so
+"""Without --max_kl and --kl_target the limit is so many nats per token of the first answers, and at least so
 many an answer. It is wide: it ends a run that has run away, it does not find the best actor of one that has
 not. Which KL is too much depends on the task and on the reward model."""
 KL_TARGETS = 3
@@ -23,7 +23,7 @@ SMALLEST_EOS_SHARE = 0.2
 STANDARD_ERRORS = 2
 """By so many a second reward model's score must have fallen."""
 NUM_NAMED = 3
-"""So many figures that are not finite are named: soon after the first all are."""
+"""So many metrics that are not finite are named: soon after the first all are."""
 MAY_OVERFLOW = ("actor_grad_norm", "critic_grad_norm")
 """Under fp16 a gradient may overflow: that step is skipped and the loss scale lowered."""
 
@@ -37,19 +37,19 @@ class Sighting:
 
 
 class Guard:
-    """Reads each PPO step's figures; `stopped_by` names the check that ended the run, `reason` says why.
+    """Reads each PPO step's metrics; `stopped_by` names the check that ended the run, `reason` says why.
 
-    A check compares with the first figures of the run, of training and of evaluation each with their own.
+    A check compares with the first metrics of the run, of training and of evaluation each with their own.
     """
 
     def __init__(self, args: GuardArguments, *, kl_target: float | None = None) -> None:
         self._args = args
         self._kl_target = kl_target
-        self._initial: Figures = {}
+        self._initial: Metrics = {}
         self._streaks: dict[str, int] = {}
         self.stopped_by: str | None = None
         self.reason: str | None = None
-        self._checks: dict[str, Callable[[Figures], Sighting | None]] = {
+        self._checks: dict[str, Callable[[Metrics], Sighting | None]] = {
             "non-finite": self._non_finite,
             "kl": self._kl,
             "entropy": self._entropy,
@@ -60,7 +60,7 @@ class Guard:
 
     @property
     def is_warning(self) -> bool:
-        """Whether anything was wrong in the last figures."""
+        """Whether anything was wrong in the last metrics."""
         return bool(self._streaks)
 
     @property
@@ -68,19 +68,19 @@ class Guard:
         """Whether only an evaluation can tell if the run is to stop: each PPO step needs one then."""
         return "second reward model" in self._streaks and self._args.patience > 0
 
-    def observe(self, step: int, figures: Figures) -> list[str]:
-        """Take in the figures after a PPO step (0: before the first), those with eval_ where there are some.
+    def observe(self, step: int, metrics: Metrics) -> list[str]:
+        """Take in the metrics after a PPO step (0: before the first), those with eval_ where there are some.
 
         Returns what is to be said. After --patience steps in a row of one sighting the run is to stop.
         """
-        for name, value in figures.items():
+        for name, value in metrics.items():
             if math.isfinite(value):
                 self._initial.setdefault(name, value)
         messages = []
         for name, check in self._checks.items():
-            if name == "second reward model" and "eval_guard_score" not in figures:
+            if name == "second reward model" and "eval_guard_score" not in metrics:
                 continue
-            sighting = check(figures)
+            sighting = check(metrics)
             if sighting:
                 messages += self._count(step, name, sighting)
             elif self._streaks.pop(name, 0):
@@ -104,17 +104,17 @@ class Guard:
             f"(--patience {patience}: {consequence}.)"
         ]
 
-    def _either(self, figures: Figures, name: str, is_bad: Callable[[float, float], bool]) -> list[Figures]:
+    def _either(self, metrics: Metrics, name: str, is_bad: Callable[[float, float], bool]) -> list[Metrics]:
         """Value and first value of the figure, in training and in evaluation, where it is bad."""
-        names = [n for n in (name, f"eval_{name}") if n in figures and n in self._initial]
+        names = [n for n in (name, f"eval_{name}") if n in metrics and n in self._initial]
         return [
-            {"now": figures[n], "first": self._initial[n]}
+            {"now": metrics[n], "first": self._initial[n]}
             for n in names
-            if is_bad(figures[n], self._initial[n])
+            if is_bad(metrics[n], self._initial[n])
         ]
 
-    def _non_finite(self, figures: Figures) -> Sighting | None:
-        names = [n for n, v in figures.items() if not math.isfinite(v) and n not in MAY_OVERFLOW]
+    def _non_finite(self, metrics: Metrics) -> Sighting | None:
+        names = [n for n, v in metrics.items() if not math.isfinite(v) and n not in MAY_OVERFLOW]
         if not names:
             return None
         more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
@@ -126,7 +126,7 @@ class Guard:
 
     @property
     def max_kl(self) -> float | None:
-        """The limit of KL in nats an answer, None before there is an answer to tell it by."""
+        """The limit of KL in nats per answer, None before there is an answer to tell it by."""
         length = self._initial.get("eval_answer_length", self._initial.get("answer_length"))
         if self._args.max_kl is not None:
             return self._args.max_kl
@@ -134,9 +134,9 @@ class Guard:
             return KL_TARGETS * self._kl_target
         return None if length is None else max(KL_PER_TOKEN * length, LEAST_MAX_KL)
 
-    def _kl(self, figures: Figures) -> Sighting | None:
+    def _kl(self, metrics: Metrics) -> Sighting | None:
         limit = self.max_kl
-        bad = self._either(figures, "kl", lambda now, first: limit is not None and now > limit)
+        bad = self._either(metrics, "kl", lambda now, first: limit is not None and now > limit)
         if not bad:
             return None
         return Sighting(
@@ -144,9 +144,9 @@ class Guard:
             "raise --kl_coef, give a --kl_target, or lower --actor_learning_rate or --ppo_epochs",
         )
 
-    def _entropy(self, figures: Figures) -> Sighting | None:
+    def _entropy(self, metrics: Metrics) -> Sighting | None:
         share = self._args.min_entropy_ratio
-        bad = self._either(figures, "entropy", lambda now, first: now < share * first)
+        bad = self._either(metrics, "entropy", lambda now, first: now < share * first)
         if not bad:
             return None
         return Sighting(
@@ -155,9 +155,9 @@ class Guard:
             "raise --kl_coef, set --entropy_coef (0.01), or lower --actor_learning_rate",
         )
 
-    def _length(self, figures: Figures) -> Sighting | None:
+    def _length(self, metrics: Metrics) -> Sighting | None:
         ratio = self._args.max_length_ratio
-        bad = self._either(figures, "answer_length", lambda now, first: now > ratio * first)
+        bad = self._either(metrics, "answer_length", lambda now, first: now > ratio * first)
         if not bad:
             return None
         return Sighting(
@@ -167,10 +167,10 @@ class Guard:
             "where long answers are wanted, raise --max_length_ratio",
         )
 
-    def _end_token(self, figures: Figures) -> Sighting | None:
+    def _end_token(self, metrics: Metrics) -> Sighting | None:
         ratio = self._args.min_eos_ratio
         bad = self._either(
-            figures, "eos_share", lambda now, first: first >= SMALLEST_EOS_SHARE and now < ratio * first
+            metrics, "eos_share", lambda now, first: first >= SMALLEST_EOS_SHARE and now < ratio * first
         )
         if not bad:
             return None
@@ -181,11 +181,11 @@ class Guard:
             "answers are wanted, raise --max_answer_seq_len",
         )
 
-    def _second_reward_model(self, figures: Figures) -> Sighting | None:
-        first, score, guard = self._initial, figures["eval_score"], figures["eval_guard_score"]
+    def _second_reward_model(self, metrics: Metrics) -> Sighting | None:
+        first, score, guard = self._initial, metrics["eval_score"], metrics["eval_guard_score"]
         if not {"eval_score", "eval_guard_score"} <= first.keys():
             return None
-        error = math.hypot(first["eval_guard_score_stderr"], figures["eval_guard_score_stderr"])
+        error = math.hypot(first["eval_guard_score_stderr"], metrics["eval_guard_score_stderr"])
         if score <= first["eval_score"] or guard >= first["eval_guard_score"] - STANDARD_ERRORS * error:
             return None
         return Sighting(

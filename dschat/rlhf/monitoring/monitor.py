@@ -5,8 +5,7 @@ from typing import Any
 
 from dschat.rlhf.monitoring.best_actor import OBJECTIVE, Exports
 from dschat.rlhf.monitoring.evaluation import Evaluator
-from dschat.rlhf.monitoring.guard import Figures as Metrics
-from dschat.rlhf.monitoring.guard import Guard
+from dschat.rlhf.monitoring.guard import Guard, Metrics
 
 
 @dataclass

@@ -51,7 +51,7 @@ def main() -> None:
     for line in requests:
         request = json.loads(line)
         faulthandler.dump_traceback_later(float(seconds), exit=True, file=replies)
-        answer = answered(function, request, path)
+        answer = reply_to(function, request, path)
         if os.getpid() != process:
             os._exit(
                 0
@@ -127,7 +127,7 @@ def signature(function: Callable[..., Any]) -> dict[str, list[str] | None]:
     return {"columns": None if takes_all else columns, "required": [n for n in columns if named[n]]}
 
 
-def answered(function: Callable[..., Any], request: dict[str, Any], path: str) -> dict[str, Any]:
+def reply_to(function: Callable[..., Any], request: dict[str, Any], path: str) -> dict[str, Any]:
     """The reply to a request: scores with None for each that is no number, and problems by their place."""
     try:
         prompts, answers = request["prompts"], request["answers"]

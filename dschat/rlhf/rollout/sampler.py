@@ -28,8 +28,8 @@ class RolloutSampler:
         """
         sampling = replace(self._sampling, ppo_step=ppo_step)
         with self.backend.session():
-            answered = [self.backend.generate(batch, sampling) for batch in prompts]
-        return gather_rollouts(answered, self._pad_token_id)
+            rollouts = [self.backend.generate(batch, sampling) for batch in prompts]
+        return gather_rollouts(rollouts, self._pad_token_id)
 
 
 class CheckedSampler:
