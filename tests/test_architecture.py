@@ -138,3 +138,16 @@ def test_flags_are_declared_in_one_folder_and_taken_from_its_front():
 )
 def test_a_program_is_a_short_table_of_contents(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_files_that_the_documentation_names_exist(page):
+    named = re.findall(r"`((?:[\w.]+/)+[\w]+\.(?:py|sh))`", page.read_text(encoding="utf-8"))
+    places = (ROOT, ROOT / "dschat")
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
+
+
+@pytest.mark.parametrize("page", ["follow_a_pair.md", "follow_a_prompt.md"])
+def test_a_way_through_the_house_is_eight_files_long(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert len(re.findall(r"^\d\. \*\*`[\w/]+\.py`\*\*", text, re.MULTILINE)) == 8

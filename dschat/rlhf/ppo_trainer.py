@@ -83,14 +83,13 @@ class PPOTrainer:
         called after each optimiser step. Where the run goes on inside the PPO step, what is done of it is
         not done again. Returns the metrics of item 11, over all ranks. Every rank must call it.
         """
-        restored = self._resumed or self._sample_and_analyze(prompts, ppo_step)
-        rollout, analysis, kl_coef = restored.rollout, restored.analysis, restored.kl_coef
-        scores = restored.shaping(analysis.scores, rollout.ended)  # item 3
+        analyzed = self._resumed or self._sample_and_analyze(prompts, ppo_step)
+        rollout, analysis, kl_coef = analyzed.rollout, analyzed.analysis, analyzed.kl_coef
+        scores = analyzed.shaping(analysis.scores, rollout.ended)  # item 3
         rewards = shape_rewards(scores, analysis, rollout.answer_mask, self._ppo, kl_coef=kl_coef)  # item 4
         advantages, returns = estimate_advantages(rewards, analysis.values, rollout, self._ppo)  # item 6
-        experience = Experience.of(
-            restored, advantages, returns, self._ppo, self._minibatch_sampler
-        )  # item 7
+        sampler = self._minibatch_sampler
+        experience = Experience.of(analyzed, advantages, returns, self._ppo, sampler)  # item 7
         self.experience, self._resumed = experience, None
         for minibatch in self._minibatches_left(experience):  # item 10
             self.update(minibatch)  # items 8 and 9
@@ -191,7 +190,7 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, with the rollout and the analysis that are restored already."""
+        """Go on from what `state_dict` gave, with the rollout and the analysis that are analyzed already."""
         self.position = Position(**state_dict["position"])
         self._kl.coef = state_dict["kl_coef"]
         self._backend.uses_cache = state_dict["rollout_uses_cache"]
