@@ -85,16 +85,13 @@ CASES = (
 )
 
 PHASES = (
-    ("saving", ("progress.py", "save_checkpoint")),
+    ("saving", ("checkpoint.py", "save_checkpoint")),
     ("exporting", ("export_model",)),
-    ("evaluating", ("evaluation.py", "_evaluated", "reference.py")),
-    ("generating", ("rollout.py",)),
-    ("judging", ("judging.py",)),
-    ("training", ("train_on", "updates.py", "train_epochs", "training.py")),
-    (
-        "loading",
-        ("factory.py", "rlhf_engine.py", "engines.py", "manifest.py", "preparation.py"),
-    ),
+    ("evaluating", ("evaluation.py", "evaluations.py", "reference_logprobs.py")),
+    ("generating", ("hf_generate.py",)),
+    ("analysing", ("analysis.py",)),
+    ("training", ("train_on", "updates.py", "train_epochs", "train.py")),
+    ("loading", ("loading.py", "rlhf_engine.py", "build.py", "manifest.py", "preparation.py")),
 )
 """What is going on, by words of the stack; the first that fits counts."""
 
@@ -262,10 +259,11 @@ def run_trial(
         wait_for(process, output, rng, durations, aims_at_saving=aims_at_saving)
         phase, figures = (kill if kind == signal.SIGKILL else terminate)(process, output, rng)
     before = last_step(output)
+    has_finished = (output / "summary.json").is_file()  # what still ends then loses nothing
     updates = before * (UPDATES_PER_PPO_STEP if case.program == PPO else 1)
     code, log = finish(start_run(case, output, args.output_dir, "--resume_from_checkpoint=latest"), output)
     found = outcome(output) if code == 0 else None
-    lost = max(0, updates - resumed_step(log))
+    lost = 0 if has_finished else max(0, updates - resumed_step(log))
     result = {
         "trial": number,
         "signal": kind.name,
