@@ -33,15 +33,20 @@ def test_the_flags_of_the_soak_exist():
 @pytest.mark.parametrize(
     ("stack", "phase"),
     [
-        ('File "x/progress.py", line 3 in _write\nFile "x/training.py", line 9 in train_ppo', "saving"),
-        ('File "x/rollout.py", line 3 in generate\nFile "x/training.py", line 9 in train_ppo', "generating"),
-        ('File "x/rollout.py", line 3\nFile "x/evaluation.py", line 9 in figures', "evaluating"),
-        ('File "x/engines.py", line 3 in train_on\nFile "x/supervised.py", line 9', "training"),
+        ('File "x/checkpoint.py", line 3 in _write\nFile "x/train.py", line 9 in train_ppo', "saving"),
+        ('File "x/hf_generate.py", line 3 in generate\nFile "x/train.py", line 9 in train_ppo', "generating"),
+        ('File "x/hf_generate.py", line 3\nFile "x/evaluation.py", line 9 in evaluate', "evaluating"),
+        ('File "x/step.py", line 3 in train_on\nFile "x/loop.py", line 9', "training"),
         ('File "x/importlib.py", line 3', "starting"),
     ],
 )
 def test_a_stack_tells_what_was_going_on(stack, phase):
     assert faults.phase_of(stack) == phase
+
+
+def test_the_files_that_tell_a_phase_exist():
+    named = [word for _, words in faults.PHASES for word in words if word.endswith(".py")]
+    assert [name for name in named if not list((ROOT / "dschat").rglob(name))] == []
 
 
 def test_a_line_that_was_being_written_is_no_step(tmp_path):
