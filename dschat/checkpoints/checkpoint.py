@@ -96,30 +96,19 @@ class Checkpoints:
                 load_engine(engine, self._chosen / name)
             else:
                 self._load_resharded(engine, self._chosen / name)
-        self._restore_random_state(mesh().world.rank % saved["world_size"])
+        _restore_random_state(_own_file(self._chosen, mesh().world.rank % saved["world_size"]))
         shared = self._chosen / SHARED
+        by_rank = [] if same_ranks else [_tensors_of(self._chosen, n) for n in range(saved["world_size"])]
         return Progress(
             step=saved["step"],
             values=saved["state"],
-            own=self._tensors_of(mesh().world.rank) if same_ranks else {},
-            by_rank=[] if same_ranks else [self._tensors_of(rank) for rank in range(saved["world_size"])],
+            own=_tensors_of(self._chosen, mesh().world.rank) if same_ranks else {},
+            by_rank=by_rank,
             shared=load_file(shared) if shared.is_file() else {},
         )
 
-    def _restore_random_state(self, number: int) -> None:
-        own = _own_file(self._chosen, number)
-        tensors = load_file(own.with_suffix(".safetensors"))
-        random_tensors = {
-            name.removeprefix(RANDOM): t for name, t in tensors.items() if name.startswith(RANDOM)
-        }
-        restore_random_state(json.loads(own.with_suffix(".json").read_text()), random_tensors)
-
-    def _tensors_of(self, number: int) -> dict[str, Tensor]:
-        """What that rank gave to `save`."""
-        tensors = load_file(_own_file(self._chosen, number).with_suffix(".safetensors"))
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith(RANDOM)}
-
     def _load_resharded(self, engine: DeepSpeedEngine, folder: Path) -> None:
+        assert self._root is not None, "a run without an output folder goes on from no checkpoint"
         scratch = self._root / f".resharded-{folder.parent.name}"
         with private_files():
             load_engine_resharded(engine, folder, scratch)
@@ -159,7 +148,7 @@ class Checkpoints:
         """
         if self._root is not None:
             with private_files():
-                problem = self._write(step, engines, collect(parts))
+                problem = self._write(self._root, step, engines, collect(parts))
             self._saved_at = time.monotonic()
             if problem:
                 messages.warning(
@@ -171,23 +160,24 @@ class Checkpoints:
             raise Stopped(self._stop_message(step))
 
     def _write(
-        self,
-        step: int,
-        engines: Mapping[str, DeepSpeedEngine],
-        states: PartStates,
+        self, root: Path, step: int, engines: Mapping[str, DeepSpeedEngine], states: PartStates
     ) -> str | None:
         """Write, flush, move, mark, delete older ones. Returns on every rank what went wrong on any."""
-        target = self._root / f"step_{step:08d}"
-        temporary = self._root / f".saving-{target.name}"
+        target = root / f"step_{step:08d}"
+        temporary = root / f".saving-{target.name}"
         problem = first_error_across_ranks(
             lambda: self._make(temporary) if is_main_process() else None, axis="world"
         )
         if problem is None:
             problems = [save_engine(engine, temporary / name) for name, engine in engines.items()]
-            problem = first_error_across_ranks(
-                lambda: next(filter(None, problems), None) or self._write_own(temporary, step, states),
-                axis="world",
-            )
+
+            def write_own() -> str | None:
+                of_engines = next(filter(None, problems), None)
+                if of_engines is None:
+                    self._write_own(temporary, step, states)
+                return of_engines
+
+            problem = first_error_across_ranks(write_own, axis="world")
         found: list[dict] = []
         if problem is None:
             names = broadcast_from_rank_0(lambda: names_of_files(temporary))
@@ -200,7 +190,8 @@ class Checkpoints:
         if problem is None:
             files = {name: entry for part in found for name, entry in part.items()}
             problem = first_error_across_ranks(
-                lambda: self._finish(temporary, target, files) if is_main_process() else None, axis="world"
+                lambda: self._finish(root, temporary, target, files) if is_main_process() else None,
+                axis="world",
             )
         if problem is None:
             self._newest = target
@@ -224,19 +215,20 @@ class Checkpoints:
                 _save_tensors(states.shared, folder / SHARED)
             described = {**self._identity, "step": step, "state": states.values}
             (folder / PROGRESS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            assert self._run.output_dir is not None, "checkpoints lie in the output folder"
             metrics = Path(self._run.output_dir) / METRICS
             if metrics.is_file():
                 shutil.copyfile(metrics, folder / METRICS)
 
-    def _finish(self, temporary: Path, target: Path, files: dict) -> None:
-        others = finished_checkpoints(self._root)
+    def _finish(self, root: Path, temporary: Path, target: Path, files: dict) -> None:
+        others = finished_checkpoints(root)
         put_in_place(temporary, target, files, serial=1 + max(others.values(), default=0))
         limit = self._run.save_total_limit
         others.pop(target.name, None)
         intact = [name for name in others if name not in self._damaged]
         old = intact[: max(0, len(intact) - (limit - 1))] if limit else []
         for name in old + [name for name in self._damaged if name != target.name and limit]:
-            shutil.rmtree(self._root / name, ignore_errors=True)
+            shutil.rmtree(root / name, ignore_errors=True)
         self._damaged = ()
 
     def _kept(self) -> str:
@@ -276,6 +268,19 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def _own_file(folder: Path, number: int) -> Path:
     """What a rank writes for itself, without the suffix."""
     return folder / f"rank_{number:05d}"
+
+
+def _restore_random_state(own: Path) -> None:
+    """Restore the random states of a rank's own files."""
+    tensors = load_file(own.with_suffix(".safetensors"))
+    random_tensors = {name.removeprefix(RANDOM): t for name, t in tensors.items() if name.startswith(RANDOM)}
+    restore_random_state(json.loads(own.with_suffix(".json").read_text()), random_tensors)
+
+
+def _tensors_of(folder: Path, number: int) -> dict[str, Tensor]:
+    """What that rank gave to `save`."""
+    tensors = load_file(_own_file(folder, number).with_suffix(".safetensors"))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(RANDOM)}
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

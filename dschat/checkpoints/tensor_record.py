@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dschat.distributed.device import current_device
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 class TensorRecord(Generic[Record]):
@@ -25,8 +28,8 @@ class TensorRecord(Generic[Record]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by key; integers as tensors, too."""
-        state = {}
-        for field in fields(self._class) if self.record is not None else ():  # type: ignore[arg-type]
+        state: dict[str, Tensor] = {}
+        for field in fields(self._class) if self.record is not None else ():
             value = getattr(self.record, field.name)
             if isinstance(value, Mapping):
                 state |= {f"{field.name}.{key}": torch.as_tensor(entry) for key, entry in value.items()}
@@ -37,7 +40,7 @@ class TensorRecord(Generic[Record]):
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Make the record anew; a field without tensors has its default, or None."""
         values: dict[str, Any] = {}
-        for field in fields(self._class):  # type: ignore[arg-type]
+        for field in fields(self._class):
             start = f"{field.name}."
             entries = {key: tensor for key, tensor in state_dict.items() if key.startswith(start)}
             if field.name in state_dict:

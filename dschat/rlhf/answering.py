@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +85,8 @@ def load(path: str, flag: str) -> AskedModel:
     gpu = torch.cuda.is_available()
     config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
     model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
-    return AskedModel(model.to("cuda" if gpu else "cpu").eval(), tokenizer)
+    model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # transformers' decorator loses its self
+    return AskedModel(model.eval(), tokenizer)
 
 
 def answer(
@@ -97,7 +99,7 @@ def answer(
     ids = Encoder(model.tokenizer).prompts(prompts)
     keys = [content_key(row) for row in ids]
     table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "key": pa.array(keys, pa.int64())})
-    numbers = defaultdict(itertools.count)
+    numbers: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
     samples = np.array([next(numbers[key]) for key in keys])  # or equal prompts would get equal answers
     backend = HuggingFaceGenerate(model, model.tokenizer, gather=settings.rollout_gather)
     sampling = replace(Sampling.of(settings, seed=seed, greedy=greedy), ppo_step=EVALUATION)

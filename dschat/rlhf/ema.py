@@ -12,7 +12,11 @@ from dschat.distributed.zero3 import is_zero3_parameter
 
 def _held_weights(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, all of it elsewhere."""
-    return own_shard(parameter) if is_zero3_parameter(parameter) else parameter.data
+    if not is_zero3_parameter(parameter):
+        return parameter.data
+    shard = own_shard(parameter)
+    assert shard is not None, "under ZeRO-3 every rank has a shard"
+    return shard
 
 
 class MovingAverage:

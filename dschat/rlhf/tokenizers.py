@@ -43,7 +43,8 @@ def load_rlhf_tokenizers(
     `UserError` where a model has a tokenizer, or a template, that its `TokenizerRule` does not allow.
     """
     actor = specs[0]
-    ours, own = load_tokenizer(actor.path, settings), {}
+    ours = load_tokenizer(actor.path, settings)
+    own: dict[str, PreTrainedTokenizerBase] = {}
     for spec in specs:
         if spec.source != actor.role:
             tokenizer = _tokenizer_of(spec, actor, RlhfTokenizers(ours, own), settings)

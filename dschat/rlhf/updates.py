@@ -1,6 +1,7 @@
 """One optimiser step of actor and critic on a minibatch, items 8 and 9 of docs/ppo.md, and what it did."""
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import repeat
 
 import torch
@@ -112,7 +113,7 @@ class ActorCriticUpdates:
         target = self._settings.ppo.target_approx_kl
         return (
             target is not None
-            and sum_across_ranks(sum(moved), axis="data").item() / minibatch.num_tokens > target
+            and sum_across_ranks(reduce(torch.add, moved), axis="data").item() / minibatch.num_tokens > target
         )
 
     def _train_on(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
@@ -150,6 +151,7 @@ class ActorCriticUpdates:
 
     def _text_loss(self, text: TokenBatch) -> Tensor:
         """This micro-batch's share of the text's mean loss per token. -> scalar."""
+        assert self._texts is not None, "a text comes from the loader of texts"
         logprobs = token_logprobs_of(
             self._engine.actor, text, num_tokens=self._settings.num_tokens, every_position=True
         )
@@ -174,6 +176,7 @@ class ActorCriticUpdates:
     @phase(PhaseKind.TRAINING, "critic")
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._settings.ppo.value_clip
+        assert batch.values is not None, "a critic that is trained has valued the answers"
         values = values_of(self._engine.critic, batch.rollout.tokens)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens

@@ -82,9 +82,10 @@ class Exports:
 
         `step` is the last PPO step and `metrics` are its. Returns what a summary tells of them.
         """
-        takes_best = self._takes_best(step) and self._best.is_there()
+        taken = self.best_step if self._takes_best(step) and self._best.is_there() else None
+        takes_best = taken is not None
         gains = self._gains(takes_best, step)
-        actor_step = self.best_step if takes_best else step
+        actor_step = step if taken is None else taken
         of_last = {"ppo_step": step, **metrics}
         of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
         verdict = gains.pop("verdict", None)
@@ -94,7 +95,7 @@ class Exports:
         elif self._folder:
             self._export_actor(self._folder / "actor", provenance)
         if self._folder:
-            self._export_others(of_last)
+            self._export_others(self._folder, of_last)
         self._best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
         best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
@@ -111,12 +112,13 @@ class Exports:
             return False
         if self.best_step > 0 or step == 0 or self._last_step != step:
             return True
+        assert self._last is not None, "the best actor was found by an evaluation"
         lost = gained_objective(self._best_answers, self._last)
         return not math.isfinite(lost.mean) or (lost.mean < 0 and lost.is_beyond_noise)
 
     def _gains(self, takes_best: bool, step: int) -> dict[str, Any]:
         """The evaluation of the start, and what actor/ gains over it; nothing without evaluations."""
-        if self._start is None:
+        if self._start is None or self._last is None:  # the first evaluation sets both
             return {}
         exported = self._best_answers if takes_best else self._last
         score, objective = gained_score(self._start, exported), gained_objective(self._start, exported)
@@ -153,9 +155,9 @@ class Exports:
     def _export_actor(self, folder: Path, provenance: Provenance) -> None:
         export_model(self._engine.actor, self._tokenizer, folder, provenance=provenance)
 
-    def _export_others(self, metrics: dict[str, Any]) -> None:
+    def _export_others(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Write the critic and the moving average as the last PPO step left them."""
-        engine, tokenizer, folder = self._engine, self._tokenizer, self._folder
+        engine, tokenizer = self._engine, self._tokenizer
         for spec in self._others:
             provenance = self._provenance(spec, metrics, head=spec.head)
             export_model(engine.by_role[spec.role], tokenizer, folder / spec.role, provenance=provenance)

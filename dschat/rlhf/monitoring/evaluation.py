@@ -65,13 +65,18 @@ class Evaluator:
 
         With `has_running_scale` scores have the scale of the first evaluation's.
         """
-        self.answers: Answers | None = None
-        """What the last evaluation found of each answer."""
+        self._answers: Answers | None = None
         self._batches, self._engine, self._sampler = batches, engine, sampler
         self._minibatch_sampler, self._analyzer = minibatch_sampler, analyzer
         self._guard_retokenizer = guard_retokenizer
         self._shaping, self._needs_scale = shaping, has_running_scale
         self._first_kl_coef = first_kl_coef
+
+    @property
+    def answers(self) -> Answers:
+        """What the last evaluation found of each answer; there must have been one."""
+        assert self._answers is not None, "nothing is evaluated yet"
+        return self._answers
 
     @torch.no_grad()
     def evaluate(self, *, kl_coef: float | None = None) -> dict[str, float]:
@@ -110,7 +115,7 @@ class Evaluator:
             self._shaping = replace(self._shaping, mean=scores.mean().item(), std=std if std > 0 else 1.0)
             self._needs_scale = False
         objectives = self._shaping(scores, ended) - self._first_kl_coef * kl
-        self.answers = Answers.of(rollout.prompt_rows[real], scores, objectives)
+        self._answers = Answers.of(rollout.prompt_rows[real], scores, objectives)
         return {
             "score": scores.mean(),
             "score_stderr": standard_error(scores, rollout.prompt_rows[real]),

@@ -197,7 +197,9 @@ class Guard:
 
     def verdict(self) -> dict[str, str]:
         """What a summary tells of a run that the guard ended; nothing of another."""
-        return {"stopped_by": self.stopped_by, "stop_reason": self.reason} if self.stopped_by else {}
+        if self.stopped_by is None or self.reason is None:  # they are set together
+            return {}
+        return {"stopped_by": self.stopped_by, "stop_reason": self.reason}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the guard remembers, for JSON."""

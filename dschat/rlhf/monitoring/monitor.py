@@ -29,7 +29,7 @@ class TrainingMonitor:
         lines = self.guard.observe(step, metrics | evaluation)
         if not evaluation and self.guard.stopped_by:
             evaluation = self._evaluate(metrics)  # the run ends here, and its last metrics are complete
-        if evaluation:
+        if evaluation and self.evaluator:
             answers = self.evaluator.answers
             self.exports.offer(step, evaluation, answers, is_warned_of=self.guard.is_warning)
             lines = [evaluation_line(step, evaluation), *lines]

@@ -21,6 +21,7 @@ class Difference:
     @staticmethod
     def between(rollout: RolloutBatch, logprobs: Tensor) -> "Difference":
         """Of those that the tokens were sampled with to the training model's [B, T]; NaN where either is."""
+        assert rollout.logprobs is not None, "the rollout recorded no log-probabilities"
         apart = (logprobs - rollout.logprobs).abs()[rollout.answer_mask]
         return Difference(apart.mean().item(), apart.max().item(), len(apart))
 

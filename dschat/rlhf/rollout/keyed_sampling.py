@@ -49,8 +49,9 @@ def _to_words(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_keys(prompt_keys: Tensor, samples: Tensor, *, seed: int, ppo_step: int) -> Tensor:
     """Two 32-bit states a row from (seed, PPO step, prompt, sample). int64 [B], int64 [B] -> int32 [B, 2]."""
-    words = [
-        *_to_words(prompt_keys),
+    low, high = _to_words(prompt_keys)
+    words: list[Tensor | int] = [
+        *(low, high),
         *_to_words(samples),
         _signed32(seed),
         _signed32(seed >> 32),
@@ -58,7 +59,7 @@ def row_keys(prompt_keys: Tensor, samples: Tensor, *, seed: int, ppo_step: int) 
     ]
     states = []
     for start in (0x9747B28C, 0x3C6EF372):
-        state = torch.full_like(words[0], _signed32(start))
+        state = torch.full_like(low, _signed32(start))
         for word in words:
             state = _fold(state, word)
         states.append(state)
