@@ -67,6 +67,9 @@ SIZES = {
             "logprobs: Float B T"
         )
     },
+    "dschat.rlhf.analysis": {
+        "ModelOutputs": "logprobs, entropy, ref_logprobs, values: Float B T; scores: Float B",
+    },
     "dschat.rlhf.experience": {
         "AnswerAnalysis": "logprobs, entropy, ref_logprobs, values: Float B T; scores, by_source: Float B",
         "MicroBatch": "logprobs, ref_logprobs, values, advantages, returns, weights: Float B T",

@@ -1,12 +1,13 @@
 """What the models, and other sources of scores, say of answers."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
+from dschat.distributed.collectives import gather_rows
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -16,6 +17,40 @@ from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.tokenizers import RlhfTokenizers, build_retokenizer
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What the four models alone say of answers: [B, T], with anything beyond the answers, but `scores` [B].
+
+    The fields are those of `AnswerAnalysis`; `values` and `scores` are None where no such model is asked.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None
+    scores: Tensor | None
+
+    @staticmethod
+    def gather(parts: list["ModelOutputs"], rows: list[Tensor], answer_length: int) -> "ModelOutputs":
+        """Outputs for this rank's micro-batches -> those of all ranks, each at its row's number."""
+        row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device), axis="data")
+        order = row_numbers.argsort()
+
+        def column(name: str) -> Tensor:
+            values = [getattr(part, name) for part in parts]
+            if values[0].dim() == 2:
+                values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
+            return gather_rows(torch.cat(values), axis="data")[order]
+
+        return ModelOutputs(
+            logprobs=column("logprobs"),
+            entropy=column("entropy"),
+            ref_logprobs=column("ref_logprobs"),
+            values=None if parts[0].values is None else column("values"),
+            scores=None if parts[0].scores is None else column("scores"),
+        )
 
 
 class AnswerAnalyzer:
@@ -56,24 +91,32 @@ class AnswerAnalyzer:
             engine.eval()
         critic = self._engine.critic if with_values else None
         parts = [self._analyze_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
-        analysis = AnswerAnalysis.gather(parts, rows, rollout.answer_mask.shape[1])
+        outputs = ModelOutputs.gather(parts, rows, rollout.answer_mask.shape[1])
+        logprobs, entropy, ref_logprobs = outputs.logprobs, outputs.entropy, outputs.ref_logprobs
         if self._rewards is None:
-            return analysis
+            assert outputs.scores is not None, "without other sources of scores there is a reward model"
+            return AnswerAnalysis(logprobs, entropy, ref_logprobs, outputs.values, outputs.scores)
         summed = self._rewards.score(
-            rollout, rows, self._prompts, analysis.scores, in_evaluation=self._in_evaluation
+            rollout, rows, self._prompts, outputs.scores, in_evaluation=self._in_evaluation
         )
-        return replace(
-            analysis, scores=summed.scores, by_source=summed.by_source, num_errors=summed.num_errors
+        return AnswerAnalysis(
+            *(logprobs, entropy, ref_logprobs, outputs.values, summed.scores),
+            by_source=summed.by_source,
+            num_errors=summed.num_errors,
         )
 
-    def _analyze_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> AnswerAnalysis:
-        tokens = batch.tokens
-        softmax = {"num_tokens": self._num_tokens, "temperature": self._temperature}
+    def _analyze_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> ModelOutputs:
+        tokens, num_tokens, temperature = batch.tokens, self._num_tokens, self._temperature
         # No logits outlive their call: they are the largest tensor here.
-        logprobs, entropy = predictions_of(self._engine.actor, tokens, **softmax)
+        logprobs, entropy = predictions_of(
+            self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
+        )
+        assert entropy is not None, "it is computed unless it is left out"
         with self._engine.reference() as reference:
-            ref_logprobs = token_logprobs_of(reference, tokens, **softmax)
-        return AnswerAnalysis(
+            ref_logprobs = token_logprobs_of(
+                reference, tokens, num_tokens=num_tokens, temperature=temperature
+            )
+        return ModelOutputs(
             logprobs=logprobs,
             entropy=entropy,
             ref_logprobs=ref_logprobs,

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console.text import printable
-from dschat.distributed.collectives import gather_rows
 from dschat.distributed.mesh import mesh
 from dschat.losses import (
     advantages_and_returns,
@@ -121,30 +120,13 @@ class AnswerAnalysis:
     entropy: Tensor  # of the actor, nats
     ref_logprobs: Tensor  # of the reference model
     values: Tensor | None  # of the critic, where there is one
-    scores: Tensor | None  # raw: of the reward model, where there is one, or the sum over all sources
+    scores: Tensor  # raw: of the reward model, or the sum over all sources
     by_source: dict[str, Tensor] = field(default_factory=dict)  # the parts of such a sum
     num_errors: dict[str, int] = field(default_factory=dict)  # answers that a source could not score
 
     def log_ratio(self, mask: Tensor) -> Tensor:
         """Of policy to reference, 0 outside the answers: the KL's k1 a token. bool [B, T] -> [B, T]."""
         return torch.where(mask, self.logprobs - self.ref_logprobs, 0)
-
-    @staticmethod
-    def gather(parts: list["AnswerAnalysis"], rows: list[Tensor], answer_length: int) -> "AnswerAnalysis":
-        """Analyses of this rank's micro-batches -> those of all ranks, each at its row's number."""
-        row_numbers = gather_rows(torch.cat(rows).to(parts[0].logprobs.device), axis="data")
-        order = row_numbers.argsort()
-
-        def column(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            if values[0] is None:
-                return None
-            if values[0].dim() == 2:
-                values = [torch.nn.functional.pad(v, (0, answer_length - v.shape[1])) for v in values]
-            return gather_rows(torch.cat(values), axis="data")[order]
-
-        names = ("logprobs", "entropy", "ref_logprobs", "values", "scores")
-        return AnswerAnalysis(*(column(name) for name in names))
 
     def with_finite_scores(self) -> tuple["AnswerAnalysis", int]:
         """The same with the mean of the finite scores in place of each that is not, and how many were not.
@@ -279,11 +261,15 @@ class Experience:
         rollout = self.rollout.rows(rows)
         width = rollout.answer_mask.shape[1]
         analysis = self.analysis
-        columns = (
-            *(analysis.logprobs, analysis.ref_logprobs, analysis.values),
-            *(self.advantages, self.returns, self.weights),
+        return MicroBatch(
+            rollout,
+            logprobs=analysis.logprobs[rows, :width],
+            ref_logprobs=analysis.ref_logprobs[rows, :width],
+            values=None if analysis.values is None else analysis.values[rows, :width],
+            advantages=self.advantages[rows, :width],
+            returns=self.returns[rows, :width],
+            weights=None if self.weights is None else self.weights[rows, :width],
         )
-        return MicroBatch(rollout, *(c if c is None else c[rows, :width] for c in columns))
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
         """The first prompts with their answers and raw scores, for people."""
@@ -292,8 +278,11 @@ class Experience:
             one = self.rollout.rows(torch.tensor([row], device=self.returns.device))
             prompt, answer = one.input_ids[0].split([one.prompt_length, one.answer_mask.shape[1]])
             score = self.analysis.scores[row]
-            lines.append(f"--- prompt: {printable(tokenizer.decode(prompt))}")
-            lines.append(f"--- answer (score {score:.3f}): {printable(tokenizer.decode(answer))}")
+            prompt_text, answer_text = tokenizer.decode(prompt), tokenizer.decode(answer)
+            assert isinstance(prompt_text, str)
+            assert isinstance(answer_text, str)
+            lines.append(f"--- prompt: {printable(prompt_text)}")
+            lines.append(f"--- answer (score {score:.3f}): {printable(answer_text)}")
         return "\n".join(lines)
 
     @property
@@ -365,11 +354,13 @@ def estimate_advantages(
     """
     mask = rollout.answer_mask
     if args.has_critic:
+        assert values is not None, "where there is a critic it has valued the answers"
         return advantages_and_returns(values, rewards, mask, gamma=args.gamma, gae_lambda=args.gae_lambda)
     returns = discounted_returns(rewards, mask, gamma=args.gamma)
-    if not args.compares_answers:
+    estimator = args.advantage_estimator
+    if estimator not in ("rloo", "grpo"):
         return returns, returns
-    of_answers = group_advantages(rewards.sum(dim=1), rollout.prompt_rows, args.advantage_estimator)
+    of_answers = group_advantages(rewards.sum(dim=1), rollout.prompt_rows, estimator)
     return of_answers.unsqueeze(1) * mask, returns
 
 

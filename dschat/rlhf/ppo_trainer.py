@@ -124,6 +124,7 @@ class PPOTrainer:
         if self.position.has_moved_enough:
             return
         with self._times.measured("training"):
+            assert self.experience is not None, "a minibatch is a part of the experience"
             trains_actor = self._trains_actor(self.experience.ppo_step)
             self._updates.step(minibatch, self.position, trains_actor=trains_actor)
 
@@ -171,6 +172,7 @@ class PPOTrainer:
         """Those of `parts` that a checkpoint made now keeps: without the experience between PPO steps."""
         if not self.is_inside_ppo_step:
             return {name: part for name, part in self.parts.items() if name in ("average", "trainer")}
+        assert self.experience is not None, "there is experience inside a PPO step"
         self._kept_rollout.record = self.experience.rollout
         self._kept_analysis.record = self.experience.analysis
         return self.parts
@@ -186,7 +188,7 @@ class PPOTrainer:
             "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
             "seconds": self._times.seconds,
             "skipped": self._updates.skipped.state_dict(),
-            "experience": self.experience.settings if self.is_inside_ppo_step else None,
+            "experience": self.experience.settings if self.experience and self.is_inside_ppo_step else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,9 +205,12 @@ class PPOTrainer:
         settings = state_dict["experience"]
         if settings:
             self._kl.coef = settings["kl_coef"]  # steered at the end of the PPO step
+            rollout, analysis = self._kept_rollout.record, self._kept_analysis.record
+            assert rollout is not None, "the rollout is restored before the trainer"
+            assert analysis is not None, "the analysis is restored before the trainer"
             self._resumed = AnalyzedRollout(
-                self._kept_rollout.record,
-                self._kept_analysis.record,
+                rollout,
+                analysis,
                 replace(self._score_scale.fixed, mean=settings["mean"], std=settings["std"]),
                 kl_coef=settings["kl_coef"],
                 ppo_step=settings["ppo_step"],

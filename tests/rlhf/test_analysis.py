@@ -1,12 +1,13 @@
 """The analysis of answers by models whose outputs are known."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dschat.rlhf.analysis import AnswerAnalyzer
+from dschat.rlhf.analysis import AnswerAnalyzer, ModelOutputs
 from dschat.rlhf.rollout.batch import RolloutBatch
 
 # P(next | token) of a vocabulary of 3, whose last entry pads it; the reference model finds all alike
@@ -95,3 +96,24 @@ def test_the_critic_is_left_out_where_values_are_not_asked_for(analyzer):
 def test_actor_and_reference_pass_over_the_same_rows_in_turn(analyzer, engines):
     analyzer.analyze(ROLLOUT, rows([0], [1]))
     assert engines.calls == [1, 1, 1, 1]
+
+
+def test_outputs_return_to_the_rows_they_were_made_of():
+    lengths = torch.tensor([2, 5, 1, 5, 3, 4])
+    mask = torch.arange(5) < lengths[:, None]
+    generator = torch.Generator().manual_seed(0)
+    whole = ModelOutputs(*torch.randn(4, 6, 5, generator=generator), torch.randn(6, generator=generator))
+    numbers = rows([5, 1], [0, 4], [3, 2])
+    parts = []
+    for part in numbers:
+        width = int(lengths[part].max())
+        columns = (whole.logprobs, whole.entropy, whole.ref_logprobs, whole.values)
+        parts.append(ModelOutputs(*(c[part, :width] for c in columns), whole.scores[part]))
+    gathered = ModelOutputs.gather(parts, numbers, 5)
+    assert torch.equal(gathered.scores, whole.scores)
+    for name in ("logprobs", "entropy", "ref_logprobs", "values"):
+        assert torch.equal(getattr(gathered, name)[mask], getattr(whole, name)[mask])
+    without = ModelOutputs.gather([replace(part, values=None, scores=None) for part in parts], numbers, 5)
+    assert without.values is None
+    assert without.scores is None
+    assert torch.equal(without.logprobs, gathered.logprobs)

@@ -205,23 +205,6 @@ def test_without_a_critic_nothing_is_said_of_one(estimator):
     assert all(m.micro_batches[0].values is None for m in experience.minibatches(0))
 
 
-def test_judgements_return_to_the_rows_they_were_made_of():
-    judgement = make_judgement()
-    rows = [torch.tensor([5, 1]), torch.tensor([0, 4]), torch.tensor([3, 2])]
-    parts = []
-    for numbers in rows:
-        width = int(LENGTHS[numbers].max())
-        columns = (judgement.logprobs, judgement.entropy, judgement.ref_logprobs, judgement.values)
-        parts.append(AnswerAnalysis(*(c[numbers, :width] for c in columns), judgement.scores[numbers]))
-    gathered = AnswerAnalysis.gather(parts, rows, ANSWER)
-    assert torch.equal(gathered.scores, judgement.scores[:6])
-    without = AnswerAnalysis.gather([replace(part, values=None) for part in parts], rows, ANSWER)
-    assert without.values is None
-    assert torch.equal(without.logprobs, gathered.logprobs)
-    mask = make_rollout().answer_mask[:6]
-    assert torch.equal(gathered.values[mask], judgement.values[:6][mask])
-
-
 def test_metrics_of_a_batch_worked_out_by_hand():
     # two answers of two and one tokens; log-ratios to the reference (0.5, -0.1) and (0.2)
     rollout = RolloutBatch(

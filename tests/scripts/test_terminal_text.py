@@ -49,8 +49,8 @@ def test_print_answers():
         input_ids=torch.zeros(1, 4, dtype=torch.long), prompt_length=2, answer_mask=torch.ones(1, 2)
     )
     rollout.rows = lambda rows: rollout
-    judgement = SimpleNamespace(scores=torch.ones(1))
-    experience = SimpleNamespace(rollout=rollout, judgement=judgement, returns=torch.ones(1))
+    analysis = SimpleNamespace(scores=torch.ones(1))
+    experience = SimpleNamespace(rollout=rollout, analysis=analysis, returns=torch.ones(1))
     tokenizer = SimpleNamespace(decode=lambda ids: HOSTILE)
     shown = Experience.examples(experience, tokenizer, 1)
     assert shown == f"--- prompt: {SHOWN}\n--- answer (score 1.000): {SHOWN}"
