@@ -11,6 +11,7 @@ export PATH="$root/.venv/bin:$PATH"
 shellcheck .ci/run scripts/*.sh step*/*.sh
 ruff check .
 ruff format --check .
+mypy --no-error-summary
 if (($#)); then
     python -m pytest -n 2 --dist loadfile "$@"
 else
