@@ -71,3 +71,7 @@ def test_lines_in_common_count_in_the_order_they_stand_in(checkout):
     second.write_text(first.read_text())
     name = "share of lines that two steps' programs have in common"
     assert missed(checkout)[name] == f"{house.PROGRAMS[0]} and {house.PROGRAMS[1]}"
+
+
+def test_this_house_keeps_its_bounds():
+    assert missed(Path(__file__).resolve().parents[2]) == {}
