@@ -127,6 +127,7 @@ def test_flags_are_declared_without_torch():
         assert not [n for n in imports(path) if n.startswith(("torch", "deepspeed"))], path
 
 
+@pytest.mark.slow
 def test_flags_are_declared_in_one_folder_and_taken_from_its_front():
     for path in sources("dschat", *PROGRAMS, "tests"):
         if path.parent not in (ROOT / "dschat" / "arguments", ROOT / "tests" / "arguments"):

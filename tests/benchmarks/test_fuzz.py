@@ -35,6 +35,7 @@ def test_every_target_is_tried_here():
     assert sum(share for share, _ in fuzz.TARGETS.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_input_is_accepted_or_refused_in_one_readable_line(name, folder, monkeypatch):
     monkeypatch.setattr(fuzz, "BOMBS", [])  # tests/data/test_templates.py has them
@@ -69,6 +70,7 @@ def test_what_is_neither_counts_as_a_crash(error, problem, folder, monkeypatch):
     assert result.examples[0]["times"] == "3"
 
 
+@pytest.mark.slow
 def test_a_refusal_is_counted_and_the_same_seed_makes_the_same_inputs(folder):
     one, two = (fuzz.fuzz("data: rows", 60, seed=3, folder=folder, limit=60) for _ in range(2))
     assert (one.accepted, one.refused) == (two.accepted, two.refused)

@@ -130,6 +130,7 @@ def test_verdicts_say_yes_and_no():
     assert "the worst seed ends -20.0 points from SFT; never below it, no." in said
 
 
+@pytest.mark.slow
 def test_plots_are_written_for_the_parts_that_ran(tmp_path):
     plots = pytest.importorskip("learning_plots", reason="matplotlib is one of the development packages")
     found = results()

@@ -120,11 +120,13 @@ def assert_same_end(folder: Path, case: str, stop: dict, told: str) -> None:
     assert (went_on in told) == (step > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "stop"), pairs(STOPS), ids=str)
 def test_an_interrupted_run_ends_bit_by_bit_like_a_whole_one(case, stop, folder, one_rank):
     assert_same_end(folder, case, stop, one_rank)
 
 
+@pytest.mark.slow
 def test_a_part_of_an_epoch_ends_with_an_evaluation_and_the_schedule_with_it(folder, one_rank):
     lines = [json.loads(line) for line in (folder / "reward" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 5]
@@ -137,6 +139,7 @@ def test_a_part_of_an_epoch_ends_with_an_evaluation_and_the_schedule_with_it(fol
     assert "epoch 0.9: " in one_rank  # DPO: three steps, the last of them with the rows of a whole epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "stop"), pairs(STOPS_ON_TWO_RANKS), ids=str)
 def test_so_does_one_on_two_ranks(case, stop, folder, two_ranks):
     assert_same_end(folder, case, stop, two_ranks)
@@ -169,6 +172,7 @@ def test_another_number_of_ranks_gives_the_same_curve(before, after, folder):
             assert line == pytest.approx(expected, rel=1e-5), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "launcher"), [(signal.SIGUSR1, []), (signal.SIGTERM, ["torchrun"])])
 def test_a_signal_saves_and_ends_the_program_with_a_code_of_its_own(number, launcher, folder, tmp_path):
     """torchrun passes SIGTERM on to its processes."""

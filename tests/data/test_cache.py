@@ -43,6 +43,7 @@ def test_what_is_kept_is_told_without_building_it(tmp_path):
     assert lookup(tmp_path, "key") is None, "it was cut short"
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path):
     command = [sys.executable, "-c", BUILDER, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

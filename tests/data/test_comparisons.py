@@ -81,6 +81,7 @@ TURNS = st.builds(
 PROMPTS = st.text(min_size=1) | st.lists(TURNS, min_size=1, max_size=4).map(tuple)
 
 
+@pytest.mark.slow
 @given(PROMPTS)
 def test_a_prompt_survives_packing(prompt):
     unpacked = unpack_prompt(pack_prompt(prompt))

@@ -71,6 +71,7 @@ def test_text_and_messages_and_a_system_message_are_told_apart_as_in_prompts(tmp
     assert [index.families.tolist().index(family) for family in index.families] == [0, 0, 2, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HH.exists(), reason="needs the shared HH data")
 def test_held_out_dialogues_of_real_data_neither_begin_nor_go_on_from_training_ones(tmp_path):
     source = open_source(str(HH))

@@ -37,6 +37,7 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("files") / "x.json"
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(VALUES, max_size=6),
     chunk=st.integers(1, 40),
@@ -62,6 +63,7 @@ def test_a_number_is_not_cut_where_the_window_ends(tmp_path, monkeypatch, number
     assert rows_of(tmp_path / "x.json") == [json.loads(number)] * 2
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=6), crlf=st.booleans()
 )
@@ -103,6 +105,7 @@ print(number, tracemalloc.get_traced_memory()[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_100_megabytes_are_read_in_16(tmp_path, form):
     path = tmp_path / "x.json"

@@ -352,6 +352,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COLUMNS)
 @given(data=st.data())
 def test_whatever_the_columns_hold_it_is_read_or_refused(name, data):

@@ -245,6 +245,7 @@ ROWS = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(ROWS, st.sampled_from(list(LAYOUTS)))
 def test_whatever_a_row_holds_it_is_read_or_refused(row, name):

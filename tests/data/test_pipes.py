@@ -109,6 +109,7 @@ def test_an_empty_pipe_is_named_for_it_may_have_been_read_before():
         open_source("/dev/null")
 
 
+@pytest.mark.slow
 def test_what_a_shell_puts_in_place_of_a_command_is_read(tmp_path):
     program = (
         "import sys; from dschat.data.sources import open_source\n"

@@ -231,6 +231,7 @@ def test_published_evaluation_dialogues_that_go_on_from_training_ones_are_counte
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_dialogues_pass_and_pad_less_than_15_percent_at_batch_8(tmp_path, hh_tokenizer, capsys):
     data = arguments(tmp_path, str(HH))
     sft = sft_data(data, hh_tokenizer, max_seq_len=512, seed=1234)
@@ -252,6 +253,7 @@ def union(steps):
     return sorted(prompt for train, _ in steps for prompt in train)
 
 
+@pytest.mark.slow
 def test_a_weight_thins_a_source_in_every_step_and_leaves_evaluation_alone(tmp_path, tokenizer):
     one, two = write_rows(tmp_path / "a.jsonl", range(100)), write_rows(tmp_path / "b.jsonl", range(100, 200))
     steps = all_steps(arguments(tmp_path, f"{one}:0.4", two), tokenizer)
@@ -264,6 +266,7 @@ def test_a_weight_thins_a_source_in_every_step_and_leaves_evaluation_alone(tmp_p
     assert union(plain) == sorted(set(range(200)) - set(plain[0][1]))
 
 
+@pytest.mark.slow
 def test_one_weight_alone_changes_nothing(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", range(50))
     assert all_steps(arguments(tmp_path, f"{path}:0.3"), tokenizer) == all_steps(
@@ -322,6 +325,7 @@ def test_evaluation_data_that_leaves_nothing_to_train_on_is_named(tmp_path, toke
         sft_data(arguments(tmp_path, path, eval_data_path=[path]), tokenizer, max_seq_len=64, seed=1)
 
 
+@pytest.mark.slow
 def test_max_train_samples_are_nested_and_of_each_steps_own_share(tmp_path, tokenizer, capsys):
     path = write_rows(tmp_path / "a.jsonl", range(100))
     whole = all_steps(arguments(tmp_path, path), tokenizer)
@@ -561,6 +565,7 @@ def entries(tmp_path):
     return [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
+@pytest.mark.slow
 def test_template_reader_format_weight_and_evaluation_make_other_results(tmp_path):
     rows = [
         {"prompt": f"{p}", "chosen": "a", "rejected": "b", "question": f"{p}", "answer": "c"}
@@ -652,6 +657,7 @@ print("rows", len(split.train), len(split.evaluation), sum(map(sum, split.train[
 """
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_together_share_one_entry(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", range(100))
     command = [sys.executable, "-c", PREPARE, path, str(tmp_path / "cache")]

@@ -213,6 +213,7 @@ def test_fewer_samples_are_among_more_and_the_same_again(count, more, seed):
     assert sorted(backwards) == list(some)
 
 
+@pytest.mark.slow
 @given(rows=rows, weights=st.dictionaries(st.integers(0, 2), st.floats(0.1, 3)), seed=st.integers(0, 9))
 def test_rows_of_one_prompt_are_of_one_part(rows, weights, seed):
     prompts = np.array([row[0] for row in rows], dtype=np.int64)

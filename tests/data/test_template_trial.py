@@ -32,6 +32,7 @@ def test_a_template_that_cannot_serve_is_refused_with_the_flag(tmp_path, templat
     assert str(error.value).count("--chat_template") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [

@@ -46,6 +46,7 @@ def test_a_txt_file_is_one_text_and_files_follow_each_other(blocks_of, tokenizer
     assert blocks.flatten().tolist() == expected
 
 
+@pytest.mark.slow
 def test_a_large_file_is_read_in_pieces_and_ends_once(blocks_of, tokenizer, tmp_path):
     line = "how many lines are there? " * 4 + "\n"
     path = tmp_path / "large.txt"

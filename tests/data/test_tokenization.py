@@ -383,6 +383,7 @@ def dialogue(system, exchanges, question):
 
 
 # Many at once, for a call of `Dataset.map` takes far longer than a row.
+@pytest.mark.slow
 @given(many=st.lists(DIALOGUES, min_size=1, max_size=30), max_tokens=st.integers(4, 32), bos=st.booleans())
 @settings(max_examples=40)
 def test_whatever_is_too_long_keeps_the_end_of_the_conversation_and_the_end_token(many, max_tokens, bos):

@@ -19,6 +19,7 @@ def two_ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_collectives_on_two_ranks(two_ranks):
     for result in two_ranks:
         assert result["sum"] == [3, 30]

@@ -41,6 +41,7 @@ def test_a_lock_that_nobody_holds_is_deleted(lock):
     assert extension_locks.clear_build_locks(on_one_machine=True) == []
 
 
+@pytest.mark.slow
 def test_one_that_somebody_holds_is_waited_for(lock):
     with building(lock, ENDS) as other:
         assert extension_locks.is_open(lock)

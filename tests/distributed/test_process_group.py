@@ -12,6 +12,7 @@ from dschat.errors import UserError
 WORKER = ROOT / "tests" / "workers" / "collectives.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_processes_on_a_cpu_compile_no_collectives_and_leave_no_shared_memory(tmp_path, ranks):
     worker = tmp_path / "joins.py"

@@ -121,6 +121,7 @@ def test_a_group_of_one_takes_another_port_and_several_ranks_are_told_one(enviro
     assert f"MASTER_ADDR node-0, MASTER_PORT {port}: gone" in str(unmet(RuntimeError("gone")))
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_rank_0_and_say_where(environment, monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "NOTE_AFTER", 0.5)
     port = rendezvous.free_port()

@@ -15,6 +15,7 @@ from dschat.distributed import watchdog
 WORKER = ROOT / "tests" / "workers" / "lose_a_rank.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("waiting", ["collective", "sleep"])
 def test_the_others_end_within_a_minute_and_name_it(waiting):
     start = time.monotonic()
@@ -26,6 +27,7 @@ def test_the_others_end_within_a_minute_and_name_it(waiting):
     assert result.stderr.count("ended before this rank") == 1
 
 
+@pytest.mark.slow
 def test_the_deepspeed_launcher_too():
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29731"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -39,6 +41,7 @@ def test_the_deepspeed_launcher_too():
     assert "error: rank 1 (process " in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

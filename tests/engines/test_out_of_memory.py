@@ -54,6 +54,7 @@ def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
     return load_file(folder / output / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
 def test_a_run_that_starts_again_learns_what_smaller_micro_batches_learn(folder, ranks, rank):
     small, halved = f"small{ranks}", f"halved{ranks}"
@@ -67,6 +68,7 @@ def test_a_run_that_starts_again_learns_what_smaller_micro_batches_learn(folder,
     assert any(not torch.equal(ours[name], started[name]) for name in started)
 
 
+@pytest.mark.slow
 def test_the_message_names_phase_consumers_and_flags(folder):
     result = run(folder, "fails", 4, limit=2, check=False)
     assert result.returncode == 2
@@ -79,6 +81,7 @@ def test_the_message_names_phase_consumers_and_flags(folder):
     assert "--auto_micro_batch does the first by itself" in result.stderr
 
 
+@pytest.mark.slow
 def test_one_row_cannot_be_halved(folder):
     result = run(folder, "one_row", 1, "--auto_micro_batch", limit=0, check=False)
     assert result.returncode == 2

@@ -19,6 +19,7 @@ def seen(request, tmp_path_factory) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_no_weight_no_moment_and_no_learning_rate(seen):
     assert len(seen) == 8
     for setting, run in seen.items():

@@ -297,6 +297,7 @@ def without_padding_token(tmp_path_factory) -> Path:
     return save_tiny_model(folder, "qwen3", tokenizer=tiny_tokenizer(pad_token=None))
 
 
+@pytest.mark.slow
 def test_zero_3_on_two_ranks_trains_and_exports_what_one_process_does(without_padding_token, tmp_path):
     one = run_worker(without_padding_token, tmp_path / "one", stage=0, dtype="fp32", ranks=1)
     two = run_worker(without_padding_token, tmp_path / "two", stage=3, dtype="fp32", ranks=2)
@@ -317,6 +318,7 @@ def test_zero_3_on_two_ranks_trains_and_exports_what_one_process_does(without_pa
         torch.testing.assert_close(ours, theirs, atol=1e-3 if name == "critic" else 0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_critic_trains_in_bf16_with_zero_2(without_padding_token, tmp_path):
     seen = run_worker(without_padding_token, tmp_path / "bf16", stage=2, dtype="bf16", ranks=2)
     assert seen["losses"][1] < seen["losses"][0]

@@ -122,6 +122,7 @@ NUM_LINEAR = {
 }
 
 
+@pytest.mark.slow
 def test_every_linear_layer_of_the_backbone_gets_an_adapter_and_no_output_layer(folder):
     model, value_model = causal(folder), critic(folder)
     family = "opt_projected" if getattr(model.config, "word_embed_proj_dim", 32) == 16 else None
@@ -202,6 +203,7 @@ def test_alpha_is_the_rank_unless_given(opt_projected):
         torch.testing.assert_close(layer(x) - layer.base_layer(x), torch.full((1, 64), float(expected)))
 
 
+@pytest.mark.slow
 def test_adapters_follow_torchs_seed_and_nothing_else(opt_projected):
     def first_a(seed: int, dtype: str | None = None) -> Tensor:
         torch.manual_seed(seed)

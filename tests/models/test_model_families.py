@@ -55,11 +55,13 @@ def assert_scores_alike(scores: dict[str, float]) -> None:
     assert scores["reloaded_difference"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_family_goes_through_all_three_steps(family, one_rank):
     assert_trained(one_rank[family])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_trained_reward_model_scores_alike_in_transformers(family, one_rank):
     scores = one_rank[family]["scores"]

@@ -49,6 +49,7 @@ def learn_to_stop(model: nn.Module, end: int, steps: int = 60) -> None:
     model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_rows_change_no_output_and_take_gradients(family, tmp_path):
     save_tiny_model(tmp_path, family)
@@ -66,6 +67,7 @@ def test_fresh_rows_change_no_output_and_take_gradients(family, tmp_path):
     assert all(part.delta.grad.abs().sum() > 0 for part in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "opt_projected"])
 def test_the_model_learns_to_stop_and_the_export_has_it(family, tmp_path):
     """Llama's output layer is its own here, the others' is the embedding; Gemma scales what it looks up."""

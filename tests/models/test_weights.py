@@ -119,6 +119,7 @@ def in_shards(folder: Path, form: str) -> None:
     (folder / f"{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_shards_give_the_model_that_was_divided(family, form, tmp_path):

@@ -44,6 +44,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_run_is_stopped_and_says_why(run):
     folder, told = run
     summary = json.loads((folder / "summary.json").read_text())
@@ -57,6 +58,7 @@ def test_the_run_is_stopped_and_says_why(run):
     assert told.index("in a row of it the run stops") < told.index("the run stops after PPO step")
 
 
+@pytest.mark.slow
 def test_the_score_rose_to_the_end(run):
     """So nothing but the guard would have noticed."""
     evaluations = [line for line in lines(run[0]) if "eval_score" in line]
@@ -66,6 +68,7 @@ def test_the_score_rose_to_the_end(run):
     assert evaluations[-1]["eval_objective"] > evaluations[0]["eval_objective"]
 
 
+@pytest.mark.slow
 def test_the_best_actor_is_from_before_the_first_warning(run):
     folder, told = run
     summary = json.loads((folder / "summary.json").read_text())
@@ -76,6 +79,7 @@ def test_the_best_actor_is_from_before_the_first_warning(run):
     assert summary["best_eval_answer_length"] < summary["eval_answer_length"]
 
 
+@pytest.mark.slow
 def test_the_best_actor_is_in_its_folder_and_no_second_copy(run):
     folder, _ = run
     AutoModelForCausalLM.from_pretrained(folder / "actor")

@@ -69,6 +69,7 @@ def one_rank(models) -> dict:
     return dict(zip(settings, results, strict=True))
 
 
+@pytest.mark.slow
 def test_before_the_first_update_ratio_is_one_and_kl_zero(one_rank):
     for name, result in one_rank.items():
         first, second = result["steps"]
@@ -80,6 +81,7 @@ def test_before_the_first_update_ratio_is_one_and_kl_zero(one_rank):
         assert first["approx_kl"] > 0, name  # the later optimiser steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["in two generation batches", "in micro-batches of one", "with gradient checkpointing"]
 )
@@ -153,6 +155,7 @@ def two_ranks_with_lora(models) -> dict:
     return dict(zip([*keys, "layered"], results, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORA)
 def test_adapters_begin_with_ratio_one_and_kl_zero_and_then_learn(name, one_rank_with_lora, one_rank):
     result = one_rank_with_lora[name]
@@ -206,6 +209,7 @@ def actors_with_either_reference(models, request) -> dict:
     return dict(zip(keys, run(models, settings, ranks=request.param), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_an_actor_is_its_own_reference_as_well_as_a_copy_is(stage, actors_with_either_reference, models):
     shared, copied = (actors_with_either_reference[stage, reference] for reference in REFERENCES)

@@ -110,12 +110,14 @@ def test_two_ranks_stop_for_the_reason_of_one(one_rank, two_ranks):
     assert two_ranks["stopped"] == one_rank["stopped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_first_ratio_stays_exactly_one(name, one_rank):
     errors = [step.get("first_minibatch_ratio_error", 0) for step in one_rank[name]["steps"]]
     assert errors == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other"),
     [
@@ -128,6 +130,7 @@ def test_micro_batches_and_recomputation_change_no_number(name, other, one_rank)
     assert_same(one_rank[name], one_rank[other], tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
     first, second = one_rank["every term of the loss"]["steps"]
     assert first["kl"] == 0
@@ -137,18 +140,21 @@ def test_kl_in_the_loss_is_reported_and_steers_beta(one_rank):
     assert second["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
 
 
+@pytest.mark.slow
 def test_text_is_learned_beside_the_answers(one_rank):
     first, second = one_rank["text"]["steps"]
     assert second["unsup_loss"] < first["unsup_loss"] < 7  # ln 384 is 5.95: it begins near an even guess
     assert one_rank["text"]["weights"]["actor"] != one_rank["plain"]["weights"]["actor"]
 
 
+@pytest.mark.slow
 def test_text_of_weight_zero_changes_nothing(one_rank):
     with_text, plain = one_rank["text without its weight"], one_rank["plain"]
     assert with_text["weights"] == pytest.approx(plain["weights"], rel=1e-12)
     assert "unsup_loss" in with_text["steps"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce++"])
 def test_without_a_critic_none_is_built_and_the_actor_learns(name, one_rank):
     result = one_rank[name]
@@ -160,6 +166,7 @@ def test_without_a_critic_none_is_built_and_the_actor_learns(name, one_rank):
     assert ("kl_loss" in first) == (name == "grpo")
 
 
+@pytest.mark.slow
 def test_the_answers_to_one_prompt_differ(one_rank):
     for step in one_rank["grpo"]["steps"]:
         first, second = step["answers"][:4], step["answers"][4:]
@@ -167,6 +174,7 @@ def test_the_answers_to_one_prompt_differ(one_rank):
         assert len({tuple(answer) for answer in second}) > 1
 
 
+@pytest.mark.slow
 def test_the_actor_waits_while_the_critic_learns(one_rank):
     first, second = one_rank["critic warm-up"]["steps"]
     assert "policy_loss" not in first
@@ -181,6 +189,7 @@ def test_the_actor_waits_while_the_critic_learns(one_rank):
     assert second["approx_kl"] > 0
 
 
+@pytest.mark.slow
 def test_an_update_ends_after_the_step_that_moved_too_far(one_rank):
     for step in one_rank["early stop"]["steps"]:
         # The first optimiser step has approx_kl 0; the second is the first that can be above the target.
@@ -188,6 +197,7 @@ def test_an_update_ends_after_the_step_that_moved_too_far(one_rank):
         assert step["approx_kl"] > 1e-3 / 2  # the mean of the two
 
 
+@pytest.mark.slow
 def test_a_sound_cache_passes_and_its_weights_are_one_up_to_rounding(one_rank):
     for step in one_rank["tis"]["steps"]:
         assert 0 <= step["rollout_logprob_diff"] <= step["rollout_logprob_diff_max"] < 1e-5
@@ -196,6 +206,7 @@ def test_a_sound_cache_passes_and_its_weights_are_one_up_to_rounding(one_rank):
     assert_same(one_rank["tis"], one_rank["plain"], tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_a_faulty_cache_ends_the_run_with_both_numbers_and_the_remedies(one_rank):
     message = one_rank["stopped"]["error"]
     for part in ("differ by mean 0.", "at most ", "--rollout_tolerance lets a mean of 0.0001 pass",
@@ -203,10 +214,12 @@ def test_a_faulty_cache_ends_the_run_with_both_numbers_and_the_remedies(one_rank
         assert part in message
 
 
+@pytest.mark.slow
 def test_without_the_faulty_cache_a_run_is_what_it_would_have_been(one_rank):
     assert_same(one_rank["a faulty cache left out"], one_rank["plain"], tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_a_faulty_cache_weighs_its_tokens(one_rank):
     first, _ = one_rank["tis with a faulty cache"]["steps"]
     assert first["rollout_logprob_diff"] > 0.1
@@ -215,11 +228,13 @@ def test_a_run_that_goes_on_with_a_faulty_cache_weighs_its_tokens(one_rank):
     assert first["answers"] != one_rank["plain"]["steps"][0]["answers"]
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_kept_only_where_something_needs_them(one_rank):
     unchecked, plain = one_rank["no log-probabilities kept"]["steps"][0], one_rank["plain"]["steps"][0]
     assert plain.keys() - unchecked.keys() == {"rollout_logprob_diff", "rollout_logprob_diff_max"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_FP16, reason="this machine has no fp16")
 def test_actor_and_critic_skip_the_same_steps_where_overflows_are_aligned(one_rank):
     apart, together = one_rank["fp16"]["steps"], one_rank["fp16, aligned"]["steps"]

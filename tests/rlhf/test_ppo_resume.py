@@ -121,6 +121,7 @@ def check(folder: Path, name: str, ranks: int, moment: int, said: str) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "moment"), cases(ONE_RANK))
 def test_a_stopped_run_ends_as_one_that_was_not(folder, one_rank, name, moment):
     check(folder, name, 1, moment, one_rank)

@@ -20,6 +20,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", PROGRAMS)
 def test_a_finished_run_is_named_or_resumed_in_peace(step, tmp_path):
     names = ("actor_model", "critic_model") if step == "rlhf" else ("model",)

@@ -62,6 +62,7 @@ def flags_of(command):
     return dict(zip(command.flags[::2], command.flags[1::2], strict=True))
 
 
+@pytest.mark.slow
 def test_help_answers_without_torch_and_at_once():
     start = time.perf_counter()
     spy = (

@@ -49,6 +49,7 @@ def fact(text: str, name: str) -> str:
     return line.removeprefix(name).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -70,6 +71,7 @@ def test_the_facts_are_those_of_the_rows(told, name, value):
     assert fact(told[0], name) == value
 
 
+@pytest.mark.slow
 def test_what_is_odd_is_said(told):
     text, page = told
     for warning in (
@@ -83,6 +85,7 @@ def test_what_is_odd_is_said(told):
     assert "all 1 rows that cannot be read" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "told"),
     [
@@ -100,6 +103,7 @@ def test_length_is_said_to_tell_the_better_answer_only_where_it_does(lengths, to
     assert [told in warning for warning in found] == ([True] if told else [])
 
 
+@pytest.mark.slow
 def test_rows_are_shown_in_the_template_with_what_is_learned_marked(told):
     text, page = told
     assert "Human: Name <b>one</b> tea.\n\nAssistant:⟦ Darjeeling it is.<|endoftext|>⟧" in text
@@ -108,6 +112,7 @@ def test_rows_are_shown_in_the_template_with_what_is_learned_marked(told):
     assert shown in page
 
 
+@pytest.mark.slow
 def test_rows_that_are_left_out_are_all_told_of_and_the_others_count_as_used(model, tmp_path):
     template = tmp_path / "picky.jinja"
     refusal = "{% for m in messages %}{% if 'refused' in m['content'] %}{{ raise_exception('not that') }}"
@@ -131,6 +136,7 @@ def test_rows_that_are_left_out_are_all_told_of_and_the_others_count_as_used(mod
     assert "not that" in page
 
 
+@pytest.mark.slow
 def test_a_page_can_be_left_out_and_a_wrong_one_is_named(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "only a prompt"}) + "\n")
     flags = [f"--data_path={tmp_path / 'rows.jsonl'}", f"--model_name_or_path={model}"]
@@ -141,6 +147,7 @@ def test_a_page_can_be_left_out_and_a_wrong_one_is_named(model, tmp_path):
     assert (result.returncode, result.stderr.count("error: --html")) == (2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "facts"),
     [

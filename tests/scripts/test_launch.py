@@ -54,6 +54,7 @@ def launch(hosts: Path, path: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_word_arrives_as_it_was_given(hosts):
     result = launch(hosts, os.pathsep.join([str(hosts / "bin"), os.environ["PATH"]]))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -63,6 +64,7 @@ def test_every_word_arrives_as_it_was_given(hosts):
         assert folder == str(hosts)
 
 
+@pytest.mark.slow
 def test_without_pdsh_one_line_says_so(hosts):
     result = launch(hosts, "/usr/bin:/bin")
     assert result.returncode == 2

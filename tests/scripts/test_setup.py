@@ -138,6 +138,7 @@ def test_a_failure_of_pip_is_one_message_with_its_remedy(project, problem, remed
     assert not (project / ".venv" / "installed").exists()
 
 
+@pytest.mark.slow
 def test_the_first_line_comes_at_once_and_pip_is_followed(project):
     interpreter(project, "python3", "3.12", pip="echo '  Downloading torch-2.13.0.whl (190.0 MB)'; sleep 6")
     start = time.monotonic()

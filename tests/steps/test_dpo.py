@@ -130,11 +130,13 @@ def assert_starts_from_the_reference(run: Path) -> None:
     assert first["accuracy"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "again", "accumulated", "lora", "bf16"])
 def test_the_policy_starts_from_exactly_the_reference_model(name, folder, one_rank):
     assert_starts_from_the_reference(folder / name)
 
 
+@pytest.mark.slow
 def test_every_figure_is_reported_each_step_and_before_during_and_after(folder, one_rank):
     rows, result = lines(folder / "one"), summary(folder / "one")
     steps = [row for row in rows if "loss" in row]
@@ -151,6 +153,7 @@ def test_every_figure_is_reported_each_step_and_before_during_and_after(folder, 
         assert row["reward_margin"] == pytest.approx(row["chosen_reward"] - row["rejected_reward"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_the_answers_apart(folder, one_rank):
     for name in ("one", "lora", "ipo", "bf16"):
         result = summary(folder / name)
@@ -158,6 +161,7 @@ def test_it_learns_to_tell_the_answers_apart(folder, one_rank):
         assert result["eval_reward_margin"] > 0, name
 
 
+@pytest.mark.slow
 def test_ipo_reports_means_a_token(folder, one_rank):
     # The lead it aims at is 1 / (2 * 0.5) = 1, so the loss begins at 1.
     start, sums = lines(folder / "ipo")[0], lines(folder / "one")[0]
@@ -166,6 +170,7 @@ def test_ipo_reports_means_a_token(folder, one_rank):
     assert 2 * sums["eval_chosen_logprob"] < start["eval_chosen_logprob"] < 0
 
 
+@pytest.mark.slow
 def test_a_second_start_loads_no_reference_model_and_gives_the_same_numbers(folder, one_rank):
     assert "loading the reference model" in one_rank["one"]
     assert "margins, which DPO does not use" in one_rank["one"]
@@ -175,6 +180,7 @@ def test_a_second_start_loads_no_reference_model_and_gives_the_same_numbers(fold
     assert lines(folder / "again") == lines(folder / "one")
 
 
+@pytest.mark.slow
 def test_kept_numbers_in_other_batches_are_the_same_but_for_rounding(folder, one_rank):
     assert "loading the reference model" not in one_rank["reshaped"]
     first = lines(folder / "reshaped")[1]
@@ -183,22 +189,26 @@ def test_kept_numbers_in_other_batches_are_the_same_but_for_rounding(folder, one
     assert_same_run(folder / "reshaped", folder / "one", from_line=2)
 
 
+@pytest.mark.slow
 def test_the_copy_is_out_of_memory_before_training(folder, one_rank):
     assert re.search(
         r"^[1-9]\d* weights of the reference model have 0 bytes", one_rank["accumulated"], re.MULTILINE
     )
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(folder, one_rank):
     assert_same_run(folder / "accumulated", folder / "one")
 
 
+@pytest.mark.slow
 def test_without_adapters_the_policy_is_the_copy(folder, one_rank):
     assert "the policy without its adapters: no copy is loaded" in one_rank["lora"]
     assert "\n0 weights of the reference model" in one_rank["lora"]
     np.testing.assert_array_equal(table(folder / "cache_lora"), table(folder / "cache_one"))
 
 
+@pytest.mark.slow
 def test_the_kept_numbers_are_those_of_transformers_alone(folder, one_rank):
     (cache,) = (path.parent for path in (folder / "cache_one").glob("*/train"))
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -211,6 +221,7 @@ def test_the_kept_numbers_are_those_of_transformers_alone(folder, one_rank):
             assert number == pytest.approx(expected.item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_language_model_that_says_what_made_it(folder, one_rank):
     assert json.loads((folder / "one" / "manifest.json").read_text())["step"] == "dpo"
     assert "direct preference optimisation (DPO)" in (folder / "one" / "README.md").read_text()

@@ -115,6 +115,7 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_sft_lowers_the_perplexity_and_reports_it_before_during_and_after(one_rank):
     result = summary(one_rank / "sft")
     assert result["eval_perplexity"] < 0.8 * result["initial_eval_perplexity"]
@@ -123,6 +124,7 @@ def test_sft_lowers_the_perplexity_and_reports_it_before_during_and_after(one_ra
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
     result = summary(one_rank / "reward")
     p, n = result["eval_accuracy"], result["num_eval_rows"]  # a pair a prompt
@@ -134,6 +136,7 @@ def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
     assert evaluations[:2] == [0, 2]
 
 
+@pytest.mark.slow
 def test_the_verdict_on_the_reward_model_travels_with_it(one_rank):
     result = summary(one_rank / "reward")
     assert result["eval_pairs"] == result["eval_prompts"] == result["num_eval_rows"]  # a pair a prompt
@@ -145,6 +148,7 @@ def test_the_verdict_on_the_reward_model_travels_with_it(one_rank):
     assert f"## Verdict\n\n{result['verdict']}" in (one_rank / "reward" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank):
     before, *steps = lines(one_rank / "ppo")
     assert before["step"] == before["eval_kl"] == 0
@@ -157,6 +161,7 @@ def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank)
     assert summary(one_rank / "ppo")["ppo_steps"] == 3
 
 
+@pytest.mark.slow
 def test_ppo_tells_what_its_actor_gains_over_the_start(one_rank):
     evaluations = {line["step"]: line for line in lines(one_rank / "ppo") if "eval_score" in line}
     assert evaluations.keys() == {0, 3}
@@ -171,6 +176,7 @@ def test_ppo_tells_what_its_actor_gains_over_the_start(one_rank):
     assert not (one_rank / "ppo" / "best").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["sft", "ppo/actor", "ppo/actor_ema"])
 def test_the_actor_generates_from_its_folder_with_its_own_tokenizer(model, one_rank):
     tokenizer = AutoTokenizer.from_pretrained(one_rank / model)
@@ -180,6 +186,7 @@ def test_the_actor_generates_from_its_folder_with_its_own_tokenizer(model, one_r
     assert language_model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["reward", "ppo/critic"])
 def test_the_reward_model_is_a_sequence_classifier_for_everyone(model, one_rank):
     classifier, info = AutoModelForSequenceClassification.from_pretrained(
@@ -190,6 +197,7 @@ def test_the_reward_model_is_a_sequence_classifier_for_everyone(model, one_rank)
     assert classifier.config.num_labels == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers_and_reads_the_cache(one_rank):
     result = python(SFT, *supervised(one_rank, "sft_again", "--data_split=1,1,1", *batch(8)))
     assert "tokenising" not in result.stderr
@@ -356,6 +364,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.slow
 def test_a_function_scores_in_place_of_a_reward_model_and_the_critic_starts_from_the_actor(folder):
     """One bad answer a batch raises: it is named, counted, and ends nothing."""
     rule = folder / "rule.py"
@@ -380,6 +389,7 @@ def test_a_function_scores_in_place_of_a_reward_model_and_the_critic_starts_from
     AutoModelForCausalLM.from_pretrained(folder / "ppo_rule" / "actor")
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_not_there_ends_the_run_with_one_message(folder):
     models = [f"--actor_model_name_or_path={folder / 'base'}", "--reward_endpoint=http://127.0.0.1:9/score"]
     rest = ["--max_answer_seq_len=4", "--data_split=0,0,1", "--reward_endpoint_retries=1", *ppo_batch(4)]
@@ -395,6 +405,7 @@ def test_an_endpoint_that_is_not_there_ends_the_run_with_one_message(folder):
     assert not (folder / "unserved" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_another_family_tokenizer_and_template_serves(folder):
     """It reads text, and the critic starts from the actor."""
     other = tiny_tokenizer(["another vocabulary"], bos=True)
@@ -443,6 +454,7 @@ def bad(folder) -> Path:
     return bad
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_ends_in_one_message_before_a_model_is_loaded(name, folder, bad):
@@ -464,12 +476,14 @@ def test_bad_input_ends_in_one_message_before_a_model_is_loaded(name, folder, ba
         assert part in message
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(folder):
     result = python(SFT, *supervised(folder, "unused", "--data_path=gone.jsonl", "--debug"), check=False)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program", [SFT, REWARD, DPO, PPO], ids=lambda path: f"{path.parent.name}/{path.name}"
 )

@@ -100,6 +100,7 @@ def test_an_evaluation_without_a_number_is_never_the_best(base):
     assert kept.best_step == 1
 
 
+@pytest.mark.slow
 def test_the_actor_is_the_best_by_default_moved_there_over_an_older_one(base):
     kept, model, output = exports(base)
     (output / "actor").mkdir(parents=True)
@@ -134,6 +135,7 @@ def test_the_actor_is_the_last_where_that_is_asked_for_and_the_best_stays_beside
 
 # Each around its mean by so much in the first and the last prompt: against a start without noise the mean of
 # the differences has the error noise / sqrt(3), so 2 is 1.2.
+@pytest.mark.slow
 def test_an_actor_that_is_better_within_noise_is_no_best_one(base):
     kept, model, output = exports(base)
     offer(kept, 0, 1.0)
@@ -274,6 +276,7 @@ def killed_at(number: int, monkeypatch, work) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_the_end_loses_no_best_actor(base, monkeypatch):
     """The next run has the state that was saved before the end, and the same last actor."""
     kept, model, output = exports(base)
@@ -304,6 +307,7 @@ def test_a_kill_at_any_moment_of_the_end_loses_no_best_actor(base, monkeypatch):
     assert number > 15
 
 
+@pytest.mark.slow
 def test_an_actor_is_named_for_the_weights_that_are_there(base, capsys):
     """Finished with the best, again with the last, and again with the best, which is gone by then."""
     kept, model, output = exports(base)

@@ -74,12 +74,14 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
         assert untimed(one) == pytest.approx(untimed(other), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_promised_figures_are_there_and_finite(one_rank):
     for figures in one_rank["plain"]:
         assert untimed(figures).keys() == FIGURES
         assert all(map(math.isfinite, figures.values()))
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_learned_nothing_has_no_kl_and_one_that_has_has(one_rank):
     before, after, _ = one_rank["plain"]
     assert before["eval_kl"] == before["eval_k3"] == 0
@@ -87,11 +89,13 @@ def test_a_policy_that_has_learned_nothing_has_no_kl_and_one_that_has_has(one_ra
     assert after["eval_k3"] > 0
 
 
+@pytest.mark.slow
 def test_the_noise_of_all_evaluations_is_the_same(one_rank):
     _, after, again = one_rank["plain"]
     assert untimed(after) == untimed(again)
 
 
+@pytest.mark.slow
 def test_score_minus_kl_takes_the_beta_of_the_last_ppo_step_and_the_objective_the_first(one_rank):
     before, after, _ = one_rank["plain"]
     assert before["eval_score_minus_kl"] == before["eval_objective"] == before["eval_score"]
@@ -109,6 +113,7 @@ def test_a_steered_beta_moves_score_minus_kl_and_not_the_objective():
     assert figures[0.5]["objective"] == figures[4.0]["objective"] == 4 - 0.5 * 2
 
 
+@pytest.mark.slow
 def test_the_objective_is_in_the_unit_that_ppo_learns_from(one_rank):
     before, after, _ = one_rank["shaped"]
     # Normalised by the first evaluation: its mean is 0, and what is left are the answers cut at the limit.
@@ -121,6 +126,7 @@ def test_the_objective_is_in_the_unit_that_ppo_learns_from(one_rank):
     assert after["eval_objective"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_reward_model_scores_the_same_answers(one_rank):
     for figures in one_rank["same reward model"]:
         assert figures["eval_guard_score"] == pytest.approx(figures["eval_score"], abs=1e-6)
@@ -171,10 +177,12 @@ def test_a_score_that_is_not_finite_spoils_no_figure():
     assert math.isfinite(some["objective"])
 
 
+@pytest.mark.slow
 def test_the_size_of_passes_changes_no_figure(one_rank):
     assert_same(one_rank["in passes of two"], one_rank["plain"])
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_figures_of_one(models, one_rank):
     """Also where ZeRO-3 shards actor and reward models, and generation batches are small."""
     sharded = {"actor_zero_stage": 3, "critic_zero_stage": 3}
@@ -186,6 +194,7 @@ def test_two_ranks_give_the_figures_of_one(models, one_rank):
     assert_same(several, one_rank["several answers"])
 
 
+@pytest.mark.slow
 def test_several_answers_to_a_prompt_are_others(one_rank):
     once, several = one_rank["plain"][1], one_rank["several answers"][1]
     assert several["eval_score"] != pytest.approx(once["eval_score"], abs=1e-4)

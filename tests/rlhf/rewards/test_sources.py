@@ -67,17 +67,20 @@ def assert_named_once(told):
     assert "which is no finite number; answer 'nan' to 'Say it again, b.'. It counts as -1" in told
 
 
+@pytest.mark.slow
 def test_the_sum_is_weighted_and_failures_are_counted_and_named_once(folder, capsys):
     assert_summed(run(folder, flags_of(folder, *SUM, *WEIGHTS), BATCHES))
     assert_named_once(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_function_alone_needs_no_weight(folder):
     lengths = [1, 0, 3, 2]
     result = run(folder, flags_of(folder, "--reward_function={rules}:length"), [["x", "", "xxx", "xx"]])
     assert result == {"results": [[lengths, {"length": lengths}, {"length": 0}]], "error": None}
 
 
+@pytest.mark.slow
 def test_a_function_that_scores_nothing_ends_the_run_after_three_batches(folder):
     bad, good = ["raise"] * 4, ["x", "raise", "raise", "raise"]
     flags = flags_of(folder, "--reward_function={rules}:row_number")
@@ -115,6 +118,7 @@ def two_ranks(folder):
     return results, process.stdout, server.url
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_sum_of_one(two_ranks):
     results, told, _ = two_ranks
     for summed, _ in results:
@@ -122,6 +126,7 @@ def test_two_ranks_have_the_sum_of_one(two_ranks):
     assert_named_once(told)
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_fails_one_rank_ends_all_of_them_alike(two_ranks):
     results, told, url = two_ranks
     errors = [failed["error"] for _, failed in results]
