@@ -44,6 +44,7 @@ def test_every_room_has_a_layer():
     assert sorted(LAYER_OF) == sorted({room(path) for path in LIBRARY})
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in LIBRARY}
     graph = {

@@ -84,6 +84,7 @@ def main(args, context):
 """
 
 
+@pytest.mark.slow
 def test_a_step_is_imported_once_its_flags_are_known_to_be_good(tmp_path):
     (tmp_path / "a_step").mkdir()
     program = tmp_path / "a_step" / "main.py"

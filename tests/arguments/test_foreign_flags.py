@@ -8,6 +8,7 @@ from step_flags import refusal
 from dschat.arguments import FOREIGN, PROGRAMS, STEPS, flags_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_what_is_suggested_exists_where_it_is_said_to(step):
     names = {*FOREIGN, "actor_lr", "critic_lora_rank", "critic_bf16", "ddp_timeout", "vllm_mode"} - flags_of(

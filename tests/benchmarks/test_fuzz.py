@@ -49,6 +49,7 @@ def test_an_input_is_accepted_or_refused_in_one_readable_line(name, folder, monk
     attempt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "problem"),
     [

@@ -48,6 +48,7 @@ def run(shell: str = "", *arguments: object, **extra: str) -> subprocess.Complet
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["| head -n 1", "2>&1 | head -n 1", "| true", ">&-", "2>&-", ">&- 2>&- <&-",
                                    ">/dev/full", ">/dev/full 2>&1"])  # fmt: skip
 def test_a_program_goes_on_without_a_reader_and_its_log_has_every_line(shell, tmp_path):
@@ -73,6 +74,7 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding, tmp_path):
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()[2] == expected
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_makes_no_difference_to_files_and_arguments(tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
@@ -92,6 +94,7 @@ def test_an_ascii_locale_makes_no_difference_to_files_and_arguments(tmp_path):
     assert (tmp_path / "é.txt").read_text(encoding="utf-8") == "é 茶"
 
 
+@pytest.mark.slow
 def test_the_log_goes_on_where_it_was_and_has_bars_only_as_they_end(tmp_path):
     log = tmp_path / "log.txt"
     for _ in range(2):
@@ -127,6 +130,7 @@ def test_on_a_terminal_colours_pass_and_nothing_else_does():
     assert b"\x1b[2J" not in shown
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_ends_nothing(tmp_path):
     terminal, program_end = pty.openpty()
     code = "import os, sys, time; time.sleep(1)\n" + PROGRAM.format(text=ALL)

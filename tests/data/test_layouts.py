@@ -279,6 +279,7 @@ def dpo_rows():
     return json.loads((SHARED / "dpo_demo" / "dpo_en_demo.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared real data")
 @pytest.mark.parametrize(
     ("rows", "name", "counts"),

@@ -58,6 +58,7 @@ def all_steps(data, tokenizer, seed=1):
     ]
 
 
+@pytest.mark.slow
 def test_the_steps_share_the_prompts_and_hold_the_same_ones_out(tmp_path, tokenizer):
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(100)))
     (sft, held_out), (reward, *others), (ppo, *more) = all_steps(data, tokenizer)
@@ -66,6 +67,7 @@ def test_the_steps_share_the_prompts_and_hold_the_same_ones_out(tmp_path, tokeni
     assert sorted(held_out + sft + reward + ppo) == list(range(100))
 
 
+@pytest.mark.slow
 def test_overlapping_sources_share_no_prompt_between_steps(tmp_path, tokenizer):
     one, two = write_rows(tmp_path / "a.jsonl", range(60)), write_rows(tmp_path / "b.jsonl", range(40, 100))
     (sft, held_out), (reward, _), (ppo, _) = all_steps(arguments(tmp_path, one, two), tokenizer)
@@ -282,6 +284,7 @@ def test_what_is_over_its_weight_is_counted(tmp_path, tokenizer, capsys):
     assert "dropped 10 (over its weight in the blend)" in told
 
 
+@pytest.mark.slow
 def test_prompts_of_eval_data_path_leave_training_and_replace_other_evaluation(tmp_path, tokenizer):
     (tmp_path / "both").mkdir()
     write_rows(tmp_path / "both" / "train.jsonl", range(50))
@@ -472,6 +475,7 @@ def test_unique_prompts_take_a_prompt_of_several_rows_once(tmp_path, tokenizer, 
     assert "dropped 2 (repeated prompt)" in told
 
 
+@pytest.mark.slow
 def test_repeated_prompts_are_not_in_two_parts_whatever_the_step(tmp_path, tokenizer):
     rows = [
         {"prompt": f"Q {p}:", "chosen": f" yes {a}", "rejected": " no"} for p in range(60) for a in range(3)
@@ -751,6 +755,7 @@ def test_a_row_that_cannot_be_tokenised_is_named(
     assert "not that" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_rows_that_cannot_be_tokenised_are_left_out_where_the_flag_says_so(
@@ -812,6 +817,7 @@ def test_columns_that_are_not_read_are_told_again_from_the_cache(tmp_path, token
         assert "1 column is not read: `mood` (8 rows)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_where_the_flag_says_so(tmp_path, tokenizer, capsys):
     good = [{"prompt": f"Q {n}:", "chosen": " a", "rejected": " b"} for n in range(20)]
     path = write(tmp_path / "a.jsonl", *good[:3], {**good[3], "chosen": ""}, *good[4:], {"prompt": "x"})

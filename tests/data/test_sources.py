@@ -420,11 +420,11 @@ def form(**settings):
 
 def test_a_format_is_a_layout_or_a_known_set_and_renames_columns():
     assert form() == Format()
-    assert form().reader() is None
+    assert form().read_function() is None
     for name in ("ranked", "openai/gsm8k"):
         assert form(data_format=name).name == name
-        assert callable(form(data_format=name).reader())
-    assert form(data_format="openai/gsm8k").reader() is KNOWN_SETS["openai/gsm8k"].read
+        assert callable(form(data_format=name).read_function())
+    assert form(data_format="openai/gsm8k").read_function() is KNOWN_SETS["openai/gsm8k"].read
     renamed = form(prompt_key="q", chosen_key="prompt").renamed({"q": "1", "prompt": "2", "x": "3"})
     assert renamed == {"q": "1", "prompt": "1", "chosen": "2", "x": "3"}
     with pytest.raises(BadRow, match=r'no "m" \(--messages_key\)'):

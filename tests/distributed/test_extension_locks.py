@@ -70,6 +70,7 @@ WAIT = (
 )
 
 
+@pytest.mark.slow
 def test_another_machine_may_hold_a_young_one(lock, monkeypatch):
     lock.touch()
     monkeypatch.setattr(extension_locks, "ELSEWHERE", 1.5)

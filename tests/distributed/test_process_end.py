@@ -9,6 +9,7 @@ from processes import environment
 from dschat.distributed.process_end import errors_end_ranks
 
 
+@pytest.mark.slow
 def test_an_error_ends_a_watched_rank_with_its_exit_code_after_what_was_registered_for_its_end():
     program = (
         "import atexit, os, sys\n"

@@ -152,6 +152,7 @@ def language_batch(tokenizer) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapted_actor_loads_merged_and_as_an_adapter_with_the_same_logits(family, tmp_path):
     tokenizer, base = tiny_tokenizer(), save_tiny_model(tmp_path / "base", family)
@@ -173,6 +174,7 @@ def test_an_adapted_actor_loads_merged_and_as_an_adapter_with_the_same_logits(fa
     assert (live - untrained).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapted_reward_model_loads_merged_and_as_an_adapter_with_the_same_scores(family, tmp_path):
     tokenizer, base = tiny_tokenizer(), save_tiny_model(tmp_path / "base", family)
@@ -216,6 +218,7 @@ def test_averaged_adapters_are_merged_in_place_of_the_live_ones(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [True, False])
 def test_an_adapter_that_is_not_all_that_was_trained_is_said(alone, tmp_path, capsys):
     tokenizer, base = tiny_tokenizer(), str(save_tiny_model(tmp_path / "base"))

@@ -219,6 +219,7 @@ def test_adapters_follow_torchs_seed_and_nothing_else(opt_projected):
     assert not torch.equal(first_a(1), first_a(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [causal, critic])
 def test_gradient_checkpointing_gives_frozen_backbones_the_same_gradients(make, folder):
     def gradients(*, checkpointing: bool) -> dict[str, Tensor]:

@@ -59,6 +59,7 @@ def built(models) -> dict[str, dict]:
     return {**dict(zip(runs, json.loads(output.read_text()), strict=True)), "printed": printed}
 
 
+@pytest.mark.slow
 def test_a_fifth_model_is_one_entry_of_the_list(built):
     """It is verified, built, sharded as the actor is, counted in memory reports and held to its promises."""
     seen = built["teacher"]
@@ -72,6 +73,7 @@ def test_a_fifth_model_is_one_entry_of_the_list(built):
     assert "its golden outputs" in seen["changed teacher"]
 
 
+@pytest.mark.slow
 def test_the_other_models_are_held_to_the_promises_of_the_folders_that_they_come_from(built):
     seen, flag = built["teacher"], "--{}_model_name_or_path"
     sources = {
@@ -86,11 +88,13 @@ def test_the_other_models_are_held_to_the_promises_of_the_folders_that_they_come
     assert seen["received"][:-1] == [flag.format(name) for name in ("actor", "critic", "guard_reward")]
 
 
+@pytest.mark.slow
 def test_only_trained_models_have_gradients(built):
     assert built["teacher"]["trained"] == ["actor", "critic"]
     assert built["teacher"]["have gradients"] == ["actor", "critic"]
 
 
+@pytest.mark.slow
 def test_an_actor_of_adapters_alone_is_its_own_reference(built):
     seen = built["adapters"]
     assert seen["engines"] == ["actor", "critic", "reward"]
@@ -102,11 +106,13 @@ def test_an_actor_of_adapters_alone_is_its_own_reference(built):
     assert printed.count("loading the reference model, a copy: the actor trains more than adapters") == 3
 
 
+@pytest.mark.slow
 def test_without_a_critic_it_is_said_what_that_saves(built):
     assert built["rule"]["engines"] == ["actor", "reference"]
     assert "no critic: --advantage_estimator rloo needs none. One as large as the actor" in built["printed"]
 
 
+@pytest.mark.slow
 def test_nothing_is_promised_of_a_fresh_head(built):
     seen = built["fresh"]
     assert seen["engines"] == ["actor", "reference", "critic", "reward"]

@@ -73,5 +73,6 @@ def test_lines_in_common_count_in_the_order_they_stand_in(checkout):
     assert missed(checkout)[name] == f"{house.PROGRAMS[0]} and {house.PROGRAMS[1]}"
 
 
+@pytest.mark.slow
 def test_this_house_keeps_its_bounds():
     assert missed(Path(__file__).resolve().parents[2]) == {}

@@ -117,6 +117,7 @@ def test_dpo_starts_from_what_step_1_writes_on_the_pairs_of_step_2(tmp_path):
     assert arguments.model.model_name_or_path == str(tmp_path / "out put" / "step1_sft")
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_recipe_fit_together(tmp_path):
     """What one step writes the next one reads, and the data are shared alike."""
     recipes = {path.name for path in LAUNCHERS if path.parent.name == "step3_ppo"}

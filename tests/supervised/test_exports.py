@@ -64,6 +64,7 @@ def evaluated(base: Path, *flags: str, step: str = "reward") -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_step_2_exports_the_best_of_its_evaluations(base, capsys):
     summary, marked = evaluated(base).finish()
     assert (summary["model_step"], marked) == (20, 20)

@@ -247,6 +247,7 @@ def test_what_is_no_list_of_scores_is_tried_answer_by_answer(rules, name, text):
     assert function(rules, name).score(answered("a", "b")) == [alone, alone]
 
 
+@pytest.mark.slow
 def test_a_function_that_always_hangs_costs_a_bounded_time(rules, monkeypatch):
     monkeypatch.setattr(function_module, "MAX_LOST_WORKERS", 3)
     start = time.monotonic()

@@ -12,10 +12,10 @@ import pytest
 from dschat.rlhf.rewards import function_worker
 from dschat.rlhf.rewards.function_worker import (
     BadResult,
-    answered,
     as_list,
     described,
     number,
+    reply_to,
     shortened,
     signature,
 )
@@ -71,7 +71,7 @@ def test_a_score_is_a_number_that_float32_holds(score, value):
 
 def test_a_reply_has_none_in_the_place_of_each_bad_score_and_its_problem():
     request = {"prompts": ["p"] * 3, "answers": ["a", "b", "c"], "columns": {}}
-    reply = answered(lambda prompts, answers: [1, None, 2.5], request, "rule.py")
+    reply = reply_to(lambda prompts, answers: [1, None, 2.5], request, "rule.py")
     problem = ["no finite number", "it returned None, which is no finite number"]
     assert json.loads(json.dumps(reply)) == {"scores": [1.0, None, 2.5], "problems": {"1": problem}}
 
@@ -81,7 +81,7 @@ def test_an_error_is_described_with_the_last_line_of_the_file_that_it_passed():
         raise KeyError("x")
 
     line = fails.__code__.co_firstlineno + 1
-    reply = answered(fails, {"prompts": [], "answers": [], "columns": {}}, __file__)
+    reply = reply_to(fails, {"prompts": [], "answers": [], "columns": {}}, __file__)
     assert reply == {"problem": ["KeyError", f"KeyError: 'x' ({Path(__file__).name}:{line})"]}
     assert described(ValueError(""), "rule.py") == ["ValueError", "ValueError"]
     assert described(BadResult("no list"), "rule.py") == ["no scores", "no list"]
