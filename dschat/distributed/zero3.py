@@ -8,12 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import Tensor
 
-from dschat.distributed import deepspeed_private
-
-
-def is_zero3_parameter(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 shards this parameter over the ranks."""
-    return deepspeed_private.is_sharded(parameter)
+from dschat.distributed.deepspeed_private import is_sharded
 
 
 @contextlib.contextmanager
@@ -22,7 +17,7 @@ def gathered(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> 
 
     With `modifier_rank`, what that rank wrote into them is kept; without, changes are lost.
     """
-    sharded = [p for p in parameters if is_zero3_parameter(p)]
+    sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
         yield
         return

@@ -5,14 +5,13 @@ from torch import Tensor, nn
 
 from dschat.checkpoints.state import Placement
 from dschat.distributed.collectives import gather_rows
-from dschat.distributed.deepspeed_private import own_shard, whole_shape, whole_size
+from dschat.distributed.deepspeed_private import is_sharded, own_shard, whole_shape, whole_size
 from dschat.distributed.device import current_device
-from dschat.distributed.zero3 import is_zero3_parameter
 
 
 def _held_weights(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, all of it elsewhere."""
-    if not is_zero3_parameter(parameter):
+    if not is_sharded(parameter):
         return parameter.data
     shard = own_shard(parameter)
     assert shard is not None, "under ZeRO-3 every rank has a shard"
@@ -46,7 +45,7 @@ class MovingAverage:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the averages, as ZeRO-3 has it, and not all of them."""
-        return any(map(is_zero3_parameter, self._parameters.values()))
+        return any(map(is_sharded, self._parameters.values()))
 
     def placement(self, key: str) -> Placement:
         """Under ZeRO-3 the averages are sharded as the weights are; else every rank has all of them."""
@@ -64,7 +63,7 @@ class MovingAverage:
 
     def _whole(self, name: str) -> Tensor:
         parameter, average = self._parameters[name], self._averages[name]
-        if not is_zero3_parameter(parameter):
+        if not is_sharded(parameter):
             return average.cpu()
         shards = gather_rows(average.to(current_device()), axis="data")  # an offloaded shard lies on the CPU
         # DeepSpeed pads the last shard.

@@ -12,7 +12,7 @@ class Position:
     minibatches_done: int = 0
     """Minibatches of the present PPO step that are through; those that an early stop skips count."""
     updates_done: int = 0
-    """Optimiser steps of the present PPO step that were restored."""
+    """Optimiser steps of the present PPO step that were taken, skipped ones included."""
     has_moved_enough: bool = False
     """Whether --target_approx_kl has ended the present PPO step."""
     num_skipped: int = 0

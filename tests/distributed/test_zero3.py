@@ -2,12 +2,13 @@
 
 import torch
 
-from dschat.distributed.zero3 import gathered, is_zero3_parameter
+from dschat.distributed.deepspeed_private import is_sharded
+from dschat.distributed.zero3 import gathered
 
 
 def test_parameters_that_are_whole_stay_as_they_are():
     weight = torch.nn.Parameter(torch.ones(2))
-    assert not is_zero3_parameter(weight)
+    assert not is_sharded(weight)
     with gathered([weight], modifier_rank=0), torch.no_grad():
         weight[0] = 3
     assert weight.tolist() == [3, 1]

@@ -13,7 +13,7 @@ import torch
 from tiny import TEXTS
 from transformers import AutoModelForCausalLM
 
-from dschat.distributed import collectives, process_group, random_state, zero3
+from dschat.distributed import collectives, deepspeed_private, process_group, random_state, zero3
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
 from dschat.export.export import export_model
@@ -79,7 +79,7 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
     tokenizer, config = load_tokenizer(model_folder), ds_config(stage, dtype)
     critic = create_critic_model(model_folder, tokenizer, config, dropout=0.0)
     critic.gradient_checkpointing_enable()
-    sharded = sum(zero3.is_zero3_parameter(p) for p in critic.parameters())
+    sharded = sum(deepspeed_private.is_sharded(p) for p in critic.parameters())
     engine, losses = train(critic, tokenizer, config)
     rows = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
     provenance = Provenance(step="reward", base_model=model_folder, golden_inputs=rows)

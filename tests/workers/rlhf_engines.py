@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dschat.arguments import RlhfArguments, parse_arguments
-from dschat.distributed import zero3
+from dschat.distributed import deepspeed_private, zero3
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.distributed.process_wide import process_wide
@@ -67,7 +67,7 @@ def run(flags: list[str], teacher: str | None) -> dict[str, Any]:
         "sharded": [
             role
             for role, model in engine.by_role.items()
-            if any(zero3.is_zero3_parameter(p) for p in model.module.parameters())
+            if any(deepspeed_private.is_sharded(p) for p in model.module.parameters())
         ],
         "have gradients": [
             role

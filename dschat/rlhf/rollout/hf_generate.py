@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.distributed.collectives import sum_across_ranks
-from dschat.distributed.deepspeed_private import whole_size
+from dschat.distributed.deepspeed_private import is_sharded, whole_size
 from dschat.distributed.mesh import mesh
-from dschat.distributed.zero3 import is_zero3_parameter, weights_gathered_for_generation
+from dschat.distributed.zero3 import weights_gathered_for_generation
 from dschat.engines.step import DeepSpeedEngine
 from dschat.models.end_tokens import end_token_ids, names
 from dschat.rlhf.rollout.backend import Ability, Sampling
@@ -41,7 +41,7 @@ class HuggingFaceGenerate:
         self._actor = actor
         self._end_ids = end_token_ids(tokenizer, actor.module)
         self._num_tokens = len(tokenizer)
-        self._shards_weights = any(is_zero3_parameter(p) for p in actor.module.parameters())
+        self._shards_weights = any(is_sharded(p) for p in actor.module.parameters())
         if len(self._end_ids) > 1:
             messages.info(f"answers end at any of {names(tokenizer, self._end_ids)}")
         self._gathers = self._shards_weights and self._decide_to_gather(gather)
@@ -59,7 +59,7 @@ class HuggingFaceGenerate:
         if gather != "auto":
             return gather == "always"
         parameters = list(self._actor.module.parameters())
-        needed = sum(whole_size(p) * p.element_size() for p in parameters if is_zero3_parameter(p))
+        needed = sum(whole_size(p) * p.element_size() for p in parameters if is_sharded(p))
         device = self._actor.device
         free = (
             psutil.virtual_memory().available // mesh().machine.size
