@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import house
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 LAYERS = [
@@ -44,33 +46,8 @@ def test_every_room_has_a_layer():
     assert sorted(LAYER_OF) == sorted({room(path) for path in LIBRARY})
 
 
-@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle():
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in LIBRARY}
-    graph = {
-        name: [other for other in imported_modules(path) if other in names] for name, path in names.items()
-    }
-    done: set[str] = set()
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join([*above[above.index(name) :], name])
-        if name not in done:
-            for other in graph[name]:
-                visit(other, (*above, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
-
-
-def imported_modules(path: Path) -> Iterator[str]:
-    """Of the library, those of imports inside functions among them."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    assert house.circles(house.House(ROOT)) == []
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))

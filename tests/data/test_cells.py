@@ -1,6 +1,7 @@
 """What is in the columns of a row is checked, and named where it is wrong."""
 
 import pytest
+from layout_rows import PAIR, read
 
 from dschat.data.cells import (
     BadRow,
@@ -13,13 +14,6 @@ from dschat.data.cells import (
     optional,
     replaced,
 )
-from dschat.data.layouts import recognise
-
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-def read(row):
-    return recognise(row).read(row)
 
 
 @pytest.mark.parametrize(

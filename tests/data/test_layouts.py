@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_rows import ASKED, PAIR, TURN, read, said, shared_gpt
 
 from dschat.data.cells import BadRow, DroppedRow
 from dschat.data.comparisons import Comparison, Turn
@@ -15,25 +16,9 @@ from dschat.data.layouts import LAYOUTS, recognise
 from dschat.data.messages import ROLES
 
 SHARED = Path(os.environ.get("DSCHAT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared")) / "data"
-TURN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sum?\n\nAssistant:"
-ASKED = (Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Sum?"))
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-def said(*contents, roles=("user", "assistant")):
-    """Messages by the roles in turn."""
-    return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
-
-
-def shared_gpt(*contents):
-    return [{"from": ("human", "gpt")[i % 2], "value": content} for i, content in enumerate(contents)]
 
 
 ASKED_MESSAGES = said("Hi", "Hello", "Sum?")
-
-
-def read(row):
-    return recognise(row).read(row)
 
 
 @pytest.mark.parametrize(

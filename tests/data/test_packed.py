@@ -2,33 +2,20 @@
 
 import bz2
 import gzip
-import json
 import lzma
 
 import pyarrow as pa
 import pytest
+from written_rows import lines
+from written_rows import read_part as read
 
-from dschat.data.findings import Findings
 from dschat.data.packed import open_unpacked, packing
-from dschat.data.reading import Format, read_comparisons
-from dschat.data.sources import open_source
 from dschat.errors import UserError
-
-
-def lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
 
 ROWS = [
     {"prompt": "Grüße 😀", "chosen": "a\u2028b", "rejected": "c"},
     {"prompt": "p2", "chosen": "a2", "rejected": "r2"},
 ]
-
-
-def read(path, part="training", findings=None, form=None):
-    source = open_source(str(path))
-    found = Findings() if findings is None else findings
-    return list(read_comparisons(source, getattr(source, part), form or Format(), found))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from written_rows import lines
+from written_rows import read_part as read
 
 from dschat.arguments import DataArguments
 from dschat.data.cells import BadRow
@@ -20,16 +22,6 @@ ROWS = [
     {"prompt": "p2", "chosen": "a2", "rejected": "r2"},
 ]
 COMPARISONS = [Comparison(row["prompt"], (row["chosen"], row["rejected"])) for row in ROWS]
-
-
-def read(path, part="training", findings=None, form=None):
-    source = open_source(str(path))
-    found = Findings() if findings is None else findings
-    return list(read_comparisons(source, getattr(source, part), form or Format(), found))
-
-
-def lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 CONTENTS = {

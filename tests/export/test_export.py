@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
+from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer, with_moved_adapters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dschat.arguments import ModelArguments
@@ -140,11 +140,7 @@ def with_trained_adapters(model, **settings):
     """Adapters as after some training: B is no longer 0."""
     args = ModelArguments(**{"model_name_or_path": "base", "lora_dim": 4, "lora_alpha": 8, **settings})
     add_lora(model, args, only_optimize_lora=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1)
-    return model
+    return with_moved_adapters(model)
 
 
 def language_batch(tokenizer) -> dict[str, torch.Tensor]:

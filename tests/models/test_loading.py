@@ -1,7 +1,6 @@
 """Building models: both modes, both spellings, and weights that do not fit are errors that say which."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,19 +27,6 @@ DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
     "train_batch_size": 16,
 }
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return save_tiny_model(tmp_path / "base", "llama")
-
-
-@pytest.fixture
-def reward(base, tmp_path) -> Path:
-    export_model(
-        create_critic_model(str(base), tiny_tokenizer(), None), tiny_tokenizer(), tmp_path / "reward"
-    )
-    return tmp_path / "reward"
 
 
 def test_the_published_calls_work_as_written(base, reward):

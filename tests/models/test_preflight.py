@@ -1,30 +1,14 @@
 """Checks of models before any weights are in memory."""
 
-from pathlib import Path
-
 import pytest
 from saved_models import edit_json, edit_weights
 from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dschat.errors import UserError
-from dschat.export.export import export_model
-from dschat.models.loading import create_critic_model, create_hf_model
+from dschat.models.loading import create_hf_model
 from dschat.models.preflight import check_backbone, check_language_model, check_reward_model, meta_model
 from dschat.models.reward_model import RewardModel
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return save_tiny_model(tmp_path / "base", "llama")
-
-
-@pytest.fixture
-def reward(base, tmp_path) -> Path:
-    export_model(
-        create_critic_model(str(base), tiny_tokenizer(), None), tiny_tokenizer(), tmp_path / "reward"
-    )
-    return tmp_path / "reward"
 
 
 def test_a_name_too_long_for_a_path_is_no_model(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from processes import ROOT, python
 from safetensors.torch import load_file
-from tiny import TEXTS, save_reward_model, save_tiny_model, tiny_tokenizer
+from tiny import TEXTS, save_reward_model, save_tiny_model, tiny_tokenizer, with_moved_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -39,11 +39,7 @@ def batch() -> dict[str, Tensor]:
 
 def with_trained_adapters(model: nn.Module, args: ModelArguments) -> nn.Module:
     add_lora(model, args, only_optimize_lora=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1)
-    return model
+    return with_moved_adapters(model)
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):

@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from dschat.errors import UserError
-from dschat.export.export import export_model
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.preflight import check_language_model, check_reward_model
@@ -22,19 +21,6 @@ from dschat.models.preflight import check_language_model, check_reward_model
 DS_CONFIG = {"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": 4, "train_batch_size": 16}
 
 FORMS = ("model.safetensors", "pytorch_model.bin")
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return save_tiny_model(tmp_path / "base", "llama")
-
-
-@pytest.fixture
-def reward(base, tmp_path) -> Path:
-    export_model(
-        create_critic_model(str(base), tiny_tokenizer(), None), tiny_tokenizer(), tmp_path / "reward"
-    )
-    return tmp_path / "reward"
 
 
 @pytest.mark.parametrize("spelling", ["rwtransformer", "rwtranrsformer"])

@@ -2,21 +2,12 @@ import math
 
 import pytest
 import torch
+from made_up_rollout import ROLLOUT
 
 from dschat.arguments import PpoArguments
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.experience import MicroBatch
-from dschat.rlhf.rollout.batch import RolloutBatch
 
-MASK = torch.tensor([[True, True], [True, False]])
-ROLLOUT = RolloutBatch(
-    input_ids=torch.zeros(2, 3, dtype=torch.long),
-    attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    answer_mask=MASK,
-    ended=torch.tensor([True, True]),
-    prompt_rows=torch.arange(2),
-    prompt_length=1,
-)
 LOGPROBS = torch.tensor([[-1.0, -2.0], [-3.0, 9.0]])
 ADVANTAGES = torch.tensor([[1.0, -2.0], [4.0, 9.0]])
 BATCH = MicroBatch(ROLLOUT, LOGPROBS, LOGPROBS - math.log(2), None, ADVANTAGES, ADVANTAGES)

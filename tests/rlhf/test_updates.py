@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_rollout import ROLLOUT
 
 from dschat.arguments import PpoArguments, RunArguments
 from dschat.data.loaders import OptimizerStep
@@ -13,18 +14,8 @@ from dschat.engines.skipped_steps import SkippedSteps
 from dschat.rlhf import updates
 from dschat.rlhf.experience import MicroBatch, Minibatch
 from dschat.rlhf.position import Position
-from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.updates import ActorCriticUpdates, UpdateSettings
 
-MASK = torch.tensor([[True, True], [True, False]])
-ROLLOUT = RolloutBatch(
-    input_ids=torch.zeros(2, 3, dtype=torch.long),
-    attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    answer_mask=MASK,
-    ended=torch.tensor([True, True]),
-    prompt_rows=torch.arange(2),
-    prompt_length=1,
-)
 ZEROS = torch.zeros(2, 2)
 BATCH = MicroBatch(ROLLOUT, ZEROS, ZEROS, ZEROS, torch.ones(2, 2), torch.ones(2, 2))
 MINIBATCH = Minibatch([BATCH], num_tokens=3, is_first=True, kl_coef=0.1)

@@ -1,31 +1,9 @@
 """Rows with one answer or none: what a label and an answer that is no text make of them."""
 
-import json
-
 import pytest
+from written_rows import EXAMPLE, reading
 
-from dschat.data.findings import Findings
-from dschat.data.reading import Format, read_comparisons
-from dschat.data.sources import open_source
 from dschat.errors import UserError
-
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-EXAMPLE = {"prompt": "p", "completion": "c"}
-
-
-def reading(tmp_path, *rows, form=None):
-    """The comparisons of a file of these rows, and what is found on the way."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source, findings = open_source(str(path)), Findings()
-    found = list(read_comparisons(source, source.training, form or Format(), findings))
-    return found, findings
-
-
-def told(tmp_path, *rows, form=None):
-    return "\n".join(reading(tmp_path, *rows, form=form)[1].lines())
 
 
 @pytest.mark.parametrize("label", [False, 0, "false", "False", "0", 0.0])

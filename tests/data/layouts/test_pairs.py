@@ -5,31 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layout_rows import ASKED, PAIR, TURN, read, said, shared_gpt
 
 from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison, Turn
-from dschat.data.layouts import recognise
-
-TURN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sum?\n\nAssistant:"
-
-
-ASKED = (Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Sum?"))
-
-
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-def said(*contents, roles=("user", "assistant")):
-    """Messages by the roles in turn."""
-    return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
-
-
-def shared_gpt(*contents):
-    return [{"from": ("human", "gpt")[i % 2], "value": content} for i, content in enumerate(contents)]
-
-
-def read(row):
-    return recognise(row).read(row)
 
 
 @pytest.mark.parametrize(

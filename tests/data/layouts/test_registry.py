@@ -5,25 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from layout_rows import TURN, read, said, shared_gpt
 
 from dschat.data.cells import BadRow
 from dschat.data.comparisons import Comparison
 from dschat.data.layouts import LAYOUTS, layout, recognise
-
-TURN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sum?\n\nAssistant:"
-
-
-def said(*contents, roles=("user", "assistant")):
-    """Messages by the roles in turn."""
-    return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
-
-
-def shared_gpt(*contents):
-    return [{"from": ("human", "gpt")[i % 2], "value": content} for i, content in enumerate(contents)]
-
-
-def read(row):
-    return recognise(row).read(row)
 
 
 def test_every_layout_is_documented_and_none_hides_a_later_one():
