@@ -17,42 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
-
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("llama", "opt", "qwen3", "gpt2", "gpt_neox")
-POSITIONS = 512
-
-
-def main() -> None:
-    """Run every combination and print the table."""
-    args = parse()
-    tokenizer = train_tokenizer(args.data_path, args.vocab_size)
-    rows = []
-    for family in args.families:
-        base = args.output_dir / "base" / family
-        num_parameters = save_base(base, family, tokenizer, args)
-        for ranks in args.ranks:
-            for stage in args.zero:
-                rows.append({"family": family, "parameters": num_parameters, "ranks": ranks, "zero": stage})
-                rows[-1] |= run(base, ranks, stage, args)
-                print(json.dumps(rows[-1]), flush=True)
-    (args.output_dir / "families.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print_table(rows)
 
 
 def parse() -> argparse.Namespace:
@@ -73,6 +39,45 @@ def parse() -> argparse.Namespace:
     add("--global-batch", type=int, default=8, help="Rows of an optimiser step over all processes.")
     add("--ppo-steps", type=int, default=4, help="PPO steps of a run.")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse()  # before torch is imported, so that --help and a mistyped flag answer at once
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+POSITIONS = 512
+
+
+def main() -> None:
+    """Run every combination and print the table."""
+    args = parse()
+    tokenizer = train_tokenizer(args.data_path, args.vocab_size)
+    rows = []
+    for family in args.families:
+        base = args.output_dir / "base" / family
+        num_parameters = save_base(base, family, tokenizer, args)
+        for ranks in args.ranks:
+            for stage in args.zero:
+                rows.append({"family": family, "parameters": num_parameters, "ranks": ranks, "zero": stage})
+                rows[-1] |= run(base, ranks, stage, args)
+                print(json.dumps(rows[-1]), flush=True)
+    (args.output_dir / "families.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print_table(rows)
 
 
 def texts_of(path: Path) -> Iterator[str]:

@@ -34,6 +34,28 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--inputs", type=int, default=100_000, help="Of all targets together (default 100000)."
+    )
+    parser.add_argument("--seed", type=int, default=1, help="Decides the inputs (default 1).")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="Seconds, by the clock, that an input may take (default 60)."
+    )
+    parser.add_argument("--targets", nargs="+", help="Only these, by their names in the table; default: all.")
+    parser.add_argument("--only", metavar="TARGET:NUMBER", help="Run this input alone, with its traceback.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Also write the figures as JSON.")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # before pyarrow and torch are imported, so that --help and a mistyped flag answer at once
+
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -709,27 +731,12 @@ def _hung(*_: Any) -> None:
     raise Hang("over the limit")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--inputs", type=int, default=100_000, help="Of all targets together (default 100000)."
-    )
-    parser.add_argument("--seed", type=int, default=1, help="Decides the inputs (default 1).")
-    parser.add_argument(
-        "--limit", type=float, default=60, help="Seconds, by the clock, that an input may take (default 60)."
-    )
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), help="Only these; default: all.")
-    parser.add_argument("--only", metavar="TARGET:NUMBER", help="Run this input alone, with its traceback.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Also write the figures as JSON.")
-    return parser.parse_args(argv)
-
-
 def main() -> int:
     """Run, print the table; 1 where anything crashed."""
     args = parse()
+    unknown = [name for name in args.targets or () if name not in TARGETS]
+    if unknown:
+        raise SystemExit(f"--targets {' '.join(unknown)}: there are {', '.join(TARGETS)}")
     resource.setrlimit(resource.RLIMIT_AS, (LARGEST, LARGEST))
     signal.signal(signal.SIGALRM, _hung)
     with tempfile.TemporaryDirectory() as name:

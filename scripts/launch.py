@@ -1,8 +1,9 @@
 """DeepSpeed's launcher, whose arguments reach the programs on other hosts as they were given.
 
 python scripts/launch.py --hostfile hostfile step1_sft/main.py --data_path "my 'data'; $HOME.jsonl" ...
-It takes what `deepspeed` takes. That starts the programs of other hosts through pdsh, which hands a line to a
-shell there, and quotes only arguments with a space: quotes, `$`, `;`, `<` or `*` are the shell's then.
+It takes what `deepspeed` takes; `deepspeed --help` lists its flags. For other hosts that goes through pdsh,
+which hands a line to a shell there, and quotes only arguments with a space: quotes, `$`, `;`, `<` or `*` are
+the shell's then.
 """
 
 import shlex
@@ -52,5 +53,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):  # without torch, which DeepSpeed's own imports
+        print(__doc__)
+        sys.exit()
     with readable_errors():
         main()

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import ROOT, environment
@@ -12,6 +14,12 @@ from tqdm import tqdm
 
 from dschat.errors import UserError
 from dschat.program import readable_errors
+
+FOLDERS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
+HAS_FLAGS = re.compile(r"run_step\(|parse_arguments\(|ArgumentParser\(|ReadableParser\(|--hostfile")
+OF_OTHER_ENVIRONMENTS = ("learning_trl.py",)
+"""Programs for a Python that has a peer of this project, which they import first."""
+HEAVY = ("torch", "transformers", "datasets", "deepspeed", "pandas")
 
 
 def test_a_rank_that_is_no_number_is_named_before_anything_reads_it(monkeypatch, capsys):
@@ -100,3 +108,28 @@ def test_a_step_is_imported_once_its_flags_are_known_to_be_good(tmp_path):
         )
         assert result.returncode == code, result.stderr
         assert [line for line in result.stdout.splitlines() if not line.startswith("[")] == printed
+
+
+def programs() -> list[Path]:
+    """The files that are started and have flags."""
+    files = (path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")))
+    texts = {
+        path: path.read_text(encoding="utf-8") for path in files if path.name not in OF_OTHER_ENVIRONMENTS
+    }
+    return [path for path, text in texts.items() if "__main__" in text and HAS_FLAGS.search(text)]
+
+
+@pytest.mark.parametrize("program", programs(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_answers_before_anything_heavy_is_imported(program):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['main.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        f"    print('imported:', *({set(HEAVY)} & sys.modules.keys()))\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert "--" in result.stdout
+    assert result.stdout.rstrip().endswith("imported:")

@@ -1,14 +1,13 @@
 """The command line to a step's object."""
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
-from typing import Any, Literal
-
-from transformers import HfArgumentParser
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 from dschat.arguments.command_line import LIKENESS, ReadableParser
 from dschat.arguments.foreign import explain_foreign_flag
@@ -25,12 +24,17 @@ PROGRAMS = {
 }
 
 
-class FlagParser(ReadableParser, HfArgumentParser):
+class FlagParser(ReadableParser):
     """The parser of a step, which also knows the names of other programs and of the other steps."""
 
     def __init__(self, step: str) -> None:
-        super().__init__([_flat_class(part) for part in fields(STEPS[step])])
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self._step = step
+        for part in fields(STEPS[step]):
+            group, prefix = part.metadata["group"], part.metadata["prefix"]
+            section = self.add_argument_group(f"{part.name} ({' '.join(group.__doc__.split())})")
+            for f in _flags_in(group):
+                _declare(section, prefix + f.name, f, part.metadata["defaults"])
 
     def explain(self, name: str) -> str | None:
         """What to write in place of a flag that this step does not have."""
@@ -55,36 +59,59 @@ def flags_of(step: str) -> frozenset[str]:
     return frozenset(
         part.metadata["prefix"] + f.name
         for part in fields(STEPS[step])
-        for f in fields(part.metadata["group"])
-        if "help" in f.metadata
+        for f in _flags_in(part.metadata["group"])
     )
 
 
-def _flat_class(part: dataclasses.Field) -> type[Any]:
-    """The flags of one group as a flat class that HfArgumentParser understands."""
-    prefix, defaults = part.metadata["prefix"], part.metadata["defaults"]
-    columns = []
-    for f in fields(part.metadata["group"]):
-        if "help" not in f.metadata:
-            continue
-        default, factory = defaults.get(f.name, f.default), f.default_factory
-        metadata = {"help": f.metadata["help"], **f.metadata["argparse"]}
-        spec = field(default=default, metadata=metadata)
-        if factory is not dataclasses.MISSING:
-            spec = field(default_factory=factory, metadata=metadata)
-        columns.append((prefix + f.name, f.type, spec))
-    flat: Any = make_dataclass(f"{part.name}_flags", columns, kw_only=True)
-    flat._argument_group_name = f"{part.name} ({' '.join(part.metadata['group'].__doc__.split())})"
-    return flat
+def _flags_in(group: type[Any]) -> list["dataclasses.Field[Any]"]:
+    """The settings of a group that are flags."""
+    return [f for f in fields(group) if "help" in f.metadata]
+
+
+def _declare(
+    section: "argparse._ArgumentGroup", name: str, f: "dataclasses.Field[Any]", defaults: dict[str, Any]
+) -> None:
+    """Add the flag of a setting to argparse; one that is on by default gets a second flag, --no_NAME.
+
+    `defaults` are those of the step, by the setting's name, in place of the group's.
+    """
+    spelt = [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
+    options: dict[str, Any] = {"help": f.metadata["help"], **f.metadata["argparse"]}
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    default = defaults.get(f.name, default)
+    options |= {"required": True} if default is dataclasses.MISSING else {"default": default}
+    kind = get_args(f.type)[0] if type(None) in get_args(f.type) else f.type
+    if kind is bool:
+        section.add_argument(*spelt, type=_to_bool, nargs="?", const=True, **options)
+        if default is True:
+            negated = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
+            section.add_argument(*negated, action="store_false", dest=name, **{**options, "default": False})
+    elif get_origin(kind) is Literal:
+        section.add_argument(*spelt, choices=get_args(kind), **options)
+    elif get_origin(kind) is list:
+        section.add_argument(*spelt, type=get_args(kind)[0], nargs="+", **options)
+    else:
+        section.add_argument(*spelt, type=kind, **options)
+
+
+def _to_bool(word: str) -> bool:
+    """A word of the command line as True or False; any other is argparse's `ArgumentTypeError`."""
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(
+        f"{word!r} must be yes or no, true or false, t or f, y or n, 1 or 0, in any case"
+    )
 
 
 UNLIMITED = ("max_kl", "max_length_ratio")
 """Limits that inf switches off."""
 
 
-def _check_numbers(flats: Sequence[Any]) -> None:
+def _check_numbers(values: dict[str, Any]) -> None:
     """Raise `UserError` for nan, inf and numbers that no tensor holds."""
-    for name, value in (item for flat in flats for item in vars(flat).items()):
+    for name, value in values.items():
         if name in UNLIMITED and value == float("inf"):
             continue
         if isinstance(value, int | float) and not abs(value) < 2**63:
@@ -108,15 +135,12 @@ def parse_arguments(
 
     Raises `UserError` for an unknown flag, a value of the wrong type, and settings that cannot work together.
     """
-    parts = fields(STEPS[step])
-    flats = FlagParser(step).parse_args_into_dataclasses(argv, look_for_args_file=False)
-    _check_numbers(flats)
+    values = vars(FlagParser(step).parse_args(argv))
+    _check_numbers(values)
     _check_warmup(argv)
     groups = {}
-    for part, flat in zip(parts, flats, strict=True):
-        prefix = part.metadata["prefix"]
-        values = {f.name.removeprefix(prefix): getattr(flat, f.name) for f in fields(flat)}
-        if prefix:
-            values["prefix"] = prefix
-        groups[part.name] = part.metadata["group"](**values)
+    for part in fields(STEPS[step]):
+        group, prefix = part.metadata["group"], part.metadata["prefix"]
+        settings = {f.name: values[prefix + f.name] for f in _flags_in(group)}
+        groups[part.name] = group(**settings, **({"prefix": prefix} if prefix else {}))
     return STEPS[step](**groups)

@@ -484,25 +484,6 @@ def test_debug_shows_the_traceback(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "program", [SFT, REWARD, DPO, PPO], ids=lambda path: f"{path.parent.name}/{path.name}"
-)
-def test_help_answers_without_torch(program):
-    code = (
-        "import runpy, sys\n"
-        "sys.argv = ['main.py', '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(program)!r}, run_name='__main__')\n"
-        "except SystemExit:\n"
-        "    print('torch loaded:', 'torch' in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    assert result.stdout.rstrip().endswith("torch loaded: False")
-    assert "--output_dir" in result.stdout
-
-
-@pytest.mark.slow
 def test_ppo_without_a_critic_and_with_text_beside_it(one_rank):
     text = one_rank / "text.txt"
     text.write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(200)))
