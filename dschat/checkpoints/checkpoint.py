@@ -41,6 +41,7 @@ from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import Stopped
 from dschat.runs.atomic_folder import flushed, names_of_files, private_files, put_in_place
 from dschat.runs.lock import note_stopping
+from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS, checkpoints_folder, finished_checkpoints
 
 FORMAT = 3
@@ -71,6 +72,9 @@ class Checkpoints:
 
         `damaged` are named on rank 0.
         """
+        recorded = read_progress(chosen).get("choices") if chosen else None
+        self.choices = MeasuredChoices(recorded, measures=not run.deterministic)
+        """What the run chooses by timing; checkpoints keep it."""
         self._run = run
         self._identity = identity
         self._root = checkpoints_folder(run)
@@ -213,7 +217,12 @@ class Checkpoints:
         if is_main_process():
             if states.shared:
                 _save_tensors(states.shared, folder / SHARED)
-            described = {**self._identity, "step": step, "state": states.values}
+            described = {
+                **self._identity,
+                "step": step,
+                "choices": self.choices.made,
+                "state": states.values,
+            }
             (folder / PROGRESS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             assert self._run.output_dir is not None, "checkpoints lie in the output folder"
             metrics = Path(self._run.output_dir) / METRICS

@@ -1,0 +1,160 @@
+"""Choices between ways to compute the same thing, by timing.
+
+Which attention, which width of batches or which generation engine is fastest depends on the machine and the
+model, so a run times them when it begins. Two ways round differently. For a run to be repeated and resumed to
+the last bit, a choice is made once: a machine remembers it in a file, and a checkpoint has those of its run.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dschat.console import messages
+from dschat.distributed.collectives import broadcast_from_rank_0
+from dschat.distributed.device import synchronize
+from dschat.fingerprint import fingerprint
+
+MARGIN = 0.95
+"""A way replaces the first one where it takes less than this share of its time: less is noise."""
+
+VERSIONED = ("torch", "transformers", "deepspeed")
+
+
+class MeasuredChoices:
+    """The choices of one run. Every rank makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        recorded: Mapping[str, str] | None = None,
+        *,
+        folder: Path | None = None,
+        measures: bool = True,
+    ) -> None:
+        """`recorded` are the choices of the checkpoint that the run goes on from.
+
+        `folder` is where the machine remembers choices, by default `machine_folder()`. Without `measures`
+        every choice that is not recorded is the first of its ways.
+        """
+        self.made: dict[str, str] = dict(recorded or {})
+        """The way chosen for each name so far, for checkpoints."""
+        self._recorded = frozenset(self.made)
+        self._folder, self._measures = folder or machine_folder(), measures
+
+    def choose(
+        self,
+        name: str,
+        ways: Mapping[str, Callable[[], object]],
+        *,
+        key: Mapping[str, Any] | None = None,
+        rounds: int = 3,
+    ) -> str:
+        """The fastest of `ways`, functions that each do the same work in another way.
+
+        The first way is the default: another is taken where it is clearly faster. The least time of `rounds`
+        calls counts, after one that warms up; rank 0's times decide. `key` holds what the times depend on
+        besides machine, versions and threads, such as the model's sizes and the precision, for JSON. A choice
+        that the checkpoint or the machine has is not measured again, unless its way is not among `ways`.
+        Says in one line what was chosen and why.
+        """
+        if self.made.get(name) in ways:
+            if name in self._recorded:
+                messages.info(f"{name}: {self.made[name]} (as the checkpoint has it)")
+            return self.made[name]
+        if not self._measures or len(ways) == 1:
+            self.made[name] = next(iter(ways))
+            return self.made[name]
+        depends_on = {"name": name, "ways": sorted(ways), "key": dict(key or {}), "machine": machine()}
+        path = self._folder / f"{fingerprint(depends_on)}.json"
+        found = broadcast_from_rank_0(lambda: _remembered(path))
+        if found is None or found["way"] not in ways:
+            seconds = _times(ways, rounds)
+            found = broadcast_from_rank_0(lambda: _first_kept(path, _decision(name, seconds, key)))
+        times = ", ".join(f"{way} {1000 * spent:.3g} ms" for way, spent in found["seconds"].items())
+        messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
+        self.made[name] = found["way"]
+        return self.made[name]
+
+
+def machine_folder() -> Path:
+    """Where this machine's user remembers choices: dschat/choices below `XDG_CACHE_HOME`, else ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dschat" / "choices"
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on besides the work: the processor or GPU, its threads, and the libraries."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    versions = {name: version(name) for name in VERSIONED}
+    return {"device": device, "threads": torch.get_num_threads(), **versions}
+
+
+def _processor() -> str:
+    """The processor's name, or what stands in for it where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, torch.backends.cpu.get_cpu_capability())
+
+
+def _times(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The least seconds that each way took, in turn so that a slow moment of the machine meets all."""
+    for run in ways.values():
+        run()
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way, run in ways.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds[way] = min(seconds[way], time.perf_counter() - start)
+    return seconds
+
+
+def _decision(name: str, seconds: Mapping[str, float], key: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a choice's file holds."""
+    first, fastest = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
+    way = fastest if seconds[fastest] < MARGIN * seconds[first] else first
+    return {"name": name, "way": way, "seconds": dict(seconds), "key": dict(key or {}), "machine": machine()}
+
+
+def _remembered(path: Path) -> dict[str, Any] | None:
+    """The decision in a file; None where there is none that can be read."""
+    try:
+        decision = json.loads(path.read_text(encoding="utf-8"))
+        return decision if {"way", "seconds"} <= decision.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _first_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
+    """Keep a decision for later runs; return that of another run which measured at once and was first.
+
+    Where the folder cannot be written, nothing is kept.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            first = _remembered(path)
+            if first is not None:
+                return first
+            temporary.replace(path)  # what is there cannot be read
+    except OSError:
+        return _remembered(path) or decision
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return decision
