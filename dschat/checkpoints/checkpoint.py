@@ -44,8 +44,11 @@ from dschat.runs.lock import note_stopping
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS, checkpoints_folder, finished_checkpoints
 
-FORMAT = 3
-"""Raise it when older checkpoints cannot be read any more."""
+FORMAT = 4
+"""Raise it when older checkpoints cannot be read any more, or a run would not go on as it began.
+
+4: a seed draws other answers than before.
+"""
 
 PROGRESS, SHARED = "progress.json", "shared.safetensors"
 

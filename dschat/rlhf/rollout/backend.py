@@ -32,10 +32,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from torch import Tensor
+
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.rlhf.rollout.keyed_sampling import TokenDraw, keyed_uniforms, row_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,22 @@ class Sampling:
             seed=seed,
             greedy=greedy,
             with_logprobs=with_logprobs,
+        )
+
+    def uniforms(self, prompts: PromptBatch) -> Tensor:
+        """The number that each token of the answers is drawn with. -> float64 [B, max_answer_length]."""
+        keys = row_keys(prompts.keys, prompts.samples, seed=self.seed, ppo_step=self.ppo_step)
+        return keyed_uniforms(keys, self.max_answer_length)
+
+    def token_draw(self, num_tokens: int) -> TokenDraw:
+        """How these draw a token of a tokenizer of that size."""
+        return TokenDraw(
+            num_tokens=num_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            greedy=self.greedy,
+            with_logprobs=self.with_logprobs,
         )
 
 

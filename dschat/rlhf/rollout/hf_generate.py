@@ -18,7 +18,7 @@ from dschat.engines.step import DeepSpeedEngine
 from dschat.models.end_tokens import end_token_ids, names
 from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.rlhf.rollout.keyed_sampling import LogprobRecorder, row_keys, sampling_processors
+from dschat.rlhf.rollout.keyed_sampling import KeyedDraws
 
 
 class HuggingFaceGenerate:
@@ -94,24 +94,16 @@ class HuggingFaceGenerate:
         self._generation_config.max_new_tokens = sampling.max_answer_length
         self._generation_config.use_cache = self.uses_cache
         prompt_length = prompts.input_ids.shape[1]
-        recorder = LogprobRecorder() if sampling.with_logprobs else None
-        keys = row_keys(prompts.keys, prompts.samples, seed=sampling.seed, ppo_step=sampling.ppo_step)
+        draws = KeyedDraws(
+            sampling.token_draw(self._num_tokens), sampling.uniforms(prompts), prompt_length=prompt_length
+        )
         sequences = self._actor.module.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask.long(),
             generation_config=self._generation_config,
-            logits_processor=sampling_processors(
-                None if sampling.greedy else keys,
-                prompt_length=prompt_length,
-                num_tokens=self._num_tokens,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                recorder=recorder,
-            ),
+            logits_processor=draws.processors,
             synced_gpus=self._shards_weights and not self._gathers,
         )
         answers = sequences[:, prompt_length:]
-        logprobs = None if recorder is None else recorder.of(answers)
         pad_token_id = self._generation_config.pad_token_id
-        return RolloutBatch.of_answers(prompts, answers, self._end_ids, pad_token_id, logprobs)
+        return RolloutBatch.of_answers(prompts, answers, self._end_ids, pad_token_id, draws.logprobs)

@@ -2,23 +2,21 @@
 
 The same prompt gets the same answer on any number of ranks, in any batch, at any place in it.
 
-Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise here is a hash of
-(row key, position in the answer, vocabulary entry), so no generator has a state to keep in step.
+A token is drawn by the inverse of the cumulative distribution: the first token, in the vocabulary's order, up
+to which the probabilities sum to more than a uniform number. That number is a hash of (row key, position in
+the answer), so no generator has a state to keep in step, and one number per row is all the noise there is.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
-from dschat.losses import token_logprobs
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 MASK32 = 0xFFFFFFFF
+
+BLOCK = 128
+"""Tokens that `draw` sums up at once. Other sizes round otherwise, by the last bits of a float64."""
 
 
 def _signed32(value: int) -> int:
@@ -66,92 +64,114 @@ def row_keys(prompt_keys: Tensor, samples: Tensor, *, seed: int, ppo_step: int) 
     return torch.stack(states, dim=1)
 
 
-def gumbel_noise(keys: Tensor, position: int, vocabulary_size: int) -> Tensor:
-    """Standard Gumbel noise for one decoding step. int32 [B, 2] -> fp32 [B, V].
+def keyed_uniforms(keys: Tensor, num_positions: int) -> Tensor:
+    """One number for each row and each position of its answer. int32 [B, 2] -> float64 [B, T].
 
-    The uniforms have 31 bits and lie strictly inside (0, 1): one that rounds to 1 would be infinite noise.
-    The finer end of fp32 is the one that becomes large noise, so rare tokens keep their probability.
+    The numbers have 52 bits and lie strictly inside (0, 1).
     """
-    first, second = (_fold(half, position) for half in keys.split(1, dim=1))
-    entries = _mix32(torch.arange(vocabulary_size, dtype=torch.int32, device=keys.device))
-    bits = (_mix32((entries ^ first) + second) >> 1) & 0x7FFFFFFF
-    uniform = ((bits.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    positions = torch.arange(num_positions, dtype=torch.int32, device=keys.device)
+    high, low = (
+        _fold(half.expand(-1, num_positions), positions).long() & MASK32 for half in keys.split(1, dim=1)
+    )
+    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
 
-class KnownTokensOnly(LogitsProcessor):
-    """Forbids rows of a padded vocabulary that the tokenizer has no token for."""
+def draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens with probabilities in proportion to weights; the sums of the weights.
 
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._num_tokens :] = -torch.inf
-        return scores
-
-
-class KeyedGumbelNoise(LogitsProcessor):
-    """Makes greedy decoding sample: adds the noise of each row's key to the (scaled, filtered) logits."""
-
-    def __init__(self, keys: Tensor, prompt_length: int) -> None:
-        self._keys = keys
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self._prompt_length
-        return scores + gumbel_noise(self._keys, position, scores.shape[1])
-
-
-class LogprobRecorder(LogitsProcessor):
-    """Keeps the log-probability of each sampled token as the generating forward pass saw it.
-
-    A token is known one step after its scores, which are held until then: [B, V] of one step, never of all.
+    `weights` are fp32 [B, V], not negative, and `uniforms` float64 [B] in (0, 1) -> int64 [B], float64 [B].
+    Sums are float64 and over the same blocks of tokens wherever the vocabulary ends, so weights of 0 behind
+    it change nothing. A token of weight 0 is never drawn.
     """
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    totals = sums[:, -1]
+    block, rest = _first_beyond(sums, uniforms * totals)
+    chosen = blocks[torch.arange(len(blocks), device=blocks.device), block]
+    place, _ = _first_beyond(chosen.cumsum(dim=1, dtype=torch.float64), rest)
+    return block * BLOCK + place, totals
 
-    def __init__(self) -> None:
-        self._scores: Tensor | None = None
+
+def _first_beyond(sums: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first column whose running sum is above the target, and what the target has beyond the one before.
+
+    Rounding may put a target at the last sum or above it: it is then taken to be just below, so that there is
+    such a column, and it is one that adds to the sum. float64 [B, N], [B] -> int64 [B], float64 [B].
+    """
+    targets = torch.minimum(targets, torch.nextafter(sums[:, -1], torch.zeros_like(targets)))
+    column = (sums <= targets[:, None]).sum(dim=1)
+    before = sums.gather(1, (column[:, None] - 1).clamp(min=0)).squeeze(1)
+    return column, torch.where(column > 0, targets - before, targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDraw:
+    """How a token is drawn from logits: what `Sampling` says of it, and the size of the tokenizer."""
+
+    num_tokens: int
+    """Rows that pad a model's vocabulary beyond it are never drawn."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+    with_logprobs: bool = False
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next token of each row, and its log-probability where the draw records it.
+
+        The log-probability is of the whole softmax at the temperature, before top-k and top-p.
+        [B, V], float64 [B] -> int64 [B], fp32 [B].
+        """
+        scores = logits[:, : self.num_tokens].float()
+        if self.temperature != 1:
+            scores = scores / self.temperature
+        if self.greedy:
+            tokens = scores.argmax(dim=1)
+            return tokens, self._logprobs(scores, tokens) if self.with_logprobs else None
+        largest = scores.amax(dim=1, keepdim=True)
+        if self.top_k > 0 or self.top_p < 1:
+            tokens, _ = draw((self._filtered(scores) - largest).exp(), uniforms)
+            return tokens, self._logprobs(scores, tokens) if self.with_logprobs else None
+        tokens, totals = draw((scores - largest).exp(), uniforms)
+        if not self.with_logprobs:
+            return tokens, None
+        above = (scores.gather(1, tokens[:, None]) - largest).squeeze(1)
+        return tokens, (above - totals.log()).float()
+
+    def _filtered(self, scores: Tensor) -> Tensor:
+        """-inf for what top-k and then top-p leave out."""
+        nothing = torch.empty(0)  # the tokens before, which neither reads
+        if self.top_k > 0:
+            scores = TopKLogitsWarper(self.top_k)(nothing, scores)
+        return TopPLogitsWarper(self.top_p)(nothing, scores) if self.top_p < 1 else scores
+
+    @staticmethod
+    def _logprobs(scores: Tensor, tokens: Tensor) -> Tensor:
+        return scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(dim=1)
+
+
+class KeyedDraws(LogitsProcessor):
+    """Makes `generate(do_sample=False)` sample: leaves the token that is drawn the only possible one."""
+
+    def __init__(self, draw_token: TokenDraw, uniforms: Tensor, *, prompt_length: int) -> None:
+        """`uniforms` are float64 [B, T], of each position of the answers."""
+        self._draw, self._uniforms, self._prompt_length = draw_token, uniforms, prompt_length
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._score(input_ids[:, -1])
-        self._scores = scores
-        return scores
+        position = input_ids.shape[1] - self._prompt_length
+        tokens, logprobs = self._draw(scores, self._uniforms[:, position])
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
-    def _score(self, tokens: Tensor) -> None:
-        if self._scores is not None:
-            self._logprobs.append(token_logprobs(self._scores, tokens))
+    @property
+    def processors(self) -> LogitsProcessorList:
+        """The only one."""
+        return LogitsProcessorList([self])
 
-    def of(self, answers: Tensor) -> Tensor:
-        """Those of the sampled tokens; beyond an answer's end anything. int64 [B, T] -> fp32 [B, T]."""
-        self._score(answers[:, -1])
-        self._scores = None
-        return torch.stack(self._logprobs, dim=1)
-
-
-def sampling_processors(
-    keys: Tensor | None,
-    *,
-    prompt_length: int,
-    num_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    recorder: LogprobRecorder | None = None,
-) -> LogitsProcessorList:
-    """What turns `generate(do_sample=False)` into keyed sampling with temperature, top-k and top-p.
-
-    Without keys there is no noise, and the likeliest token is taken. A `recorder` sees the whole softmax at
-    that temperature, before top-k and top-p.
-    """
-    processors = LogitsProcessorList([KnownTokensOnly(num_tokens)])
-    if temperature != 1:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-    if recorder is not None:
-        processors.append(recorder)
-    if top_k > 0:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    if keys is not None:
-        processors.append(KeyedGumbelNoise(keys, prompt_length))
-    return processors
+    @property
+    def logprobs(self) -> Tensor | None:
+        """Those of the tokens, as drawn; beyond an answer's end anything. fp32 [B, T]"""
+        return torch.stack(self._logprobs, dim=1) if self._logprobs else None
