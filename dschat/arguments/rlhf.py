@@ -31,5 +31,11 @@ class RlhfOptions:
         "In fp16: where gradients of actor or critic overflow, skip the step of both; both models' gradients "
         "are held at one time.",
     )
+    reuse_first_pass: bool = flag(
+        True,
+        "Learn from the first micro-batch of a PPO step by the forward pass that analysed it: the same "
+        "numbers for less work, and the activations of actor and critic are held at one time.",
+        at_resume="free",
+    )
     enable_test_mode: bool = flag(False, "End after --test_stop_step PPO steps.")
     test_stop_step: int = flag(0, "PPO steps of a run with --enable_test_mode.")

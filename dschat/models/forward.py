@@ -38,6 +38,7 @@ def predictions_of(
     num_tokens: int | None = None,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    entropy_has_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs_of`, and the entropy in nats of what predicts each label. -> fp32 [B, N] both.
 
@@ -45,7 +46,11 @@ def predictions_of(
     """
     logits = logits_of(model, batch, num_tokens=num_tokens)
     logprobs = token_logprobs(logits, batch.labels, temperature=temperature)
-    return logprobs, token_entropy(logits, temperature=temperature) if with_entropy else None
+    if not with_entropy:
+        return logprobs, None
+    return logprobs, token_entropy(
+        logits if entropy_has_gradient else logits.detach(), temperature=temperature
+    )
 
 
 def logits_of(

@@ -13,6 +13,7 @@ from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.models.forward import predictions_of, scores_of, token_logprobs_of, values_of
 from dschat.rlhf.experience import AnswerAnalysis
+from dschat.rlhf.first_pass import FirstPass, pass_over
 from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout.batch import RolloutBatch
@@ -74,23 +75,33 @@ class AnswerAnalyzer:
         self._engine, self._prompts, self._rewards = engine, prompts, rewards
         self._in_evaluation = in_evaluation
         self._temperature = args.rollout.temperature
+        self._learns_entropy = args.ppo.entropy_coef > 0
         self._num_tokens = len(tokenizers.actor)
         self._reading = build_retokenizer(engine.specs, "reward", tokenizers, prompts)
 
     @phase(PhaseKind.ANALYZING)
     @torch.no_grad()
     def analyze(
-        self, rollout: RolloutBatch, rows: list[Tensor], *, with_values: bool = True
+        self,
+        rollout: RolloutBatch,
+        rows: list[Tensor],
+        *,
+        with_values: bool = True,
+        first_pass: FirstPass | None = None,
     ) -> AnswerAnalysis:
         """Analyse the answers of all ranks; `rows` are this rank's, a tensor of row numbers per forward pass.
 
         Every rank must call it, with as many passes, whose rows together are all rows once. Without
-        `with_values` the critic is left out.
+        `with_values` the critic is left out. `first_pass` keeps the graph over the first rows, which are
+        passed last, and then by actor and critic after the other models: so it waits for no other pass.
         """
         for engine in self._engine.trained:
             engine.eval()
         critic = self._engine.critic if with_values else None
-        parts = [self._analyze_rows(rollout.rows(part.to(rollout.input_ids.device)), critic) for part in rows]
+        device = rollout.input_ids.device
+        parts = [self._analyze_rows(rollout.rows(part.to(device)), critic) for part in rows[:0:-1]]
+        parts.append(self._analyze_rows(rollout.rows(rows[0].to(device)), critic, first_pass))
+        parts.reverse()
         outputs = ModelOutputs.gather(parts, rows, rollout.answer_mask.shape[1])
         logprobs, entropy, ref_logprobs = outputs.logprobs, outputs.entropy, outputs.ref_logprobs
         if self._rewards is None:
@@ -105,23 +116,37 @@ class AnswerAnalyzer:
             num_errors=summed.num_errors,
         )
 
-    def _analyze_rows(self, batch: RolloutBatch, critic: DeepSpeedEngine | None) -> ModelOutputs:
+    def _analyze_rows(
+        self, batch: RolloutBatch, critic: DeepSpeedEngine | None, first_pass: FirstPass | None = None
+    ) -> ModelOutputs:
         tokens, num_tokens, temperature = batch.tokens, self._num_tokens, self._temperature
         # No logits outlive their call: they are the largest tensor here.
-        logprobs, entropy = predictions_of(
-            self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
-        )
-        assert entropy is not None, "it is computed unless it is left out"
         with self._engine.reference() as reference:
             ref_logprobs = token_logprobs_of(
                 reference, tokens, num_tokens=num_tokens, temperature=temperature
             )
+        scores = self._scores(batch) if self._engine.reward else None
+        with pass_over(self._engine.actor, keeps_graph=first_pass is not None and first_pass.keeps_actor):
+            logprobs, entropy = predictions_of(
+                self._engine.actor,
+                tokens,
+                num_tokens=num_tokens,
+                temperature=temperature,
+                entropy_has_gradient=self._learns_entropy,
+            )
+        assert entropy is not None, "it is computed unless it is left out"
+        values = None
+        if critic is not None:
+            with pass_over(critic, keeps_graph=first_pass is not None):
+                values = values_of(critic, tokens)
+        if first_pass is not None:
+            first_pass.keep(logprobs, entropy, values)
         return ModelOutputs(
-            logprobs=logprobs,
-            entropy=entropy,
+            logprobs=logprobs.detach(),
+            entropy=entropy.detach(),
             ref_logprobs=ref_logprobs,
-            values=values_of(critic, tokens) if critic else None,
-            scores=self._scores(batch) if self._engine.reward else None,
+            values=None if values is None else values.detach(),
+            scores=scores,
         )
 
     def _scores(self, batch: RolloutBatch) -> Tensor:

@@ -26,6 +26,7 @@ from dschat.rlhf.experience import (
     estimate_advantages,
     shape_rewards,
 )
+from dschat.rlhf.first_pass import FirstPass
 from dschat.rlhf.kl_controller import KlController
 from dschat.rlhf.phase_times import PhaseTimes
 from dschat.rlhf.position import Position
@@ -245,8 +246,13 @@ def build_trainer(
     sampling = Sampling.of(args.rollout, seed=args.run.seed, with_logprobs=args.records_rollout_logprobs)
     require(backend, sampling, on_mismatch=args.rollout.rollout_on_mismatch if check else "stop")
 
+    first_pass = FirstPass() if args.rlhf.reuse_first_pass else None
+
     def analyze(rollout: RolloutBatch, ppo_step: int) -> AnswerAnalysis:
-        return analyzer.analyze(rollout, minibatch_sampler.rows_of_first_pass(rollout, ppo_step))
+        if first_pass is not None:
+            first_pass.begin(keeps_actor=ppo_step >= args.ppo.critic_warmup_steps)
+        rows = minibatch_sampler.rows_of_first_pass(rollout, ppo_step)
+        return analyzer.analyze(rollout, rows, first_pass=first_pass)
 
     return PPOTrainer(
         args.ppo,
@@ -269,6 +275,7 @@ def build_trainer(
             ),
             SkippedSteps(args.run),
             texts,
+            first_pass,
         ),
         times=times,
     )

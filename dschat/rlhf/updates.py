@@ -27,6 +27,7 @@ from dschat.losses import clipped_value_loss, policy_ratio, text_loss
 from dschat.models.forward import predictions_of, token_logprobs_of, values_of
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.experience import MicroBatch, Minibatch
+from dschat.rlhf.first_pass import FirstPass
 from dschat.rlhf.position import Position
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.update_statistics import UpdateStatistics
@@ -47,7 +48,10 @@ class UpdateSettings:
 
 
 class ActorCriticUpdates:
-    """The optimiser steps of a run. `texts` are learned by the actor beside the answers."""
+    """The optimiser steps of a run. `texts` are learned by the actor beside the answers.
+
+    What `first_pass` keeps of the analysis is learned from in place of a further pass over the same rows.
+    """
 
     def __init__(
         self,
@@ -55,19 +59,22 @@ class ActorCriticUpdates:
         settings: UpdateSettings,
         skipped: SkippedSteps,
         texts: TextLoader | None = None,
+        first_pass: FirstPass | None = None,
     ) -> None:
         self.skipped = skipped
         self.statistics = UpdateStatistics()
         """What the optimiser steps of the present PPO step did."""
         self._engine, self._settings = engine, settings
         self._texts, self._text_steps = texts, iter(texts or ())
+        self._first_pass = first_pass or FirstPass()
 
     def begin_ppo_step(self) -> None:
         """Begin the statistics anew."""
         self.statistics = UpdateStatistics()
 
     def resume(self, position: Position) -> None:
-        """Go on with the texts where the run stands."""
+        """Go on with the texts where the run stands, and without the graph of an analysis."""
+        self._first_pass.begin(keeps_actor=False)
         if self._texts:
             self._text_steps = self._texts.steps_after(position.num_text_steps)
 
@@ -123,7 +130,7 @@ class ActorCriticUpdates:
     @phase(PhaseKind.TRAINING, "actor")
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: TokenBatch | None) -> Tensor:
         """-> the micro-batch's sum of approx_kl over tokens, measured before the step."""
-        logprobs, entropy = predictions_of(
+        logprobs, entropy = self._first_pass.take_actor() or predictions_of(
             self._engine.actor,
             batch.rollout.tokens,
             num_tokens=self._settings.num_tokens,
@@ -177,7 +184,9 @@ class ActorCriticUpdates:
     def _train_critic(self, batch: MicroBatch, minibatch: Minibatch) -> None:
         mask, clip = batch.rollout.answer_mask, self._settings.ppo.value_clip
         assert batch.values is not None, "a critic that is trained has valued the answers"
-        values = values_of(self._engine.critic, batch.rollout.tokens)
+        values = self._first_pass.take_critic()
+        if values is None:
+            values = values_of(self._engine.critic, batch.rollout.tokens)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )

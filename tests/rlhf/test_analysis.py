@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dschat.arguments import PpoArguments
 from dschat.rlhf.analysis import AnswerAnalyzer, ModelOutputs
+from dschat.rlhf.first_pass import FirstPass
 from dschat.rlhf.rollout.batch import RolloutBatch
 
 # P(next | token) of a vocabulary of 3, whose last entry pads it; the reference model finds all alike
@@ -34,6 +36,9 @@ class Bigrams:
         self.calls.append(len(input_ids))
         return SimpleNamespace(logits=self.table.log()[input_ids][:, logits_to_keep])
 
+    def train(self):
+        self.training = True
+
     def eval(self):
         self.training = False
 
@@ -42,7 +47,7 @@ class Echo(Bigrams):
     """A critic or reward model whose output is the token."""
 
     def __call__(self, input_ids, attention_mask, position_ids, *, return_values):
-        return input_ids.float()
+        return input_ids.float() if self.table is None else self.table[input_ids]
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def engines():
 @pytest.fixture
 def analyzer(engines, monkeypatch):
     monkeypatch.setattr("dschat.rlhf.analysis.build_retokenizer", lambda *args: None)
-    args = SimpleNamespace(rollout=SimpleNamespace(temperature=1.0))
+    args = SimpleNamespace(rollout=SimpleNamespace(temperature=1.0), ppo=PpoArguments())
     return AnswerAnalyzer(engines, SimpleNamespace(actor=range(2)), args)
 
 
@@ -96,6 +101,36 @@ def test_the_critic_is_left_out_where_values_are_not_asked_for(analyzer):
 def test_actor_and_reference_pass_over_the_same_rows_in_turn(analyzer, engines):
     analyzer.analyze(ROLLOUT, rows([0], [1]))
     assert engines.calls == [1, 1, 1, 1]
+
+
+def test_the_graph_of_the_first_rows_alone_is_kept_and_changes_nothing(analyzer, engines):
+    expected = analyzer.analyze(ROLLOUT, rows([1], [0]))
+    engines.actor.table = BIGRAMS.clone().requires_grad_()
+    engines.critic.table = torch.arange(3.0, requires_grad=True)
+    first_pass = FirstPass()
+    first_pass.begin(keeps_actor=True)
+    analysis = analyzer.analyze(ROLLOUT, rows([1], [0]), first_pass=first_pass)
+    for name in ("logprobs", "entropy", "values"):
+        actual = getattr(analysis, name)
+        assert torch.equal(actual, getattr(expected, name)), name
+        assert not actual.requires_grad, name
+    assert engines.actor.training
+    assert engines.critic.training
+    logprobs, entropy = first_pass.take_actor()
+    assert torch.equal(logprobs[0, :1], analysis.logprobs[1, :1])
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad  # no term of the loss
+    assert first_pass.take_critic().requires_grad
+    assert first_pass.take_actor() is first_pass.take_critic() is None
+
+
+def test_no_graph_of_an_actor_that_waits_is_kept(analyzer, engines):
+    engines.actor.table = BIGRAMS.clone().requires_grad_()
+    first_pass = FirstPass()
+    first_pass.begin(keeps_actor=False)
+    analyzer.analyze(ROLLOUT, rows([0, 1]), first_pass=first_pass)
+    assert first_pass.take_actor() is None
+    assert first_pass.take_critic() is not None
 
 
 def test_outputs_return_to_the_rows_they_were_made_of():

@@ -13,6 +13,7 @@ from dschat.data.loaders import OptimizerStep
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.rlhf import updates
 from dschat.rlhf.experience import MicroBatch, Minibatch
+from dschat.rlhf.first_pass import FirstPass
 from dschat.rlhf.position import Position
 from dschat.rlhf.updates import ActorCriticUpdates, UpdateSettings
 
@@ -70,9 +71,11 @@ def models(monkeypatch) -> SimpleNamespace:
     return models
 
 
-def updates_of(models: SimpleNamespace, texts: Texts | None = None, **ppo: Any) -> ActorCriticUpdates:
+def updates_of(
+    models: SimpleNamespace, texts: Texts | None = None, first_pass: FirstPass | None = None, **ppo: Any
+) -> ActorCriticUpdates:
     settings = UpdateSettings(PpoArguments(**ppo), temperature=1.0, num_tokens=9, unsup_coef=2.0)
-    return ActorCriticUpdates(models, settings, SkippedSteps(RunArguments()), texts)
+    return ActorCriticUpdates(models, settings, SkippedSteps(RunArguments()), texts, first_pass)
 
 
 def test_actor_and_critic_are_trained_and_the_metrics_are_means_over_tokens(models):
@@ -124,6 +127,28 @@ def test_texts_are_learned_beside_the_answers_and_go_on_after_a_checkpoint(model
     assert models.losses[0] == ("actor", pytest.approx(-1.2 + 6))
     assert position.num_text_steps == 4
     assert made.metrics(position)["unsup_loss"] == pytest.approx(3)
+
+
+def test_what_the_analysis_kept_is_learned_from_once(models):
+    first_pass = FirstPass()
+    first_pass.begin(keeps_actor=True)
+    first_pass.keep(ZEROS, ZEROS, torch.full((2, 2), 3.0))
+    made = updates_of(models, first_pass=first_pass)
+    made.step(MINIBATCH, Position(), trains_actor=True)
+    made.step(MINIBATCH, Position(), trains_actor=True)
+    # Ratios of 1 and values of 3, 0.5 (3 - 1)^2, are those kept; then the models are asked.
+    assert models.losses[:2] == [("actor", pytest.approx(-1)), ("critic", pytest.approx(2))]
+    assert models.losses[2:] == [("actor", pytest.approx(-1.2)), ("critic", pytest.approx(0.5))]
+
+
+def test_nothing_that_was_kept_is_learned_from_after_a_checkpoint(models):
+    first_pass = FirstPass()
+    first_pass.begin(keeps_actor=True)
+    first_pass.keep(ZEROS, ZEROS, ZEROS)
+    made = updates_of(models, first_pass=first_pass)
+    made.resume(Position())
+    made.step(MINIBATCH, Position(), trains_actor=True)
+    assert models.losses[0] == ("actor", pytest.approx(-1.2))
 
 
 def test_the_statistics_of_a_ppo_step_begin_anew(models):

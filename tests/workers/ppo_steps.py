@@ -66,6 +66,18 @@ def skew_cache(model: torch.nn.Module, factor: float) -> None:
     model.register_forward_hook(skew, with_kwargs=True)
 
 
+def count_passes(engine: DeepSpeedRLHFEngine) -> dict[str, int]:
+    """How often actor and critic pass over rows from now on, generation left out."""
+    counts = dict.fromkeys(engine.by_name, 0)
+    for name, trained in engine.by_name.items():
+
+        def count(module, args, kwargs, output, name=name):
+            counts[name] += not kwargs.get("use_cache")
+
+        trained.module.register_forward_hook(count, with_kwargs=True)
+    return counts
+
+
 def text_loader(args: RlhfArguments, tokenizer: PreTrainedTokenizerBase) -> TextLoader | None:
     """The text beside PPO that the flags ask for."""
     return build_text_loader(
@@ -108,6 +120,7 @@ def run(models: Path, flags: dict) -> dict:
     tokenizer = tokenizers.actor
     if cache_factor != 1:
         skew_cache(engine.actor.module, cache_factor)
+    num_passes = count_passes(engine)
     backend = HuggingFaceGenerate(engine.actor, tokenizer, gather=args.rollout.rollout_gather)
     texts = text_loader(args, tokenizer)
     trainer = build_trainer(args, engine, tokenizers, backend, texts=texts)
@@ -115,7 +128,7 @@ def run(models: Path, flags: dict) -> dict:
         steps = two_steps(trainer, args, tokenizer)
     except UserError as error:
         return {"error": str(error)}
-    held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None}
+    held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None, "passes": num_passes}
     return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
 
 
