@@ -267,18 +267,20 @@ def group_advantages(scores: Tensor, groups: Tensor, kind: Literal["rloo", "grpo
     (section 2, REINFORCE Leave-One-Out). "grpo" is (score - mean) / std over the group,
     https://arxiv.org/abs/2402.03300 section 4.1.2, with the population's std; equal scores give 0.
     """
-    is_same = groups.unsqueeze(1) == groups.unsqueeze(0)
-    counts = is_same.sum(dim=1)
+    # On the CPU: there index_add adds in the order of the rows, on a GPU in another from run to run. In fp64,
+    # or rounding would tell equal scores apart, and grpo enlarge it.
+    exact, members = scores.detach().double().cpu(), groups.cpu().unique(return_inverse=True)[1]
+    counts = members.bincount()
     assert (counts > 1).all(), "an answer has nothing to be compared with"
 
-    def mean_of_group(x: Tensor) -> Tensor:  # no scatter: its order of additions may change from run to run
-        return torch.where(is_same, x.unsqueeze(0), 0).sum(dim=1) / counts
+    def mean_of_group(x: Tensor) -> Tensor:
+        return (torch.zeros(len(counts), dtype=x.dtype).index_add_(0, members, x) / counts)[members]
 
-    exact = scores.double()  # or rounding would tell equal scores apart, and grpo enlarge it
     distances = exact - mean_of_group(exact)
     if kind == "rloo":
-        return (distances * counts / (counts - 1)).to(scores.dtype)
-    return (distances * torch.rsqrt(mean_of_group(distances**2) + 1e-8)).to(scores.dtype)
+        size = counts[members]
+        return (distances * size / (size - 1)).to(scores)
+    return (distances * torch.rsqrt(mean_of_group(distances**2) + 1e-8)).to(scores)
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

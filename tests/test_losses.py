@@ -314,6 +314,14 @@ def test_an_answer_alone_in_its_group_is_a_bug(kind):
         group_advantages(torch.ones(3), torch.tensor([0, 0, 1]), kind)
 
 
+def test_comparing_answers_takes_memory_in_proportion_to_their_number():
+    # 200,000 answers to 50,000 prompts, the group's scores 0 to 3: all against all would take 320 GB
+    scores, groups = torch.arange(4.0).repeat(50_000), torch.arange(50_000).repeat_interleave(4)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+    actual = group_advantages(scores[order], groups[order], "rloo")
+    torch.testing.assert_close(actual, (scores[order] - 1.5) * 4 / 3)  # the mean of the others: (6 - s) / 3
+
+
 def test_reinforce_pp_gives_a_token_the_score_less_the_kl_penalty_from_it_on():
     # beta 0.1, k1 = 1 -2 0.5, score 3: 3 - 0.1 (1 - 2 + 0.5), 3 - 0.1 (-2 + 0.5), 3 - 0.1 x 0.5
     mask = row(1, 1, 1, 0)
