@@ -10,55 +10,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 LOG_RATIO_LIMIT = 20.0
 """exp() of a larger log-ratio helps no one and overflows fp16."""
-
-FP32_ELEMENTS = 1 << 24
-"""Logits are cast to fp32 this many at a time (64 MiB), never a whole batch at once."""
-
-
-def _chunk_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
-
-
-def _chunk_entropy(logits: Tensor, temperature: float) -> Tensor:
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def _rows_at_once(logits: Tensor) -> int:
-    return max(1, FP32_ELEMENTS // logits.shape[-1])
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `tokens`, in fp32: [B, T, V] and [B, T] -> [B, T].
-
-    The fp32 copy of the logits exists for a few rows at a time, in the backward pass too, where it is
-    recomputed.
-    """
-    flat_logits, flat_tokens = logits.flatten(0, -2), tokens.flatten()
-    rows = _rows_at_once(flat_logits)
-    chunks = [
-        checkpoint(_chunk_logprobs, part, ids, temperature, use_reentrant=False)
-        for part, ids in zip(flat_logits.split(rows), flat_tokens.split(rows), strict=True)
-    ]
-    return torch.cat(chunks).view(tokens.shape)
-
-
-def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), in fp32: [B, T, V] -> [B, T].
-
-    As in `token_logprobs` the fp32 copies exist for a few rows at a time.
-    """
-    flat_logits = logits.flatten(0, -2)
-    chunks = [
-        checkpoint(_chunk_entropy, part, temperature, use_reentrant=False)
-        for part in flat_logits.split(_rows_at_once(flat_logits))
-    ]
-    return torch.cat(chunks).view(logits.shape[:-1])
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:

@@ -17,9 +17,11 @@ from typing import Any
 from jaxtyping import Bool, Float, Int, Shaped, jaxtyped
 
 SIZES = {
-    "dschat.losses": {
+    "dschat.softmax": {
         "token_logprobs": "logits: Float *n V; tokens: Int *n -> Float *n",
-        "token_entropy": "logits: Float *n V -> Float *n",
+        "logprobs_and_entropy": "logits: Float *n V; tokens: Int *n -> Float *n",
+    },
+    "dschat.losses": {
         "masked_mean": "x, mask: Shaped *n -> Float",
         "masked_whiten": "x: Float *n; mask: Shaped *n -> Float *n",
         "pairwise_ranking_loss": "chosen_scores, rejected_scores, margin: Float B -> Float B",

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dschat import losses
 from dschat.losses import (
     advantages_and_returns,
     clipped_policy_loss,
@@ -25,64 +24,12 @@ from dschat.losses import (
     pairwise_ranking_loss,
     policy_ratio,
     text_loss,
-    token_entropy,
-    token_logprobs,
     truncated_importance_weights,
 )
 
 
 def row(*numbers: float) -> torch.Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
-
-
-# softmax of (0, ln 3) is (1/4, 3/4); at temperature 2 the logits are (0, ln sqrt 3), weights 1 and 1.7320508.
-LOGITS = torch.tensor([[[0.0, math.log(3.0)]]])
-
-
-@pytest.mark.parametrize(
-    ("token", "temperature", "probability"),
-    [(0, 1.0, 0.25), (1, 1.0, 0.75), (0, 2.0, 1 / 2.7320508), (1, 2.0, 1.7320508 / 2.7320508)],
-)
-def test_token_logprobs_are_of_the_softmax_at_that_temperature(token, temperature, probability):
-    actual = token_logprobs(LOGITS, torch.tensor([[token]]), temperature=temperature)
-    assert actual.exp().item() == pytest.approx(probability)
-
-
-def test_entropy_of_a_quarter_and_three_quarters():
-    # -(0.25 ln 0.25 + 0.75 ln 0.75) = 0.25 * 1.3862944 + 0.75 * 0.2876821
-    assert token_entropy(LOGITS).item() == pytest.approx(0.5623351)
-
-
-def test_entropy_in_chunks_has_the_gradient_of_the_formula(monkeypatch):
-    monkeypatch.setattr(losses, "FP32_ELEMENTS", 16)  # two rows of seven at once
-    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    token_entropy(logits, temperature=2.0).sum().backward()
-    # dH/dz_j = -p_j (ln p_j + H) / temperature
-    probabilities = (logits.detach() / 2).softmax(-1)
-    entropy = -(probabilities * probabilities.log()).sum(-1, keepdim=True)
-    torch.testing.assert_close(logits.grad, -probabilities * (probabilities.log() + entropy) / 2)
-
-
-def test_token_logprobs_in_chunks_have_the_value_and_gradient_of_cross_entropy(monkeypatch):
-    monkeypatch.setattr(losses, "FP32_ELEMENTS", 16)  # two rows of seven at once
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
-    tokens = torch.randint(0, 7, (3, 5), generator=generator)
-    token_logprobs(logits, tokens).sum().backward()
-    reference = logits.detach().clone().requires_grad_()
-    expected = -torch.nn.functional.cross_entropy(reference.flatten(0, 1), tokens.flatten(), reduction="none")
-    expected.sum().backward()
-    torch.testing.assert_close(token_logprobs(logits, tokens).flatten(), expected)
-    torch.testing.assert_close(logits.grad, reference.grad)
-
-
-def test_token_logprobs_are_fp32_and_their_gradient_has_the_dtype_of_the_logits():
-    logits = torch.zeros(1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
-    logprobs = token_logprobs(logits, torch.zeros(1, 2, dtype=torch.long))
-    logprobs.sum().backward()
-    assert logprobs.dtype == torch.float32
-    assert logits.grad.dtype == torch.bfloat16
-    assert logprobs[0, 0].item() == pytest.approx(-math.log(4))
 
 
 def test_masked_mean_ignores_even_infinities_outside_the_mask():
@@ -422,8 +369,7 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped(value, loss):
 
 def test_the_loss_of_text_is_the_negative_log_likelihood_over_the_tokens_of_the_whole_step():
     # the first token has probability 3/4, the second 1/4, over eight tokens of the whole step
-    logits = LOGITS.expand(1, 2, 2)
-    loss = text_loss(token_logprobs(logits, torch.tensor([[1, 0]])), denominator=8)
+    loss = text_loss(row(math.log(3 / 4), math.log(1 / 4)), denominator=8)
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 8)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from shapes import SIZES
 
-from dschat import losses
+from dschat import losses, softmax
 from dschat.data.token_batch import TokenBatch
 from dschat.models import forward
 from dschat.rlhf.experience import AnswerAnalysis
@@ -43,10 +43,11 @@ def test_a_result_is_checked_too():
         forward.values_of(lambda *args, **options: torch.zeros(2, 3, 1), batch)
 
 
-def test_every_public_function_of_the_losses_declares_all_its_tensors():
-    for name, function in vars(losses).items():
-        if inspect.isfunction(function) and function.__module__ == "dschat.losses" and name[0] != "_":
-            declared = SIZES["dschat.losses"][name]
+@pytest.mark.parametrize("module", [losses, softmax])
+def test_every_public_function_of_the_mathematics_declares_all_its_tensors(module):
+    for name, function in vars(module).items():
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_":
+            declared = SIZES[module.__name__][name]
             for parameter in inspect.signature(function).parameters.values():
                 if str(parameter.annotation).startswith(("<class 'torch.Tensor'>", "torch.Tensor")):
                     assert parameter.name in re.split(r"[:;,]? ", declared), (name, parameter.name)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dschat.data.collate import PairBatch
 from dschat.data.token_batch import TokenBatch
-from dschat.losses import token_entropy, token_logprobs
 from dschat.models.reward_model import at_last_token
+from dschat.softmax import logprobs_and_entropy, token_logprobs
 
 
 def token_logprobs_of(
@@ -38,19 +38,15 @@ def predictions_of(
     num_tokens: int | None = None,
     temperature: float = 1.0,
     with_entropy: bool = True,
-    entropy_has_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs_of`, and the entropy in nats of what predicts each label. -> fp32 [B, N] both.
 
     Both come of the same logits. The entropy is None without `with_entropy`.
     """
     logits = logits_of(model, batch, num_tokens=num_tokens)
-    logprobs = token_logprobs(logits, batch.labels, temperature=temperature)
-    if not with_entropy:
-        return logprobs, None
-    return logprobs, token_entropy(
-        logits if entropy_has_gradient else logits.detach(), temperature=temperature
-    )
+    if with_entropy:
+        return logprobs_and_entropy(logits, batch.labels, temperature=temperature)
+    return token_logprobs(logits, batch.labels, temperature=temperature), None
 
 
 def logits_of(

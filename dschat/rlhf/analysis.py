@@ -75,7 +75,6 @@ class AnswerAnalyzer:
         self._engine, self._prompts, self._rewards = engine, prompts, rewards
         self._in_evaluation = in_evaluation
         self._temperature = args.rollout.temperature
-        self._learns_entropy = args.ppo.entropy_coef > 0
         self._num_tokens = len(tokenizers.actor)
         self._reading = build_retokenizer(engine.specs, "reward", tokenizers, prompts)
 
@@ -128,11 +127,7 @@ class AnswerAnalyzer:
         scores = self._scores(batch) if self._engine.reward else None
         with pass_over(self._engine.actor, keeps_graph=first_pass is not None and first_pass.keeps_actor):
             logprobs, entropy = predictions_of(
-                self._engine.actor,
-                tokens,
-                num_tokens=num_tokens,
-                temperature=temperature,
-                entropy_has_gradient=self._learns_entropy,
+                self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
             )
         assert entropy is not None, "it is computed unless it is left out"
         values = None

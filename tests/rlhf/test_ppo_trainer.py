@@ -12,8 +12,6 @@ from dschat.arguments import PpoArguments
 from dschat.losses import (
     clipped_policy_loss,
     clipped_value_loss,
-    token_entropy,
-    token_logprobs,
     truncated_importance_weights,
 )
 from dschat.models.forward import (
@@ -28,6 +26,7 @@ from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.experience import MicroBatch
 from dschat.rlhf.rollout.batch import RolloutBatch
+from dschat.softmax import logprobs_and_entropy, token_logprobs
 
 PROMPTS = ((10, 11, 12, 13, 14), (20, 21), (30, 31, 32))
 ANSWERS = ((40, 41, 42, 0), (50, 0), (60, 61, 62, 63))  # token 0 ends; the last is cut at the limit
@@ -169,7 +168,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole(actor, critic):
 @pytest.mark.parametrize("args", [PpoArguments(), EVERY_TERM], ids=["plain", "every term"])
 def test_with_equal_engines_the_corrected_loss_is_the_same_to_the_last_bit(args):
     logits = torch.randn(3, 4, 80, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logprobs, entropy = token_logprobs(logits, BATCH.answers), token_entropy(logits)
+    logprobs, entropy = logprobs_and_entropy(logits, BATCH.answers)
     now = logprobs.detach()
     weights = truncated_importance_weights(now, now.clone(), BATCH.answer_mask, cap=2.0)
     results = []
