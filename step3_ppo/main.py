@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from dschat.data.loaders import PromptLoader, build_prompt_loader
 from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
+from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
@@ -133,4 +134,5 @@ def build_loader(args: RlhfArguments, data: SplitData, pad_id: int) -> PromptLoa
         seed=args.run.seed,
         num_epochs=args.optimizer.num_train_epochs,
         samples_per_prompt=args.rollout.num_samples_per_prompt,
+        multiple_of=args.widths.multiple_of(current_device().type),
     )

@@ -52,6 +52,11 @@ SIZES = {
             "input_ids, attention_mask, position_ids: Int B L; labels: Int B N; label_mask: Bool B N"
         )
     },
+    "dschat.data.packing": {
+        "Placement": (
+            "source, position_ids, segments: Int R W; outputs: Int M; label_places: Int K; last_tokens: Int B"
+        )
+    },
     "dschat.data.collate": {
         "PairBatch": "pair_mask, weights, margins: Float B; groups: Int B; ref_logprobs: Float 2*B",
         "PromptBatch": "input_ids, attention_mask: Int B P; keys, rows, samples: Int B",
@@ -59,7 +64,7 @@ SIZES = {
     "dschat.models.forward": {
         "token_logprobs_of": "-> Float B N",
         "predictions_of": "-> Float B N",
-        "logits_of": "-> Float B N V",
+        "logits_of": "-> Float *n V",
         "values_of": "-> Float B N",
         "scores_of": "-> Float B",
     },

@@ -28,6 +28,7 @@ from dschat.arguments.steps import (
     SupervisedArguments,
 )
 from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions
+from dschat.arguments.widths import WidthArguments
 
 __all__ = [
     "FOREIGN",
@@ -58,6 +59,7 @@ __all__ = [
     "SupervisedArguments",
     "TextArguments",
     "TokenizerArguments",
+    "WidthArguments",
     "flags_of",
     "parse_arguments",
     "saved_settings",

@@ -23,6 +23,7 @@ from dschat.arguments.rlhf import RlhfOptions
 from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions, SftOptions
+from dschat.arguments.widths import WidthArguments
 from dschat.console import messages
 
 
@@ -76,6 +77,7 @@ class SftArguments(SupervisedStep):
     tokenizer: TokenizerArguments = group(TokenizerArguments)
     model: ModelArguments = group(ModelArguments)
     batch: BatchArguments = group(BatchArguments)
+    widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
     sft: SftOptions = group(SftOptions)
     run: RunArguments = group(RunArguments)
@@ -96,6 +98,7 @@ class RewardArguments(SupervisedStep):
     tokenizer: TokenizerArguments = group(TokenizerArguments)
     model: ModelArguments = group(ModelArguments, learning_rate=9e-6)
     batch: BatchArguments = group(BatchArguments, export_model="best")
+    widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
     reward: RewardOptions = group(RewardOptions)
     run: RunArguments = group(RunArguments)
@@ -117,6 +120,7 @@ class DpoArguments(SupervisedStep):
     tokenizer: TokenizerArguments = group(TokenizerArguments)
     model: ModelArguments = group(ModelArguments, learning_rate=5e-7, lora_learning_rate=5e-6)
     batch: BatchArguments = group(BatchArguments)
+    widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
     dpo: DpoOptions = group(DpoOptions)
     run: RunArguments = group(RunArguments)
@@ -144,6 +148,7 @@ class RlhfArguments(TrainingStep):
     optimizer: OptimizerArguments = group(OptimizerArguments, num_warmup_steps=100, adam_epsilon=1e-5)
     rollout: RolloutArguments = group(RolloutArguments)
     ppo: PpoArguments = group(PpoArguments)
+    widths: WidthArguments = group(WidthArguments)
     text: TextArguments = group(TextArguments)
     guard: GuardArguments = group(GuardArguments)
     rewards: RewardSourceArguments = group(RewardSourceArguments)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch, moved
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
@@ -75,24 +76,32 @@ class PromptBatch:
         return moved(self, device)
 
 
-def collate_sft(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> SftBatch:
-    """The rows of `tokenize_sft` and fillers, `num_rows` together."""
+ROW_LAYOUT = RowLayout()
+"""A row for every sequence, as wide as the longest."""
+
+
+def collate_sft(
+    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = ROW_LAYOUT
+) -> SftBatch:
+    """The rows of `tokenize_sft` and fillers, `num_rows` together, laid out for a model."""
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
-    input_ids, attention_mask = _padded(flat, lengths, pad_id)
+    input_ids, attention_mask = _padded(flat, lengths, pad_id, width=int(lengths.max()))
     loss_mask = np.zeros_like(attention_mask)
     flat_mask = rows["loss_mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     loss_mask[: rows.num_rows][attention_mask[: rows.num_rows]] = flat_mask
-    return SftBatch(_token_batch(input_ids, attention_mask, loss_mask), denominator)
+    return SftBatch(_token_batch(input_ids, attention_mask, loss_mask).placed(layout), denominator)
 
 
-def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int) -> PairBatch:
-    """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together.
+def collate_pairs(
+    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = ROW_LAYOUT
+) -> PairBatch:
+    """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together, laid out for a model.
 
     REFERENCE_COLUMNS, where the rows have them, become the batch's `ref_logprobs`.
     """
     halves = [_filled(rows[name], num_rows, pad_id) for name in ("chosen_ids", "rejected_ids")]
     flat, lengths = (np.concatenate(parts) for parts in zip(*halves, strict=True))
-    input_ids, attention_mask = _padded(flat, lengths, pad_id)
+    input_ids, attention_mask = _padded(flat, lengths, pad_id, width=int(lengths.max()))
     starts = np.tile(_extended(rows["prompt_length"], num_rows, 1), 2)
     answer_mask = attention_mask & (np.arange(attention_mask.shape[1]) >= starts[:, None])
 
@@ -101,7 +110,7 @@ def collate_pairs(rows: pa.Table, num_rows: int, denominator: float, *, pad_id: 
 
     has_reference = set(REFERENCE_COLUMNS) <= set(rows.column_names)
     return PairBatch(
-        tokens=_token_batch(input_ids, attention_mask, answer_mask),
+        tokens=_token_batch(input_ids, attention_mask, answer_mask).placed(layout),
         pair_mask=(torch.arange(num_rows) < rows.num_rows).float(),
         weights=numbers("weight"),
         groups=_integers(_extended(rows["group"], num_rows, -1)),
@@ -117,16 +126,18 @@ def collate_prompts(
     denominator: float = 1.0,
     *,
     pad_id: int,
+    multiple_of: int = 1,
     numbers: np.ndarray | None = None,
     samples: np.ndarray | None = None,
 ) -> PromptBatch:
     """The rows of `tokenize_prompts` and fillers; `numbers` are the rows' in their data set, `samples` their
-    answers', both 0 by default.
+    answers', both 0 by default. Their width is a multiple of `multiple_of`.
 
     There is no loss, hence no use for the denominator.
     """
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
-    input_ids, attention_mask = _padded(flat, lengths, pad_id, left=True)
+    width = RowLayout(multiple_of).rounded(int(lengths.max()))
+    input_ids, attention_mask = _padded(flat, lengths, pad_id, width=width, left=True)
     keys = _extended(rows["key"], num_rows, 0)
 
     def per_row(values: np.ndarray | None) -> Tensor:
@@ -170,12 +181,11 @@ def _extended(numbers: pa.ChunkedArray, num_rows: int, filler: float) -> np.ndar
 
 
 def _padded(
-    flat: np.ndarray, lengths: np.ndarray, pad_id: int, left: bool = False
+    flat: np.ndarray, lengths: np.ndarray, pad_id: int, *, width: int, left: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows one after the other in `flat` as ids [B, L] with a mask [B, L] of what is no padding."""
-    longest = int(lengths.max())
-    positions = np.arange(longest)
-    mask = positions >= longest - lengths[:, None] if left else positions < lengths[:, None]
+    """Rows one after the other in `flat` as ids [B, width] with a mask [B, width] of what is no padding."""
+    positions = np.arange(width)
+    mask = positions >= width - lengths[:, None] if left else positions < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = flat
     return ids, mask

@@ -146,6 +146,8 @@ class PromptLoader:
     num_equals: np.ndarray
     """and how many rows there are of those: such rows are further samples of one prompt."""
     samples_per_prompt: int = 1
+    multiple_of: int = 1
+    """Widths of batches are multiples of it."""
 
     @property
     def step_size(self) -> int:
@@ -173,6 +175,7 @@ class PromptLoader:
                     self.dataset[rows[mine]],
                     len(mine),
                     pad_id=self.pad_id,
+                    multiple_of=self.multiple_of,
                     numbers=rows[mine],
                     samples=samples[mine],
                 )
@@ -269,6 +272,7 @@ def build_prompt_loader(
     seed: int,
     num_epochs: float = 1,
     samples_per_prompt: int = 1,
+    multiple_of: int = 1,
 ) -> PromptLoader:
     """For each PPO step the `batches_per_step` batches of this rank, always full.
 
@@ -296,6 +300,7 @@ def build_prompt_loader(
         number_among_equals=number_among_equals(keys),
         num_equals=group_sizes[group],
         samples_per_prompt=samples_per_prompt,
+        multiple_of=multiple_of,
     )
 
 
@@ -308,6 +313,7 @@ def build_eval_prompts(
     rank: int,
     world_size: int,
     samples_per_prompt: int = 1,
+    multiple_of: int = 1,
 ) -> list[PromptBatch]:
     """This rank's batches of `num_prompts` prompts (of all, where there are fewer), the longest first.
 
@@ -322,7 +328,14 @@ def build_eval_prompts(
     num_batches = -(-len(rows) // (size * world_size))
     tokens = dataset.with_format("arrow")
     return [
-        collate_prompts(tokens[rows[mine]], size, pad_id=pad_id, numbers=rows[mine], samples=samples[mine])
+        collate_prompts(
+            tokens[rows[mine]],
+            size,
+            pad_id=pad_id,
+            multiple_of=multiple_of,
+            numbers=rows[mine],
+            samples=samples[mine],
+        )
         for mine in _dealt(np.arange(len(rows)), size, num_batches, rank, world_size)
     ]
 

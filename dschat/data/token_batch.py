@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dschat.data.packing import Placement, RowLayout
+
 Batch = TypeVar("Batch", bound=Any)
 
 
@@ -34,6 +36,8 @@ class TokenBatch:
     """[B, L] int64: 1 on tokens, 0 on padding, which may stand on either side; None without padding."""
     position_ids: Tensor | None = None
     """[B, L] int64: the tokens' positions; None where the model counts them itself."""
+    placement: Placement | None = None
+    """Where the tokens stand in the rows that a model reads; None: as they stand here."""
 
     @staticmethod
     def of(
@@ -76,6 +80,14 @@ class TokenBatch:
         assert num_others > 0, "the last token is not among the rows' columns"
         return F.pad(torch.where(self.label_mask, per_label, 0), (num_others, 0))
 
+    def placed(self, layout: RowLayout) -> "TokenBatch":
+        """The batch, which is on the CPU, with its placement: tokens and labels stay where they are here."""
+        is_token = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        placement = Placement.of(
+            is_token.bool().numpy(), self.label_mask.numpy(), first_output=self.first_output, layout=layout
+        )
+        return replace(self, placement=placement)
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The batch on that device."""
         return moved(self, device)
@@ -84,10 +96,10 @@ class TokenBatch:
 def moved(batch: Batch, device: torch.device | str) -> Batch:
     """A batch, a frozen dataclass, whose tensors are on that device, those of its `TokenBatch` among them."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors: dict[str, Tensor | TokenBatch] = {}
+    tensors: dict[str, Tensor | TokenBatch | Placement] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
             tensors[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, TokenBatch):
+        elif isinstance(value, TokenBatch | Placement):
             tensors[name] = value.to(device)
     return replace(batch, **tensors)

@@ -4,10 +4,13 @@
 batch of its own. The masks of a batch are not applied: what stands at masked labels is arbitrary.
 """
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dschat.data.collate import PairBatch
 from dschat.data.token_batch import TokenBatch
@@ -27,8 +30,8 @@ def token_logprobs_of(
 
     The distribution is over the first `num_tokens` of the vocabulary, by default all of it: see `logits_of`.
     """
-    logits = logits_of(model, batch, num_tokens=num_tokens, every_position=every_position)
-    return token_logprobs(logits, batch.labels, temperature=temperature)
+    logits, labels = _logits_and_labels(model, batch, num_tokens=num_tokens, every_position=every_position)
+    return _per_label(batch, token_logprobs(logits, labels, temperature=temperature))
 
 
 def predictions_of(
@@ -43,40 +46,52 @@ def predictions_of(
 
     Both come of the same logits. The entropy is None without `with_entropy`.
     """
-    logits = logits_of(model, batch, num_tokens=num_tokens)
-    if with_entropy:
-        return logprobs_and_entropy(logits, batch.labels, temperature=temperature)
-    return token_logprobs(logits, batch.labels, temperature=temperature), None
+    logits, labels = _logits_and_labels(model, batch, num_tokens=num_tokens)
+    if not with_entropy:
+        return _per_label(batch, token_logprobs(logits, labels, temperature=temperature)), None
+    logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=temperature)
+    return _per_label(batch, logprobs), _per_label(batch, entropy)
 
 
 def logits_of(
     model: Any, batch: TokenBatch, *, num_tokens: int | None = None, every_position: bool = False
 ) -> Tensor:
-    """The logits that predict the labels. -> [B, N, V].
+    """The logits that predict the labels. -> [B, N, V]; of a batch that has a placement [K, V], as there.
 
     `num_tokens` is the size of the tokenizer: rows that pad a model's vocabulary beyond it are left out, as
     they are in sampling. Without it they take part, as in transformers' own loss.
     Logits are computed at `batch.outputs` only; with `every_position` at all columns of the rows, as a plain
     forward pass does, whose matrix products have other shapes and thus another rounding.
     """
-    masks = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    options: dict[str, Any] = {name: value for name, value in masks.items() if value is not None}
     if every_position:
-        logits = model(input_ids=batch.input_ids, **options, use_cache=False).logits
-        return logits[:, batch.outputs, :num_tokens]
+        batch = replace(batch, placement=None)
+    inputs = {"input_ids": _as_read(batch), **_masks(model, batch)}
+    if batch.placement is not None:
+        with _head_reads(model, batch.placement.outputs):
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        if len(logits) != len(batch.placement.outputs):  # a model that names no head
+            logits = logits[batch.placement.outputs]
+        return logits[: len(batch.placement.label_places), :num_tokens]
+    if every_position:
+        return model(**inputs, use_cache=False).logits[:, batch.outputs, :num_tokens]
     columns = torch.arange(batch.outputs.start, batch.outputs.stop, device=batch.input_ids.device)
-    logits = model(input_ids=batch.input_ids, **options, logits_to_keep=columns, use_cache=False).logits
-    return logits[..., :num_tokens]
+    return model(**inputs, logits_to_keep=columns, use_cache=False).logits[..., :num_tokens]
 
 
 def values_of(model: Any, batch: TokenBatch) -> Tensor:
     """A critic's value where each label is predicted: of the row before that token. -> fp32 [B, N]."""
-    return _values_at_tokens(model, batch)[:, batch.outputs]
+    values = _values_at_tokens(model, batch)
+    if batch.placement is None:
+        return values[:, batch.outputs]
+    return _per_label(batch, values.flatten()[batch.placement.outputs])
 
 
 def scores_of(model: Any, batch: TokenBatch) -> Tensor:
     """A reward model's output at each row's last token. -> fp32 [B]."""
-    return at_last_token(_values_at_tokens(model, batch), batch.attention_mask)
+    values = _values_at_tokens(model, batch)
+    if batch.placement is None:
+        return at_last_token(values, batch.attention_mask)
+    return values.flatten()[batch.placement.last_tokens]
 
 
 def ranking_of(
@@ -87,9 +102,11 @@ def ranking_of(
     Returns `loss`, the sum over pairs by their weights and divided by `denominator`, and the answers' scores
     `chosen_mean_scores` and `rejected_mean_scores`, fp32 [B].
     """
+    batch = pairs.tokens
     return model(
-        pairs.tokens.input_ids,
-        pairs.tokens.attention_mask,
+        _as_read(batch),
+        **_masks(model, batch),
+        last_tokens=None if batch.placement is None else batch.placement.last_tokens,
         loss_fn=loss_fn,
         weights=pairs.weights,
         margins=pairs.margins,
@@ -97,6 +114,59 @@ def ranking_of(
     )
 
 
+def _logits_and_labels(model: Any, batch: TokenBatch, **options: Any) -> tuple[Tensor, Tensor]:
+    """Logits [..., V] and the labels [...] that they predict; with a placement those that count."""
+    logits = logits_of(model, batch, **options)
+    if batch.placement is None or options.get("every_position"):
+        return logits, batch.labels
+    return logits, batch.labels.flatten()[batch.placement.label_places]
+
+
+def _per_label(batch: TokenBatch, values: Tensor) -> Tensor:
+    """Numbers of the labels in the labels' shape [B, N]."""
+    if values.shape == batch.labels.shape or batch.placement is None:
+        return values
+    return batch.placement.per_label(values, batch.labels)
+
+
 def _values_at_tokens(model: Any, batch: TokenBatch) -> Tensor:
-    """The head's output at every column. -> fp32 [B, L]."""
-    return model(batch.input_ids, batch.attention_mask, batch.position_ids, return_values=True)
+    """The head's output at every column of the rows that the model reads. -> fp32 [B, L] or [R, W]."""
+    return model(_as_read(batch), **_masks(model, batch), return_values=True)
+
+
+def _as_read(batch: TokenBatch) -> Tensor:
+    """The tokens in the rows that the model reads. -> int64 [B, L] or [R, W]."""
+    return batch.input_ids if batch.placement is None else batch.input_ids.flatten()[batch.placement.source]
+
+
+def _masks(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
+    """What the model is to be told of padding, positions and sequences in a row."""
+    if batch.placement is None:
+        masks = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    else:
+        dtype = next(model.parameters()).dtype if batch.placement.segments is not None else torch.float32
+        masks = {
+            "attention_mask": batch.placement.mask(dtype),
+            "position_ids": batch.placement.position_ids,
+        }
+    return {name: mask for name, mask in masks.items() if mask is not None}
+
+
+@contextlib.contextmanager
+def _head_reads(model: Any, places: Tensor) -> Iterator[None]:
+    """Let the output head read the hidden states at these places, counted through the rows, and no others.
+
+    So logits, the largest tensor of a pass, exist for labels alone. transformers' `logits_to_keep` chooses
+    the same columns of all rows.
+    """
+
+    def select(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0].flatten(0, 1)[places].unsqueeze(0)
+
+    head = getattr(model, "module", model).get_output_embeddings()
+    handles = [] if head is None else [head.register_forward_pre_hook(select)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

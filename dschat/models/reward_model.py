@@ -52,6 +52,7 @@ class RewardModel(nn.Module):
         margins: Tensor | None = None,
         denominator: float | None = None,
         return_values: bool = False,
+        last_tokens: Tensor | None = None,
         use_cache: bool = False,
     ) -> dict[str, Tensor] | Tensor:
         """Ranking loss and scores of B pairs: rows [2B, L], all chosen answers before all rejected ones.
@@ -60,13 +61,19 @@ class RewardModel(nn.Module):
         score at its last real token. `weights` [B] are the pairs' in the loss, 0 for those that only fill a
         batch; it is the weighted sum over pairs divided by `denominator`, by default the weights' sum.
         `margins` [B] are subtracted from the difference of the scores.
+        Where the answers share rows, `last_tokens` [2B] are the places of their last tokens, counted through
+        the rows.
         With `return_values` any rows [N, L] go in and their values come out, as in `forward_value`: so a
         DeepSpeed engine can be called for values. `use_cache` is accepted for old scripts.
         """
         hidden = self._hidden_states(input_ids, attention_mask, position_ids)
         if return_values:
             return self.v_head(hidden).squeeze(-1)
-        scores = self.v_head(at_last_token(hidden, attention_mask)).squeeze(-1)
+        if last_tokens is None:
+            last_hidden = at_last_token(hidden, attention_mask)
+        else:
+            last_hidden = hidden.flatten(0, 1)[last_tokens]
+        scores = self.v_head(last_hidden).squeeze(-1)
         chosen, rejected = scores.chunk(2)
         losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn, margin=margins)
         weights = torch.ones_like(losses) if weights is None else weights

@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dschat.arguments import SupervisedArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
+from dschat.data.packing import RowLayout
 from dschat.data.preparation import SplitData
+from dschat.distributed.device import current_device
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import UpstreamModel, verify_model
-from dschat.models.config import check_positions
+from dschat.models.config import check_positions, learned_positions
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.tokenizer import load_tokenizer
@@ -57,12 +59,14 @@ class SupervisedRun:
         return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
 
     def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
-        """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=)`.
+        """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=, layout=)`.
 
         Raises `UserError` where an example is longer than the model has positions.
         """
-        padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id)
-        loaders, path = build_loaders(data, padded, self.settings), self.settings.model.model_name_or_path
+        path, multiple_of = self.base.path, self.settings.widths.multiple_of(current_device().type)
+        layout = RowLayout(multiple_of, limit=learned_positions(path))
+        padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id, layout=layout)
+        loaders = build_loaders(data, padded, self.settings)
         check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
         return loaders
 

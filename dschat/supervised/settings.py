@@ -10,6 +10,7 @@ from dschat.arguments import (
     RunDescription,
     SupervisedArguments,
     TokenizerArguments,
+    WidthArguments,
 )
 
 
@@ -21,6 +22,7 @@ class SupervisedSettings:
     tokenizer: TokenizerArguments
     model: ModelArguments
     batch: BatchArguments
+    widths: WidthArguments
     optimizer: OptimizerArguments
 
     @staticmethod
@@ -31,6 +33,7 @@ class SupervisedSettings:
             tokenizer=args.tokenizer,
             model=args.model,
             batch=args.batch,
+            widths=args.widths,
             optimizer=args.optimizer,
         )
 

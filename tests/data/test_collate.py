@@ -177,3 +177,10 @@ def test_collated_prompts_end_in_the_last_column(rows, num_fillers):
     assert batch.input_ids[: len(rows), -1].tolist() == [row[-1] for row in rows]
     assert (batch.attention_mask.diff(dim=1) >= 0).all()
     assert batch.rows.tolist() == [*range(len(rows)), *[-1] * (num_rows - len(rows))]
+
+
+def test_prompts_are_as_wide_as_the_next_multiple():
+    rows = pa.table({"input_ids": tokens([1, 2, 3], [4]), "key": [5, 6]})
+    batch = collate_prompts(rows, 2, pad_id=PAD, multiple_of=4)
+    assert batch.input_ids.tolist() == [[PAD, 1, 2, 3], [PAD, PAD, PAD, 4]]
+    assert batch.attention_mask.sum(dim=1).tolist() == [3, 1]

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import FAMILIES, tiny_config
+from transformers import AutoModel, AutoModelForCausalLM
 
 from dschat.data.collate import collate_text
+from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.models.forward import (
     logits_of,
@@ -17,6 +20,7 @@ from dschat.models.forward import (
     token_logprobs_of,
     values_of,
 )
+from dschat.models.reward_model import RewardModel
 
 ROOT = Path(__file__).resolve().parents[2]
 # P(next | token) of a vocabulary of 3, whose last entry pads it
@@ -164,3 +168,53 @@ def test_models_are_called_in_one_file():
             keywords = {one.arg for one in getattr(node, "keywords", [])}
             assert not keywords & {"logits_to_keep", "return_values"}, f"{path}:{node.lineno}"
             assert getattr(node, "attr", "") != "logits", f"{path}:{node.lineno}"
+
+
+PACKS_NOT = ("bloom", "falcon_alibi")
+"""They make their biases from a mask of two dimensions."""
+
+
+def sequences(vocab_size: int) -> TokenBatch:
+    """Seven sequences, padded on the right, whose first two tokens are prompts."""
+    lengths = torch.tensor([5, 40, 17, 60, 3, 1, 33])
+    columns = torch.arange(60)
+    ids = torch.randint(vocab_size, (7, 60), generator=torch.Generator().manual_seed(0))
+    is_token = columns < lengths[:, None]
+    return TokenBatch.of(ids, (is_token & (columns > 1))[:, 2:], attention_mask=is_token.long())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_have_the_same_probability_in_every_layout_of_the_rows(family):
+    model = AutoModelForCausalLM.from_config(tiny_config(family, 60)).eval()
+    batch = sequences(50)
+    layouts = [RowLayout(), RowLayout(32)]
+    if family not in PACKS_NOT:
+        layouts += [RowLayout(32, "mask"), RowLayout(8, "mask", in_one_row=True)]
+    expected, expected_entropy = predictions_of(model, batch, num_tokens=50, temperature=0.7)
+    for layout in layouts:
+        logprobs, entropy = predictions_of(model, batch.placed(layout), num_tokens=50, temperature=0.7)
+        counts = batch.label_mask
+        torch.testing.assert_close(logprobs[counts], expected[counts], atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy[counts], expected_entropy[counts], atol=1e-5, rtol=0)
+
+
+def test_the_head_reads_the_outputs_that_are_needed_alone():
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", 60)).eval()
+    batch = sequences(60).placed(RowLayout(8))
+    rows = []
+    model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape))
+    num_labels = int(batch.label_mask.sum())
+    assert logits_of(model, batch).shape == (num_labels, 60)
+    assert rows == [(1, -(-num_labels // 8) * 8, 60)]
+    assert not model.lm_head._forward_pre_hooks  # other callers get all logits
+
+
+@pytest.mark.parametrize("layout", [RowLayout(), RowLayout(32), RowLayout(32, "mask")])
+def test_values_and_scores_are_the_same_in_every_layout_of_the_rows(layout):
+    config = tiny_config("opt", 60)
+    model = RewardModel(AutoModel.from_config(config), torch.nn.Linear(32, 1, bias=False), config).eval()
+    plain = sequences(60)
+    placed = plain.placed(layout)
+    torch.testing.assert_close(scores_of(model, placed), scores_of(model, plain), atol=1e-6, rtol=0)
+    values, expected = (values_of(model, batch)[plain.label_mask] for batch in (placed, plain))
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)

@@ -7,6 +7,7 @@ from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
+from dschat.data.packing import RowLayout
 from dschat.data.preparation import SplitData
 from dschat.errors import UserError
 from dschat.supervised import run as supervised_run
@@ -55,7 +56,7 @@ def pairs(*lengths: int) -> SplitData:
     return SplitData(rows, rows, {}, "the data")
 
 
-def collate(rows, num_rows: int, denominator: float, *, pad_id: int) -> int:
+def collate(rows, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout) -> int:
     return pad_id
 
 

@@ -197,6 +197,7 @@ def build_evaluator(
             batch_size=args.rollout.per_device_generation_batch_size,
             rank=mesh().data.rank,
             world_size=mesh().data.size,
+            multiple_of=args.widths.multiple_of(engine.actor.device.type),
         ),
         engine=engine,
         sampler=RolloutSampler(backend, Sampling.of(args.rollout, seed=args.run.seed), pad_token_id),
