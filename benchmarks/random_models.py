@@ -1,0 +1,67 @@
+"""OPT models of random weights by size, for benchmarks: the layout of the issue's model, of OPT-125m and
+OPT-1.3b."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "6m": {"hidden_size": 256, "num_hidden_layers": 6, "ffn_dim": 1024, "num_attention_heads": 4,
+           "max_position_embeddings": 1024, "vocab_size": 4096},
+    "89m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,
+            "max_position_embeddings": 1024, "vocab_size": 4096},
+    "opt-350m": {"hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16,
+                 "max_position_embeddings": 2048, "vocab_size": 50272},
+    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32,
+                 "max_position_embeddings": 2048, "vocab_size": 50272},
+}  # fmt: skip
+"""6.05 million parameters; OPT-125m's body with a small vocabulary; OPT-350m's size with OPT-1.3b's order
+of norms."""
+
+
+def word_tokenizer(vocab_size: int) -> Any:
+    """One token a word, "w5" and so on, with an end and a padding token: no data is needed to make it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<|endoftext|>", "<|pad|>", *(f"w{number}" for number in range(vocab_size - 2))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def random_model(size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None) -> Any:
+    """An `OPTForCausalLM` of random weights, made on the device."""
+    import torch
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    shape = SHAPES[size]
+    if len(tokenizer) > shape["vocab_size"]:
+        raise ValueError(
+            f"{len(tokenizer)} tokens do not fit the vocabulary of {size}, {shape['vocab_size']}"
+        )
+    config = OPTConfig(
+        **shape, word_embed_proj_dim=shape["hidden_size"], dropout=0.0, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+
+
+def save_random_model(
+    folder: Path, size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None
+) -> int:
+    """Write a model and its tokenizer, where they are not there yet. -> parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (folder / "tokenizer.json").exists():
+        import torch
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).num_parameters()
+    model = random_model(size, tokenizer, device=device, dtype=dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()

@@ -1,0 +1,55 @@
+"""benchmarks/rollout.py: every way generates, and its figures are those of further tokens."""
+
+import argparse
+import itertools
+
+import pytest
+import rollout
+import torch
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_a_step_costs_the_time_of_all_tokens_less_that_of_one():
+    clock = itertools.chain([0, 1, 12], [20, 21, 32]).__next__  # one token 1 s, eleven tokens 11 s
+    times, failed = rollout.decode_times({"a": lambda length: None}, 11, 1, clock)
+    assert times == {"a": [pytest.approx(1000.0)]}
+    assert failed == {}
+
+
+def test_a_way_that_fails_leaves_the_others():
+    def broken(length: int) -> None:
+        raise RuntimeError("no kernel")
+
+    times, failed = rollout.decode_times(
+        {"a": broken, "b": lambda length: None}, 3, 1, itertools.count().__next__
+    )
+    assert list(times) == ["b"]
+    assert failed == {"a": "RuntimeError: no kernel"}
+
+
+def test_the_fastest_of_ours_is_chosen():
+    assert rollout.chosen({"hf": [3.0], "static": [2.0], rollout.HAND_WRITTEN: [1.0]}) == "static"
+
+
+def test_every_way_generates_answers_of_the_length_asked_for(tmp_path):
+    folder = save_tiny_model(tmp_path, "opt")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompts = rollout.random_prompts(3, 6, len(tokenizer))
+    assert prompts.attention_mask[0].all()
+    ways = dict(rollout.all_ways(rollout.PlainEngine(model), tokenizer, prompts, 4, only=None))
+    assert {rollout.GENERATE, rollout.HAND_WRITTEN, "hf"} <= set(ways)
+    for name, generate in ways.items():
+        found = generate(2)
+        answers = found.shape[1] if isinstance(found, torch.Tensor) else found.input_ids.shape[1]
+        assert answers in (2, 8), name
+
+
+def test_the_floor_counts_weights_and_cache(monkeypatch):
+    model = argparse.Namespace(
+        config=argparse.Namespace(num_hidden_layers=2, hidden_size=4),
+        parameters=lambda: [torch.zeros(10)],
+    )
+    monkeypatch.setattr(rollout, "bandwidth", lambda device: 1000.0)
+    args = argparse.Namespace(device="cpu", batch=3, prompt=8, answer=4)
+    assert rollout.floor_ms(model, args) == pytest.approx((10 * 2 + 2 * 2 * 3 * 10 * 4 * 2) / 1000 * 1e3)
