@@ -24,6 +24,7 @@ from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
+from dschat.models.attention import choose_attention
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
@@ -57,7 +58,8 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         reward_tokenizer=tokenizers.reward_tokenizer,
         keep_rows=args.rewards.has_sources,
     )
-    check_positions(specs, tokenizers, longest_prompt(data) + args.rollout.max_answer_seq_len)
+    longest = longest_prompt(data) + args.rollout.max_answer_seq_len
+    check_positions(specs, tokenizers, longest)
     prompt_loader = build_loader(args, data, tokenizers.actor.pad_token_id)
     texts = build_text_loader(
         args.text,
@@ -72,6 +74,8 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)
+    attending = [(spec.path, spec.settings) for spec in specs]
+    choose_attention(attending, dtype=args.run.dtype, longest=longest, choices=checkpoints.choices)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     engine = DeepSpeedRLHFEngine(

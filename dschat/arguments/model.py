@@ -19,6 +19,11 @@ class ModelArguments:
     gradient_checkpointing: bool = flag(
         False, "Recompute activations in the backward pass to save memory.", at_resume="free"
     )
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = flag(
+        "auto",
+        "Which attention of transformers. auto: on a CPU what a timing at the start finds fastest for each "
+        "range of widths, else what transformers chooses for the model, mostly sdpa.",
+    )
     zero_stage: int = flag(
         0,
         "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
@@ -53,7 +58,11 @@ class ModelArguments:
     @property
     def loading_options(self) -> dict[str, Any]:
         """What `create_hf_model` and `create_critic_model` take from here."""
-        return {"dropout": self.dropout, "load_in_4bit": self.load_in_4bit}
+        return {
+            "dropout": self.dropout,
+            "load_in_4bit": self.load_in_4bit,
+            "attn_implementation": self.attn_implementation,
+        }
 
     def __post_init__(self) -> None:
         p = self.prefix

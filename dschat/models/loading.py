@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.zero3 import gathered
+from dschat.models.attention import set_attention
 from dschat.models.config import check_generates, read_config
 from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import forget_4bit, four_bit_options
@@ -32,19 +33,22 @@ def create_hf_model(
     rlhf_training: bool = False,
     dropout: float | None = None,
     load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A model of `model_class` (such as AutoModelForCausalLM) with its weights, in evaluation mode.
 
     `ds_config` decides the precision (fp32 without one) and, at ZeRO stage 3, that every rank holds its shard
     from the start. `dropout` replaces all the model's dropout probabilities; None leaves them. The vocabulary
-    grows to the tokenizer's. `load_in_4bit` packs the linear layers. `rlhf_training` is accepted for old
-    scripts: weights are always read, and never initialised first. Raises `UserError` when the weights cannot
-    be read or do not match the model.
+    grows to the tokenizer's. `load_in_4bit` packs the linear layers. `attn_implementation` is the flag's
+    value, None for what transformers chooses. `rlhf_training` is accepted for old scripts: weights are always
+    read, and never initialised first. Raises `UserError` when the weights cannot be read or do not match the
+    model.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
     config = read_config(model_name_or_path, dropout)
     if model_class is AutoModelForCausalLM:
         check_generates(config, model_name_or_path)
+    set_attention(config, attn_implementation)
     load = weights_loader(model_class, model_name_or_path, config)
     check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
@@ -64,6 +68,7 @@ def create_critic_model(
     zero_stage: int = 0,
     compute_fp32_loss: bool = False,
     load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
 ) -> RewardModel:
     """A `RewardModel`: a base model with a fresh head, or with `rlhf_training` a saved reward model.
 
@@ -71,10 +76,10 @@ def create_critic_model(
     DeepSpeed-Chat checkpoint. Either `zero_stage` or `ds_config` may ask for stage 3. A fresh head depends on
     torch's seed alone, not on rank or stage. `load_in_4bit` packs the backbone's linear layers.
     `num_padding_at_beginning` and `compute_fp32_loss` are accepted for old scripts: masks tell padding, and
-    losses are always fp32. Raises as `create_hf_model` does.
+    losses are always fp32. `attn_implementation` and what is raised are as in `create_hf_model`.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
-    load = reward_model_loader(model_name_or_path, dropout)
+    load = reward_model_loader(model_name_or_path, dropout, attn_implementation)
     check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
     stage = max(zero_stage, _zero_stage(ds_config))
     with _construction(ds_config, stage):

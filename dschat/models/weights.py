@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dschat.console import messages
 from dschat.errors import UserError
+from dschat.models.attention import set_attention
 from dschat.models.config import check_classifiable, read_config
 from dschat.models.remote_code import loading_consent
 
@@ -33,13 +34,16 @@ HEAD = "score.weight"
 """The head of a reward model in transformers' classifiers."""
 
 
-def reward_model_loader(model_name_or_path: str, dropout: float | None) -> Callable[..., Any]:
+def reward_model_loader(
+    model_name_or_path: str, dropout: float | None, attn_implementation: str | None = None
+) -> Callable[..., Any]:
     """A function that loads a sequence classifier of one label, like `from_pretrained` without its name.
 
     Raises `UserError` for architectures without one.
     """
     config = read_config(model_name_or_path, dropout, num_labels=1, problem_type=None)
     check_classifiable(config, model_name_or_path)
+    set_attention(config, attn_implementation)
     model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     state = _deepspeed_chat_state(Path(model_name_or_path), model_class.base_model_prefix)
     return weights_loader(model_class, model_name_or_path, config, state)

@@ -147,7 +147,11 @@ class DeepSpeedRLHFEngine:
 
     def _load(self, spec: EngineSpec, config: dict[str, Any]) -> PreTrainedModel | RewardModel:
         tokenizer = self._tokenizers.of(spec.role)
-        options: dict[str, Any] = {"dropout": 0.0, "load_in_4bit": spec.load_in_4bit}
+        options: dict[str, Any] = {
+            "dropout": 0.0,
+            "load_in_4bit": spec.load_in_4bit,
+            "attn_implementation": spec.settings.attn_implementation,
+        }
         if spec.head == "language_model":
             return create_hf_model(AutoModelForCausalLM, spec.path, tokenizer, config, **options)
         return create_critic_model(spec.path, tokenizer, config, rlhf_training=not spec.fresh_head, **options)

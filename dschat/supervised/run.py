@@ -18,6 +18,7 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import UpstreamModel, verify_model
+from dschat.models.attention import choose_attention
 from dschat.models.config import check_positions, learned_positions
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
@@ -71,8 +72,18 @@ class SupervisedRun:
         return loaders
 
     def begin(self, loaders: Loaders) -> Checkpoints:
-        """Join the process group and choose the checkpoint to go on from, as `RunContext.begin` does."""
-        return self.context.begin(loaders.data.key, [self.base])
+        """Join the process group, choose the checkpoint to go on from, and time ways to compute.
+
+        The first two are as in `RunContext.begin`.
+        """
+        checkpoints, settings = self.context.begin(loaders.data.key, [self.base]), self.settings
+        choose_attention(
+            [(self.base.path, settings.model)],
+            dtype=settings.run.dtype,
+            longest=loaders.longest_row,
+            choices=checkpoints.choices,
+        )
+        return checkpoints
 
     def build_language_model(self, loaders: Loaders) -> DeepSpeedEngine:
         """The language model to be trained, in its engine; checked against the outputs promised with it."""

@@ -90,3 +90,9 @@ def test_without_measuring_and_with_one_way_it_is_the_first(tmp_path):
     assert MeasuredChoices(folder=tmp_path).choose("a", ways(calls, y=0)) == "y"
     assert not calls
     assert not list(tmp_path.iterdir())
+
+
+def test_the_clock_may_be_the_processor_s(tmp_path):
+    clock = iter([0, 5, 5, 6, 6, 7, 7, 9]).__next__  # the first way takes 5 and 1, the second 1 and 2
+    choices = MeasuredChoices(folder=tmp_path)
+    assert choices.choose("a", ways([], x=0, y=0), rounds=2, clock=clock) == "x"

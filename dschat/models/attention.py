@@ -1,0 +1,291 @@
+"""Attention on a CPU, where which way is fastest depends on the processor, the precision and the rows' width.
+
+transformers' own ways are one name for a whole model. `MEASURED` is another name in its tables, of an
+attention that looks at the shapes of queries and keys and then does what `choose_attention` found to be
+fastest. Equal shapes take the same way, with gradients and without: so activations that are recomputed, and
+PPO's analysis and its first update, are equal to the last bit.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from dschat.arguments import ModelArguments
+from dschat.console import messages
+from dschat.distributed.device import current_device
+from dschat.distributed.process_wide import process_wide
+from dschat.errors import UserError
+from dschat.models.config import read_config
+from dschat.runs.measured_choices import MeasuredChoices
+
+MEASURED = "dschat_measured"
+"""The name in transformers' tables; a saved config.json has none."""
+
+WIDTHS = (128, 256, 512, 1024)
+"""Upper ends of the ranges of widths, in tokens, that are timed; what is wider goes by the last."""
+
+EAGER_WIDTH = 512
+"""Wider rows are not given to eager attention: it keeps probabilities of the square of a row's width."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-4, torch.float16: 2**-7}
+"""How far two ways may differ in what comes of standard normal queries, keys and values."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Heads = tuple[int, int, int, torch.dtype]
+"""Heads of the queries, heads of the keys, numbers a head, precision."""
+
+
+class MeasuredWays:
+    """What was found fastest. There is one in a process, as transformers calls attention by a name alone."""
+
+    def __init__(self) -> None:
+        self.by_heads: dict[Heads, dict[int, str]] = {}
+        """Upper end of a range of widths -> way."""
+
+    def of(self, heads: Heads, width: int) -> str:
+        """The way for rows of so many tokens; "sdpa" where nothing was measured."""
+        ways = self.by_heads.get(heads)
+        return ways[next((end for end in ways if width <= end), max(ways))] if ways else "sdpa"
+
+
+def choose_attention(
+    models: Iterable[tuple[str, ModelArguments]], *, dtype: str, longest: int, choices: MeasuredChoices
+) -> None:
+    """Check what the flags ask for, and time the ways of each model whose flag is auto, on a CPU.
+
+    `models` are paths with the flags of the model, `dtype` is their --dtype, `longest` is the length of the
+    longest row in tokens.
+    Every rank must call it. Raises `UserError` for what the model or the machine does not support.
+    """
+    for path, flags in models:
+        config = read_config(path, dropout=None)
+        if flags.attn_implementation != "auto":
+            _check(config, path, f"--{flags.prefix}attn_implementation", flags.attn_implementation, dtype)
+        elif _takes_measured(config):
+            with one_thread():
+                _measure(_heads(config, DTYPES[dtype]), longest, choices)
+
+
+def set_attention(config: PretrainedConfig, implementation: str | None) -> None:
+    """Have a model that is built from `config` attend as --attn_implementation says.
+
+    With "auto" families that bring attention code of their own, and models on a GPU, keep what transformers
+    gives them; so do all with None.
+    """
+    if implementation == "auto":
+        implementation = MEASURED if _takes_measured(config) else None
+    if implementation is not None:
+        config._attn_implementation = implementation
+
+
+def _takes_measured(config: PretrainedConfig) -> bool:
+    """Whether the model's attention goes by transformers' tables and is that of SDPA, on a CPU."""
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    by_tables = all(
+        getattr(model_class, f"_supports_{kind}", False) for kind in ("sdpa", "attention_backend")
+    )
+    return by_tables and current_device().type == "cpu"
+
+
+def _check(config: PretrainedConfig, path: str, flag: str, way: str, dtype: str) -> None:
+    installed = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if way in installed:
+        if current_device().type == "cpu" or not installed[way]():
+            raise UserError(
+                f"{flag} {way} needs a GPU and the package of that name, which this machine does not have "
+                "both; leave the flag out or give sdpa."
+            )
+        if dtype == "fp32":
+            raise UserError(f"{flag} {way} does not compute in fp32; use --dtype bf16, or give sdpa.")
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    support = {"sdpa": "_supports_sdpa", **dict.fromkeys(installed, "_supports_flash_attn")}.get(way)
+    if model_class is not None and support and not getattr(model_class, support, False):
+        raise UserError(
+            f"{flag} {way}: transformers has no such attention for {config.model_type!r}, the model in "
+            f"{path!r}; leave the flag out or give eager."
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, whose processor time says what a way costs though others use the machine too."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size, dtype
+
+
+def _measure(heads: Heads, longest: int, choices: MeasuredChoices) -> None:
+    """Time forward and backward pass of each range of widths that rows of `longest` tokens reach."""
+    found = process_wide(MeasuredWays).by_heads.setdefault(heads, {})
+    num_heads, num_key_heads, size, dtype = heads
+    kind = f"{num_heads}/{num_key_heads} heads of {size}, {str(dtype).split('.')[-1]}"
+    agreeing, start = _agreeing(heads), 0
+    for end in WIDTHS:
+        if longest > start or not start:
+            ways = [way for way in agreeing if way != "eager" or end <= EAGER_WIDTH]
+            trial = Trial(heads, rows=max(1, 1024 // end), width=(start + end) // 2)
+            runs = {way: partial(trial.gradients, way) for way in ways}
+            found[end] = choices.choose(
+                f"attention up to {end} tokens, {kind}", runs, clock=time.process_time
+            )
+        start = end
+
+
+def _agreeing(heads: Heads) -> list[str]:
+    """The ways with the output and the gradients of SDPA, up to rounding, on rows of 24 tokens."""
+    trial = Trial(heads, rows=2, width=24)
+    expected, agreeing = trial.gradients("sdpa"), []
+    for way in WAYS:
+        pairs = zip(trial.gradients(way), expected, strict=True)
+        difference = max((actual - other).abs().max().item() for actual, other in pairs)
+        if way == "sdpa_fp32" and heads[-1] == torch.float32:
+            continue
+        if difference <= TOLERANCE[heads[-1]]:
+            agreeing.append(way)
+        else:
+            messages.warning(f"attention {way} differs from sdpa by {difference:.2g}: it is not used.")
+    return agreeing
+
+
+class GroupedHeads(nn.Module):
+    """What attention functions ask of the module that calls them."""
+
+    def __init__(self, num_key_value_groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = num_key_value_groups
+
+
+class Trial:
+    """Rows of random queries, keys and values, the first one padded on the right."""
+
+    def __init__(self, heads: Heads, *, rows: int, width: int) -> None:
+        self._heads, self._rows, self._width = heads, rows, width
+
+    @cached_property
+    def _arguments(self) -> tuple[nn.Module, list[Tensor], Tensor]:
+        num_heads, num_key_heads, size, dtype = self._heads
+        generator = torch.Generator().manual_seed(0)
+        # As projections leave them: [rows, width, heads, size] in memory.
+        inputs = [
+            torch.randn(self._rows, self._width, n, size, generator=generator).to(dtype).transpose(1, 2)
+            for n in (num_heads, num_key_heads, num_key_heads)
+        ]
+        mask = torch.ones(self._width, self._width, dtype=torch.bool).tril()
+        mask = mask.expand(self._rows, 1, -1, -1).clone()
+        mask[0, :, :, self._width - self._width // 8 :] = False
+        module = GroupedHeads(num_heads // num_key_heads)
+        return module, [tensor.requires_grad_() for tensor in inputs], mask
+
+    def gradients(self, way: str) -> list[Tensor]:
+        """The output of a way, and the gradients of its sum with respect to queries, keys and values."""
+        module, inputs, mask = self._arguments
+        output, _ = WAYS[way](module, *inputs, mask, scaling=inputs[0].shape[-1] ** -0.5)
+        return [output.detach(), *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+
+
+def measured_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it: queries [B, H, Q, D], keys and values [B, G, K, D],
+    mask [B, 1, Q, K] or None. -> [B, Q, H, D] and None.
+
+    Rows that attend to themselves go the measured way; decoding steps, and options that only SDPA knows of,
+    go to SDPA.
+    """
+    heads = (query.shape[1], key.shape[1], query.shape[3], query.dtype)
+    way = process_wide(MeasuredWays).of(heads, query.shape[2])
+    others = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    if others or query.shape[2] != key.shape[2] or (way == "eager" and options.get("dropout")):
+        way = "sdpa"
+    return WAYS[way](module, query, key, value, attention_mask, **options)
+
+
+def _sdpa_in_fp32(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """SDPA on fp32 copies: its backward pass in bf16 is slow on CPUs, several times so without AMX."""
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.float()
+    wide = (query.float(), key.float(), value.float())
+    output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
+    return output.to(query.dtype), None
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Products and a softmax. torch's softmax of bf16 computes in fp32 and rounds what comes out.
+
+    A row that may attend to nothing attends to everything: such rows are padding.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores += _additive(attention_mask, scores.dtype)
+    elif is_causal if is_causal is not None else getattr(module, "is_causal", True):
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores += _additive(causal, scores.dtype)
+    return torch.matmul(F.softmax(scores, dim=-1), value).transpose(1, 2).contiguous(), None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a mask is True and else the smallest number; masks of numbers as they are."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
+
+
+WAYS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    "sdpa": sdpa_attention_forward,
+    "sdpa_fp32": _sdpa_in_fp32,
+    "eager": _eager,
+}
+"""The ways by name; the first is the default."""
+
+AttentionInterface.register(MEASURED, measured_attention)
+AttentionMaskInterface.register(MEASURED, sdpa_mask)
