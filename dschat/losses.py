@@ -190,15 +190,13 @@ def advantages_and_returns(
     before any whitening; both are 0 where the mask is.
     """
     mask = mask.float()
-    advantage = torch.zeros_like(values[:, 0])
-    advantages = []
-    for t in reversed(range(values.shape[1])):
-        is_followed = mask[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(advantage)
-        next_value = (
-            values[:, t + 1] * is_followed if t + 1 < values.shape[1] else torch.zeros_like(advantage)
-        )
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * gae_lambda * is_followed * advantage
+    is_followed = F.pad(mask[:, 1:], (0, 1))
+    deltas = rewards + gamma * (F.pad(values[:, 1:], (0, 1)) * is_followed) - values
+    factors = gamma * gae_lambda * is_followed
+    # Only what depends on the token after it is computed token by token, in rows that lie together.
+    advantage, advantages = torch.zeros_like(deltas[:, 0]), []
+    for delta, factor in zip(deltas.T.contiguous().flip(0), factors.T.contiguous().flip(0), strict=True):
+        advantage = delta + factor * advantage
         advantages.append(advantage)
     stacked = torch.stack(advantages[::-1], dim=1) * mask
     return stacked, stacked + values * mask
