@@ -8,7 +8,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
-from transformers import get_scheduler
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
@@ -16,6 +15,7 @@ from dschat.distributed import deepspeed_private
 from dschat.distributed.mesh import mesh
 from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
 from dschat.engines.out_of_memory import consumes
+from dschat.engines.schedule import learning_rate_schedule
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.reward_model import enable_gradient_checkpointing
 
@@ -108,7 +108,7 @@ def build_trained_engine(
     num_warmup_steps = args.warmup_steps(num_training_steps)
     note_long_warmup(args, num_warmup_steps, num_training_steps)
     optimizer = build_optimizer(model, model_args, args, offload=run.offload)
-    scheduler = get_scheduler(
+    scheduler = learning_rate_schedule(
         args.lr_scheduler_type,
         optimizer,
         num_warmup_steps=num_warmup_steps,

@@ -2,10 +2,11 @@ import pytest
 import torch
 from tiny import save_tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments, OptimizerArguments
 from dschat.engines.build import note_long_warmup, parameter_groups
+from dschat.engines.schedule import learning_rate_schedule
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import add_lora
 
@@ -49,7 +50,7 @@ def test_adapters_alone_are_one_group(model):
 def test_the_schedule_scales_every_group(model):
     add_lora(model, ARGS)
     optimizer = torch.optim.AdamW(parameter_groups(model, ARGS), lr=ARGS.learning_rate)
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=4)
+    scheduler = learning_rate_schedule("linear", optimizer, num_warmup_steps=0, num_training_steps=4)
     optimizer.step()
     scheduler.step()
     # Three of four steps remain.

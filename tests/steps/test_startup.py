@@ -1,7 +1,11 @@
 """What a run settles before it reads anything."""
 
+import json
+
 import pytest
 import torch
+from processes import ROOT, python
+from tiny import save_counting_pairs, save_tiny_model
 
 from dschat.arguments import SftArguments, parse_arguments
 from dschat.models.remote_code import loading_consent
@@ -34,3 +38,34 @@ def test_deterministic_refuses_what_has_no_such_algorithm():
 def test_foreign_code_runs_where_it_is_allowed():
     prepare(arguments("--trust_remote_code"))
     assert loading_consent() == {"trust_remote_code": True}
+
+
+NEVER = {"peft", "scipy", "sklearn", "matplotlib", "tensorflow", "torchvision", "transformers.trainer_utils"}
+"""What a run without adapters has no use for, each tenths of a second of its start."""
+WATCHED = """
+import atexit, gc, json, runpy, sys
+@atexit.register
+def tell():
+    collector = {"collects": gc.isenabled(), "frozen": gc.get_freeze_count()}
+    print(json.dumps({"modules": sorted(sys.modules), **collector}))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_without_adapters_imports_only_what_it_uses(tmp_path):
+    save_counting_pairs(tmp_path / "pairs.jsonl")
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "watched.py").write_text(WATCHED)
+    flags = [f"--model_name_or_path={tmp_path / 'base'}", f"--data_path={tmp_path / 'pairs.jsonl'}"]
+    result = python(
+        tmp_path / "watched.py", ROOT / "step1_sft" / "main.py", *flags, "--dtype=fp32", cwd=tmp_path
+    )
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert not NEVER & set(told["modules"])
+    # 3,950 with torch 2.13, transformers 5.23 and DeepSpeed 0.19.8.
+    assert len(told["modules"]) < 4300
+    # What was imported is not looked through again, and what the run makes is collected as always.
+    assert told["collects"]
+    assert told["frozen"] > 100_000
