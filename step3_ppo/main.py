@@ -33,7 +33,7 @@ from dschat.rlhf.ppo_trainer import build_trainer
 from dschat.rlhf.rewards.sources import build_rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, num_training_steps
 from dschat.rlhf.roles import engine_specs
-from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.choice import build_backend
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import load_rlhf_tokenizers
 from dschat.rlhf.train import train_ppo
@@ -89,7 +89,9 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         ),
     )
     received.check_outputs(specs, engine.by_role)
-    backend = HuggingFaceGenerate(engine.actor, tokenizers.actor, gather=args.rollout.rollout_gather)
+    backend = build_backend(
+        args.rollout, engine.actor, tokenizers.actor, longest=longest, choices=checkpoints.choices
+    )
     models = (args, engine, tokenizers, backend)
     scores = {"score_scale": score_scale, "rewards": rewards}
     trainer = build_trainer(*models, prompts=data.train, texts=texts, **scores)

@@ -14,7 +14,7 @@ from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
 from dschat.arguments.record import STARTING, RunDescription, Setting, saved_settings, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
-from dschat.arguments.rollout import RolloutArguments
+from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.secrets import without_secrets
 from dschat.arguments.steps import (
@@ -34,6 +34,7 @@ __all__ = [
     "FOREIGN",
     "PROGRAMS",
     "REWARD_MODEL",
+    "ROLLOUT_TOLERANCES",
     "STARTING",
     "STEPS",
     "BatchArguments",

@@ -26,7 +26,8 @@ from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
 from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.choice import build_backend
+from dschat.runs.measured_choices import MeasuredChoices
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def answer(
     table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "key": pa.array(keys, pa.int64())})
     numbers: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
     samples = np.array([next(numbers[key]) for key in keys])  # or equal prompts would get equal answers
-    backend = HuggingFaceGenerate(model, model.tokenizer, gather=settings.rollout_gather)
+    longest = max(map(len, ids), default=0) + settings.max_answer_seq_len
+    unmeasured = MeasuredChoices(measures=False)  # answers are the same whichever machine gives them
+    backend = build_backend(settings, model, model.tokenizer, longest=longest, choices=unmeasured)
     sampling = replace(Sampling.of(settings, seed=seed, greedy=greedy), ppo_step=EVALUATION)
     order = np.argsort([len(row) for row in ids], kind="stable")
     size, batches = settings.per_device_generation_batch_size, []

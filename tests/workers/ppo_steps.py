@@ -30,9 +30,10 @@ from dschat.rlhf import rlhf_engine
 from dschat.rlhf.ppo_trainer import PPOTrainer, build_trainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.roles import engine_specs
-from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.choice import build_backend
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import RlhfTokenizers, load_rlhf_tokenizers
+from dschat.runs.measured_choices import MeasuredChoices
 
 GLOBAL_ROWS = 8
 
@@ -121,7 +122,8 @@ def run(models: Path, flags: dict) -> dict:
     if cache_factor != 1:
         skew_cache(engine.actor.module, cache_factor)
     num_passes = count_passes(engine)
-    backend = HuggingFaceGenerate(engine.actor, tokenizer, gather=args.rollout.rollout_gather)
+    unmeasured = MeasuredChoices(measures=False)
+    backend = build_backend(args.rollout, engine.actor, tokenizer, longest=200, choices=unmeasured)
     texts = text_loader(args, tokenizer)
     trainer = build_trainer(args, engine, tokenizers, backend, texts=texts)
     try:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
-from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
 from dschat.distributed.deepspeed_private import is_sharded, whole_size
 from dschat.distributed.mesh import mesh
 from dschat.distributed.zero3 import weights_gathered_for_generation
@@ -38,19 +38,20 @@ class HuggingFaceGenerate:
         gather: Literal["auto", "always", "never"] = "auto",
     ) -> None:
         self.uses_cache = True
-        self._actor = actor
-        self._end_ids = end_token_ids(tokenizer, actor.module)
-        self._num_tokens = len(tokenizer)
+        self.engine = actor
+        self.end_ids = end_token_ids(tokenizer, actor.module)
+        self.num_tokens, self.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         self._shards_weights = any(is_sharded(p) for p in actor.module.parameters())
-        if len(self._end_ids) > 1:
-            messages.info(f"answers end at any of {names(tokenizer, self._end_ids)}")
+        if len(self.end_ids) > 1:
+            messages.info(f"answers end at any of {names(tokenizer, self.end_ids)}")
         self._gathers = self._shards_weights and self._decide_to_gather(gather)
+        self._keeps_in_step = self._shards_weights and not self._gathers
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
         self._generation_config = GenerationConfig(
             do_sample=False,
-            eos_token_id=list(self._end_ids),
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(self.end_ids),
+            pad_token_id=self.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
 
@@ -58,9 +59,9 @@ class HuggingFaceGenerate:
         """Whether every rank has room for all weights at once (ZeRO-3), or was told to gather or not to."""
         if gather != "auto":
             return gather == "always"
-        parameters = list(self._actor.module.parameters())
+        parameters = list(self.engine.module.parameters())
         needed = sum(whole_size(p) * p.element_size() for p in parameters if is_sharded(p))
-        device = self._actor.device
+        device = self.engine.device
         free = (
             psutil.virtual_memory().available // mesh().machine.size
             if device.type == "cpu"
@@ -74,20 +75,30 @@ class HuggingFaceGenerate:
             messages.note("the actor does not fit on one device: rollouts gather it for every token.")
         return gathers
 
+    def all_ranks_are_done(self, is_done: bool) -> bool:
+        """Whether the answers of all ranks have ended, where forward passes gather weights; else of this one.
+
+        Every rank must then make as many passes as the others.
+        """
+        if not self._keeps_in_step:
+            return is_done
+        left = torch.tensor(int(not is_done), device=self.engine.device)
+        return not max_across_ranks(left, axis="world").item()
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Eval mode, whole weights (gathered once where ZeRO-3 shards them), plain generation settings."""
-        model, was_training = self._actor.module, self._actor.training
+        model, was_training = self.engine.module, self.engine.training
         own_settings = model.generation_config
-        self._actor.eval()
+        self.engine.eval()
         model.generation_config = self._generation_config
-        gather = weights_gathered_for_generation(self._actor) if self._gathers else contextlib.nullcontext()
+        gather = weights_gathered_for_generation(self.engine) if self._gathers else contextlib.nullcontext()
         try:
             with gather, torch.no_grad():
                 yield
         finally:
             model.generation_config = own_settings
-            self._actor.train(was_training)
+            self.engine.train(was_training)
 
     def generate(self, prompts: PromptBatch, sampling: Sampling) -> RolloutBatch:
         """One answer per row of prompts, sampled with noise keyed by (seed, PPO step, prompt, sample)."""
@@ -95,15 +106,14 @@ class HuggingFaceGenerate:
         self._generation_config.use_cache = self.uses_cache
         prompt_length = prompts.input_ids.shape[1]
         draws = KeyedDraws(
-            sampling.token_draw(self._num_tokens), sampling.uniforms(prompts), prompt_length=prompt_length
+            sampling.token_draw(self.num_tokens), sampling.uniforms(prompts), prompt_length=prompt_length
         )
-        sequences = self._actor.module.generate(
+        sequences = self.engine.module.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask.long(),
             generation_config=self._generation_config,
             logits_processor=draws.processors,
-            synced_gpus=self._shards_weights and not self._gathers,
+            synced_gpus=self._keeps_in_step,
         )
         answers = sequences[:, prompt_length:]
-        pad_token_id = self._generation_config.pad_token_id
-        return RolloutBatch.of_answers(prompts, answers, self._end_ids, pad_token_id, draws.logprobs)
+        return RolloutBatch.of_answers(prompts, answers, self.end_ids, self.pad_token_id, draws.logprobs)

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
 from tiny import FAMILIES, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -13,25 +14,6 @@ from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 
 END, PAD = 0, 1
-
-
-class PlainEngine:
-    """A model where a DeepSpeed engine is expected."""
-
-    def __init__(self, model) -> None:
-        self.module = model
-        self.device = torch.device("cpu")
-        self.training = True
-
-    def eval(self) -> None:
-        self.train(False)
-
-    def train(self, mode: bool = True) -> None:
-        self.training = mode
-        self.module.train(mode)
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
 
 
 class Answering(HuggingFaceGenerate):
@@ -53,20 +35,6 @@ def backend_of(engine: PlainEngine, tokenizer, args: RolloutArguments, **options
 def actor(request, tmp_path_factory):
     folder = save_tiny_model(tmp_path_factory.mktemp("actor"), request.param)
     return PlainEngine(AutoModelForCausalLM.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)
-
-
-def prompt_batch(tokenizer, texts: list[str]) -> PromptBatch:
-    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    keys = torch.tensor([hash(tuple(tokenizer(text)["input_ids"])) for text in texts])
-    zeros = torch.zeros(len(texts), dtype=torch.long)
-    return PromptBatch(batch["input_ids"], batch["attention_mask"], keys, rows=zeros, samples=zeros)
-
-
-TEXTS = ["Count", "\n\nHuman: Count to nine, please.\n\nAssistant:", "\n\nHuman: Is it?\n\nAssistant:"]
-
-
-def answers(rollout: RolloutBatch) -> list[list[int]]:
-    return [ids[mask].tolist() for ids, mask in zip(rollout.answers, rollout.answer_mask, strict=True)]
 
 
 def test_any_end_token_ends_an_answer(tmp_path, capsys):

@@ -1,0 +1,85 @@
+"""Which back end a run generates with: the one that --rollout_backend names, or the fastest here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.arguments import RolloutArguments
+from dschat.data.collate import PromptBatch
+from dschat.distributed.deepspeed_private import whole_size
+from dschat.engines.step import DeepSpeedEngine
+from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.static_decoding import StaticDecoding
+from dschat.runs.measured_choices import MeasuredChoices
+
+TRIAL_PROMPT, TRIAL_ANSWER = 64, 16
+"""Lengths in tokens of what is generated to compare: enough that passes of one token decide."""
+
+CHOICE = "--rollout_backend"
+"""The name of the choice, in the log and in checkpoints."""
+
+
+def build_backend(
+    args: RolloutArguments,
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    choices: MeasuredChoices,
+) -> RolloutBackend:
+    """The back end for an actor whose prompts with answers have no more than `longest` tokens.
+
+    Every rank must call it. `auto` and `static` time a few tokens in each way that there is.
+    """
+    plain = HuggingFaceGenerate(engine, tokenizer, gather=args.rollout_gather)
+    if args.rollout_backend == "hf":
+        return plain
+    static = StaticDecoding(plain, longest=longest)
+    prompts = _trial_prompts(plain, args)
+
+    def trial(backend: RolloutBackend, mode: str | None = None) -> Callable[[], object]:
+        sampling = Sampling(max_answer_length=TRIAL_ANSWER)
+
+        def run() -> None:
+            with backend.session():
+                if mode is not None:
+                    static.mode = mode
+                backend.generate(prompts, sampling)
+
+        return run
+
+    with static.session():
+        modes = static.modes()
+    ways = {f"static, {mode}": trial(static, mode) for mode in modes}
+    if args.rollout_backend == "auto" or not ways:
+        ways["hf"] = trial(plain)
+    way = choices.choose(CHOICE, ways, key=_work(engine, len(prompts.keys)), rounds=2)
+    if way == "hf":
+        return plain
+    static.mode = way.removeprefix("static, ")
+    return static
+
+
+def _trial_prompts(plain: HuggingFaceGenerate, args: RolloutArguments) -> PromptBatch:
+    """As many prompts as a batch of answers has, all of other tokens."""
+    size, device = args.per_device_generation_batch_size, plain.engine.device
+    length = min(TRIAL_PROMPT, args.max_prompt_seq_len)
+    ids = torch.arange(size * length, device=device).view(size, length) * 7 % plain.num_tokens
+    rows = torch.arange(size, device=device)
+    return PromptBatch(ids, torch.ones_like(ids), keys=rows, rows=rows, samples=torch.zeros_like(rows))
+
+
+def _work(engine: DeepSpeedEngine, batch_size: int) -> dict[str, Any]:
+    """What the times depend on."""
+    parameters = [*engine.module.parameters()]
+    config = engine.module.config.get_text_config()
+    return {
+        "model": config.model_type,
+        "layers": config.num_hidden_layers,
+        "parameters": sum(whole_size(p) for p in parameters),
+        "dtypes": sorted({str(p.dtype) for p in parameters}),
+        "batch": batch_size,
+    }

@@ -1,0 +1,110 @@
+"""Keys and values of a batch of answers, in buffers whose length is known before the first token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+ROUND = 32
+"""A forward pass reads a multiple of so many columns: the shapes of decoding are few, and divisible."""
+
+
+class DecodeLayer(CacheLayerMixin):
+    """Those of one layer: [B, heads, columns, head size]."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "DecodeCache") -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The prompts' are kept as they come."""
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the prompts', then those of one token at a time; returns all that may be read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        assert self.keys is not None, "an initialized layer has keys"
+        assert self.values is not None, "an initialized layer has values"
+        self.keys.index_copy_(2, self._cache.column, key_states)
+        self.values.index_copy_(2, self._cache.column, value_states)
+        width = self._cache.width
+        return self.keys[:, :, :width], self.values[:, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many columns a pass reads, and the first of them."""
+        return (self._cache.width if self.is_initialized else query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Columns that are written."""
+        return self._cache.length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Columns that there are."""
+        return self._cache.capacity
+
+    def spread(self, rows: Tensor) -> None:
+        """Make room for the answers: row i of the batch begins with what is in row `rows[i]` now."""
+        self.keys, self.values = (self._spread(states, rows) for states in (self.keys, self.values))
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows, in this order."""
+        assert self.keys is not None, "the prompts were passed before"
+        assert self.values is not None, "the prompts were passed before"
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def _spread(self, states: Tensor | None, rows: Tensor) -> Tensor:
+        assert states is not None, "the prompts were passed before"
+        _, num_heads, length, size = states.shape
+        buffer = states.new_zeros(len(rows), num_heads, self._cache.capacity, size)
+        buffer[:, :, :length] = states[rows]
+        return buffer
+
+
+class DecodeCache(Cache):
+    """The keys and values of prompts of P columns, and after them of their answers' tokens, one at a time.
+
+    Nothing is concatenated: a token's are written to the column `column`, and a pass reads the first `width`
+    columns, in which a mask hides what is not written yet.
+    """
+
+    def __init__(self, num_layers: int, prompt_length: int, answer_length: int, device: torch.device) -> None:
+        self.capacity = _rounded(prompt_length + answer_length)
+        self.length = prompt_length
+        """Columns that are written, but for the pass in progress."""
+        self.width = prompt_length
+        self.column = torch.tensor([prompt_length], device=device)
+        """[1]: where the next token's keys and values go; a tensor, for passes that are recorded."""
+        self._own = [DecodeLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=[*self._own])
+
+    def spread(self, rows: Tensor) -> None:
+        """After the pass of the prompts: one row for each answer, that of its prompt."""
+        for layer in self._own:
+            layer.spread(rows)
+        self._widen()
+
+    def advance(self) -> None:
+        """To the next column."""
+        self.length += 1
+        self.column.add_(1)
+        self._widen()
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows, in this order."""
+        for layer in self._own:
+            layer.keep(rows)
+
+    def _widen(self) -> None:
+        self.width = min(_rounded(self.length + 1), self.capacity)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ROUND) * ROUND

@@ -1,0 +1,166 @@
+"""A batch in the middle of being answered, and the modes in which a forward pass of one token is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dschat.arguments import ROLLOUT_TOLERANCES
+from dschat.data.collate import PromptBatch
+from dschat.rlhf.rollout import decode_attention
+from dschat.rlhf.rollout.decode_cache import DecodeCache
+
+HIDDEN = torch.finfo(torch.float32).min
+"""What is added to the score of a column that is not to be read."""
+
+FAILURES = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What architectures raise that know nothing of a mode."""
+
+
+@dataclass(frozen=True)
+class DecodeMode:
+    """How a forward pass of one token per row is called."""
+
+    attention: str | None = None
+    """The attention function that takes the place of the model's own; None leaves that."""
+    ready_mask: bool = False
+    """Whether the mask is given as attention uses it. Else it has a number per column, and the model makes
+    its own of it in each pass."""
+
+    def mask(self, attention_mask: Tensor, capacity: int) -> Tensor:
+        """The mask of the prompts [B, P] with room for answers."""
+        wide = torch.nn.functional.pad(attention_mask, (0, capacity - attention_mask.shape[1]))
+        if not self.ready_mask:
+            return wide
+        if self.attention is None:
+            return wide[:, None, None].bool()
+        return torch.zeros(wide.shape, device=wide.device).masked_fill(wide == 0, HIDDEN)[:, None, None]
+
+    @property
+    def shown(self) -> int:
+        """What a mask has where a column is read."""
+        return 0 if self.attention else 1
+
+
+MODES = {
+    "matmul": DecodeMode(decode_attention.NAME, ready_mask=True),
+    "sdpa": DecodeMode(ready_mask=True),
+    "model": DecodeMode(),
+}
+"""The most preferred first; the last is the way of `generate`."""
+
+
+class Decoding:
+    """A batch of prompts that answers grow from, one token of each row at a time."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        config: Any,
+        prompts: PromptBatch,
+        mode: DecodeMode,
+        answer_length: int,
+    ) -> None:
+        """Read the prompts, each distinct one once: `logits` [B, V] predict the first tokens of answers."""
+        ids, mask = prompts.input_ids, prompts.attention_mask.long()
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        num_layers = config.get_text_config().num_hidden_layers
+        self._model, self._config, self._mode = model, config, mode
+        self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device)
+        first, prompt_of_row = distinct_rows(ids.masked_fill(mask == 0, -1))
+        logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)
+        self.logits = logits[prompt_of_row]
+        self._cache.spread(prompt_of_row)
+        self._mask = mode.mask(mask, self._cache.capacity)
+        self._positions = positions[:, -1:] + 1
+
+    def read(self, tokens: Tensor) -> None:
+        """Read the next token of each row, int64 [B]: `logits` predict the tokens that follow."""
+        cache, before = self._cache, self._config._attn_implementation
+        self._mask.index_fill_(-1, cache.column, self._mode.shown)
+        if self._mode.attention:
+            self._config._attn_implementation = self._mode.attention
+        try:
+            self.logits = self._pass(tokens[:, None], self._mask[..., : cache.width], self._positions)
+        finally:
+            if self._mode.attention:
+                self._config._attn_implementation = before
+        cache.advance()
+        self._positions.add_(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows, in this order."""
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._cache.keep(rows)
+
+    def _pass(self, ids: Tensor, mask: Tensor, positions: Tensor, **options: int) -> Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **options,
+        )
+        return output.logits[:, -1]
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of a row for each distinct one, and for each row the place of its like among those.
+
+    [B, N] -> int64 [D], int64 [B]. Rows that are all distinct keep their order.
+    """
+    numbers = torch.arange(len(rows), device=rows.device)
+    distinct, place = rows.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(rows):
+        return numbers, numbers
+    first = torch.full((len(distinct),), len(rows), device=rows.device).scatter_reduce(
+        0, place, numbers, "amin"
+    )
+    order = first.argsort()
+    return first[order], order.argsort()[place]
+
+
+def agreeing_modes(model: Callable[..., Any], config: Any, *, num_tokens: int, longest: int) -> list[str]:
+    """The names in MODES in which passes predict what passes without a cache do.
+
+    Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model.
+    """
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return []
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    candidates = list(MODES)
+    if window is not None and window < longest:
+        candidates = ["model"]  # it knows which layers have the window
+    return [name for name in candidates if _agrees(model, config, MODES[name], num_tokens)]
+
+
+def _agrees(model: Any, config: Any, mode: DecodeMode, num_tokens: int) -> bool:
+    ids = (torch.arange(16, device=model.device).view(2, 8) * 7 + 3) % num_tokens
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    zeros = torch.zeros(2, dtype=torch.long, device=model.device)
+    prompts = PromptBatch(ids[:, :5], mask[:, :5], zeros, zeros, zeros)
+    second = torch.tensor([1], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    try:
+        decoding = Decoding(model, config, prompts, mode, 3)
+        found = [decoding.logits]
+        for column in (5, 6):
+            decoding.read(ids[:, column])
+            found.append(decoding.logits)
+        decoding.keep(second)
+        decoding.read(ids[second, 7])
+    except FAILURES:
+        return False
+    pairs = [*zip(found, expected[:, 4:7].unbind(1), strict=True), (decoding.logits, expected[second, 7])]
+    apart = [
+        one[:, :num_tokens].float().log_softmax(1) - two[:, :num_tokens].float().log_softmax(1)
+        for one, two in pairs
+    ]
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(expected.dtype, "fp32")
+    return torch.cat(apart).abs().mean().item() <= ROLLOUT_TOLERANCES[precision]

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dschat.arguments import RolloutArguments
+from dschat.rlhf.rollout.backend import Sampling
+from dschat.rlhf.rollout.choice import CHOICE, build_backend
+from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.static_decoding import StaticDecoding
+from dschat.runs import measured_choices
+from dschat.runs.measured_choices import MeasuredChoices
+
+
+@pytest.fixture(scope="module")
+def actor(tmp_path_factory):
+    folder = save_tiny_model(tmp_path_factory.mktemp("actor"), "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return PlainEngine(model), AutoTokenizer.from_pretrained(folder)
+
+
+def chosen(actor, choices: MeasuredChoices, backend: str = "auto"):
+    args = RolloutArguments(rollout_backend=backend, per_device_generation_batch_size=4)
+    return build_backend(args, *actor, longest=60, choices=choices)
+
+
+@pytest.mark.parametrize(("fastest", "kind"), [("hf", HuggingFaceGenerate), ("static, sdpa", StaticDecoding)])
+def test_auto_takes_what_is_fastest_here_and_says_so(actor, fastest, kind, tmp_path, monkeypatch, capsys):
+    def times(ways, _rounds):
+        for way in ways.values():
+            way()  # each can answer
+        return {way: 1.0 if way == fastest else 2.0 for way in ways}
+
+    monkeypatch.setattr(measured_choices, "_times", times)
+    choices = MeasuredChoices(folder=tmp_path)
+    backend = chosen(actor, choices)
+    assert isinstance(backend, kind)
+    assert getattr(backend, "mode", None) == fastest.partition(", ")[2] or fastest == "hf"
+    assert choices.made == {CHOICE: fastest}
+    told = capsys.readouterr().out
+    assert f"--rollout_backend: {fastest} (measured on this machine: static, matmul 2e+03 ms" in told
+
+
+def test_a_run_goes_on_with_the_way_that_its_checkpoint_has(actor):
+    backend = chosen(actor, MeasuredChoices({CHOICE: "static, model"}))
+    assert backend.mode == "model"
+    assert isinstance(chosen(actor, MeasuredChoices({CHOICE: "hf"})), HuggingFaceGenerate)
+
+
+def test_without_measurements_the_way_is_fixed(actor):
+    backend = chosen(actor, MeasuredChoices(measures=False))
+    assert (backend.name, backend.mode) == ("static decoding", "matmul")
+
+
+def test_a_back_end_that_is_named_is_taken(actor, monkeypatch, tmp_path):
+    assert isinstance(chosen(actor, MeasuredChoices(measures=False), "hf"), HuggingFaceGenerate)
+    monkeypatch.setattr(measured_choices, "_times", lambda ways, _: dict.fromkeys(ways, 1.0))
+    choices = MeasuredChoices(folder=tmp_path)
+    assert isinstance(chosen(actor, choices, "static"), StaticDecoding)
+    assert choices.made == {CHOICE: "static, matmul"}
+
+
+def test_every_back_end_gives_the_same_answers(actor):
+    _, tokenizer = actor
+    found = []
+    for backend in (chosen(actor, MeasuredChoices(measures=False), name) for name in ("static", "hf")):
+        with backend.session():
+            sampling = Sampling(max_answer_length=20, seed=1, with_logprobs=True)
+            found.append(backend.generate(prompt_batch(tokenizer, TEXTS), sampling))
+    one, two = found
+    assert answers(one) == answers(two)
+    torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+
+from dschat.rlhf.rollout.decode_modes import MODES, agreeing_modes, distinct_rows
+
+
+def test_distinct_rows_are_numbered_in_the_order_of_their_first():
+    first, place = distinct_rows(torch.tensor([[5, 1], [3, 2], [5, 1], [0, 0], [3, 2]]))
+    assert (first.tolist(), place.tolist()) == ([0, 1, 3], [0, 1, 0, 2, 1])
+
+
+def test_rows_that_are_all_distinct_keep_their_order():
+    first, place = distinct_rows(torch.tensor([[5, 1], [3, 2]]))
+    assert first.tolist() == place.tolist() == [0, 1]
+
+
+def test_what_is_hidden_and_shown_is_what_attention_takes():
+    prompts = torch.tensor([[0, 1]])
+    assert MODES["model"].mask(prompts, 3).tolist() == [[0, 1, 0]]
+    assert MODES["sdpa"].mask(prompts, 3).tolist() == [[[[False, True, False]]]]
+    added = MODES["matmul"].mask(prompts, 3)
+    assert added[0, 0, 0, 1] == MODES["matmul"].shown == 0
+    assert (added[0, 0, 0, [0, 2]] < -1e38).all()
+
+
+def modes(model, longest: int = 64) -> list[str]:
+    with torch.no_grad():
+        return agreeing_modes(model, model.config, num_tokens=90, longest=longest)
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    return AutoModelForCausalLM.from_config(tiny_config("mistral", 100)).eval()
+
+
+def test_a_model_whose_window_is_shorter_than_rows_makes_its_own_masks(mistral):
+    assert modes(mistral, longest=256) == list(MODES)
+    assert modes(mistral, longest=257) == ["model"]
+
+
+def test_layers_without_keys_and_values_have_no_mode(mistral, monkeypatch):
+    monkeypatch.setattr(mistral.config, "layer_types", ["linear_attention", "full_attention"], raising=False)
+    assert modes(mistral) == []
+
+
+def test_a_mode_that_computes_something_else_is_left_out(mistral, monkeypatch):
+    wrong = MODES["matmul"].mask(torch.tensor([[1]]), 1)
+    monkeypatch.setattr(type(MODES["matmul"]), "mask", lambda *_: wrong.expand(2, 1, 1, 32).clone())
+    assert "matmul" not in modes(mistral)
