@@ -39,6 +39,7 @@ def main(args: RewardArguments, context: RunContext) -> None:
     data = reward_data(args.data, run.tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = run.build_loaders(data, collate_pairs)
     checkpoints = run.begin(loaders)
+    loaders = run.lay_out(loaders, checkpoints)
     engine = run.build_engine(create_critic_model, loaders)  # the backbone with a fresh head
     objective = Objective(
         "reward",

@@ -7,7 +7,7 @@ NO_STEPS = "not there: every optimiser step is logged, in metrics.jsonl and Tens
 NO_TRACKER = "not there: figures go to metrics.jsonl and TensorBoard, see --enable_tensorboard"
 NO_VLLM = "not there: answers are sampled by the model that trains"
 NO_ATTENTION = "not there: what transformers chooses is used"
-NO_PACKING = "not there: batches hold rows of similar length in place of packed ones"
+NO_GROUPING = "not there: batches always hold rows of similar length"
 CHECKPOINTS = "--save_interval, in optimiser steps"
 BEST = ("--export_model best", "--export_actor best")
 NO_TASK = "not there: the program is the step, step1_sft, step2_reward or step3_ppo"
@@ -150,7 +150,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "data_seed": ("--seed",),
     "dataloader_num_workers": ("not there: rows are read from tokenised files",),
     "remove_unused_columns": ("not there: see docs/data.md for what columns mean",),
-    "group_by_length": (NO_PACKING,),
+    "group_by_length": (NO_GROUPING,),
     "neftune_noise_alpha": ("not there",),
     "label_smoothing_factor": ("--label_smoothing", "not there"),
     "use_liger_kernel": ("not there",),
@@ -265,8 +265,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     + ("not there: the loss is over answers",),
     "assistant_only_loss": ("not there: the loss is over answers, unless --train_on_prompt",)
     + ("not there: the loss is over answers",),
-    "packing": (NO_PACKING,),
-    "packing_samples": (NO_PACKING,),
+    "packing_samples": ("--packing",),
     "overwrite_cache": ("not there: tokenised data are known by their content, see --data_output_path",),
     "dataset_num_proc": ("--preprocessing_num_workers",),
     "num_proc": ("--preprocessing_num_workers",),
@@ -354,7 +353,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "ds3_gather_for_generation": ("--rollout_gather",),
     "colocate_all_models": ("not there: the models always share the devices",),
     "ppo_max_token_len_per_gpu": BATCH,
-    "use_dynamic_bsz": (NO_PACKING,),
+    "use_dynamic_bsz": (NO_GROUPING,),
     "ptx_coef": ("--unsup_coef",),
     "pretrain_data": ("--unsupervised_dataset_name",),
     "ema_beta": ("--ema_decay",),

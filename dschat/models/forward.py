@@ -65,7 +65,7 @@ def logits_of(
     """
     if every_position:
         batch = replace(batch, placement=None)
-    inputs = {"input_ids": _as_read(batch), **_masks(model, batch)}
+    inputs = model_inputs(model, batch)
     if batch.placement is not None:
         with _head_reads(model, batch.placement.outputs):
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
@@ -104,8 +104,7 @@ def ranking_of(
     """
     batch = pairs.tokens
     return model(
-        _as_read(batch),
-        **_masks(model, batch),
+        **model_inputs(model, batch),
         last_tokens=None if batch.placement is None else batch.placement.last_tokens,
         loss_fn=loss_fn,
         weights=pairs.weights,
@@ -131,25 +130,22 @@ def _per_label(batch: TokenBatch, values: Tensor) -> Tensor:
 
 def _values_at_tokens(model: Any, batch: TokenBatch) -> Tensor:
     """The head's output at every column of the rows that the model reads. -> fp32 [B, L] or [R, W]."""
-    return model(_as_read(batch), **_masks(model, batch), return_values=True)
+    return model(**model_inputs(model, batch), return_values=True)
 
 
-def _as_read(batch: TokenBatch) -> Tensor:
-    """The tokens in the rows that the model reads. -> int64 [B, L] or [R, W]."""
-    return batch.input_ids if batch.placement is None else batch.input_ids.flatten()[batch.placement.source]
+def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
+    """The tokens as the model reads them, and what it is to be told of padding and positions.
 
-
-def _masks(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
-    """What the model is to be told of padding, positions and sequences in a row."""
-    if batch.placement is None:
-        masks = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    `input_ids`, `position_ids` and masks of two dimensions are [B, L], or where there is a placement [R, W].
+    """
+    place = batch.placement
+    if place is None:
+        ids, mask, position_ids = batch.input_ids, batch.attention_mask, batch.position_ids
     else:
-        dtype = next(model.parameters()).dtype if batch.placement.segments is not None else torch.float32
-        masks = {
-            "attention_mask": batch.placement.mask(dtype),
-            "position_ids": batch.placement.position_ids,
-        }
-    return {name: mask for name, mask in masks.items() if mask is not None}
+        ids, position_ids = batch.input_ids.flatten()[place.source], place.position_ids
+        mask = None if place.segments is None else place.mask(next(model.parameters()).dtype)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """The data of steps 1 and 2 and of DPO in batches: for training, and for evaluations."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from dschat.data.packing import RowLayout
 from dschat.data.preparation import SplitData
 from dschat.data.tokenization import column
 from dschat.distributed.mesh import mesh
@@ -25,6 +27,16 @@ class Loaders:
         """Tokens of the longest row, prompt and answer."""
         return max(
             column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
+        )
+
+    def laid_out(self, layout: RowLayout) -> "Loaders":
+        """The same batches in rows of that layout."""
+        collate = partial(self.train.collate, layout=layout)
+        return replace(
+            self,
+            train=replace(self.train, collate=collate),
+            evaluation=replace(self.evaluation, collate=collate),
+            short_evaluation=replace(self.short_evaluation, collate=collate),
         )
 
     def over(self, data: SplitData) -> "Loaders":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dschat.arguments import SupervisedArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
-from dschat.data.packing import RowLayout
+from dschat.data.packing import PACKED_WIDTH
 from dschat.data.preparation import SplitData
 from dschat.distributed.device import current_device
 from dschat.engines.build import build_trained_engine, train_config
@@ -18,16 +19,20 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.upstream import UpstreamModel, verify_model
-from dschat.models.attention import choose_attention
-from dschat.models.config import check_positions, learned_positions
+from dschat.models.attention import choose_attention, set_attention
+from dschat.models.config import check_positions, learned_positions, read_config
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
+from dschat.models.packing_trial import choose_row_layout
 from dschat.models.tokenizer import load_tokenizer
 from dschat.program import RunContext
 from dschat.supervised.batches import Loaders, build_loaders
 from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import Objective, train_epochs
 from dschat.supervised.settings import SupervisedSettings
+
+NUM_TRIED = 3
+"""Micro-batches whose lengths are tried in several layouts of rows."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,12 @@ class SupervisedRun:
         return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
 
     def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
-        """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=, layout=)`.
+        """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=)`.
 
         Raises `UserError` where an example is longer than the model has positions.
         """
-        path, multiple_of = self.base.path, self.settings.widths.multiple_of(current_device().type)
-        layout = RowLayout(multiple_of, limit=learned_positions(path))
-        padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id, layout=layout)
-        loaders = build_loaders(data, padded, self.settings)
+        padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id)
+        loaders, path = build_loaders(data, padded, self.settings), self.settings.model.model_name_or_path
         check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
         return loaders
 
@@ -80,10 +83,27 @@ class SupervisedRun:
         choose_attention(
             [(self.base.path, settings.model)],
             dtype=settings.run.dtype,
-            longest=loaders.longest_row,
+            longest=max(loaders.longest_row, PACKED_WIDTH if settings.widths.packing != "off" else 0),
             choices=checkpoints.choices,
         )
         return checkpoints
+
+    def lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:
+        """The batches in rows as --packing and --pad_to_multiple_of ask, or in the faster ones."""
+        path, model = self.base.path, self.settings.model
+        config = read_config(path, model.dropout)
+        set_attention(config, model.attn_implementation)
+        micro_batches = islice(loaders.train, NUM_TRIED)
+        layout = choose_row_layout(
+            self.settings.widths,
+            {"model": config},
+            checkpoints.choices,
+            dtype=self.settings.run.dtype,
+            device=current_device(),
+            limit=learned_positions(path),
+            lengths=[batch.tokens.attention_mask.sum(dim=1).numpy() for batch in micro_batches],
+        )
+        return loaders.laid_out(layout)
 
     def build_language_model(self, loaders: Loaders) -> DeepSpeedEngine:
         """The language model to be trained, in its engine; checked against the outputs promised with it."""

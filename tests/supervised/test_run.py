@@ -7,9 +7,9 @@ from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
-from dschat.data.packing import RowLayout
 from dschat.data.preparation import SplitData
 from dschat.errors import UserError
+from dschat.runs.measured_choices import MeasuredChoices
 from dschat.supervised import run as supervised_run
 from dschat.supervised.run import SupervisedRun
 
@@ -23,9 +23,9 @@ class Context:
     def claim_folder(self, *models: str) -> None:
         self.claimed += models
 
-    def begin(self, data: str, models: list) -> str:
+    def begin(self, data: str, models: list) -> SimpleNamespace:
         self.begun.append((data, [model.path for model in models]))
-        return "checkpoints"
+        return SimpleNamespace(name="checkpoints", choices=MeasuredChoices(measures=False))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def pairs(*lengths: int) -> SplitData:
     return SplitData(rows, rows, {}, "the data")
 
 
-def collate(rows, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout) -> int:
+def collate(rows, num_rows: int, denominator: float, *, pad_id: int) -> int:
     return pad_id
 
 
@@ -64,7 +64,7 @@ def test_batches_are_padded_by_the_tokenizer_and_the_run_begins_with_their_data(
     run = opened(base)
     loaders = run.build_loaders(pairs(3, 4, 5), collate)
     assert list(loaders.train) == [run.tokenizer.pad_token_id] * 2
-    assert run.begin(loaders) == "checkpoints"
+    assert run.begin(loaders).name == "checkpoints"
     assert run.context.begun == [("the data", [base])]
 
 

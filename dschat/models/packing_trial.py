@@ -1,0 +1,166 @@
+"""Whether sequences can share rows in a model, and whether that saves time: tried on one of its layers.
+
+The layer has random weights and the sizes, the precision and the attention of the model. So nothing has to be
+loaded for it, and ZeRO shards nothing of it.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
+from dschat.arguments import WidthArguments
+from dschat.console import messages
+from dschat.data.packing import RowLayout
+from dschat.data.token_batch import TokenBatch
+from dschat.models.attention import DTYPES
+from dschat.models.forward import model_inputs
+from dschat.runs.measured_choices import MeasuredChoices
+
+NUM_TOKENS = 128
+"""The vocabulary of a trial."""
+
+TRIED_LENGTHS = (5, 11, 3, 8)
+"""Tokens of the sequences that are to share a row."""
+
+LARGEST_DIFFERENCE = {"mask": 0.1, "positions": 0.002}
+"""How far hidden states of packed sequences may be from those of separate ones, as a share of the distance of
+sequences that are not told apart. The latter have wrong positions too where positions are to tell them apart.
+In bf16 rounding made up to 0.002 and 0.0009 of it, and what leaked 1 and at least 0.005."""
+
+
+@dataclass(frozen=True)
+class PackingTrial:
+    """Layers of a model, one of each kind, for short trials."""
+
+    model: nn.Module
+    device: torch.device
+
+    @staticmethod
+    def of(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> "PackingTrial":
+        """Layers of the configuration's sizes with a small vocabulary. Raises what transformers does."""
+        small = copy.deepcopy(config)
+        kinds = list(dict.fromkeys(getattr(small, "layer_types", None) or ["all"]))
+        if getattr(small, "layer_types", None):
+            small.layer_types = kinds
+        small.num_hidden_layers, small.vocab_size = len(kinds), NUM_TOKENS
+        small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            model = AutoModel.from_config(small, dtype=dtype)
+        return PackingTrial(model.eval(), device)
+
+    def separates(self, layout: RowLayout) -> bool:
+        """Whether sequences that share rows in this layout do not see each other."""
+        batch = batch_of(np.array(TRIED_LENGTHS))
+        try:
+            with torch.no_grad():
+                alone = self._hidden_states(batch.placed(RowLayout()))
+                packed = self._hidden_states(batch.placed(layout))
+                mixed = self._hidden_states(_undivided(batch.placed(layout)))
+        except (ValueError, RuntimeError, TypeError, NotImplementedError):
+            return False  # a model that takes no mask of this kind
+        difference, largest = ((other - alone).abs().mean() for other in (packed, mixed))
+        return bool(difference <= LARGEST_DIFFERENCE[layout.separated_by or "mask"] * largest)
+
+    def train(self, batches: Sequence[TokenBatch], layout: RowLayout) -> None:
+        """A forward and a backward pass of each batch."""
+        for batch in batches:
+            self._hidden_states(batch.placed(layout)).sum().backward()
+            self.model.zero_grad()
+
+    def _hidden_states(self, batch: TokenBatch) -> Tensor:
+        """Those that predict the labels, [K, H] in fp32."""
+        batch = batch.to(self.device)
+        assert batch.placement is not None, "a trial places its batches"
+        output = self.model(**model_inputs(self.model, batch), use_cache=False).last_hidden_state
+        return output.flatten(0, 1)[batch.placement.outputs[: len(batch.placement.label_places)]].float()
+
+
+def choose_row_layout(
+    args: WidthArguments,
+    configs: Mapping[str, PretrainedConfig],
+    choices: MeasuredChoices,
+    *,
+    dtype: str,
+    device: torch.device,
+    limit: int | None,
+    lengths: Sequence[np.ndarray],
+) -> RowLayout:
+    """The layout of rows that the flags ask for, or with --packing auto the faster one.
+
+    `configs` are those of the models that read the rows, by their names in messages; the first one's layers
+    are timed, with micro-batches of `lengths`. `limit` is the number of positions that all of them have
+    learned. Where a model cannot tell sequences apart that share a row, none do. Every rank must call it.
+    """
+    padded = RowLayout(args.multiple_of(device.type), limit=limit)
+    if args.packing == "off" or (args.packing == "auto" and max(map(len, lengths), default=0) < 2):
+        return padded
+    packed = packed_layout(padded, configs, longest=max(int(part.max()) for part in lengths))
+    trials = {name: _trial(config, DTYPES[dtype], device) for name, config in configs.items()}
+    unable = next((name for name, trial in trials.items() if not (trial and trial.separates(packed))), None)
+    if unable is not None:
+        kind = configs[unable].model_type
+        messages.info(f"packing: padding (a {kind} model, the {unable}, mixes sequences that share a row)")
+        return padded
+    if args.packing == "on":
+        return packed
+    trial = next(iter(trials.values()))
+    assert trial is not None, "a model without a trial is unable"
+    batches = [batch_of(part) for part in lengths]
+    ways = {
+        "padding": partial(trial.train, batches, padded),
+        "packing": partial(trial.train, batches, packed),
+    }
+    key = {"dtype": dtype, **_key(trial.model.config, lengths), "multiple_of": padded.multiple_of}
+    return packed if choices.choose("packing", ways, key=key) == "packing" else padded
+
+
+def packed_layout(padded: RowLayout, configs: Mapping[str, PretrainedConfig], *, longest: int) -> RowLayout:
+    """The layout in which sequences share rows: told apart by positions where attention takes flat rows,
+    else by a mask, which a model takes instead of its own."""
+    flat = all(str(config._attn_implementation).startswith("flash") for config in configs.values())
+    windows = [getattr(config, "sliding_window", None) for config in configs.values()]
+    own_mask = any(window is not None and window < longest for window in windows)
+    return replace(padded, separated_by="positions" if flat or own_mask else "mask", in_one_row=flat)
+
+
+def batch_of(lengths: np.ndarray) -> TokenBatch:
+    """Sequences of such lengths, all of whose tokens count."""
+    columns = np.arange(int(lengths.max()))
+    ids = (np.arange(len(lengths))[:, None] * 37 + columns * 11 + 5) % NUM_TOKENS
+    is_token = torch.from_numpy(columns < lengths[:, None])
+    return TokenBatch.of(torch.from_numpy(ids), is_token, attention_mask=is_token.long())
+
+
+def _trial(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PackingTrial | None:
+    try:
+        return PackingTrial.of(config, dtype, device)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None  # a model of its own code, or of sizes that need all its layers
+
+
+def _undivided(batch: TokenBatch) -> TokenBatch:
+    """The batch without what tells apart the sequences of a row."""
+    place = batch.placement
+    assert place is not None, "a trial places its batches"
+    if place.segments is None:
+        return replace(batch, placement=replace(place, position_ids=None))
+    return replace(batch, placement=replace(place, segments=torch.zeros_like(place.segments)))
+
+
+def _key(config: PretrainedConfig, lengths: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the times depend on; lengths roughly, so that other runs on the same data find the choice."""
+    sizes = ("model_type", "hidden_size", "num_attention_heads", "_attn_implementation")
+    mean_length = float(np.mean([part.mean() for part in lengths]))
+    return {
+        **{name: getattr(config, name, None) for name in sizes},
+        "rows": len(lengths[0]),
+        "mean_length": 32 * round(mean_length / 32),
+    }
