@@ -1,0 +1,41 @@
+"""The slopes of benchmarks/scaling.py, and that what it calls is what a PPO step calls."""
+
+import pytest
+import scaling
+from scaling import Cost, Size
+
+
+@pytest.mark.parametrize(("power", "factor"), [(2, 3.0), (1, 0.5), (0, 7.0)])
+def test_the_slope_is_the_exponent_of_the_growth(power, factor):
+    sizes = [10, 30, 500]
+    assert scaling.slope(sizes, [factor * size**power for size in sizes]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("part", scaling.PARTS)
+def test_every_part_is_measured(part):
+    cost = scaling.measure(part, Size(answers=64, length=8, vocabulary=300), repeats=1)
+    assert cost.seconds > 0
+    assert cost.mebibytes >= 0
+
+
+def test_the_memory_of_a_call_is_what_it_holds_at_most(monkeypatch):
+    def hold(size):
+        return lambda: bytearray(size.answers * scaling.MEBIBYTE)
+
+    monkeypatch.setitem(scaling.PARTS, "hold", hold)
+    assert scaling.measure("hold", Size(answers=64), repeats=2).mebibytes == pytest.approx(64, abs=4)
+
+
+def test_a_row_says_sizes_costs_and_slopes():
+    sizes = [Size(answers=100), Size(answers=200)]
+    row = scaling.line("part", "answers", sizes, [Cost(0.001, 2.0), Cost(0.004, 4.0)])
+    assert row == "| part | answers 100 to 200 | 1, 4 | 2.00 | 2, 4 | 1.00 |"
+    small = scaling.line("part", "answers", sizes, [Cost(0.001, 0.0), Cost(0.002, 0.1)])
+    assert small.endswith("| 1.00 | 0, 0.1 |  |")
+
+
+def test_answers_are_dealt_in_whole_optimiser_steps_and_ranks():
+    for part, axis, sizes in [*scaling.series(), *scaling.series(share=16)]:
+        for size in sizes:
+            if part != scaling.DECODING:
+                assert size.answers % (16 * size.ranks) == 0, (part, axis)
