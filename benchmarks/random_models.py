@@ -31,10 +31,12 @@ def word_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
-def random_model(size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None) -> Any:
-    """An `OPTForCausalLM` of random weights, made on the device."""
+def random_model(
+    size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None, scores: bool = False
+) -> Any:
+    """An `OPTForCausalLM` of random weights, made on the device; with `scores` a classifier of one label."""
     import torch
-    from transformers import AutoModelForCausalLM, OPTConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig
 
     shape = SHAPES[size]
     if len(tokenizer) > shape["vocab_size"]:
@@ -47,21 +49,18 @@ def random_model(size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any =
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
+        if scores:
+            config.num_labels = 1
+            return AutoModelForSequenceClassification.from_config(config, dtype=dtype or torch.float32)
         return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
 
 
-def save_random_model(
-    folder: Path, size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None
-) -> int:
-    """Write a model and its tokenizer, where they are not there yet. -> parameters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if (folder / "tokenizer.json").exists():
-        import torch
-
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).num_parameters()
-    model = random_model(size, tokenizer, device=device, dtype=dtype)
+def save_random_model(folder: Path, size: str, tokenizer: Any, **options: Any) -> int:
+    """Write a model, as `random_model` makes it, and its tokenizer, where they are not yet. -> parameters."""
+    if (folder / "parameters.txt").exists():
+        return int((folder / "parameters.txt").read_text())
+    model = random_model(size, tokenizer, **options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "parameters.txt").write_text(f"{model.num_parameters()}\n")
     return model.num_parameters()

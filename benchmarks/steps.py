@@ -102,8 +102,12 @@ def prepare(args: argparse.Namespace, size: Size) -> None:
         torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     tokenizer = word_tokenizer(SHAPES[args.model]["vocab_size"])
-    for name in {args.model, size.critic}:
-        save_random_model(args.folder / name, name, tokenizer, device=args.device, dtype=dtype)
+    for folder, name, scores in (
+        (args.model, args.model, False),
+        (f"{size.critic}-scores", size.critic, True),
+    ):
+        options = {"device": args.device, "dtype": dtype, "scores": scores}
+        save_random_model(args.folder / folder, name, tokenizer, **options)
     chance = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -121,7 +125,7 @@ def prepare(args: argparse.Namespace, size: Size) -> None:
 
 def command(args: argparse.Namespace, step: str, size: Size) -> tuple[list[str], int]:
     """The command line of a step, and how many of its steps are not timed."""
-    model, critic = str(args.folder / args.model), str(args.folder / size.critic)
+    model, critic = str(args.folder / args.model), str(args.folder / f"{size.critic}-scores")
     shared = [
         "--data_path", str(args.folder / f"pairs-{args.model}.jsonl"),
         "--data_output_path", str(args.folder / "cache"), "--eval_fraction", "0", "--dtype", "bf16",
