@@ -32,6 +32,7 @@ from versus_marks import median
 from dschat.data.collate import PromptBatch
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.static_decoding import StaticDecoding
 
 GENERATE, HAND_WRITTEN = "generate()", "hand-written loop"
 """The yardsticks: transformers' sampling, and a loop for OPT that knows no more than it must."""
@@ -131,11 +132,20 @@ def random_prompts(batch: int, longest: int, num_tokens: int) -> PromptBatch:
     return PromptBatch(torch.where(mask.bool(), tokens, 1), mask, numbers, numbers, torch.zeros_like(numbers))
 
 
-def back_ends(
-    engine: PlainEngine, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Callable[[], RolloutBackend]]:
-    """Those of this project by the names of --rollout_backend."""
-    return {"hf": lambda: HuggingFaceGenerate(engine, tokenizer)}  # type: ignore[arg-type]
+def back_ends(engine: PlainEngine, tokenizer: Any, longest: int) -> dict[str, Callable[[], RolloutBackend]]:
+    """Those of this project as --rollout_backend auto compares them, for rows of up to `longest` tokens."""
+    plain = HuggingFaceGenerate(engine, tokenizer)  # type: ignore[arg-type]
+
+    def static(mode: str) -> RolloutBackend:
+        backend = StaticDecoding(plain, longest=longest)
+        with backend.session():
+            backend.mode = mode
+        return backend
+
+    trial = StaticDecoding(plain, longest=longest)
+    with trial.session():
+        modes = trial.modes()
+    return {"hf": lambda: plain, **{f"static, {mode}": functools.partial(static, mode) for mode in modes}}
 
 
 def all_ways(
@@ -147,7 +157,7 @@ def all_ways(
     only: list[str] | None,
 ) -> Iterator[tuple[str, Way]]:
     """Our back ends, transformers' own sampling, and the loop by hand."""
-    model = engine.module
+    model, columns = engine.module, prompts.input_ids.shape[1] + longest
     sampling = Sampling(max_answer_length=longest, seed=1, with_logprobs=True)
 
     def of_back_end(make: Callable[[], RolloutBackend]) -> Way:
@@ -160,11 +170,12 @@ def all_ways(
         return generate
 
     ways: dict[str, Callable[[], Way]] = {
-        name: functools.partial(of_back_end, make) for name, make in back_ends(engine, tokenizer).items()
+        name: functools.partial(of_back_end, make)
+        for name, make in back_ends(engine, tokenizer, columns).items()
     }
     ways[GENERATE] = lambda: functools.partial(generate_by_transformers, model, prompts)
     ways[HAND_WRITTEN] = lambda: functools.partial(
-        HandWrittenDecode(model, len(prompts.keys), prompts.input_ids.shape[1] + longest).generate,
+        HandWrittenDecode(model, len(prompts.keys), columns).generate,
         prompts.input_ids,
         prompts.attention_mask,
     )

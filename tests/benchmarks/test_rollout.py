@@ -39,6 +39,7 @@ def test_every_way_generates_answers_of_the_length_asked_for(tmp_path):
     assert prompts.attention_mask[0].all()
     ways = dict(rollout.all_ways(rollout.PlainEngine(model), tokenizer, prompts, 4, only=None))
     assert {rollout.GENERATE, rollout.HAND_WRITTEN, "hf"} <= set(ways)
+    assert any(name.startswith("static") for name in ways)
     for name, generate in ways.items():
         found = generate(2)
         answers = found.shape[1] if isinstance(found, torch.Tensor) else found.input_ids.shape[1]
