@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
 def build_optimizer(
     model: nn.Module, model_args: ModelArguments, args: OptimizerArguments, *, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's own on the CPU where states are offloaded, else torch's (fused on a GPU)."""
+    """AdamW: DeepSpeed's own on the CPU where states are offloaded, else torch's, fused."""
     groups = parameter_groups(model, model_args)
     settings: dict[str, Any] = {
         "lr": model_args.learning_rate,
@@ -50,7 +50,7 @@ def build_optimizer(
     }
     if offload:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
-    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **settings)
+    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() in ("cuda", "cpu"), **settings)
 
 
 def train_config(
@@ -119,6 +119,7 @@ def build_trained_engine(
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
         optimizer.state.clear()
+        deepspeed_private.shorten_bf16_step(engine)
     engine.num_bad_losses, engine.skip_reason = 0, None
     # Whether too many steps are skipped is our decision, in any precision (--max_skipped_steps).
     deepspeed_private.train_on_at_lowest_scale(engine)

@@ -2,12 +2,14 @@
 
 import ast
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.fp16 import unfused_optimizer
 from processes import ROOT
 from torch import nn
 
@@ -122,3 +124,70 @@ def test_a_loss_scaler_raises_nothing_at_its_lowest():
     deepspeed_private.train_on_at_lowest_scale(engine)
     assert engine.optimizer.loss_scaler.raise_error_at_min_scale is False
     deepspeed_private.train_on_at_lowest_scale(SimpleNamespace(optimizer=SimpleNamespace()))  # bf16 has none
+
+
+def bf16_optimizer(monkeypatch, *, shortened: bool, fused: bool) -> tuple[list[nn.Parameter], object]:
+    """DeepSpeed's optimiser of three bf16 weights that clips at a norm of 1, as it is or with our step."""
+    monkeypatch.setattr(unfused_optimizer.dist, "get_rank", lambda: 0)
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        nn.Parameter(torch.randn(size, generator=generator).bfloat16()) for size in ((8, 4), (5,), (3,))
+    ]
+    groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, fused=fused)
+    optimizer = unfused_optimizer.FP16_UnfusedOptimizer(
+        adam, static_loss_scale=1.0, low_precision_dtype=torch.bfloat16, clip_grad=1.0
+    )
+    adam.state.clear()
+    if shortened:
+        deepspeed_private.shorten_bf16_step(SimpleNamespace(optimizer=optimizer))
+    return weights, optimizer
+
+
+def bf16_steps(weights: list[nn.Parameter], optimizer: object) -> list[tuple[float, bool]]:
+    """Norm and overflow of steps whose gradient is clipped, not clipped, infinite, without one weight's."""
+    seen = []
+    for number, scale in enumerate((10.0, 0.01, math.inf, 0.1, 3.0)):
+        generator = torch.Generator().manual_seed(number)
+        for weight in weights:
+            weight.grad = (torch.randn(weight.shape, generator=generator) * min(scale, 1e3)).bfloat16()
+        if scale == math.inf:
+            weights[1].grad[2] = -math.inf
+        if scale == 0.1:
+            weights[2].grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((optimizer._global_grad_norm, bool(optimizer.overflow)))
+    return seen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_shortened_step_is_deepspeeds_to_rounding(monkeypatch, fused):
+    weights, optimizer = bf16_optimizer(monkeypatch, shortened=False, fused=False)
+    ours, shortened = bf16_optimizer(monkeypatch, shortened=True, fused=fused)
+    start = [weight.detach().clone() for weight in weights]
+    expected, actual = bf16_steps(weights, optimizer), bf16_steps(ours, shortened)
+    assert [overflow for _, overflow in actual] == [False, False, True, False, False]
+    assert [norm for norm, _ in actual] == pytest.approx([norm for norm, _ in expected], rel=1e-5)
+    assert actual[0][0] > 1 > actual[1][0]
+    for group, wanted in zip(shortened.fp32_groups, optimizer.fp32_groups, strict=True):
+        torch.testing.assert_close(group, wanted, atol=1e-6, rtol=1e-6)
+        for one, other in zip(group, wanted, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(
+                    shortened.state[one][name], optimizer.state[other][name], atol=1e-8, rtol=1e-5
+                )
+            assert shortened.state[one]["step"] == 4
+    masters = [master for group in shortened.fp32_groups for master in group]
+    for mine, master, before in zip(ours, masters, start, strict=True):
+        assert torch.equal(mine, master.bfloat16())
+        assert not torch.equal(mine, before)
+    counts = [one.state_dict()["cur_iter"] for one in (shortened, optimizer)]
+    assert counts[0] == counts[1] == 5
+
+
+def test_no_other_optimiser_is_shortened(monkeypatch):
+    _, optimizer = bf16_optimizer(monkeypatch, shortened=False, fused=True)
+    optimizer.low_precision_dtype = torch.float16
+    deepspeed_private.shorten_bf16_step(SimpleNamespace(optimizer=optimizer))
+    assert "step" not in vars(optimizer)
