@@ -101,6 +101,15 @@ def test_a_phase_of_one_model_names_its_flags_and_one_of_all_models_those_of_all
     assert {f"--{name}_lora_dim 64 --only_optimize_lora" for name in ("actor", "critic")} <= {*loading}
 
 
+@pytest.mark.parametrize("phase", [Phase(PhaseKind.ANALYZING), Phase(PhaseKind.TRAINING, "actor")])
+def test_activations_of_actor_and_critic_need_not_be_held_at_one_time(phase):
+    remedy = "--reuse_first_pass false (the same numbers)"
+    assert remedy in remedies(phase, flags_of("rlhf"))
+    assert remedy not in remedies(phase, flags_of("rlhf", "--reuse_first_pass=false"))
+    assert remedy not in remedies(phase, flags_of("rlhf", "--advantage_estimator=reinforce++"))
+    assert remedy not in remedies(Phase(PhaseKind.SAMPLING), flags_of("rlhf"))
+
+
 def test_rollouts_of_a_sharded_actor_need_not_gather_it():
     sampling = Phase(PhaseKind.SAMPLING)
     assert "--rollout_gather auto -> never" in remedies(sampling, flags_of("rlhf", "--actor_zero_stage=3"))
