@@ -25,6 +25,7 @@ from dschat.data.tokenization import column
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
 from dschat.models.attention import choose_attention
+from dschat.models.products import choose_products
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
@@ -76,6 +77,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     checkpoints = context.begin(data.key, received.all)
     attending = [(spec.path, spec.settings) for spec in specs]
     choose_attention(attending, dtype=args.run.dtype, longest=longest, choices=checkpoints.choices)
+    choose_products(args.run.dtype, checkpoints.choices)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     engine = DeepSpeedRLHFEngine(

@@ -2,6 +2,8 @@
 
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -35,3 +37,14 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, whose processor time says what a way costs though others use the machine too."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -17,6 +17,7 @@ from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_con
 from dschat.engines.out_of_memory import consumes
 from dschat.engines.schedule import learning_rate_schedule
 from dschat.models.lora import add_lora, is_adapter
+from dschat.models.products import use_chosen_products
 from dschat.models.reward_model import enable_gradient_checkpointing
 
 
@@ -105,6 +106,7 @@ def build_trained_engine(
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    use_chosen_products(model)
     num_warmup_steps = args.warmup_steps(num_training_steps)
     note_long_warmup(args, num_warmup_steps, num_training_steps)
     optimizer = build_optimizer(model, model_args, args, offload=run.offload)
@@ -132,6 +134,7 @@ def build_trained_engine(
 def build_frozen_engine(model: nn.Module, *, config: dict, role: str = "reference model") -> DeepSpeedEngine:
     """An engine that is never trained: no gradients, eval mode. `role` is its name in messages."""
     model.requires_grad_(False)
+    use_chosen_products(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     consumes(role, engine)

@@ -7,8 +7,7 @@ PPO's analysis and its first update, are equal to the last bit.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from dschat.arguments import ModelArguments
 from dschat.console import messages
-from dschat.distributed.device import current_device
+from dschat.distributed.device import current_device, one_thread
 from dschat.distributed.process_wide import process_wide
 from dschat.errors import UserError
 from dschat.models.config import read_config
@@ -118,17 +117,6 @@ def _check(config: PretrainedConfig, path: str, flag: str, way: str, dtype: str)
             f"{flag} {way}: transformers has no such attention for {config.model_type!r}, the model in "
             f"{path!r}; leave the flag out or give eager."
         )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, whose processor time says what a way costs though others use the machine too."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:

@@ -24,6 +24,7 @@ from dschat.models.config import check_positions, learned_positions, read_config
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.packing_trial import choose_row_layout
+from dschat.models.products import choose_products
 from dschat.models.tokenizer import load_tokenizer
 from dschat.program import RunContext
 from dschat.supervised.batches import Loaders, build_loaders
@@ -86,6 +87,7 @@ class SupervisedRun:
             longest=max(loaders.longest_row, PACKED_WIDTH if settings.widths.packing != "off" else 0),
             choices=checkpoints.choices,
         )
+        choose_products(settings.run.dtype, checkpoints.choices)
         return checkpoints
 
     def lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:

@@ -1,0 +1,104 @@
+"""Linear layers in bf16 on CPUs without instructions for it, where products in fp32 take a third of the time.
+
+Intel's processors have such instructions since Cooper Lake (AVX512_BF16) and Sapphire Rapids (AMX). Without,
+oneDNN emulates them: weights and activations are better cast, multiplied in fp32, and the product rounded.
+Sums over products are in fp32 either way, so the two ways differ by the order of additions.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dschat.distributed.device import current_device, one_thread
+from dschat.distributed.process_wide import process_wide
+from dschat.runs.measured_choices import MeasuredChoices
+
+
+class Products:
+    """What was found faster. There is one in a process: it is a property of the processor."""
+
+    way = "bf16"
+
+
+def choose_products(dtype: str, choices: MeasuredChoices) -> None:
+    """Time a linear layer both ways, for a run in bf16 on a CPU. Every rank must call it."""
+    if dtype != "bf16" or current_device().type != "cpu":
+        return
+    with one_thread():
+        ways = {way: _trial(way) for way in ("bf16", "fp32")}
+        process_wide(Products).way = choices.choose(
+            "products of linear layers, bf16", ways, clock=time.process_time
+        )
+
+
+def _trial(way: str) -> Callable[[], Any]:
+    """Forward and backward pass of 512 tokens through a layer of 512 x 512."""
+
+    def run() -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows, weight = (
+            torch.randn(512, 512, generator=generator).bfloat16().requires_grad_() for _ in range(2)
+        )
+        output = F.linear(rows, weight) if way == "bf16" else linear_in_fp32(rows, weight, None)
+        torch.autograd.grad(output, (rows, weight), torch.ones_like(output))
+
+    return run
+
+
+def use_chosen_products(model: nn.Module) -> None:
+    """Have the linear layers of a model compute the way that was chosen. Names, classes, weights stay."""
+    if process_wide(Products).way != "fp32":
+        return
+    for module in model.modules():
+        if type(module) in (nn.Linear, Conv1D):
+            module.forward = partial(_forward, module)
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    """A linear layer's own `forward`; layers in another precision compute as their class does."""
+    if not x.dtype == module.weight.dtype == torch.bfloat16:
+        return type(module).forward(module, x)
+    return linear_in_fp32(x, module.weight, module.bias, transposed=isinstance(module, Conv1D))
+
+
+def linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
+    """`F.linear` of bf16 by products in fp32, forward and backward: [..., K] and [N, K] -> [..., N] in bf16.
+
+    With `transposed` the weight is [K, N].
+    """
+    output: Tensor = _LinearInFp32.apply(x, weight, bias, transposed)
+    return output
+
+
+class _LinearInFp32(torch.autograd.Function):
+    """Keeps the bf16 tensors alone; a weight is kept as itself, so that ZeRO-3 can gather it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        wide = weight.float() if transposed else weight.float().t()
+        rows = x.reshape(-1, x.shape[-1]).float()
+        output = rows @ wide if bias is None else torch.addmm(bias.float(), rows, wide)
+        return output.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        wide = gradient.reshape(-1, gradient.shape[-1]).float()
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = wide @ (weight.float().t() if ctx.transposed else weight.float())
+            of_x = of_x.to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            rows = x.reshape(-1, x.shape[-1]).float()
+            of_weight = (rows.t() @ wide if ctx.transposed else wide.t() @ rows).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = wide.sum(0).to(gradient.dtype)
+        return of_x, of_weight, of_bias, None
