@@ -21,6 +21,7 @@ from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.models.attention import DTYPES
 from dschat.models.forward import model_inputs
+from dschat.models.products import use_chosen_products
 from dschat.runs.measured_choices import MeasuredChoices
 
 NUM_TOKENS = 128
@@ -54,6 +55,7 @@ class PackingTrial:
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
             model = AutoModel.from_config(small, dtype=dtype)
+        use_chosen_products(model)
         return PackingTrial(model.eval(), device)
 
     def separates(self, layout: RowLayout) -> bool:
