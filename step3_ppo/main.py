@@ -24,15 +24,13 @@ from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
-from dschat.models.attention import choose_attention
-from dschat.models.products import choose_products
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import build_trainer
 from dschat.rlhf.rewards.sources import build_rewards
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, num_training_steps
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, choose_ways, num_training_steps
 from dschat.rlhf.roles import engine_specs
 from dschat.rlhf.rollout.choice import build_backend
 from dschat.rlhf.text_loader import build_text_loader
@@ -75,9 +73,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)
-    attending = [(spec.path, spec.settings) for spec in specs]
-    choose_attention(attending, dtype=args.run.dtype, longest=longest, choices=checkpoints.choices)
-    choose_products(args.run.dtype, checkpoints.choices)
+    choose_ways(specs, longest=longest, choices=checkpoints.choices)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     engine = DeepSpeedRLHFEngine(

@@ -14,16 +14,30 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase, report_models_with
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
+from dschat.models.attention import choose_attention
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
+from dschat.models.products import choose_products
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.ema import MovingAverage
 from dschat.rlhf.roles import EngineSpec, unused_offloads
 from dschat.rlhf.tokenizers import RlhfTokenizers
+from dschat.runs.measured_choices import MeasuredChoices
 
 TRAINED_BYTES = 16
 """Memory of a trained weight without activations: fp32 weight, gradient and two moments; or in bf16 and fp16
 a weight and a gradient of 2 bytes, and in fp32 a copy of the weight and two moments."""
+
+
+def choose_ways(specs: Sequence[EngineSpec], *, longest: int, choices: MeasuredChoices) -> None:
+    """Time ways to compute the models' attention and products; `longest` is the longest row in tokens.
+
+    Every rank must call it. Raises `UserError` for an --attn_implementation that cannot be had.
+    """
+    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        models = [(spec.path, spec.settings) for spec in specs if spec.dtype == dtype]
+        choose_attention(models, dtype=dtype, longest=longest, choices=choices)
+        choose_products(dtype, choices)
 
 
 def num_training_steps(ppo: PpoArguments, *, num_ppo_steps: int, updates_per_ppo_step: int) -> dict[str, int]:
