@@ -95,7 +95,7 @@ PHASES = (
 )
 """What is going on, by words of the stack; the first that fits counts."""
 
-CHANGING = ("seconds", "tokens_per_second", "peak_memory_gib")
+CHANGING = ("seconds", "tokens_per_second", "flops_per_second", "peak_share", "peak_memory_gib")
 """Figures that differ between equal runs."""
 
 

@@ -42,7 +42,7 @@ FLAGS = {
     "ppo_on_two_ranks": f"{PPO} --per_device_generation_batch_size 16 --per_device_training_batch_size 8 "
     "--num_train_epochs 0.48 --actor_zero_stage 3 --critic_zero_stage 3 --data_split 4,2,4",
 }
-UNEQUAL = ("seconds", "per_second", "memory")
+UNEQUAL = ("seconds", "per_second", "peak_share", "memory")
 """Parts of the names of metrics that no two runs have in common."""
 
 

@@ -33,6 +33,7 @@ from dschat.rlhf.rewards.sources import build_rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, choose_ways, num_training_steps
 from dschat.rlhf.roles import engine_specs
 from dschat.rlhf.rollout.choice import build_backend
+from dschat.rlhf.speed import PpoSpeed
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import load_rlhf_tokenizers
 from dschat.rlhf.train import train_ppo
@@ -111,6 +112,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         monitor,
         run=args.run,
         rollout=args.rollout,
+        speed=PpoSpeed(trainer, args, checkpoints.choices),
         num_ppo_steps=num_ppo_steps,
         tokenizer=tokenizers.actor,
         checkpoints=checkpoints,

@@ -26,21 +26,27 @@ def train_step(
     loss_and_metrics: LossAndMetrics,
     *,
     role: str = "model",
+    end_of: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, float]:
     """Train on the micro-batches of one optimiser step; return loss and metrics of the whole step.
 
     They are the sums over micro-batches and ranks. A step that is not finite is skipped, and
-    `skipped_because` says why. `role` is the model's in messages. Every rank must call it, with as many
-    micro-batches as the engine accumulates gradients over.
+    `skipped_because` says why. `role` is the model's in messages; `end_of` is told of each part's end, by the
+    names of `engines.speed.PHASES`. Every rank must call it, with as many micro-batches as the engine
+    accumulates gradients over.
     """
     engine.train()
     parts = []
     for batch in micro_batches:
         with phase(PhaseKind.TRAINING, role):
             metrics = loss_and_metrics(batch.to(engine.device))
-            train_on(engine, metrics["loss"])
+            backward_on(engine, metrics["loss"])
+            end_of("forward_backward")
+            take_step(engine)
+            end_of("optimizer")
         parts.append(torch.stack([share.detach().float() for share in metrics.values()]))
     totals = sum_across_ranks(torch.stack(parts).sum(dim=0), axis="data").tolist()
+    end_of("optimizer")
     return dict(zip(metrics, totals, strict=True))
 
 

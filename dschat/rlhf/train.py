@@ -12,6 +12,7 @@ from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import Metrics, PPOTrainer
+from dschat.rlhf.speed import PpoSpeed
 from dschat.runs.metrics import MetricsLogger
 
 SHOWN = ("score", "kl", "answer_length", "value_loss")
@@ -28,6 +29,7 @@ def train_ppo(
     *,
     run: RunArguments,
     rollout: RolloutArguments,
+    speed: PpoSpeed,
     num_ppo_steps: int,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints,
@@ -66,12 +68,16 @@ def train_ppo(
     for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):
         batches = [batch.to(current_device()) for batch in prompts]
         metrics_of_step = trainer.step(batches, ppo_step=step - 1, after_update=after_update)
+        metrics_of_step |= speed.figures(metrics_of_step)
         metrics = _monitored(step, metrics_of_step, monitor, logger, is_last=step == num_ppo_steps)
         logger.advance()
         if rollout.print_answers and step % rollout.print_answers_interval == 0:
             assert trainer.experience is not None, "a PPO step has experience"
             messages.info(trainer.experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
-        save_if_due(is_last=step == num_ppo_steps or monitor.guard.stopped_by is not None)
+        is_last = step == num_ppo_steps or monitor.guard.stopped_by is not None
+        with speed.saving():
+            save_if_due(is_last=is_last)
+        speed.print_now_and_then(step, is_last=is_last)
         if monitor.guard.stopped_by:
             break
     logger.close()

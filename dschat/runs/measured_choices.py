@@ -72,16 +72,34 @@ class MeasuredChoices:
         if not self._measures or len(ways) == 1:
             self.made[name] = next(iter(ways))
             return self.made[name]
+        found = self._found(name, ways, key, rounds, clock)
+        times = ", ".join(f"{way} {1000 * spent:.3g} ms" for way, spent in found["seconds"].items())
+        messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
+        self.made[name] = found["way"]
+        return self.made[name]
+
+    def seconds_of(
+        self, name: str, run: Callable[[], object], *, key: Mapping[str, Any], rounds: int = 5
+    ) -> float:
+        """The least seconds of a call of `run`, measured once per machine and `key`; nothing is chosen."""
+        return float(self._found(name, {name: run}, key, rounds, time.perf_counter)["seconds"][name])
+
+    def _found(
+        self,
+        name: str,
+        ways: Mapping[str, Callable[[], object]],
+        key: Mapping[str, Any] | None,
+        rounds: int,
+        clock: Callable[[], float],
+    ) -> dict[str, Any]:
+        """What the machine remembers of these ways, or what is measured now and kept."""
         depends_on = {"name": name, "ways": sorted(ways), "key": dict(key or {}), "machine": machine()}
         path = self._folder / f"{fingerprint(depends_on)}.json"
         found = broadcast_from_rank_0(lambda: _remembered(path))
         if found is None or found["way"] not in ways:
             seconds = _times(ways, rounds, clock)
             found = broadcast_from_rank_0(lambda: _first_kept(path, _decision(name, seconds, key)))
-        times = ", ".join(f"{way} {1000 * spent:.3g} ms" for way, spent in found["seconds"].items())
-        messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
-        self.made[name] = found["way"]
-        return self.made[name]
+        return found
 
 
 def machine_folder() -> Path:

@@ -20,6 +20,7 @@ from dschat.supervised.batches import Loaders
 from dschat.supervised.evaluations import Evaluate, Evaluations
 from dschat.supervised.exports import ModelExports, VerdictOf
 from dschat.supervised.settings import SupervisedSettings
+from dschat.supervised.speed import Speed
 
 ENGINE = "model"
 """The engine's name in checkpoints."""
@@ -73,16 +74,20 @@ def train_epochs(
     restored.restore(parts)
     if not restored.step:
         evaluations.make(0, "before training")
-    loss_and_metrics = partial(objective.loss_and_metrics, engine)
+    speed = Speed(engine, loaders, settings, checkpoints)
+    loss_and_metrics = speed.counting(partial(objective.loss_and_metrics, engine))
     numbers = range(restored.step + 1, num_steps + 1)
     for step, optimizer_step in zip(numbers, loaders.train.steps_after(restored.step), strict=False):
-        trained = train_step(engine, optimizer_step.micro_batches, loss_and_metrics)
+        speed.end_of("data")
+        micro_batches = optimizer_step.micro_batches
+        trained = train_step(engine, micro_batches, loss_and_metrics, end_of=speed.end_of)
+        figures = speed.figures(trained)
         values = {
             "learning_rate": learning_rate(engine),
             "grad_norm": gradient_norm(engine),
             "skipped_steps": skipped.note(engine, step=step),
         }
-        metrics.log(step, show=tuple(trained)[:NUM_SHOWN], **trained, **values)
+        metrics.log(step, show=tuple(trained)[:NUM_SHOWN], **trained, **values, **figures)
         metrics.advance()
         evaluations.take_in(trained["loss"])
         if objective.print_loss:
@@ -92,11 +97,14 @@ def train_epochs(
             evaluations.make(step, f"epoch {epochs:g}")
         elif interval and step % interval == 0:
             evaluations.make(step, f"step {step}", is_short=True)
+        speed.end_of("evaluation")
         if evaluations.last_step == step:
             exports.offer(evaluations.all)
         if checkpoints.is_due(step, is_last=step == num_steps):
             metrics.flush()
             seconds = time.perf_counter() - start
             checkpoints.save(step, engines={ENGINE: engine}, parts={**parts, "seconds": seconds})
+        speed.end_of("saving")
+        speed.print_now_and_then(step, is_last=step == num_steps)
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from figures import TIMED
 from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_reward_model, save_tiny_model
 
 WORKER = ROOT / "tests" / "workers" / "ppo_steps.py"
-TIMED = ("seconds", "tokens_per_second", "peak_memory")
 STAGES = [(actor, critic) for actor in range(4) for critic in range(4)]
 BF16_STAGES = [(0, 0), (1, 2), (2, 1), (3, 3)]
 # Eight answers a PPO step, in two optimiser steps, passed twice.

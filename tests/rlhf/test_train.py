@@ -1,5 +1,6 @@
 """The loop around PPO steps, with everything around it made up."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,19 @@ class Monitor:
         pass
 
 
+class Speed:
+    """No figures, and notes the lines that were due."""
+
+    def __init__(self) -> None:
+        self.lines, self.saving = [], nullcontext
+
+    def figures(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {"tokens_per_second": 7.0}
+
+    def print_now_and_then(self, step: int, *, is_last: bool) -> None:
+        self.lines.append((step, is_last))
+
+
 class Loader:
     def steps_after(self, num_done: int) -> Any:
         return iter([[]] * (5 - num_done))
@@ -92,6 +106,7 @@ def trained(tmp_path: Path, begun: Progress, *, stops_at: int = 99, done: int = 
         monitor,
         run=args.run,
         rollout=args.rollout,
+        speed=Speed(),
         num_ppo_steps=3,
         tokenizer=None,
         checkpoints=checkpoints,
@@ -101,7 +116,7 @@ def trained(tmp_path: Path, begun: Progress, *, stops_at: int = 99, done: int = 
 
 def test_a_run_is_monitored_before_the_first_step_and_after_each(tmp_path, capsys):
     (done, metrics), trainer, _, monitor = trained(tmp_path, Progress())
-    assert (done, metrics) == (3, {"score": 2.0, "eval": 3})
+    assert (done, metrics) == (3, {"score": 2.0, "tokens_per_second": 7.0, "eval": 3})
     assert [number for number, _ in trainer.steps] == [0, 1, 2]
     assert monitor.seen == [(0, False), (1, False), (2, False), (3, True)]
     assert "line of 2" in capsys.readouterr().out

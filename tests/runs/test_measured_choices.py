@@ -96,3 +96,19 @@ def test_the_clock_may_be_the_processor_s(tmp_path):
     clock = iter([0, 5, 5, 6, 6, 7, 7, 9]).__next__  # the first way takes 5 and 1, the second 1 and 2
     choices = MeasuredChoices(folder=tmp_path)
     assert choices.choose("a", ways([], x=0, y=0), rounds=2, clock=clock) == "x"
+
+
+def test_the_time_of_one_thing_is_measured_once_per_machine(tmp_path):
+    calls: list[str] = []
+    run = ways(calls, product=0.01)["product"]
+    first = MeasuredChoices(folder=tmp_path).seconds_of("product", run, key={"rows": 4})
+    assert first >= 0.01
+    assert len(calls) > 1
+    calls.clear()
+    # Another run finds the figure, also where it may not choose; other sizes are measured anew.
+    later = MeasuredChoices(folder=tmp_path, measures=False)
+    assert later.seconds_of("product", run, key={"rows": 4}) == first
+    assert not calls
+    later.seconds_of("product", run, key={"rows": 8})
+    assert calls
+    assert later.made == {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import timeless_lines
 from peft import PeftModel
 from processes import ROOT, environment, python
 from safetensors.torch import load_file
@@ -36,7 +37,10 @@ PROMISED_METRICS = {
     "seconds_generation",
     "seconds_experience",
     "seconds_training",
+    "seconds_saving",
     "tokens_per_second",
+    "flops_per_second",
+    "peak_share",
     "score_clipped_share",
     "k3",
     "score_minus_kl",
@@ -198,6 +202,20 @@ def test_the_reward_model_is_a_sequence_classifier_for_everyone(model, one_rank)
 
 
 @pytest.mark.slow
+def test_every_optimiser_step_says_how_fast_it_was(one_rank):
+    for name in ("sft", "reward"):
+        steps = [line for line in lines(one_rank / name) if "loss" in line]
+        assert [0 < line["peak_share"] < 1 for line in steps] == [True] * len(steps)
+        for line in steps:
+            phases = ("data", "forward_backward", "optimizer")
+            spent = sum(line[f"seconds_{phase}"] for phase in phases)
+            assert line["tokens_per_second"] * spent == pytest.approx(
+                round(line["tokens_per_second"] * spent)
+            )
+        assert " of the peak; time: data " in (one_rank / name / "log.txt").read_text()
+
+
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers_and_reads_the_cache(one_rank):
     result = python(SFT, *supervised(one_rank, "sft_again", "--data_split=1,1,1", *batch(8)))
     assert "tokenising" not in result.stderr
@@ -206,7 +224,7 @@ def test_a_second_run_gives_the_same_numbers_and_reads_the_cache(one_rank):
         return {key: value for key, value in summary(one_rank / name).items() if key != "seconds"}
 
     assert timeless("sft_again") == timeless("sft")
-    assert lines(one_rank / "sft_again") == lines(one_rank / "sft")
+    assert timeless_lines(one_rank / "sft_again") == timeless_lines(one_rank / "sft")
 
 
 def assert_close(ours: list[dict], theirs: list[dict], names: tuple[str, ...]) -> None:

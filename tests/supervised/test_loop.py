@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
+from dschat.engines.speed import PHASES
 from dschat.supervised import loop
 from dschat.supervised.batches import build_loaders
 from dschat.supervised.loop import Objective, train_epochs
@@ -25,6 +26,22 @@ class Begun:
         """Nothing is restored here."""
 
 
+class Speed:
+    """No figures."""
+
+    def counting(self, loss_and_metrics: Any) -> Any:
+        return loss_and_metrics
+
+    def end_of(self, phase: str) -> None:
+        assert phase in PHASES
+
+    def figures(self, trained: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def print_now_and_then(self, step: int, *, is_last: bool) -> None:
+        pass
+
+
 class Run:
     """What `train_epochs` called, in order: a step is its number, all else a word with one."""
 
@@ -39,7 +56,9 @@ class Run:
     def collate(self, rows: Any, num_rows: int, denominator: float) -> int:
         return rows.num_rows
 
-    def train_step(self, engine: Any, micro_batches: list[int], loss_and_metrics: Any) -> dict[str, float]:
+    def train_step(
+        self, engine: Any, micro_batches: list[int], loss_and_metrics: Any, *, end_of: Any
+    ) -> dict[str, float]:
         self.step += 1
         self.calls.append(self.step)
         return {name: value.item() for name, value in loss_and_metrics(sum(micro_batches)).items()}
@@ -70,6 +89,7 @@ class Run:
 
     def train(self, monkeypatch) -> list[Any]:
         monkeypatch.setattr(loop, "train_step", self.train_step)
+        monkeypatch.setattr(loop, "Speed", lambda *_: Speed())
         monkeypatch.setattr(loop, "learning_rate", lambda engine: 1e-3)
         monkeypatch.setattr(loop, "gradient_norm", lambda engine: 1.0)
         engine = SimpleNamespace(skip_reason=None, eval=lambda: None)
