@@ -1,5 +1,6 @@
 """Keys and values of a batch of answers, in buffers whose length is known before the first token."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,18 @@ class DecodeLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        assert self.keys is not None, "an initialized layer has keys"
-        assert self.values is not None, "an initialized layer has values"
-        self.keys.index_copy_(2, self._cache.column, key_states)
-        self.values.index_copy_(2, self._cache.column, value_states)
+        keys, values = self.pair
+        keys.index_copy_(2, self._cache.column, key_states)
+        values.index_copy_(2, self._cache.column, value_states)
         width = self._cache.width
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        return keys[:, :, :width], values[:, :, :width]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, which a first pass has made."""
+        assert self.keys is not None, "a pass has been made"
+        assert self.values is not None, "a pass has been made"
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many columns a pass reads, and the first of them."""
@@ -52,16 +59,13 @@ class DecodeLayer(CacheLayerMixin):
 
     def spread(self, rows: Tensor) -> None:
         """Make room for the answers: row i of the batch begins with what is in row `rows[i]` now."""
-        self.keys, self.values = (self._spread(states, rows) for states in (self.keys, self.values))
+        self.keys, self.values = (self._spread(states, rows) for states in self.pair)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in this order."""
-        assert self.keys is not None, "the prompts were passed before"
-        assert self.values is not None, "the prompts were passed before"
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = (states[rows] for states in self.pair)
 
-    def _spread(self, states: Tensor | None, rows: Tensor) -> Tensor:
-        assert states is not None, "the prompts were passed before"
+    def _spread(self, states: Tensor, rows: Tensor) -> Tensor:
         _, num_heads, length, size = states.shape
         buffer = states.new_zeros(len(rows), num_heads, self._cache.capacity, size)
         buffer[:, :, :length] = states[rows]
@@ -84,6 +88,20 @@ class DecodeCache(Cache):
         """[1]: where the next token's keys and values go; a tensor, for passes that are recorded."""
         self._own = [DecodeLayer(self) for _ in range(num_layers)]
         super().__init__(layers=[*self._own])
+
+    @staticmethod
+    def of_states(column: Tensor, states: Sequence[Tensor], *, width: int) -> "DecodeCache":
+        """One in the middle of answers, of the keys and the values of each layer in turn."""
+        cache = DecodeCache(len(states) // 2, 1, 1, column.device)
+        cache.column, cache.width = column, width
+        for layer, keys, values in zip(cache._own, states[::2], states[1::2], strict=True):
+            layer.lazy_initialization(keys, values)
+        return cache
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The keys and the values of each layer in turn."""
+        return [states for layer in self._own for states in layer.pair]
 
     def spread(self, rows: Tensor) -> None:
         """After the pass of the prompts: one row for each answer, that of its prompt."""

@@ -1,6 +1,7 @@
 """A batch in the middle of being answered, and the modes in which a forward pass of one token is called."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.data.collate import PromptBatch
 from dschat.rlhf.rollout import decode_attention
-from dschat.rlhf.rollout.decode_cache import DecodeCache
+from dschat.rlhf.rollout.decode_cache import ROUND, DecodeCache
+from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
 HIDDEN = torch.finfo(torch.float32).min
 """What is added to the score of a column that is not to be read."""
@@ -29,6 +31,9 @@ class DecodeMode:
     """Whether the mask is given as attention uses it. Else it has a number per column, and the model makes
     its own of it in each pass."""
 
+    is_traced: bool = False
+    """Whether the pass is recorded once and then repeated without Python."""
+
     def mask(self, attention_mask: Tensor, capacity: int) -> Tensor:
         """The mask of the prompts [B, P] with room for answers."""
         wide = torch.nn.functional.pad(attention_mask, (0, capacity - attention_mask.shape[1]))
@@ -45,6 +50,7 @@ class DecodeMode:
 
 
 MODES = {
+    "traced": DecodeMode(decode_attention.NAME, ready_mask=True, is_traced=True),
     "matmul": DecodeMode(decode_attention.NAME, ready_mask=True),
     "sdpa": DecodeMode(ready_mask=True),
     "model": DecodeMode(),
@@ -57,17 +63,20 @@ class Decoding:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        config: Any,
+        model: Any,
         prompts: PromptBatch,
         mode: DecodeMode,
         answer_length: int,
+        traced: TracedPass,
     ) -> None:
-        """Read the prompts, each distinct one once: `logits` [B, V] predict the first tokens of answers."""
+        """Read the prompts, each distinct one once: `logits` [B, V] predict the first tokens of answers.
+
+        `traced` is a pass of the model, for modes that are.
+        """
         ids, mask = prompts.input_ids, prompts.attention_mask.long()
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        num_layers = config.get_text_config().num_hidden_layers
-        self._model, self._config, self._mode = model, config, mode
+        num_layers = model.config.get_text_config().num_hidden_layers
+        self._model, self._mode, self._traced = model, mode, traced
         self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device)
         first, prompt_of_row = distinct_rows(ids.masked_fill(mask == 0, -1))
         logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)
@@ -78,15 +87,14 @@ class Decoding:
 
     def read(self, tokens: Tensor) -> None:
         """Read the next token of each row, int64 [B]: `logits` predict the tokens that follow."""
-        cache, before = self._cache, self._config._attn_implementation
-        self._mask.index_fill_(-1, cache.column, self._mode.shown)
-        if self._mode.attention:
-            self._config._attn_implementation = self._mode.attention
-        try:
-            self.logits = self._pass(tokens[:, None], self._mask[..., : cache.width], self._positions)
-        finally:
-            if self._mode.attention:
-                self._config._attn_implementation = before
+        cache, mode = self._cache, self._mode
+        self._mask.index_fill_(-1, cache.column, mode.shown)
+        mask = self._mask[..., : cache.width]
+        with _attention(self._model.config, mode.attention):
+            if mode.is_traced:
+                self.logits = self._traced(tokens[:, None], mask, self._positions, cache)
+            else:
+                self.logits = self._pass(tokens[:, None], mask, self._positions)
         cache.advance()
         self._positions.add_(1)
 
@@ -107,6 +115,19 @@ class Decoding:
         return output.logits[:, -1]
 
 
+@contextlib.contextmanager
+def _attention(config: Any, name: str | None) -> Iterator[None]:
+    """That attention function inside the block, where one is named."""
+    if name is None:
+        yield
+        return
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The number of a row for each distinct one, and for each row the place of its like among those.
 
@@ -123,41 +144,48 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return first[order], order.argsort()[place]
 
 
-def agreeing_modes(model: Callable[..., Any], config: Any, *, num_tokens: int, longest: int) -> list[str]:
+def agreeing_modes(
+    model: Any, *, num_tokens: int, longest: int, with_python_hooks: bool = False
+) -> list[str]:
     """The names in MODES in which passes predict what passes without a cache do.
 
-    Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model.
+    Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model. Passes
+    that ZeRO-3's hooks gather weights for are not traced.
     """
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         return []
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    candidates = list(MODES)
+    window = getattr(config, "sliding_window", None)
+    is_recordable = can_be_traced(config) and not with_python_hooks
+    candidates = [name for name, mode in MODES.items() if is_recordable or not mode.is_traced]
     if window is not None and window < longest:
         candidates = ["model"]  # it knows which layers have the window
-    return [name for name in candidates if _agrees(model, config, MODES[name], num_tokens)]
+    return [name for name in candidates if _agrees(model, MODES[name], num_tokens)]
 
 
-def _agrees(model: Any, config: Any, mode: DecodeMode, num_tokens: int) -> bool:
-    ids = (torch.arange(16, device=model.device).view(2, 8) * 7 + 3) % num_tokens
+def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
+    """Of two rows, then of one, whose second token is the first that is read in more columns."""
+    length = ROUND - 1
+    ids = (torch.arange(2 * length + 6, device=model.device).view(2, -1) * 7 + 3) % num_tokens
     mask = torch.ones_like(ids)
-    mask[0, :3] = 0
+    mask[0, : length // 2] = 0
     zeros = torch.zeros(2, dtype=torch.long, device=model.device)
-    prompts = PromptBatch(ids[:, :5], mask[:, :5], zeros, zeros, zeros)
+    prompts = PromptBatch(ids[:, :length], mask[:, :length], zeros, zeros, zeros)
     second = torch.tensor([1], device=model.device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     try:
-        decoding = Decoding(model, config, prompts, mode, 3)
+        decoding = Decoding(model, prompts, mode, 3, TracedPass(model))
         found = [decoding.logits]
-        for column in (5, 6):
+        for column in (length, length + 1):
             decoding.read(ids[:, column])
             found.append(decoding.logits)
         decoding.keep(second)
-        decoding.read(ids[second, 7])
+        decoding.read(ids[second, -1])
     except FAILURES:
         return False
-    pairs = [*zip(found, expected[:, 4:7].unbind(1), strict=True), (decoding.logits, expected[second, 7])]
+    pairs = [*zip(found, expected[:, -4:-1].unbind(1), strict=True), (decoding.logits, expected[second, -1])]
     apart = [
         one[:, :num_tokens].float().log_softmax(1) - two[:, :num_tokens].float().log_softmax(1)
         for one, two in pairs

@@ -45,7 +45,7 @@ class HuggingFaceGenerate:
         if len(self.end_ids) > 1:
             messages.info(f"answers end at any of {names(tokenizer, self.end_ids)}")
         self._gathers = self._shards_weights and self._decide_to_gather(gather)
-        self._keeps_in_step = self._shards_weights and not self._gathers
+        self.keeps_in_step = self._shards_weights and not self._gathers
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
         self._generation_config = GenerationConfig(
@@ -80,7 +80,7 @@ class HuggingFaceGenerate:
 
         Every rank must then make as many passes as the others.
         """
-        if not self._keeps_in_step:
+        if not self.keeps_in_step:
             return is_done
         left = torch.tensor(int(not is_done), device=self.engine.device)
         return not max_across_ranks(left, axis="world").item()
@@ -113,7 +113,7 @@ class HuggingFaceGenerate:
             attention_mask=prompts.attention_mask.long(),
             generation_config=self._generation_config,
             logits_processor=draws.processors,
-            synced_gpus=self._keeps_in_step,
+            synced_gpus=self.keeps_in_step,
         )
         answers = sequences[:, prompt_length:]
         return RolloutBatch.of_answers(prompts, answers, self.end_ids, self.pad_token_id, draws.logprobs)

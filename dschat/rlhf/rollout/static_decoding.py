@@ -15,6 +15,7 @@ from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.decode_modes import MODES, Decoding, agreeing_modes
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.traced_pass import TracedPass
 
 CHECK_INTERVAL_ON_GPU = 8
 """Tokens between two looks at which rows have ended: a look waits for the GPU."""
@@ -35,6 +36,7 @@ class StaticDecoding:
         self.mode: str | None = None
         """The name in MODES of how passes are called; None where `plain` answers."""
         self._plain, self._longest = plain, longest
+        self._traced = TracedPass(plain.engine.module)
         self._agreeing: list[str] | None = None
 
     @contextlib.contextmanager
@@ -48,9 +50,11 @@ class StaticDecoding:
     def modes(self) -> list[str]:
         """The modes that agree with passes without a cache, the preferred first; for use in a session."""
         if self._agreeing is None:
-            model = self._plain.engine.module
             self._agreeing = agreeing_modes(
-                model, model.config, num_tokens=self._plain.num_tokens, longest=self._longest
+                self._plain.engine.module,
+                num_tokens=self._plain.num_tokens,
+                longest=self._longest,
+                with_python_hooks=self._plain.keeps_in_step,
             )
             if not self._agreeing:
                 messages.note(
@@ -70,8 +74,8 @@ class StaticDecoding:
         logprobs = torch.zeros(uniforms.shape, device=device) if sampling.with_logprobs else None
         rows = torch.arange(len(answers), device=device)  # which answers those in the batch are
         ended = torch.zeros_like(rows, dtype=torch.bool)
-        model = plain.engine.module
-        decoding = Decoding(model, model.config, prompts, MODES[self.mode], sampling.max_answer_length)
+        mode, traced = MODES[self.mode], self._traced
+        decoding = Decoding(plain.engine.module, prompts, mode, sampling.max_answer_length, traced)
         for length in range(1, sampling.max_answer_length + 1):
             tokens, drawn = draw(decoding.logits, uniforms[:, length - 1])
             answers[rows, length - 1] = tokens

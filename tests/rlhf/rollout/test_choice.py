@@ -27,7 +27,7 @@ def chosen(actor, choices: MeasuredChoices, backend: str = "auto"):
 
 @pytest.mark.parametrize(("fastest", "kind"), [("hf", HuggingFaceGenerate), ("static, sdpa", StaticDecoding)])
 def test_auto_takes_what_is_fastest_here_and_says_so(actor, fastest, kind, tmp_path, monkeypatch, capsys):
-    def times(ways, _rounds):
+    def times(ways, *_):
         for way in ways.values():
             way()  # each can answer
         return {way: 1.0 if way == fastest else 2.0 for way in ways}
@@ -39,7 +39,7 @@ def test_auto_takes_what_is_fastest_here_and_says_so(actor, fastest, kind, tmp_p
     assert getattr(backend, "mode", None) == fastest.partition(", ")[2] or fastest == "hf"
     assert choices.made == {CHOICE: fastest}
     told = capsys.readouterr().out
-    assert f"--rollout_backend: {fastest} (measured on this machine: static, matmul 2e+03 ms" in told
+    assert f"--rollout_backend: {fastest} (measured on this machine: static, traced 2e+03 ms" in told
 
 
 def test_a_run_goes_on_with_the_way_that_its_checkpoint_has(actor):
@@ -50,15 +50,15 @@ def test_a_run_goes_on_with_the_way_that_its_checkpoint_has(actor):
 
 def test_without_measurements_the_way_is_fixed(actor):
     backend = chosen(actor, MeasuredChoices(measures=False))
-    assert (backend.name, backend.mode) == ("static decoding", "matmul")
+    assert (backend.name, backend.mode) == ("static decoding", "traced")
 
 
 def test_a_back_end_that_is_named_is_taken(actor, monkeypatch, tmp_path):
     assert isinstance(chosen(actor, MeasuredChoices(measures=False), "hf"), HuggingFaceGenerate)
-    monkeypatch.setattr(measured_choices, "_times", lambda ways, _: dict.fromkeys(ways, 1.0))
+    monkeypatch.setattr(measured_choices, "_times", lambda ways, *_: dict.fromkeys(ways, 1.0))
     choices = MeasuredChoices(folder=tmp_path)
     assert isinstance(chosen(actor, choices, "static"), StaticDecoding)
-    assert choices.made == {CHOICE: "static, matmul"}
+    assert choices.made == {CHOICE: "static, traced"}
 
 
 def test_every_back_end_gives_the_same_answers(actor):

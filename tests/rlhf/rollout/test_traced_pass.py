@@ -1,0 +1,54 @@
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+
+from dschat.data.collate import PromptBatch
+from dschat.rlhf.rollout.decode_modes import MODES, Decoding
+from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config("llama", 100)).eval()
+
+
+def decoded(model, traced: TracedPass, mode: str, num_rows: int, length: int) -> torch.Tensor:
+    """The logits after two tokens behind prompts."""
+    ids = torch.arange(num_rows * length).view(num_rows, length) * 7 % 100
+    zeros = torch.zeros(num_rows, dtype=torch.long)
+    prompts = PromptBatch(ids, torch.ones_like(ids), zeros, zeros, zeros)
+    with torch.no_grad():
+        decoding = Decoding(model, prompts, MODES[mode], 4, traced)
+        for token in (3, 5):
+            decoding.read(torch.full((num_rows,), token))
+    return decoding.logits
+
+
+def test_one_record_serves_all_sizes_to_the_last_bit(model):
+    traced = TracedPass(model)
+    for num_rows, length in ((4, 10), (1, 40), (6, 31)):
+        found = decoded(model, traced, "traced", num_rows, length)
+        assert torch.equal(found, decoded(model, traced, "matmul", num_rows, length))
+
+
+def test_a_record_computes_with_the_weights_of_the_day_and_leaves_their_gradients(model):
+    traced = TracedPass(model)
+    before = decoded(model, traced, "traced", 2, 5)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.requires_grad
+    for change in (lambda: weight.add_(0.1), lambda: setattr(weight, "data", weight.data + 0.1)):
+        with torch.no_grad():
+            change()
+        after = decoded(model, traced, "traced", 2, 5)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, decoded(model, traced, "matmul", 2, 5))
+        before = after
+
+
+def test_rotary_positions_that_depend_on_a_row_s_length_are_not_recorded(model):
+    assert can_be_traced(model.config)
+    config = tiny_config("llama", 100)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not can_be_traced(config)
