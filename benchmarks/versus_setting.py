@@ -71,18 +71,18 @@ _PPO = (
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("sft", "SFT, samples/s", "sft", "step1_sft/main.py", "sft", 8, 70, 10, _SFT),
+        Workload("sft", "SFT, samples/s", "sft", "step1_sft/main.py", "sft", 8, 30, 6, _SFT),
         Workload(
-            "reward", "reward model, pairs/s", "reward", "step2_reward/main.py", "pairs", 8, 40, 8,
+            "reward", "reward model, pairs/s", "reward", "step2_reward/main.py", "pairs", 8, 20, 4,
             (*_SUPERVISED, "--data_split", "0,1,0", "--max_seq_len", str(MAX_TOKENS),
              "--per_device_train_batch_size", "8"),
         ),
-        Workload("ppo", "PPO, samples/s", "rlhf", "step3_ppo/main.py", "prompts", 16, 9, 2, _PPO),
+        Workload("ppo", "PPO, samples/s", "rlhf", "step3_ppo/main.py", "prompts", 16, 5, 1, _PPO),
         Workload(
-            "rloo", "RLOO, samples/s", "rlhf", "step3_ppo/main.py", "prompts", 16, 9, 2,
+            "rloo", "RLOO, samples/s", "rlhf", "step3_ppo/main.py", "prompts", 16, 4, 1,
             (*_PPO, "--advantage_estimator", "rloo", "--num_samples_per_prompt", "4"),
         ),
-        Workload("sft-89m", "SFT of 89M, samples/s", "sft", "step1_sft/main.py", "sft-89m", 8, 12, 3, _SFT,
+        Workload("sft-89m", "SFT of 89M, samples/s", "sft", "step1_sft/main.py", "sft-89m", 8, 5, 1, _SFT,
                  "89m"),
     )
 }  # fmt: skip

@@ -24,13 +24,13 @@ def arguments(**changed) -> argparse.Namespace:
 
 @pytest.mark.parametrize("workload", setting.WORKLOADS.values(), ids=lambda w: w.name)
 def test_every_workload_is_a_command_line_that_its_step_accepts(workload):
-    flags = setting.our_flags(workload, Path("/f"), Path("/hh.jsonl"), 5)
+    flags = setting.our_flags(workload, Path("/f"), Path("/hh.jsonl"), 4)
     args = parse_arguments(workload.step, flags)
     assert args.run.dtype == "bf16"
     assert 1 <= workload.left_out < workload.num_steps
     if workload.step != "rlhf":
         epochs = args.optimizer.num_train_epochs
-        assert round(epochs * workload.num_steps) == 5, "a part of the epoch whose rows are prepared"
+        assert round(epochs * workload.num_steps) == 4, "a part of the epoch whose rows are prepared"
         assert args.data.max_train_samples == workload.num_rows
 
 
@@ -72,7 +72,7 @@ def test_phases_are_medians_of_the_steps_that_are_timed():
 def test_a_peer_s_command_gets_its_places():
     args = arguments(peer=["P=tool {workload} --rows {rows} --batch {batch} {steps}"])
     name, command, _ = versus.competitors(args, setting.WORKLOADS["reward"], Path("/o"))[-1]
-    assert (name, command) == ("P", ["tool", "reward", "--rows", "/f/pairs.jsonl", "--batch", "8", "40"])
+    assert (name, command) == ("P", ["tool", "reward", "--rows", "/f/pairs.jsonl", "--batch", "8", "20"])
 
 
 def test_a_peer_without_its_python_is_not_run_and_says_so(tmp_path, monkeypatch):
