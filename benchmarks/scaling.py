@@ -10,6 +10,7 @@ rank 0.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -217,22 +218,27 @@ def series(share: int = 1) -> Iterator[tuple[str, str, list[Size]]]:
 
 
 def measure(part: str, size: Size, *, repeats: int = 5) -> Cost:
-    """The median processor time of some calls, and the most memory that one took."""
+    """The median processor time of some calls, and the memory of one more."""
     call = PARTS[part](size)
     call()
-    seconds, most = [], 0.0
+    seconds = []
     for _ in range(repeats):
-        before = resident_after_reset()
         start = time.process_time()
-        result = call()
+        call()
         seconds.append(time.process_time() - start)
-        most = max(most, peak_resident() - before)
-        del result
+    before = resident_after_reset()
+    result = call()
+    most = peak_resident() - before
+    del result
     return Cost(median(seconds), most)
 
 
 def resident_after_reset() -> float:
-    """MiB that this process holds; its peak begins anew (man 5 proc: clear_refs)."""
+    """MiB that this process holds, without what is free in its heap; its peak begins anew.
+
+    See clear_refs in man 5 proc. Linux with glibc alone.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss / MEBIBYTE
 
@@ -281,14 +287,12 @@ def measure_on_ranks(wanted: Sequence[tuple[str, Size]], ranks: int) -> list[Cos
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     request = json.dumps([(part, asdict(size)) for part, size in wanted])
-    # What is freed goes back to the system at once, or the memory of one call would hide in another's.
-    alone = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         [*launcher, __file__, "--measure", request],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, **alone},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return [Cost(**cost) for cost in json.loads(result.stdout.splitlines()[-1])]
 

@@ -1,7 +1,5 @@
 """What the optimiser steps of a PPO step did, over all ranks."""
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
@@ -14,18 +12,20 @@ class UpdateStatistics:
     """Sums and maxima over the optimiser steps of a PPO step, reduced over ranks once, when they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self._maxima: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
         """Add this rank's share."""
         for name, value in values.items():
-            self._sums[name] = self._sums[name].to(value.device) + value.detach().double()
+            share = value.detach().double()
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def maximise(self, **values: Tensor) -> None:
         """Keep the largest seen."""
         for name, value in values.items():
-            self._maxima[name] = torch.maximum(self._maxima[name].to(value.device), value.detach().double())
+            share = value.detach().double()
+            self._maxima[name] = torch.maximum(self._maxima.get(name, share), share)
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and maxima over all ranks. Every rank must call it."""
