@@ -205,7 +205,7 @@ def table(args: argparse.Namespace, found: dict[str, dict], top: float, by_shape
     lines = [
         f"{args.model}, {args.device}, batch {size.batch} of up to {size.max_tokens} tokens; "
         f"PPO {size.answers} answers, {size.prompt} + {size.answer} tokens; {clock}",
-        f"matrix products in bf16, GFLOP/s: {shapes}; together {top / 1e9:,.0f}",
+        f"matrix products, GFLOP/s: {shapes}; together {top / 1e9:,.0f}",
         "",
         "| step | samples/s | tokens/s | share of the matrix peak | peak memory, MiB | seconds by phase |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
