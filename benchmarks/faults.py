@@ -88,7 +88,7 @@ PHASES = (
     ("saving", ("checkpoint.py", "save_checkpoint")),
     ("exporting", ("export_model",)),
     ("evaluating", ("evaluation.py", "evaluations.py", "reference_logprobs.py")),
-    ("generating", ("hf_generate.py",)),
+    ("generating", ("hf_generate.py", "static_decoding.py")),
     ("analysing", ("analysis.py",)),
     ("training", ("train_on", "updates.py", "train_epochs", "train.py")),
     ("loading", ("loading.py", "rlhf_engine.py", "build.py", "manifest.py", "preparation.py")),

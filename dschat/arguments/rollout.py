@@ -37,8 +37,9 @@ class RolloutArguments:
     )
     rollout_tolerance: float | None = flag(
         None,
-        "Before training, sampled tokens are scored again by the training model: the mean difference of "
-        "log-probabilities that passes; 0: no check; default: 1e-4 in fp32, 0.05 in bf16, 0.01 in fp16.",
+        "Before training and at evaluations, sampled tokens are scored again by the training model: the mean "
+        "difference of log-probabilities that passes; 0: no check; default: 1e-4 in fp32, 0.05 in bf16, 0.01 "
+        "in fp16.",
         at_resume="free",
     )
     rollout_on_mismatch: Literal["stop", "uncached", "warn"] = flag(

@@ -27,12 +27,14 @@ from dschat.rlhf.experience import (
     finite_scores,
 )
 from dschat.rlhf.monitoring.gains import Answers
+from dschat.rlhf.phase_times import PhaseTimes
 from dschat.rlhf.rewards.retokenize import Retokenizer
 from dschat.rlhf.rewards.sources import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.rollout.agreement import RolloutCheck
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.rlhf.rollout.sampler import RolloutSampler
+from dschat.rlhf.rollout.sampler import CheckedSampler, RolloutSampler
 from dschat.rlhf.score_scale import ScoreScale
 from dschat.rlhf.tokenizers import RlhfTokenizers, build_retokenizer
 
@@ -54,6 +56,7 @@ class Evaluator:
         *,
         engine: DeepSpeedRLHFEngine,
         sampler: RolloutSampler,
+        check: RolloutCheck | None,
         minibatch_sampler: MinibatchSampler,
         analyzer: AnswerAnalyzer,
         guard_retokenizer: Retokenizer | None,
@@ -61,12 +64,13 @@ class Evaluator:
         has_running_scale: bool,
         first_kl_coef: float,
     ) -> None:
-        """`batches` are this rank's prompts; a prompt's row is -1 in a filler.
+        """`batches` are this rank's prompts; a prompt's row is -1 in a filler. `check` is of all answers.
 
         With `has_running_scale` scores have the scale of the first evaluation's.
         """
         self._answers: Answers | None = None
-        self._batches, self._engine, self._sampler = batches, engine, sampler
+        self._batches, self._engine, self._check = batches, engine, check
+        self._sampler = CheckedSampler(sampler, self._analyze, check, PhaseTimes(), every_time=True)
         self._minibatch_sampler, self._analyzer = minibatch_sampler, analyzer
         self._guard_retokenizer = guard_retokenizer
         self._shaping, self._needs_scale = shaping, has_running_scale
@@ -86,22 +90,30 @@ class Evaluator:
         """
         start = time.perf_counter()
         device = current_device()
-        rollout = self._sampler.sample([batch.to(device) for batch in self._batches], ppo_step=EVALUATION)
+        batches = [batch.to(device) for batch in self._batches]
+        rollout, analysis = self._sampler.sample_and_analyze(batches, ppo_step=EVALUATION)
         real = rollout.prompt_rows >= 0
-        # A filler passes through the models as the first prompt, and is left out of every metric.
-        rollout = replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
-        by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
-        rows = self._minibatch_sampler.micro_batches(by_length)
-        analysis = self._analyzer.analyze(rollout, rows, with_values=False)
+        rollout = _without_fillers(rollout)
         kl_coef = self._first_kl_coef if kl_coef is None else kl_coef
         values = self._of_answers(rollout, analysis, real, kl_coef=kl_coef)
         if self._engine.guard_reward is not None:
-            guard_scores, _ = finite_scores(self._guard_scores(rollout, rows)[real])
+            guard_scores, _ = finite_scores(self._guard_scores(rollout, self._rows(rollout))[real])
             values["guard_score"] = guard_scores.mean()
             values["guard_score_stderr"] = standard_error(guard_scores, rollout.prompt_rows[real])
         synchronize()
         metrics = {f"eval_{name}": value.item() for name, value in values.items()}
+        if self._check is not None and self._check.difference is not None:
+            metrics["eval_rollout_difference"] = self._check.difference.mean
         return metrics | {"seconds_evaluation": time.perf_counter() - start}
+
+    def _analyze(self, rollout: RolloutBatch, _: int) -> AnswerAnalysis:
+        rollout = _without_fillers(rollout)
+        return self._analyzer.analyze(rollout, self._rows(rollout), with_values=False)
+
+    def _rows(self, rollout: RolloutBatch) -> list[Tensor]:
+        """This rank's micro-batches, answers of similar length together."""
+        by_length = rollout.attention_mask.sum(dim=1).cpu().argsort(stable=True)
+        return self._minibatch_sampler.micro_batches(by_length)
 
     def _of_answers(
         self, rollout: RolloutBatch, analysis: AnswerAnalysis, real: Tensor, *, kl_coef: float
@@ -151,6 +163,11 @@ class Evaluator:
         self._needs_scale = state["needs_scale"]
 
 
+def _without_fillers(rollout: RolloutBatch) -> RolloutBatch:
+    """A filler passes through the models as the first prompt, and is left out of every metric."""
+    return replace(rollout, prompt_rows=rollout.prompt_rows.clamp(min=0))
+
+
 def samples_per_prompt(asked_for: int | None, num_held_out: int, num_prompts: int) -> int:
     """Answers to each prompt: where fewer prompts are held out than wanted, several make up for them."""
     if asked_for is not None:
@@ -186,6 +203,11 @@ def build_evaluator(
         return None
     num_prompts = args.guard.num_eval_prompts or args.rollout_size * mesh().data.size
     pad_token_id = tokenizers.actor.pad_token_id
+    check = None
+    if args.rollout_tolerance > 0:
+        on_mismatch = args.rollout.rollout_on_mismatch
+        check = RolloutCheck(args.rollout_tolerance, on_mismatch, engine=backend.name, is_quiet=True)
+    sampling = Sampling.of(args.rollout, seed=args.run.seed, with_logprobs=check is not None)
     return Evaluator(
         build_eval_prompts(
             prompts,
@@ -200,7 +222,8 @@ def build_evaluator(
             multiple_of=args.widths.multiple_of(engine.actor.device.type),
         ),
         engine=engine,
-        sampler=RolloutSampler(backend, Sampling.of(args.rollout, seed=args.run.seed), pad_token_id),
+        sampler=RolloutSampler(backend, sampling, pad_token_id),
+        check=check,
         minibatch_sampler=build_minibatch_sampler(args.ppo, args.optimizer, args.run),
         analyzer=AnswerAnalyzer(engine, tokenizers, args, prompts, rewards, in_evaluation=True),
         guard_retokenizer=build_retokenizer(engine.specs, "guard", tokenizers, prompts),

@@ -30,7 +30,8 @@ class Difference:
 
 
 class RolloutCheck:
-    """Compares the first answers of a run with the training model, before anything is learned from them.
+    """Compares answers with the training model: the first of a run, before anything is learned from them, and
+    those of every evaluation.
 
     The mean decides: one token that a router of experts sent elsewhere is no fault, a wrong position or cache
     shifts them all. Ranks hold the same rollout batch, so all of them decide alike.
@@ -42,9 +43,15 @@ class RolloutCheck:
         on_mismatch: Literal["stop", "uncached", "warn"],
         *,
         engine: str = "generate()",
+        is_quiet: bool = False,
     ) -> None:
-        """`tolerance` is in nats per token; `engine` is the back end's name in messages."""
-        self._tolerance, self._engine = tolerance, engine
+        """`tolerance` is in nats per token; `engine` is the back end's name in messages.
+
+        One that is quiet says nothing where all is well.
+        """
+        self.difference: Difference | None = None
+        """What the last comparison found."""
+        self._tolerance, self._engine, self._is_quiet = tolerance, engine, is_quiet
         self._on_mismatch = on_mismatch
 
     def wants_uncached(self, rollout: RolloutBatch, logprobs: Tensor) -> bool:
@@ -82,11 +89,12 @@ class RolloutCheck:
             )
 
     def _compare(self, rollout: RolloutBatch, logprobs: Tensor, engine: str) -> Difference:
-        difference = Difference.between(rollout, logprobs)
-        messages.info(
-            f"rollout check: {engine} against the training model over {difference.num_tokens} tokens: "
-            f"{difference} (tolerance of the mean {self._tolerance:g})"
-        )
+        difference = self.difference = Difference.between(rollout, logprobs)
+        if not self._is_quiet:
+            messages.info(
+                f"rollout check: {engine} against the training model over {difference.num_tokens} tokens: "
+                f"{difference} (tolerance of the mean {self._tolerance:g})"
+            )
         return difference
 
     def _disagreement(self, difference: Difference) -> str:

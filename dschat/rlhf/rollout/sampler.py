@@ -33,9 +33,10 @@ class RolloutSampler:
 
 
 class CheckedSampler:
-    """A sampler and the analysis of its answers, of which the first are compared with the training model.
+    """A sampler and the analysis of its answers, which are compared with the training model.
 
-    The check costs no pass of its own, as the answers are analysed anyway. Without a `check` none is made.
+    The check costs no pass of its own, as the answers are analysed anyway. It is made of the first answers,
+    or `every_time`; without a `check` of none.
     """
 
     def __init__(
@@ -44,20 +45,24 @@ class CheckedSampler:
         analyze: Callable[[RolloutBatch, int], AnswerAnalysis],
         check: RolloutCheck | None,
         times: PhaseTimes,
+        *,
+        every_time: bool = False,
     ) -> None:
         """`analyze` takes a rollout batch and the number of its PPO step."""
         self._sampler, self._analyze = sampler, analyze
-        self._check, self._times = check, times
+        self._check, self._times, self._every_time = check, times, every_time
 
     def sample_and_analyze(
         self, prompts: Sequence[PromptBatch], *, ppo_step: int
     ) -> tuple[RolloutBatch, AnswerAnalysis]:
         """Answers of all ranks to their prompts, and their analysis. Every rank must call it.
 
-        Raises `UserError` where the first answers fail the check.
+        Raises `UserError` where answers fail the check.
         """
         rollout, analysis = self._once(prompts, ppo_step)
-        check, self._check = self._check, None  # once, before this process learns anything
+        check = self._check
+        if not self._every_time:
+            self._check = None  # once, before this process learns anything
         if check is None:
             return rollout, analysis
         backend = self._sampler.backend

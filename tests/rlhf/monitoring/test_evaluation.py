@@ -18,7 +18,7 @@ from dschat.rlhf.monitoring.evaluation import Evaluator, build_evaluator, sample
 WORKER = ROOT / "tests" / "workers" / "evaluations.py"
 FIGURES = {
     *("eval_score", "eval_score_stderr", "eval_kl", "eval_k3", "eval_score_minus_kl", "eval_entropy"),
-    "eval_objective",
+    *("eval_objective", "eval_rollout_difference"),
     *(
         "eval_answer_length",
         "eval_eos_share",

@@ -52,6 +52,25 @@ def test_answers_that_disagree_are_made_again_without_a_cache():
     assert sampler.sample_and_analyze([prompts([5])], ppo_step=1)[0].answers.tolist() == [[8, END]]
 
 
+def test_evaluations_are_checked_every_time_and_say_nothing_where_all_is_well(capsys):
+    backend = ScriptedBackend(SOUND, SOUND, APART)
+    check = RolloutCheck(0.1, "stop", engine=backend.name, is_quiet=True)
+
+    def analyze(rollout: RolloutBatch, ppo_step: int) -> SimpleNamespace:
+        return SimpleNamespace(logprobs=TRAINED, ppo_step=ppo_step)
+
+    sampler = CheckedSampler(
+        RolloutSampler(backend, SAMPLING, PAD), analyze, check, PhaseTimes(), every_time=True
+    )
+    for _ in range(2):
+        sampler.sample_and_analyze([prompts([5])], ppo_step=-1)
+        assert check.difference.mean == 0
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="the script and the training model disagree"):
+        sampler.sample_and_analyze([prompts([5])], ppo_step=-1)
+    assert check.difference.mean == pytest.approx(0.5)
+
+
 def test_a_run_resumed_without_a_cache_is_checked_without_one():
     backend = ScriptedBackend(APART)
     backend.uses_cache = False
