@@ -37,7 +37,7 @@ from versus_setting import MAX_ANSWER, WORKLOADS, Workload, our_flags
 Competitor = tuple[str, list[str] | None, str]
 """Its name, its command or None, and why there is none."""
 
-PRESETS = {"cpu": ("sft", "reward", "ppo", "rloo", "sft-89m", "rollout", "start"), "quick": ("sft", "ppo")}
+PRESETS = {"cpu": ("sft", "reward", "ppo", "rollout", "start", "sft-89m", "rloo"), "quick": ("sft", "ppo")}
 """The workloads of each; their sizes are those of `versus_setting.py`."""
 
 TRL = {"sft": ("TRL", "sft"), "reward": ("TRL", "reward"), "rloo": ("TRL", "rloo"), "sft-89m": ("TRL", "sft")}
