@@ -1,5 +1,6 @@
 """Flags: where a run writes, its checkpoints, its precision, and what launchers pass."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,14 @@ class RunArguments:
         "gives the same gradient; from the newest checkpoint, where there is one.",
         at_resume="free",
     )
+    profile: str | None = flag(
+        None,
+        "Write a trace of torch's profiler and a page that sums it up to profile/ in --output_dir: of a step "
+        "(5), or of several (5-8); without a value of steps 3-5.",
+        at_resume="free",
+        nargs="?",
+        const="3-5",
+    )
     local_rank: int = flag(
         -1, "Set by the deepspeed launcher; torchrun sets the environment instead.", at_resume="free"
     )
@@ -87,3 +96,20 @@ class RunArguments:
                 not getattr(self, name) or self.output_dir is not None,
                 f"--{name} {getattr(self, name)} needs --output_dir, below which checkpoints are.",
             )
+        first, last = self.profiled_steps or (1, 1)
+        require(
+            1 <= first <= last,
+            f"--profile {self.profile} is neither a step, such as 5, nor the first and last of several, 5-8.",
+        )
+        require(
+            self.profile is None or self.output_dir is not None,
+            f"--profile {self.profile} needs --output_dir, in which profile/ is written.",
+        )
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step of --profile, from 1; None without it, (0, 0) if it names none."""
+        if self.profile is None:
+            return None
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", self.profile)
+        return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)

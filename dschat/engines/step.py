@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
@@ -39,7 +40,8 @@ def train_step(
     parts = []
     for batch in micro_batches:
         with phase(PhaseKind.TRAINING, role):
-            metrics = loss_and_metrics(batch.to(engine.device))
+            with record_function("forward"):
+                metrics = loss_and_metrics(batch.to(engine.device))
             backward_on(engine, metrics["loss"])
             end_of("forward_backward")
             take_step(engine)
@@ -65,7 +67,8 @@ def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
     they are, and `skipped_because` says why.
     """
     engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
-    engine.backward(loss * (mesh().data.size * engine.gradient_accumulation_steps()))
+    with record_function("backward"):
+        engine.backward(loss * (mesh().data.size * engine.gradient_accumulation_steps()))
 
 
 def take_step(engine: DeepSpeedEngine) -> None:
@@ -73,7 +76,8 @@ def take_step(engine: DeepSpeedEngine) -> None:
     is_last = engine.is_gradient_accumulation_boundary()
     if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
         _measure(engine)
-    engine.step()
+    with record_function("optimizer"):
+        engine.step()
     if is_last:
         was_loss = not engine.was_step_applied() and max_across_ranks(engine.num_bad_losses, axis="world") > 0
         engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")

@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 from dschat.distributed.device import synchronize
 
 
@@ -22,8 +24,9 @@ class PhaseTimes:
     def measured(self, phase: str) -> Iterator[None]:
         """Add the time of the block, with what the device has still to do at its end."""
         start = time.perf_counter()
-        yield
-        synchronize()
+        with record_function(phase):
+            yield
+            synchronize()
         self.seconds[phase] += time.perf_counter() - start
 
     def metrics(self, num_tokens: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from dschat.console import messages
 from dschat.data.loaders import PromptLoader
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
+from dschat.engines.profile import StepProfiler
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import Metrics, PPOTrainer
 from dschat.rlhf.speed import PpoSpeed
@@ -64,6 +65,8 @@ def train_ppo(
         if trainer.is_inside_ppo_step:  # else it is saved with the metrics of the PPO step
             save_if_due()
 
+    profiler = StepProfiler(run)
+    profiler.after_step(done)
     steps = range(done + 1, num_ppo_steps + 1) if not monitor.guard.stopped_by else ()
     for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):
         batches = [batch.to(current_device()) for batch in prompts]
@@ -78,8 +81,10 @@ def train_ppo(
         with speed.saving():
             save_if_due(is_last=is_last)
         speed.print_now_and_then(step, is_last=is_last)
+        profiler.after_step(step, metrics)
         if monitor.guard.stopped_by:
             break
+    profiler.close(trainer.num_ppo_steps_done)
     logger.close()
     return trainer.num_ppo_steps_done, metrics, time.perf_counter() - start
 

@@ -29,6 +29,9 @@ ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
 """The metrics of every step, one JSON object per line."""
 
+PROFILE = "profile"
+"""The subfolder of --profile."""
+
 STEP_FOLDERS = "step_" + 8 * "[0-9]"
 """Pattern of the names of checkpoints. Folders with other names, such as copies, are left alone."""
 
@@ -259,6 +262,9 @@ def _clear_results(folder: Path) -> None:
         curves = folder / "tensorboard"
         for old_curve in () if curves.is_symlink() else curves.glob("events.out.tfevents.*"):
             old_curve.unlink()
+        for old_profile in (folder / PROFILE).glob("trace*.json.gz"):
+            old_profile.unlink()
+        (folder / PROFILE / "summary.md").unlink(missing_ok=True)
 
 
 def without_infinities(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.console import messages
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.random_state import seed_ranks_apart
+from dschat.engines.profile import StepProfiler
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import DeepSpeedEngine, gradient_norm, learning_rate, train_step
 from dschat.runs.metrics import MetricsLogger
@@ -76,6 +77,8 @@ def train_epochs(
         evaluations.make(0, "before training")
     speed = Speed(engine, loaders, settings, checkpoints)
     loss_and_metrics = speed.counting(partial(objective.loss_and_metrics, engine))
+    profiler = StepProfiler(settings.run)
+    profiler.after_step(restored.step)
     numbers = range(restored.step + 1, num_steps + 1)
     for step, optimizer_step in zip(numbers, loaders.train.steps_after(restored.step), strict=False):
         speed.end_of("data")
@@ -104,7 +107,9 @@ def train_epochs(
             metrics.flush()
             seconds = time.perf_counter() - start
             checkpoints.save(step, engines={ENGINE: engine}, parts={**parts, "seconds": seconds})
+        profiler.after_step(step, figures)
         speed.end_of("saving")
         speed.print_now_and_then(step, is_last=step == num_steps)
+    profiler.close(num_steps)
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)

@@ -34,6 +34,19 @@ def test_flags_of_checkpoints_that_cannot_work_are_named(argv, parts):
     assert_refused(argv, parts)
 
 
+@pytest.mark.parametrize("steps", ["0", "5-4", "5-", "-5", "all", "1,2"])
+def test_a_profile_of_no_steps_is_refused(steps):
+    assert_refused(["--output_dir=o", f"--profile={steps}"], [f"--profile {steps} is neither a step"])
+
+
+def test_a_profile_is_of_a_step_or_several_and_needs_a_folder():
+    assert rlhf().run.profiled_steps is None
+    assert rlhf("--output_dir=o", "--profile").run.profiled_steps == (3, 5)
+    assert rlhf("--output_dir=o", "--profile", "7").run.profiled_steps == (7, 7)
+    assert rlhf("--output_dir=o", "--profile=7-9").run.profiled_steps == (7, 9)
+    assert_refused(["--profile"], ["--profile 3-5 needs --output_dir"])
+
+
 def test_resuming_without_a_name_takes_the_newest_checkpoint():
     assert rlhf("--output_dir", "o", "--resume_from_checkpoint").run.resume_from_checkpoint == "latest"
     assert rlhf("--output_dir=o", "--resume_from_checkpoint=c").run.resume_from_checkpoint == "c"

@@ -1,5 +1,6 @@
 """The three steps run for real, as a user starts them, on a small model and a small file of preferences."""
 
+import gzip
 import json
 import math
 import subprocess
@@ -99,13 +100,14 @@ def ppo_batch(rows: int) -> list[str]:
 @pytest.fixture(scope="module")
 def one_rank(folder) -> Path:
     """All three steps on one rank, with plain python, from another working directory."""
-    python(SFT, *supervised(folder, "sft", "--data_split=1,1,1", *batch(8)), cwd=folder)
-    python(
-        REWARD, *supervised(folder, "reward", "--data_split=1,1,1", *batch(8, eval_interval=2)), cwd=folder
-    )
+    split = ["--data_split=1,1,1", "--profile=1"]
+    python(SFT, *supervised(folder, "sft", *split, *batch(8)), cwd=folder)
+    python(REWARD, *supervised(folder, "reward", *split, *batch(8, eval_interval=2)), cwd=folder)
     python(
         PPO,
-        *ppo(folder, "ppo", "sft", "reward", *ppo_batch(8), "--enable_ema", "--print_answers"),
+        *ppo(
+            folder, "ppo", "sft", "reward", *ppo_batch(8), "--enable_ema", "--print_answers", "--profile=1-2"
+        ),
         cwd=folder,
     )
     return folder
@@ -213,6 +215,20 @@ def test_every_optimiser_step_says_how_fast_it_was(one_rank):
                 round(line["tokens_per_second"] * spent)
             )
         assert " of the peak; time: data " in (one_rank / name / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_every_step_is_profiled_where_it_is_asked_for(one_rank):
+    for name, steps, span in (
+        ("sft", "step 1", "backward"),
+        ("reward", "step 1", "backward"),
+        ("ppo", "steps 1 to 2", "generation"),
+    ):
+        page = (one_rank / name / "profile" / "summary.md").read_text()
+        assert page.startswith(f"# Profile of {steps}\n")
+        assert " of the measured peak." in page
+        with gzip.open(one_rank / name / "profile" / "trace.json.gz") as trace:
+            assert span in {event.get("name") for event in json.load(trace)["traceEvents"]}
 
 
 @pytest.mark.slow
