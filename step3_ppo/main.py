@@ -24,13 +24,14 @@ from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
+from dschat.rlhf.layout import choose_ways_and_layout
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.monitoring.guard import Guard
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import build_trainer
 from dschat.rlhf.rewards.sources import build_rewards
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, choose_ways, num_training_steps
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, num_training_steps
 from dschat.rlhf.roles import engine_specs
 from dschat.rlhf.rollout.choice import build_backend
 from dschat.rlhf.speed import PpoSpeed
@@ -74,7 +75,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)
-    choose_ways(specs, longest=longest, choices=checkpoints.choices)
+    layout = choose_ways_and_layout(args, specs, data.train, checkpoints.choices, longest=longest)
     num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
     num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
     engine = DeepSpeedRLHFEngine(
@@ -92,7 +93,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         args.rollout, engine.actor, tokenizers.actor, longest=longest, choices=checkpoints.choices
     )
     models = (args, engine, tokenizers, backend)
-    scores = {"score_scale": score_scale, "rewards": rewards}
+    scores = {"score_scale": score_scale, "rewards": rewards, "layout": layout}
     trainer = build_trainer(*models, prompts=data.train, texts=texts, **scores)
     monitor = TrainingMonitor(
         build_evaluator(*models, data.evaluation, **scores),

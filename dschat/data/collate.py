@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dschat.data.packing import RowLayout
+from dschat.data.packing import PADDED, RowLayout
 from dschat.data.token_batch import TokenBatch, moved
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
@@ -76,12 +76,8 @@ class PromptBatch:
         return moved(self, device)
 
 
-ROW_LAYOUT = RowLayout()
-"""A row for every sequence, as wide as the longest."""
-
-
 def collate_sft(
-    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = ROW_LAYOUT
+    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = PADDED
 ) -> SftBatch:
     """The rows of `tokenize_sft` and fillers, `num_rows` together, laid out for a model."""
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
@@ -93,7 +89,7 @@ def collate_sft(
 
 
 def collate_pairs(
-    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = ROW_LAYOUT
+    rows: pa.Table, num_rows: int, denominator: float, *, pad_id: int, layout: RowLayout = PADDED
 ) -> PairBatch:
     """The rows of `tokenize_pairs` and fillers, `num_rows` pairs together, laid out for a model.
 

@@ -63,6 +63,10 @@ class RowLayout:
         return rows
 
 
+PADDED = RowLayout()
+"""A row for every sequence, as wide as the longest."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """A batch of B sequences in R rows of W tokens, and the M outputs that predict the K labels."""

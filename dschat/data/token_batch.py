@@ -81,12 +81,15 @@ class TokenBatch:
         return F.pad(torch.where(self.label_mask, per_label, 0), (num_others, 0))
 
     def placed(self, layout: RowLayout) -> "TokenBatch":
-        """The batch, which is on the CPU, with its placement: tokens and labels stay where they are here."""
+        """The batch with its placement: tokens and labels stay where they are here."""
         is_token = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         placement = Placement.of(
-            is_token.bool().numpy(), self.label_mask.numpy(), first_output=self.first_output, layout=layout
+            is_token.bool().cpu().numpy(),
+            self.label_mask.cpu().numpy(),
+            first_output=self.first_output,
+            layout=layout,
         )
-        return replace(self, placement=placement)
+        return replace(self, placement=placement.to(self.input_ids.device))
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The batch on that device."""

@@ -67,9 +67,9 @@ def logits_of(
         batch = replace(batch, placement=None)
     inputs = model_inputs(model, batch)
     if batch.placement is not None:
-        with _head_reads(model, batch.placement.outputs):
+        with _head_reads(model, batch.placement.outputs) as is_selected:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        if len(logits) != len(batch.placement.outputs):  # a model that names no head
+        if not is_selected:
             logits = logits[batch.placement.outputs]
         return logits[: len(batch.placement.label_places), :num_tokens]
     if every_position:
@@ -149,20 +149,23 @@ def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _head_reads(model: Any, places: Tensor) -> Iterator[None]:
+def _head_reads(model: Any, places: Tensor) -> Iterator[bool]:
     """Let the output head read the hidden states at these places, counted through the rows, and no others.
 
-    So logits, the largest tensor of a pass, exist for labels alone. transformers' `logits_to_keep` chooses
-    the same columns of all rows.
+    So logits, the largest tensor of a pass, exist for labels alone; transformers' `logits_to_keep` chooses
+    the same columns of all rows. Yields whether it does: False for a model that names no head.
     """
 
     def select(head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0].flatten(0, 1)[places].unsqueeze(0)
 
-    head = getattr(model, "module", model).get_output_embeddings()
-    handles = [] if head is None else [head.register_forward_pre_hook(select)]
+    name_head = getattr(getattr(model, "module", model), "get_output_embeddings", None)
+    head = name_head and name_head()
+    if head is None:
+        yield False
+        return
+    handle = head.register_forward_pre_hook(select)
     try:
-        yield
+        yield True
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

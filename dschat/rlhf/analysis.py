@@ -7,6 +7,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
+from dschat.data.packing import PADDED, RowLayout
+from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import gather_rows
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -70,10 +72,11 @@ class AnswerAnalyzer:
         prompts: Dataset | None = None,
         rewards: Rewards | None = None,
         *,
+        layout: RowLayout = PADDED,
         in_evaluation: bool = False,
     ) -> None:
         self._engine, self._prompts, self._rewards = engine, prompts, rewards
-        self._in_evaluation = in_evaluation
+        self._layout, self._in_evaluation = layout, in_evaluation
         self._temperature = args.rollout.temperature
         self._num_tokens = len(tokenizers.actor)
         self._reading = build_retokenizer(engine.specs, "reward", tokenizers, prompts)
@@ -118,13 +121,14 @@ class AnswerAnalyzer:
     def _analyze_rows(
         self, batch: RolloutBatch, critic: DeepSpeedEngine | None, first_pass: FirstPass | None = None
     ) -> ModelOutputs:
-        tokens, num_tokens, temperature = batch.tokens, self._num_tokens, self._temperature
+        tokens = batch.tokens.placed(self._layout)
+        num_tokens, temperature = self._num_tokens, self._temperature
         # No logits outlive their call: they are the largest tensor here.
         with self._engine.reference() as reference:
             ref_logprobs = token_logprobs_of(
                 reference, tokens, num_tokens=num_tokens, temperature=temperature
             )
-        scores = self._scores(batch) if self._engine.reward else None
+        scores = self._scores(batch, tokens) if self._engine.reward else None
         with pass_over(self._engine.actor, keeps_graph=first_pass is not None and first_pass.keeps_actor):
             logprobs, entropy = predictions_of(
                 self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
@@ -144,6 +148,7 @@ class AnswerAnalyzer:
             scores=scores,
         )
 
-    def _scores(self, batch: RolloutBatch) -> Tensor:
-        read = self._reading.read(batch) if self._reading else batch
-        return scores_of(self._engine.reward, read.tokens)
+    def _scores(self, batch: RolloutBatch, tokens: TokenBatch) -> Tensor:
+        if self._reading:
+            tokens = self._reading.read(batch).tokens.placed(self._layout)
+        return scores_of(self._engine.reward, tokens)

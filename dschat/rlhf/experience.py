@@ -9,6 +9,7 @@ advantages, whitening, permutations and statistics are the same on any number of
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console.text import printable
+from dschat.data.packing import PADDED, RowLayout
+from dschat.data.token_batch import TokenBatch
 from dschat.distributed.mesh import mesh
 from dschat.losses import (
     advantages_and_returns,
@@ -69,6 +72,8 @@ class MinibatchSampler:
     world_size: int
     rank: int
     seed: int
+    layout: RowLayout = PADDED
+    """How a micro-batch is laid out in the rows that models read."""
 
     def optimizer_steps(self, lengths: Tensor, *, ppo_step: int, epoch: int) -> list[Tensor]:
         """Row numbers of each optimiser step over all ranks: a fresh permutation a pass, alike on each rank.
@@ -97,7 +102,7 @@ class MinibatchSampler:
 
 
 def build_minibatch_sampler(
-    ppo: PpoArguments, optimizer: OptimizerArguments, run: RunArguments
+    ppo: PpoArguments, optimizer: OptimizerArguments, run: RunArguments, layout: RowLayout
 ) -> MinibatchSampler:
     """The dealing of rows to this rank's optimiser steps and micro-batches that the flags ask for."""
     return MinibatchSampler(
@@ -106,6 +111,7 @@ def build_minibatch_sampler(
         world_size=mesh().data.size,
         rank=mesh().data.rank,
         seed=run.seed,
+        layout=layout,
     )
 
 
@@ -159,6 +165,13 @@ class MicroBatch:
     returns: Tensor
     weights: Tensor | None = None
     """Of the tokens' policy losses, with --rollout_correction."""
+    layout: RowLayout = PADDED
+    """That of the rows that models read."""
+
+    @cached_property
+    def tokens(self) -> TokenBatch:
+        """The rows for a forward pass, laid out as in the analysis; the answers are their labels."""
+        return self.rollout.tokens.placed(self.layout)
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,7 @@ class Experience:
             advantages=self.advantages[rows, :width],
             returns=self.returns[rows, :width],
             weights=None if self.weights is None else self.weights[rows, :width],
+            layout=self.minibatch_sampler.layout,
         )
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:

@@ -12,6 +12,7 @@ from dschat.arguments import PpoArguments, RlhfArguments
 from dschat.checkpoints.tensor_record import TensorRecord
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
+from dschat.data.packing import PADDED, RowLayout
 from dschat.distributed.device import peak_memory_gib
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import gradient_norm, set_gradient_norm
@@ -228,6 +229,7 @@ def build_trainer(
     score_scale: tuple[float, float] = (0.0, 1.0),
     rewards: Rewards | None = None,
     texts: TextLoader | None = None,
+    layout: RowLayout = PADDED,
 ) -> PPOTrainer:
     """The trainer that the flags describe.
 
@@ -237,8 +239,8 @@ def build_trainer(
     lacks an ability that the flags ask for.
     """
     tokenizer, times = tokenizers.actor, PhaseTimes()
-    analyzer = AnswerAnalyzer(engine, tokenizers, args, prompts, rewards)
-    minibatch_sampler = build_minibatch_sampler(args.ppo, args.optimizer, args.run)
+    analyzer = AnswerAnalyzer(engine, tokenizers, args, prompts, rewards, layout=layout)
+    minibatch_sampler = build_minibatch_sampler(args.ppo, args.optimizer, args.run, layout)
     check = None
     if args.rollout_tolerance > 0:
         on_mismatch = args.rollout.rollout_on_mismatch

@@ -132,7 +132,7 @@ class ActorCriticUpdates:
         """-> the micro-batch's sum of approx_kl over tokens, measured before the step."""
         logprobs, entropy = self._first_pass.take_actor() or predictions_of(
             self._engine.actor,
-            batch.rollout.tokens,
+            batch.tokens,
             num_tokens=self._settings.num_tokens,
             temperature=self._settings.temperature,
             with_entropy=self._settings.ppo.entropy_coef > 0,
@@ -186,7 +186,7 @@ class ActorCriticUpdates:
         assert batch.values is not None, "a critic that is trained has valued the answers"
         values = self._first_pass.take_critic()
         if values is None:
-            values = values_of(self._engine.critic, batch.rollout.tokens)
+            values = values_of(self._engine.critic, batch.tokens)
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )

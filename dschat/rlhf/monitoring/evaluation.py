@@ -12,6 +12,7 @@ from dschat.arguments import RlhfArguments
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import build_eval_prompts
+from dschat.data.packing import PADDED, RowLayout
 from dschat.distributed.collectives import gather_rows
 from dschat.distributed.device import current_device, synchronize
 from dschat.distributed.mesh import mesh
@@ -149,7 +150,8 @@ class Evaluator:
         for part in rows:
             batch = rollout.rows(part.to(device))
             read = retokenizer.read(batch) if retokenizer else batch
-            parts.append(scores_of(self._engine.guard_reward, read.tokens))
+            tokens = read.tokens.placed(self._minibatch_sampler.layout)
+            parts.append(scores_of(self._engine.guard_reward, tokens))
         order = gather_rows(torch.cat(rows).to(device), axis="data").argsort()
         return gather_rows(torch.cat(parts), axis="data")[order]
 
@@ -191,6 +193,7 @@ def build_evaluator(
     *,
     score_scale: tuple[float, float] = (0.0, 1.0),
     rewards: Rewards | None = None,
+    layout: RowLayout = PADDED,
 ) -> Evaluator | None:
     """The evaluator, None where --eval_interval is 0 or no prompts are held out, of which a note tells."""
     if args.guard.eval_interval == 0:
@@ -224,8 +227,10 @@ def build_evaluator(
         engine=engine,
         sampler=RolloutSampler(backend, sampling, pad_token_id),
         check=check,
-        minibatch_sampler=build_minibatch_sampler(args.ppo, args.optimizer, args.run),
-        analyzer=AnswerAnalyzer(engine, tokenizers, args, prompts, rewards, in_evaluation=True),
+        minibatch_sampler=build_minibatch_sampler(args.ppo, args.optimizer, args.run, layout),
+        analyzer=AnswerAnalyzer(
+            engine, tokenizers, args, prompts, rewards, layout=layout, in_evaluation=True
+        ),
         guard_retokenizer=build_retokenizer(engine.specs, "guard", tokenizers, prompts),
         shaping=ScoreScale(args.ppo, score_scale, has_sources=rewards is not None).fixed,
         has_running_scale=args.ppo.score_scale == "running",

@@ -1,0 +1,58 @@
+"""The layout of the rows in which the models of step 3 read prompts with answers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from dschat.arguments import RlhfArguments
+from dschat.data.packing import PACKED_WIDTH, RowLayout
+from dschat.data.tokenization import column
+from dschat.distributed.device import current_device
+from dschat.models.attention import set_attention
+from dschat.models.config import learned_positions, read_config
+from dschat.models.packing_trial import choose_row_layout
+from dschat.rlhf.rlhf_engine import choose_ways
+from dschat.rlhf.roles import EngineSpec
+from dschat.runs.measured_choices import MeasuredChoices
+
+NUM_TRIED = 3
+"""Micro-batches that are tried in several layouts."""
+
+
+def choose_ways_and_layout(
+    args: RlhfArguments,
+    specs: Sequence[EngineSpec],
+    prompts: Dataset,
+    choices: MeasuredChoices,
+    *,
+    longest: int,
+) -> RowLayout:
+    """`choose_ways` of the models, and `choose_row_layout` for all together: they read the same rows.
+
+    No answers are known yet: the trial's are of any length up to --max_answer_seq_len. `longest` is the
+    longest prompt with the longest answer, in tokens. Every rank must call it.
+    """
+    widest = longest if args.widths.packing == "off" else max(longest, PACKED_WIDTH)
+    choose_ways(specs, longest=widest, choices=choices)
+    configs, limits = {}, []
+    for spec in specs:
+        configs[spec.name] = read_config(spec.path, 0.0)
+        set_attention(configs[spec.name], spec.settings.attn_implementation)
+        limits.append(learned_positions(spec.path))
+    generator = np.random.default_rng(args.run.seed)
+    size = args.ppo.per_device_training_batch_size
+    known = column(prompts, "length")
+    lengths = [
+        generator.choice(known, size) + generator.integers(1, args.rollout.max_answer_seq_len + 1, size)
+        for _ in range(NUM_TRIED)
+    ]
+    return choose_row_layout(
+        args.widths,
+        configs,
+        choices,
+        dtype=args.run.dtype,
+        device=current_device(),
+        limit=min((limit for limit in limits if limit is not None), default=None),
+        lengths=lengths,
+    )
