@@ -122,6 +122,26 @@ def test_passes_with_and_without_gradients_and_recomputed_ones_are_equal_to_the_
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
+def losses_of_training(implementation: str) -> list[float]:
+    model = model_of("llama", implementation).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    options, ids = masks()["right"], torch.arange(20).view(2, 10) + 5
+    losses = []
+    for _ in range(8):
+        losses.append(model(input_ids=ids, labels=ids, use_cache=False, **options).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [loss.item() for loss in losses]
+
+
+@pytest.mark.parametrize("way", OTHERS, indirect=True)
+def test_the_loss_curve_is_that_of_sdpa(way):
+    expected = losses_of_training("sdpa")
+    assert losses_of_training(MEASURED) == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < expected[0] / 2
+
+
 @pytest.mark.parametrize("way", OTHERS, indirect=True)
 def test_decoding_with_a_cache_gives_the_tokens_of_sdpa(way):
     ids, mask = torch.arange(20).view(2, 10) + 5, masks()["left"]["attention_mask"]
