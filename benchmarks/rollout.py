@@ -22,6 +22,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", choices=("6m", "89m", "opt-350m", "opt-1.3b"), default="6m", help="OPT's layout by size.")
+    add("--model-folder", type=Path, help="A model's folder instead.")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="Where to generate (default cpu).")
+    add("--batch", type=int, default=32, help="Answers at once (default 32).")
+    add("--prompt", type=int, default=128, help="Longest prompt in tokens (default 128).")
+    add("--answer", type=int, default=128, help="Tokens of each answer (default 128).")
+    add("--rounds", type=int, default=3, help="Measurements of each way, in turns (default 3).")
+    add("--only", nargs="+", help="These ways alone, by their names in the table.")
+    add(
+        "--processor-time",
+        action="store_true",
+        help="Of the process, not the clock; for one thread on a CPU.",
+    )
+    add("--json", action="store_true", help="Print one JSON object.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse()  # before torch is imported, so that --help and a mistyped flag answer at once
+
 import torch
 from hand_written_decode import HandWrittenDecode
 from random_models import random_model, word_tokenizer
@@ -85,29 +112,6 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     print(json.dumps(found) if args.json else table(found))
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--model", choices=("6m", "89m", "opt-350m", "opt-1.3b"), default="6m", help="OPT's layout by size.")
-    add("--model-folder", type=Path, help="A model's folder instead.")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="Where to generate (default cpu).")
-    add("--batch", type=int, default=32, help="Answers at once (default 32).")
-    add("--prompt", type=int, default=128, help="Longest prompt in tokens (default 128).")
-    add("--answer", type=int, default=128, help="Tokens of each answer (default 128).")
-    add("--rounds", type=int, default=3, help="Measurements of each way, in turns (default 3).")
-    add("--only", nargs="+", help="These ways alone, by their names in the table.")
-    add(
-        "--processor-time",
-        action="store_true",
-        help="Of the process, not the clock; for one thread on a CPU.",
-    )
-    add("--json", action="store_true", help="Print one JSON object.")
-    return parser.parse_args()
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:

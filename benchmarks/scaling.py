@@ -23,14 +23,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import psutil
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="Markdown file to write beside what is printed.")
+    parser.add_argument("--share", type=int, default=1, help="Divide the sizes by this, for a short run.")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # before torch is imported, so that --help and a mistyped flag answer at once
+
+import psutil
+import torch
 import versus_report
+from torch import Tensor
 
 from dschat.arguments import PpoArguments
 from dschat.distributed.mesh import mesh
@@ -334,13 +348,7 @@ def report(share: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="Markdown file to write beside what is printed.")
-    parser.add_argument("--share", type=int, default=1, help="Divide the sizes by this, for a short run.")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
     if args.measure:
         as_worker(args.measure)
         return

@@ -17,7 +17,7 @@ from dschat.program import readable_errors
 
 FOLDERS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 HAS_FLAGS = re.compile(r"run_step\(|parse_arguments\(|ArgumentParser\(|ReadableParser\(|--hostfile")
-OF_OTHER_ENVIRONMENTS = ("learning_trl.py",)
+OF_OTHER_ENVIRONMENTS = ("learning_trl.py", "versus_trl.py")
 """Programs for a Python that has a peer of this project, which they import first."""
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "pandas")
 
