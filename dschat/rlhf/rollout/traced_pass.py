@@ -1,12 +1,12 @@
 """The forward pass of one token per row as TorchScript: the same operations, without Python between them.
 
-Of a small model Python takes most of such a pass (docs/performance.md). Parameters are part of the record by
-reference, so it computes with whatever weights they have; sizes of batches and widths are read anew.
+Of a small model Python takes most of such a pass (docs/performance.md). Parameters are inputs of the record:
+it would keep what it computes of constants, such as Gemma's 1 + weight, and go on with weights of the past.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,33 +30,45 @@ class TracedPass:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._parameters = list(model.parameters())
         self._recorded: Callable[..., Tensor] | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
         """The logits that follow one token per row: [B, 1], mask [B, 1, 1, W], [B, 1] -> [B, V]."""
-        inputs = (ids, mask, positions, cache.column, *cache.states)
+        inputs = (ids, mask, positions, cache.column, *cache.states, *self._parameters)
         if self._recorded is None:
-            with _without_gradients(self._model), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes that become numbers; the trial sees what matters
                 self._recorded = torch.jit.trace(self._pass, inputs, check_trace=False)
         return self._recorded(*inputs)
 
-    def _pass(self, ids: Tensor, mask: Tensor, positions: Tensor, column: Tensor, *states: Tensor) -> Tensor:
-        cache = DecodeCache.of_states(column, states, width=mask.shape[-1])
-        output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return output.logits[:, -1]
+    def _pass(self, ids: Tensor, mask: Tensor, positions: Tensor, column: Tensor, *others: Tensor) -> Tensor:
+        num_states = len(others) - len(self._parameters)
+        cache = DecodeCache.of_states(column, others[:num_states], width=mask.shape[-1])
+        options = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        with self._replaced(others[num_states:]):
+            return self._model(**options).logits[:, -1]
 
-
-@contextlib.contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """A record takes tensors that want no gradient only."""
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
+    @contextlib.contextmanager
+    def _replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Tensors in the place of the parameters; torch's functional_call is not to be had in a record."""
+        number = {id(parameter): n for n, parameter in enumerate(self._parameters)}
+        places = [
+            (module, name, parameter)
+            for module in self._model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        for module, name, parameter in places:
+            module._parameters[name] = tensors[number[id(parameter)]]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, name, parameter in places:
+                module._parameters[name] = parameter

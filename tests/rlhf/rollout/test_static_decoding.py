@@ -1,9 +1,11 @@
 import pytest
 import torch
 from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
-from tiny import FAMILIES, save_tiny_model
+from tiny import FAMILIES, save_tiny_model, with_moved_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dschat.arguments import ModelArguments
+from dschat.models.lora import add_lora
 from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.decode_modes import MODES
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
@@ -112,6 +114,26 @@ def test_generate_answers_for_architectures_that_agree_in_no_mode(llama, monkeyp
     handle.remove()
     assert len(shapes) == 2
     assert "static decoding does not agree with this architecture" in capsys.readouterr().out
+
+
+def test_a_recorded_pass_has_the_adapters_of_the_day(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_lora(model, ModelArguments(model_name_or_path=str(folder), lora_dim=4))
+    plain = HuggingFaceGenerate(PlainEngine(model), AutoTokenizer.from_pretrained(folder))
+    ours = StaticDecoding(plain, longest=80)
+    prompts = prompt_batch(AutoTokenizer.from_pretrained(folder), TEXTS)
+    sampling, answered = Sampling(max_answer_length=12, seed=3, with_logprobs=True), []
+    for _ in range(2):
+        with ours.session():
+            assert ours.mode == "traced"
+            found, expected = ours.generate(prompts, sampling), plain.generate(prompts, sampling)
+        assert answers(found) == answers(expected)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=2e-5, rtol=1e-5)
+        answered.append(found.logprobs)
+        with_moved_adapters(model)
+    assert not torch.equal(*answered)
+    assert any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_batches_have_few_sizes():

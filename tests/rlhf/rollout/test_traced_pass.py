@@ -8,10 +8,10 @@ from dschat.rlhf.rollout.decode_modes import MODES, Decoding
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def model(request):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config("llama", 100)).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(request.param, 100)).eval()
 
 
 def decoded(model, traced: TracedPass, mode: str, num_rows: int, length: int) -> torch.Tensor:
@@ -36,9 +36,9 @@ def test_one_record_serves_all_sizes_to_the_last_bit(model):
 def test_a_record_computes_with_the_weights_of_the_day_and_leaves_their_gradients(model):
     traced = TracedPass(model)
     before = decoded(model, traced, "traced", 2, 5)
-    weight = model.model.layers[0].mlp.up_proj.weight
+    weight = model.model.layers[0].input_layernorm.weight  # of which Gemma computes 1 + weight
     assert weight.requires_grad
-    for change in (lambda: weight.add_(0.1), lambda: setattr(weight, "data", weight.data + 0.1)):
+    for change in (lambda: weight.add_(0.5), lambda: setattr(weight, "data", weight.data + 0.5)):
         with torch.no_grad():
             change()
         after = decoded(model, traced, "traced", 2, 5)
