@@ -2,12 +2,14 @@
 
 import ast
 import math
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import FAMILIES, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dschat.data.collate import collate_text
@@ -218,3 +220,32 @@ def test_values_and_scores_are_the_same_in_every_layout_of_the_rows(layout):
     torch.testing.assert_close(scores_of(model, placed), scores_of(model, plain), atol=1e-6, rtol=0)
     values, expected = (values_of(model, batch)[plain.label_mask] for batch in (placed, plain))
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
+
+
+class HostReads(TorchDispatchMode):
+    """Keeps where the value of a tensor is asked for, which on a GPU waits for all that was started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacks = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.stacks.append("".join(traceback.format_stack()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_pass_waits_for_the_device_only_where_transformers_makes_the_mask_of_padded_rows(family):
+    model = AutoModelForCausalLM.from_config(tiny_config(family, 80))
+    ids, mask = torch.randint(2, 80, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    masks = ({}, {"attention_mask": mask, "position_ids": positions})
+    for options in masks:
+        batch = TokenBatch.of(ids, torch.ones(2, 6).bool(), **options)
+        with HostReads() as reads:
+            logprobs, entropy = predictions_of(model, batch)
+            (logprobs.sum() + entropy.sum()).backward()
+        assert all("masking_utils.py" in stack for stack in reads.stacks)
+        assert len(reads.stacks) <= 2
