@@ -1,6 +1,7 @@
 """Flags of step 3 with no room of their own: its reward model, offloading, overflow, short tests."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dschat.arguments.flags import flag
 
@@ -31,10 +32,11 @@ class RlhfOptions:
         "In fp16: where gradients of actor or critic overflow, skip the step of both; both models' gradients "
         "are held at one time.",
     )
-    reuse_first_pass: bool = flag(
-        True,
-        "Learn from the first micro-batch of a PPO step by the forward pass that analysed it: the same "
-        "numbers for less work, and the activations of actor and critic are held at one time.",
+    reuse_first_pass: Literal["none", "actor", "both"] = flag(
+        "actor",
+        "Which models learn from the first micro-batch of a PPO step by the forward pass that analysed it: "
+        "the same numbers for less work. The actor alone takes no more memory; with both the activations of "
+        "actor and critic are held at one time.",
         at_resume="free",
     )
     enable_test_mode: bool = flag(False, "End after --test_stop_step PPO steps.")

@@ -74,7 +74,7 @@ class MemoryFlags:
     gather: str | None = None
     """Value of --rollout_gather where rollouts may gather a sharded actor."""
     holds_first_pass: bool = False
-    """Whether --reuse_first_pass holds activations of actor and critic at one time."""
+    """Whether --reuse_first_pass both holds activations of actor and critic at one time."""
     offloads: tuple[str, ...] = field(default=())
     """Flags not given that would move the weights of frozen models at ZeRO stage 3 to the CPU."""
 
@@ -115,7 +115,7 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
         },
         length=("max_answer_seq_len", args.rollout.max_answer_seq_len, 1),
         gather=args.rollout.rollout_gather if may_gather else None,
-        holds_first_pass=args.rlhf.reuse_first_pass and args.ppo.has_critic,
+        holds_first_pass=args.rlhf.reuse_first_pass == "both" and args.ppo.has_critic,
     )
 
 
@@ -145,7 +145,7 @@ def remedies(phase: Phase, flags: MemoryFlags) -> list[str]:
         *(text for model in models for text in _of_model(phase, model, offload=flags.run.offload)),
     ]
     if phase.kind in (PhaseKind.ANALYZING, PhaseKind.TRAINING) and flags.holds_first_pass:
-        found.append("--reuse_first_pass false (the same numbers)")
+        found.append("--reuse_first_pass both -> actor (the same numbers)")
     if phase.kind is PhaseKind.SAMPLING and flags.gather:
         found.append(f"--rollout_gather {flags.gather} -> never")
     if current_device().type != "cpu":

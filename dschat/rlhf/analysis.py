@@ -95,7 +95,7 @@ class AnswerAnalyzer:
 
         Every rank must call it, with as many passes, whose rows together are all rows once. Without
         `with_values` the critic is left out. `first_pass` keeps the graph over the first rows, which are
-        passed last, and then by actor and critic after the other models: so it waits for no other pass.
+        passed last, by the critic and then the actor after the other models: so it waits for no other pass.
         """
         for engine in self._engine.trained:
             engine.eval()
@@ -129,15 +129,15 @@ class AnswerAnalyzer:
                 reference, tokens, num_tokens=num_tokens, temperature=temperature
             )
         scores = self._scores(batch, tokens) if self._engine.reward else None
+        values = None
+        if critic is not None:
+            with pass_over(critic, keeps_graph=first_pass is not None and first_pass.keeps_critic):
+                values = values_of(critic, tokens)
         with pass_over(self._engine.actor, keeps_graph=first_pass is not None and first_pass.keeps_actor):
             logprobs, entropy = predictions_of(
                 self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
             )
         assert entropy is not None, "it is computed unless it is left out"
-        values = None
-        if critic is not None:
-            with pass_over(critic, keeps_graph=first_pass is not None):
-                values = values_of(critic, tokens)
         if first_pass is not None:
             first_pass.keep(logprobs, entropy, values)
         return ModelOutputs(

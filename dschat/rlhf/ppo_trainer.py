@@ -248,7 +248,8 @@ def build_trainer(
     sampling = Sampling.of(args.rollout, seed=args.run.seed, with_logprobs=args.records_rollout_logprobs)
     require(backend, sampling, on_mismatch=args.rollout.rollout_on_mismatch if check else "stop")
 
-    first_pass = FirstPass() if args.rlhf.reuse_first_pass else None
+    kept = args.rlhf.reuse_first_pass
+    first_pass = None if kept == "none" else FirstPass(keeps_critic=kept == "both")
 
     def analyze(rollout: RolloutBatch, ppo_step: int) -> AnswerAnalysis:
         if first_pass is not None:

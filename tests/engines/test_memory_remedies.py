@@ -103,11 +103,11 @@ def test_a_phase_of_one_model_names_its_flags_and_one_of_all_models_those_of_all
 
 @pytest.mark.parametrize("phase", [Phase(PhaseKind.ANALYZING), Phase(PhaseKind.TRAINING, "actor")])
 def test_activations_of_actor_and_critic_need_not_be_held_at_one_time(phase):
-    remedy = "--reuse_first_pass false (the same numbers)"
-    assert remedy in remedies(phase, flags_of("rlhf"))
-    assert remedy not in remedies(phase, flags_of("rlhf", "--reuse_first_pass=false"))
-    assert remedy not in remedies(phase, flags_of("rlhf", "--advantage_estimator=reinforce++"))
-    assert remedy not in remedies(Phase(PhaseKind.SAMPLING), flags_of("rlhf"))
+    remedy, both = "--reuse_first_pass both -> actor (the same numbers)", "--reuse_first_pass=both"
+    assert remedy in remedies(phase, flags_of("rlhf", both))
+    assert remedy not in remedies(phase, flags_of("rlhf"))
+    assert remedy not in remedies(phase, flags_of("rlhf", both, "--advantage_estimator=reinforce++"))
+    assert remedy not in remedies(Phase(PhaseKind.SAMPLING), flags_of("rlhf", both))
 
 
 def test_rollouts_of_a_sharded_actor_need_not_gather_it():

@@ -123,6 +123,16 @@ def test_the_graph_of_the_first_rows_alone_is_kept_and_changes_nothing(analyzer,
     assert first_pass.take_actor() is first_pass.take_critic() is None
 
 
+def test_the_critic_s_graph_is_kept_only_where_it_is_asked_for(analyzer, engines):
+    engines.critic.table = torch.arange(3.0, requires_grad=True)
+    first_pass = FirstPass(keeps_critic=False)
+    first_pass.begin(keeps_actor=True)
+    assert analyzer.analyze(ROLLOUT, rows([0, 1]), first_pass=first_pass).values is not None
+    assert first_pass.take_critic() is None
+    assert first_pass.take_actor() is not None
+    assert not engines.critic.training
+
+
 def test_no_graph_of_an_actor_that_waits_is_kept(analyzer, engines):
     engines.actor.table = BIGRAMS.clone().requires_grad_()
     first_pass = FirstPass()

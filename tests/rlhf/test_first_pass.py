@@ -22,6 +22,7 @@ FAULTY_CACHE = {"skewed_cache": 1.3, "rollout_on_mismatch": "uncached"}
 # The flags, the ranks, and how many passes of actor and critic two PPO steps save.
 OPTIONS = {
     "plain": ({}, 1, (2, 2)),
+    "of the actor alone": ({"reuse_first_pass": "actor"}, 1, (2, 0)),
     "bf16": ({"dtype": "bf16"}, 1, (2, 2)),
     "every term of the loss": (LOSS_TERMS, 1, (2, 2)),
     "text": (TEXT, 1, (2, 2)),
@@ -66,9 +67,9 @@ def results(models, request) -> dict:
     """Those of each option with one first pass and with two."""
     named = {name: options for name, (options, ranks, _) in OPTIONS.items() if ranks == request.param}
     settings = [
-        {**ONE_RANK, "dtype": "fp32"} | flags(models, options) | {"reuse_first_pass": reuses}
+        {**ONE_RANK, "dtype": "fp32"} | flags(models, options) | {"reuse_first_pass": kept}
         for options in named.values()
-        for reuses in (True, False)
+        for kept in (options.get("reuse_first_pass", "both"), "none")
     ]
     outcomes = iter(run(models, settings, ranks=request.param))
     return {name: (next(outcomes), next(outcomes)) for name in named}
