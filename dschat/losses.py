@@ -190,8 +190,8 @@ def advantages_and_returns(
     before any whitening; both are 0 where the mask is.
     """
     mask = mask.float()
-    is_followed = F.pad(mask[:, 1:], (0, 1))
-    deltas = rewards + gamma * (F.pad(values[:, 1:], (0, 1)) * is_followed) - values
+    is_followed, next_values = F.pad(mask, (-1, 1)), F.pad(values, (-1, 1))  # each column's next, 0 at last
+    deltas = rewards + gamma * (next_values * is_followed) - values
     factors = gamma * gae_lambda * is_followed
     # Only what depends on the token after it is computed token by token, in rows that lie together.
     advantage, advantages = torch.zeros_like(deltas[:, 0]), []
