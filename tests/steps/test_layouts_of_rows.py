@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
 def lines(run: Path) -> list[dict]:
     """The metrics of a run without those that measure the machine."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("seconds", "tokens_per_second", "peak_memory")
+    measured = ("seconds", "tokens_per_second", "flops_per_second", "samples_per_second", "peak_")
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
 
 
