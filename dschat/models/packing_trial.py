@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
+from torch import Tensor
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from dschat.arguments import WidthArguments
 from dschat.console import messages
@@ -40,7 +40,7 @@ In bf16 rounding made up to 0.002 and 0.0009 of it, and what leaked 1 and at lea
 class PackingTrial:
     """Layers of a model, one of each kind, for short trials."""
 
-    model: nn.Module
+    model: PreTrainedModel
     device: torch.device
 
     @staticmethod
