@@ -41,11 +41,11 @@ class HuggingFaceGenerate:
         self.engine = actor
         self.end_ids = end_token_ids(tokenizer, actor.module)
         self.num_tokens, self.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        self._shards_weights = any(is_sharded(p) for p in actor.module.parameters())
+        self.shards_weights = any(is_sharded(p) for p in actor.module.parameters())
         if len(self.end_ids) > 1:
             messages.info(f"answers end at any of {names(tokenizer, self.end_ids)}")
-        self._gathers = self._shards_weights and self._decide_to_gather(gather)
-        self.keeps_in_step = self._shards_weights and not self._gathers
+        self._gathers = self.shards_weights and self._decide_to_gather(gather)
+        self.keeps_in_step = self.shards_weights and not self._gathers
         # Settings a checkpoint ships for chatting (penalties, forbidden tokens) would sample from another
         # distribution than the one PPO scores, so only these apply.
         self._generation_config = GenerationConfig(

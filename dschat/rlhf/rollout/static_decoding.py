@@ -54,7 +54,7 @@ class StaticDecoding:
                 self._plain.engine.module,
                 num_tokens=self._plain.num_tokens,
                 longest=self._longest,
-                with_python_hooks=self._plain.keeps_in_step,
+                with_python_hooks=self._plain.shards_weights,
             )
             if not self._agreeing:
                 messages.note(
