@@ -31,8 +31,7 @@ def main(args: SftArguments, context: RunContext) -> None:
     """From flags to a fine-tuned model."""
     run = SupervisedRun.open(args, context, head="language_model")
     loaders = run.build_loaders(load_data(args, run.tokenizer), collate_sft)
-    checkpoints = run.begin(loaders)
-    loaders = run.lay_out(loaders, checkpoints)
+    checkpoints, loaders = run.begin(loaders)
     engine = run.build_language_model(loaders)
     objective = Objective("SFT", loss_and_metrics, evaluate, print_loss=args.sft.print_loss)
     run.train(engine, loaders, checkpoints, objective)

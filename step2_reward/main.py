@@ -38,8 +38,7 @@ def main(args: RewardArguments, context: RunContext) -> None:
     run.base.check_template(run.tokenizer)
     data = reward_data(args.data, run.tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = run.build_loaders(data, collate_pairs)
-    checkpoints = run.begin(loaders)
-    loaders = run.lay_out(loaders, checkpoints)
+    checkpoints, loaders = run.begin(loaders)
     engine = run.build_engine(create_critic_model, loaders)  # the backbone with a fresh head
     objective = Objective(
         "reward",

@@ -75,10 +75,11 @@ class SupervisedRun:
         check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
         return loaders
 
-    def begin(self, loaders: Loaders) -> Checkpoints:
+    def begin(self, loaders: Loaders) -> tuple[Checkpoints, Loaders]:
         """Join the process group, choose the checkpoint to go on from, and time ways to compute.
 
-        The first two are as in `RunContext.begin`.
+        The first two are as in `RunContext.begin`. The loaders come back with the layout of rows that
+        --packing and --pad_to_multiple_of ask for, or the faster one.
         """
         checkpoints, settings = self.context.begin(loaders.data.key, [self.base]), self.settings
         choose_attention(
@@ -88,10 +89,9 @@ class SupervisedRun:
             choices=checkpoints.choices,
         )
         choose_products(settings.run.dtype, checkpoints.choices)
-        return checkpoints
+        return checkpoints, self._lay_out(loaders, checkpoints)
 
-    def lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:
-        """The batches in rows as --packing and --pad_to_multiple_of ask, or in the faster ones."""
+    def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:
         path, model = self.base.path, self.settings.model
         config = read_config(path, model.dropout)
         set_attention(config, model.attn_implementation)
