@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from tiny import save_tiny_model
 
@@ -60,11 +61,18 @@ def collate(rows, num_rows: int, denominator: float, *, pad_id: int) -> int:
     return pad_id
 
 
+def collate_rows(rows, num_rows: int, denominator: float, *, pad_id: int) -> SimpleNamespace:
+    """A batch of which no more is known than the lengths of its rows."""
+    mask = (torch.arange(9) < torch.from_numpy(rows["length"].to_numpy())[:, None]).long()
+    return SimpleNamespace(tokens=SimpleNamespace(attention_mask=mask))
+
+
 def test_batches_are_padded_by_the_tokenizer_and_the_run_begins_with_their_data(base):
     run = opened(base)
     loaders = run.build_loaders(pairs(3, 4, 5), collate)
     assert list(loaders.train) == [run.tokenizer.pad_token_id] * 2
-    assert run.begin(loaders).name == "checkpoints"
+    checkpoints, _ = run.begin(run.build_loaders(pairs(3, 4, 5), collate_rows))
+    assert checkpoints.name == "checkpoints"
     assert run.context.begun == [("the data", [base])]
 
 

@@ -1,0 +1,43 @@
+"""The rows that the models of step 3 read together."""
+
+import pytest
+from datasets import Dataset
+from tiny import save_tiny_model
+
+from dschat.arguments import parse_arguments
+from dschat.data.packing import RowLayout
+from dschat.rlhf.layout import choose_ways_and_layout
+from dschat.rlhf.roles import engine_specs
+from dschat.runs.measured_choices import MeasuredChoices
+
+PROMPTS = Dataset.from_dict({"length": [5, 9, 7]})
+
+
+def layout_of(tmp_path, actor: str, reward: str, *flags: str) -> RowLayout:
+    """The layout for an actor and a critic of these families, of which only the configurations are read."""
+    paths = [save_tiny_model(tmp_path / "actor", actor), save_tiny_model(tmp_path / "reward", reward)]
+    models = (f"--actor_model_name_or_path={paths[0]}", f"--critic_model_name_or_path={paths[1]}")
+    args = parse_arguments("rlhf", [*models, "--max_answer_seq_len=8", "--dtype=fp32", *flags])
+    choices = MeasuredChoices(folder=tmp_path / "choices")
+    return choose_ways_and_layout(args, engine_specs(args), PROMPTS, choices, longest=17)
+
+
+def test_rows_are_padded_to_the_multiple_that_is_asked_for(tmp_path):
+    layout = layout_of(tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8")
+    assert layout == RowLayout(multiple_of=8)
+
+
+def test_the_fewest_learned_positions_of_all_models_bound_the_width(tmp_path):
+    layout = layout_of(tmp_path, "llama", "opt", "--packing=off", "--pad_to_multiple_of=8")
+    assert layout.limit is not None
+    assert layout.width_of(layout.limit - 1) == layout.limit
+
+
+def test_rows_are_packed_where_every_model_tells_sequences_apart(tmp_path):
+    assert layout_of(tmp_path, "llama", "opt", "--packing=on").separated_by == "mask"
+
+
+@pytest.mark.parametrize(("actor", "reward"), [("bloom", "llama"), ("llama", "bloom")])
+def test_one_model_that_cannot_be_packed_has_all_padded_and_the_run_says_so(tmp_path, capsys, actor, reward):
+    assert layout_of(tmp_path, actor, reward, "--packing=on").separated_by is None
+    assert "pack" in capsys.readouterr().out
