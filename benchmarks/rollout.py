@@ -58,6 +58,7 @@ from versus_marks import median
 
 from dschat.data.collate import PromptBatch
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
+from dschat.rlhf.rollout.continuous import ContinuousBatching
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.static_decoding import StaticDecoding
 
@@ -137,7 +138,7 @@ def random_prompts(batch: int, longest: int, num_tokens: int) -> PromptBatch:
 
 
 def back_ends(engine: PlainEngine, tokenizer: Any, longest: int) -> dict[str, Callable[[], RolloutBackend]]:
-    """Those of this project as --rollout_backend auto compares them, for rows of up to `longest` tokens."""
+    """Those of this project, for rows of up to `longest` tokens."""
     plain = HuggingFaceGenerate(engine, tokenizer)  # type: ignore[arg-type]
 
     def static(mode: str) -> RolloutBackend:
@@ -149,7 +150,8 @@ def back_ends(engine: PlainEngine, tokenizer: Any, longest: int) -> dict[str, Ca
     trial = StaticDecoding(plain, longest=longest)
     with trial.session():
         modes = trial.modes()
-    return {"hf": lambda: plain, **{f"static, {mode}": functools.partial(static, mode) for mode in modes}}
+    statics = {f"static, {mode}": functools.partial(static, mode) for mode in modes}
+    return {"hf": lambda: plain, "continuous": lambda: ContinuousBatching(plain), **statics}
 
 
 def all_ways(
@@ -223,7 +225,7 @@ def decode_times(
 
 
 def chosen(times: dict[str, list[float]]) -> str:
-    """Our fastest back end, which --rollout_backend auto takes."""
+    """Our fastest back end, which --rollout_backend auto takes; continuous only with FlashAttention."""
     own = {name: median(values) for name, values in times.items() if name not in (GENERATE, HAND_WRITTEN)}
     return min(own, key=own.__getitem__) if own else ""
 

@@ -25,10 +25,11 @@ class RolloutArguments:
     temperature: float = flag(1.0, "Sampling temperature; the log-probabilities of PPO use it too.")
     top_p: float = flag(1.0, "Sample from the smallest set of tokens with this probability; 1 is off.")
     top_k: int = flag(0, "Sample from this many likeliest tokens; 0 is off.")
-    rollout_backend: Literal["auto", "static", "hf"] = flag(
+    rollout_backend: Literal["auto", "static", "continuous", "hf"] = flag(
         "auto",
-        "What generates answers: static, a decoding loop of our own; hf, transformers' generate(); auto, the "
-        "one that a timing at the start finds faster. They give the same answers but for rounding.",
+        "What generates answers: static, a decoding loop of our own; continuous, transformers' continuous "
+        "batching; hf, transformers' generate(); auto, the one of them that a timing at the start finds "
+        "fastest, continuous only with FlashAttention. They give the same answers but for rounding.",
     )
     rollout_gather: Literal["auto", "always", "never"] = flag(
         "auto",

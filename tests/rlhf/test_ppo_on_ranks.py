@@ -65,6 +65,7 @@ def one_rank(models) -> dict:
         "actor_gradient_checkpointing": True,
         "critic_gradient_checkpointing": True,
     }
+    settings["from continuous batching"] = {"dtype": "fp32", "rollout_backend": "continuous"}
     results = run(models, [{**ONE_RANK, **s} for s in settings.values()], ranks=1)
     return dict(zip(settings, results, strict=True))
 
@@ -83,7 +84,11 @@ def test_before_the_first_update_ratio_is_one_and_kl_zero(one_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["in two generation batches", "in micro-batches of one", "with gradient checkpointing"]
+    "name",
+    [
+        *("in two generation batches", "in micro-batches of one", "with gradient checkpointing"),
+        "from continuous batching",
+    ],
 )
 def test_numbers_do_not_change(name, one_rank):
     assert_same(one_rank[name], one_rank["fp32"], tolerance=1e-4)
@@ -98,8 +103,9 @@ def two_ranks(models) -> dict:
     ]
     layered = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "rollout_gather": "never"}
     offloaded = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 2, "critic_zero_stage": 3, "offload": True}
-    results = run(models, [*settings, layered, offloaded], ranks=2)
-    return dict(zip([*keys, "layered", "offloaded"], results, strict=True))
+    paged = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "rollout_backend": "continuous"}
+    results = run(models, [*settings, layered, offloaded, paged], ranks=2)
+    return dict(zip([*keys, "layered", "offloaded", "paged"], results, strict=True))
 
 
 @pytest.mark.slow
@@ -119,8 +125,8 @@ def test_bf16_agrees_within_its_rounding(actor, critic, one_rank, two_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layered", "offloaded"])
-def test_gathering_layer_by_layer_and_offloading_change_nothing(name, one_rank, two_ranks):
+@pytest.mark.parametrize("name", ["layered", "offloaded", "paged"])
+def test_neither_gathering_by_layer_nor_offloading_nor_pages_change_anything(name, one_rank, two_ranks):
     assert_same(two_ranks[name], one_rank["fp32"], tolerance=1e-4)
 
 

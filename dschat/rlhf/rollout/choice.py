@@ -10,7 +10,9 @@ from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
 from dschat.distributed.deepspeed_private import whole_size
 from dschat.engines.step import DeepSpeedEngine
+from dschat.errors import UserError
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
+from dschat.rlhf.rollout.continuous import ContinuousBatching
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.static_decoding import StaticDecoding
 from dschat.runs.measured_choices import MeasuredChoices
@@ -32,11 +34,16 @@ def build_backend(
 ) -> RolloutBackend:
     """The back end for an actor whose prompts with answers have no more than `longest` tokens.
 
-    Every rank must call it. `auto` and `static` time a few tokens in each way that there is.
+    Every rank must call it. `auto` and `static` time a few tokens in each way that there is. Raises
+    `UserError` where continuous batching is named and does not suit the model.
     """
     plain = HuggingFaceGenerate(engine, tokenizer, gather=args.rollout_gather)
     if args.rollout_backend == "hf":
         return plain
+    continuous = ContinuousBatching(plain)
+    if args.rollout_backend == "continuous":
+        continuous.check(longest=longest)
+        return continuous
     static = StaticDecoding(plain, longest=longest)
     prompts = _trial_prompts(plain, args)
 
@@ -56,11 +63,30 @@ def build_backend(
     ways = {f"static, {mode}": trial(static, mode) for mode in modes}
     if args.rollout_backend == "auto" or not ways:
         ways["hf"] = trial(plain)
+    if args.rollout_backend == "auto" and _may_be_fastest(continuous, longest):
+        ways["continuous"] = trial(continuous)
     way = choices.choose(CHOICE, ways, key=_work(engine, len(prompts.keys)), rounds=2)
     if way == "hf":
         return plain
+    if way == "continuous":
+        return continuous
     static.mode = way.removeprefix("static, ")
     return static
+
+
+def _may_be_fastest(continuous: ContinuousBatching, longest: int) -> bool:
+    """Whether continuous batching is worth a timing, and suits the model.
+
+    It is made for FlashAttention, which reads each row's own pages. With SDPA every token of a pass meets the
+    keys of all rows, under a mask; on a CPU static decoding was faster (docs/performance.md).
+    """
+    if not continuous.has_flash_attention:
+        return False
+    try:
+        continuous.check(longest=longest)
+    except UserError:
+        return False
+    return True
 
 
 def _trial_prompts(plain: HuggingFaceGenerate, args: RolloutArguments) -> PromptBatch:

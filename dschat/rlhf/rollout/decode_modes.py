@@ -90,7 +90,7 @@ class Decoding:
         cache, mode = self._cache, self._mode
         self._mask.index_fill_(-1, cache.column, mode.shown)
         mask = self._mask[..., : cache.width]
-        with _attention(self._model.config, mode.attention):
+        with attention_named(self._model.config, mode.attention):
             if mode.is_traced:
                 self.logits = self._traced(tokens[:, None], mask, self._positions, cache)
             else:
@@ -116,7 +116,7 @@ class Decoding:
 
 
 @contextlib.contextmanager
-def _attention(config: Any, name: str | None) -> Iterator[None]:
+def attention_named(config: Any, name: str | None) -> Iterator[None]:
     """That attention function inside the block, where one is named."""
     if name is None:
         yield

@@ -5,12 +5,16 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dschat.arguments import RolloutArguments
+from dschat.errors import UserError
 from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.choice import CHOICE, build_backend
+from dschat.rlhf.rollout.continuous import ContinuousBatching
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.static_decoding import StaticDecoding
 from dschat.runs import measured_choices
 from dschat.runs.measured_choices import MeasuredChoices
+
+NAMES = ("static", "continuous", "hf")
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +63,40 @@ def test_a_back_end_that_is_named_is_taken(actor, monkeypatch, tmp_path):
     choices = MeasuredChoices(folder=tmp_path)
     assert isinstance(chosen(actor, choices, "static"), StaticDecoding)
     assert choices.made == {CHOICE: "static, traced"}
+    assert isinstance(chosen(actor, MeasuredChoices(measures=False), "continuous"), ContinuousBatching)
+
+
+def test_auto_times_continuous_batching_with_flash_attention_alone(actor, monkeypatch, tmp_path):
+    timed = []
+
+    def times(ways, *_):
+        timed.append([*ways])
+        for way in ways.values():
+            way()
+        return {way: 1.0 if way == "continuous" else 2.0 for way in ways}
+
+    monkeypatch.setattr(measured_choices, "_times", times)
+    chosen(actor, MeasuredChoices(folder=tmp_path / "sdpa"))
+    monkeypatch.setattr(ContinuousBatching, "has_flash_attention", True)
+    assert isinstance(chosen(actor, MeasuredChoices(folder=tmp_path / "flash")), ContinuousBatching)
+    monkeypatch.setattr(ContinuousBatching, "_agrees", lambda self: False)
+    chosen(actor, MeasuredChoices(folder=tmp_path / "refused"))
+    assert ["continuous" in ways for ways in timed] == [False, True, False]
+
+
+def test_what_continuous_batching_cannot_do_ends_the_run_where_it_is_named(actor, monkeypatch):
+    monkeypatch.setattr(ContinuousBatching, "_agrees", lambda self: False)
+    with pytest.raises(UserError, match=r"--rollout_backend continuous: .* use --rollout_backend auto"):
+        chosen(actor, MeasuredChoices(measures=False), "continuous")
 
 
 def test_every_back_end_gives_the_same_answers(actor):
     _, tokenizer = actor
     found = []
-    for backend in (chosen(actor, MeasuredChoices(measures=False), name) for name in ("static", "hf")):
+    for backend in (chosen(actor, MeasuredChoices(measures=False), name) for name in NAMES):
         with backend.session():
             sampling = Sampling(max_answer_length=20, seed=1, with_logprobs=True)
             found.append(backend.generate(prompt_batch(tokenizer, TEXTS), sampling))
-    one, two = found
-    assert answers(one) == answers(two)
-    torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=1e-5)
+    for other in found[1:]:
+        assert answers(other) == answers(found[0])
+        torch.testing.assert_close(other.logprobs, found[0].logprobs, atol=1e-5, rtol=1e-5)
