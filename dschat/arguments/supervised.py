@@ -16,6 +16,12 @@ class BatchArguments:
     per_device_eval_batch_size: int = flag(
         16, "Rows (step 2: pairs) a rank evaluates at once.", at_resume="free"
     )
+    max_tokens_per_batch: int = flag(
+        0,
+        "Most tokens, padding included, that a rank trains on at once. The rows of an optimiser step stay "
+        "--per_device_train_batch_size times --gradient_accumulation_steps a rank, and are divided by this "
+        "number instead: many short rows or few long ones at once. 0: by --per_device_train_batch_size.",
+    )
     max_seq_len: int = flag(512, "Longest prompt and answer together, in tokens.")
     eval_interval: int = flag(
         0, "Optimiser steps between evaluations; 0 evaluates at the ends of epochs only.", at_resume="free"
@@ -32,7 +38,7 @@ class BatchArguments:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
-        require_at_least(0, self, "eval_interval", "eval_iters")
+        require_at_least(0, self, "eval_interval", "eval_iters", "max_tokens_per_batch")
         require(self.max_seq_len >= 4, f"--max_seq_len must be at least 4 tokens, got {self.max_seq_len}.")
 
 

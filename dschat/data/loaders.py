@@ -16,6 +16,7 @@ from datasets import Dataset
 from dschat.data.collate import PromptBatch, collate_prompts, collate_text
 from dschat.data.splits import number_among_equals
 from dschat.data.token_batch import TokenBatch
+from dschat.data.token_budget import TokenBudget
 from dschat.data.tokenization import column
 from dschat.errors import UserError
 
@@ -34,7 +35,7 @@ class OptimizerStep(Generic[MicroBatch]):
     """What one rank reads in one optimiser step."""
 
     micro_batches: list[MicroBatch]
-    """As many as gradients are accumulated over, on every rank."""
+    """As many on every rank."""
     denominator: float
     """What the step's loss is divided by: the tokens or the weights of all micro-batches of all ranks."""
 
@@ -53,6 +54,8 @@ class TrainLoader:
     lengths: np.ndarray
     weights: np.ndarray
     """What each row adds to its optimiser step's denominator."""
+    budget: TokenBudget | None = None
+    """What divides a rank's rows of a step into micro-batches, in place of `batch_size`."""
 
     @property
     def step_size(self) -> int:
@@ -69,8 +72,10 @@ class TrainLoader:
         return -(-len(self.dataset) // self.step_size)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch on this rank."""
-        return self.steps_per_epoch * self.accumulation_steps
+        """Micro-batches of the first epoch on this rank."""
+        if self.budget is None:
+            return self.steps_per_epoch * self.accumulation_steps
+        return sum(len(indices) for indices, _ in self._steps_of(0, 0))
 
     def steps_after(self, num_done: int) -> Iterator[OptimizerStep]:
         """The optimiser steps of a run that has taken so many; earlier ones are not read."""
@@ -90,15 +95,19 @@ class TrainLoader:
             for mine in indices:
                 yield mine, self._collated(mine, denominator)
 
-    def _steps_of(self, epoch: int, num_done: int) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+    def _steps_of(self, epoch: int, num_done: int) -> Iterator[tuple[list[np.ndarray], float]]:
         """The indices of this rank's micro-batches in each step of an epoch, and the step's denominator."""
         steps = step_indices(self.lengths, self.step_size, _generator(self.seed, epoch))
         deal = (self.batch_size, self.accumulation_steps, self.rank, self.world_size)
         for step in steps[num_done:]:
-            yield _dealt(step, *deal), float(self.weights[step].sum(dtype=np.float64))
+            indices = list(_dealt(step, *deal))
+            if self.budget is not None:
+                indices = self.budget.divided(step, self.world_size)[self.rank]
+            yield indices, float(self.weights[step].sum(dtype=np.float64))
 
     def _collated(self, indices: np.ndarray, denominator: float) -> Any:
-        return self.collate(self.dataset[indices], self.batch_size, denominator)
+        num_rows = self.batch_size if self.budget is None else max(1, len(indices))
+        return self.collate(self.dataset[indices], num_rows, denominator)
 
 
 @dataclass(frozen=True)
@@ -226,8 +235,11 @@ def build_train_loader(
     rank: int,
     world_size: int,
     seed: int,
+    max_tokens: int = 0,
 ) -> TrainLoader:
     """Batches of `batch_size` rows of similar length; each row once an epoch, fillers in the last step.
+
+    With `max_tokens` the same steps are divided into batches of at most so many tokens, padding included.
 
     A batch's denominator is the sum of the optimiser step's num_targets, or weights, or without these columns
     its rows.
@@ -244,6 +256,7 @@ def build_train_loader(
         seed=seed,
         lengths=lengths,
         weights=column(dataset, counted) if counted else np.ones(len(lengths)),
+        budget=TokenBudget.of(dataset, max_tokens) if max_tokens else None,
     )
 
 

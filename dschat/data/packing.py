@@ -62,6 +62,13 @@ class RowLayout:
             room[row] -= int(lengths[number])
         return rows
 
+    def num_places(self, lengths: np.ndarray) -> int:
+        """The tokens of all rows of sequences of such lengths, padding included."""
+        if self.separated_by is None:
+            return len(lengths) * self.width_of(int(lengths.max()))
+        rows = self.rows_of(lengths)
+        return len(rows) * self.width_of(max(int(lengths[members].sum()) for members in rows))
+
 
 PADDED = RowLayout()
 """A row for every sequence, as wide as the longest."""

@@ -27,6 +27,11 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def device_type() -> str:
+    """Torch's type of this machine's devices, "cpu" or "cuda"; unlike `current_device` it starts none."""
+    return str(get_accelerator().device_name())
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock read next to it is true."""
     get_accelerator().synchronize()

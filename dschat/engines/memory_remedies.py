@@ -69,6 +69,8 @@ class MemoryFlags:
     """Flags that decide the memory of a model, by its name in phases; a missing name means all models."""
     batches: Mapping[PhaseKind, BatchFlags]
     """How the batch of a phase is divided; phases without are missing."""
+    token_budget: int = 0
+    """Value of --max_tokens_per_batch where it divides the batch of training."""
     length: tuple[str, int, int]
     """Flag, value and least useful value of the length of rows, in tokens."""
     gather: str | None = None
@@ -84,17 +86,18 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
     accumulation = ("gradient_accumulation_steps", args.optimizer.gradient_accumulation_steps)
     if not isinstance(args, RlhfArguments):
         batch = args.batch
+        batches = {
+            PhaseKind.EVALUATING: BatchFlags("per_device_eval_batch_size", batch.per_device_eval_batch_size)
+        }
+        if not batch.max_tokens_per_batch:
+            batches[PhaseKind.TRAINING] = BatchFlags(
+                "per_device_train_batch_size", batch.per_device_train_batch_size, *accumulation
+            )
         return MemoryFlags(
             run=args.run,
             models=(args.model,),
-            batches={
-                PhaseKind.TRAINING: BatchFlags(
-                    "per_device_train_batch_size", batch.per_device_train_batch_size, *accumulation
-                ),
-                PhaseKind.EVALUATING: BatchFlags(
-                    "per_device_eval_batch_size", batch.per_device_eval_batch_size
-                ),
-            },
+            batches=batches,
+            token_budget=batch.max_tokens_per_batch,
             length=("max_seq_len", batch.max_seq_len, 4),
         )
     minibatch = BatchFlags(
@@ -159,6 +162,8 @@ def remedies(phase: Phase, flags: MemoryFlags) -> list[str]:
 
 
 def _smaller_batch(phase: Phase, flags: MemoryFlags) -> str:
+    if phase.is_training and flags.token_budget:
+        return f"--max_tokens_per_batch {flags.token_budget} -> {flags.token_budget // 2} (the same gradient)"
     batch, values = flags.batches.get(phase.kind), halved(phase, flags)
     if batch is None or not values:
         return ""

@@ -1,7 +1,7 @@
 """One optimiser step of a DeepSpeed engine."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ They are the micro-batch's shares of the optimiser step's: they are added over m
 
 def train_step(
     engine: DeepSpeedEngine,
-    micro_batches: Iterable[Any],
+    micro_batches: Sequence[Any],
     loss_and_metrics: LossAndMetrics,
     *,
     role: str = "model",
@@ -33,12 +33,13 @@ def train_step(
 
     They are the sums over micro-batches and ranks. A step that is not finite is skipped, and
     `skipped_because` says why. `role` is the model's in messages; `end_of` is told of each part's end, by the
-    names of `engines.speed.PHASES`. Every rank must call it, with as many micro-batches as the engine
-    accumulates gradients over.
+    names of `engines.speed.PHASES`. Every rank must call it, with as many micro-batches as the others; their
+    number may differ from step to step and from the engine's gradient_accumulation_steps.
     """
     engine.train()
     parts = []
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         with phase(PhaseKind.TRAINING, role):
             with record_function("forward"):
                 metrics = loss_and_metrics(batch.to(engine.device))

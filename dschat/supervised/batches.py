@@ -31,10 +31,12 @@ class Loaders:
 
     def laid_out(self, layout: RowLayout) -> "Loaders":
         """The same batches in rows of that layout."""
-        collate = partial(self.train.collate, layout=layout)
+        collate, budget = partial(self.train.collate, layout=layout), self.train.budget
+        if budget is not None:
+            budget = replace(budget, layout=layout)
         return replace(
             self,
-            train=replace(self.train, collate=collate),
+            train=replace(self.train, collate=collate, budget=budget),
             evaluation=replace(self.evaluation, collate=collate),
             short_evaluation=replace(self.short_evaluation, collate=collate),
         )
@@ -62,6 +64,7 @@ def build_loaders(data: SplitData, collate: Collate, settings: SupervisedSetting
             batch_size=batch.per_device_train_batch_size,
             accumulation_steps=settings.optimizer.gradient_accumulation_steps,
             seed=settings.run.seed,
+            max_tokens=batch.max_tokens_per_batch,
             **place,
         ),
         evaluation=build_eval_loader(data.evaluation, collate, batch_size=eval_size, **place),

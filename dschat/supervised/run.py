@@ -13,7 +13,7 @@ from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
 from dschat.data.packing import PACKED_WIDTH
 from dschat.data.preparation import SplitData
-from dschat.distributed.device import current_device
+from dschat.distributed.device import current_device, device_type
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -68,11 +68,14 @@ class SupervisedRun:
     def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
         """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=)`.
 
-        Raises `UserError` where an example is longer than the model has positions.
+        Raises `UserError` where an example is longer than the model has positions or than
+        --max_tokens_per_batch.
         """
         padded: Collate = partial(collate, pad_id=self.tokenizer.pad_token_id)
         loaders, path = build_loaders(data, padded, self.settings), self.settings.model.model_name_or_path
         check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
+        if loaders.train.budget is not None:
+            loaders.train.budget.check(self.settings.widths.multiple_of(device_type()))
         return loaders
 
     def begin(self, loaders: Loaders) -> tuple[Checkpoints, Loaders]:

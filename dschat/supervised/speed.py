@@ -27,6 +27,7 @@ class Speed:
     ) -> None:
         model = engine.module
         num_tokens = settings.batch.per_device_train_batch_size * int(loaders.longest_row)
+        num_tokens = min(num_tokens, settings.batch.max_tokens_per_batch or num_tokens)
         peak = measured_peak(
             model.config, settings.run.dtype, num_tokens=num_tokens, choices=checkpoints.choices
         )

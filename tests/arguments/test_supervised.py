@@ -24,6 +24,7 @@ def test_a_setting_of_dpo_that_cannot_work_is_named(argv, parts):
     [
         (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size must be at least 1, got 0"]),
         (["--per_device_eval_batch_size", "0"], ["--per_device_eval_batch_size must be at least 1, got 0"]),
+        (["--max_tokens_per_batch", "-1"], ["--max_tokens_per_batch must be at least 0, got -1"]),
         (["--eval_interval", "-1"], ["--eval_interval must be at least 0, got -1"]),
         (["--max_seq_len", "3"], ["--max_seq_len must be at least 4 tokens, got 3"]),
         (["--export_model", "first"], ["--export_model", "first", "best"]),

@@ -68,6 +68,13 @@ def test_a_sequence_longer_than_a_packed_row_makes_the_rows_longer():
     assert batch.placement.segments is None
 
 
+def test_the_places_of_all_rows_are_counted():
+    lengths = np.array([200, 50, 40, 30])  # 200 50 | 40 30 where they share rows
+    assert RowLayout(16).num_places(lengths) == 4 * 208
+    assert RowLayout(16, separated_by="mask").num_places(lengths) == 2 * 256
+    assert RowLayout(16, separated_by="positions", in_one_row=True).num_places(lengths) == 320
+
+
 def test_one_row_holds_all_sequences_in_their_order():
     batch = batch_of([3, 5, 4], [1] * 3).placed(RowLayout(16, "positions", in_one_row=True))
     assert as_read(batch).tolist() == [[*range(100, 103), *range(200, 205), *range(300, 304), *[100] * 4]]

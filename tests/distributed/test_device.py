@@ -30,3 +30,4 @@ def test_on_a_cpu_the_peak_is_that_of_the_whole_process():
     assert now <= device.peak_memory_gib() * 1.01
     assert device.peak_memory_gib() > 1 / 16
     assert device.current_device() == torch.device("cpu")
+    assert device.device_type() == "cpu"

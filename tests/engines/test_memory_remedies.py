@@ -83,6 +83,14 @@ def test_what_helps_in_training_of_step_1():
     }
 
 
+def test_a_token_budget_is_lowered_by_hand():
+    # It is to be the same at resume, so --auto_micro_batch has nothing to start again with.
+    flags, phase = flags_of("sft", "--max_tokens_per_batch=4096"), Phase(PhaseKind.TRAINING, "model")
+    assert remedies(phase, flags)[0] == "--max_tokens_per_batch 4096 -> 2048 (the same gradient)"
+    assert halved(phase, flags) == {}
+    assert "max_tokens_per_batch" not in str(remedies(Phase(PhaseKind.EVALUATING), flags))
+
+
 def test_evaluations_of_step_1_have_batches_of_their_own_and_those_of_step_3_none():
     phase = Phase(PhaseKind.EVALUATING)
     assert halved(phase, flags_of("sft", "--per_device_eval_batch_size=5")) == {

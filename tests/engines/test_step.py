@@ -21,7 +21,7 @@ class AveragingEngine:
     def __init__(self, accumulation_steps: int) -> None:
         self.weight = torch.ones(1, requires_grad=True)
         self.num_bad_losses, self.skip_reason, self.is_training = 0, "loss", False
-        self._accumulation_steps, self._passes, self._is_applied = accumulation_steps, 0, False
+        self._accumulation_steps, self._at_boundary, self._is_applied = accumulation_steps, True, False
 
     def train(self) -> None:
         self.is_training = True
@@ -30,11 +30,13 @@ class AveragingEngine:
         return self._accumulation_steps
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        return self._passes % self._accumulation_steps == 0
+        return self._at_boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self._at_boundary = is_boundary
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._accumulation_steps).backward()
-        self._passes += 1
 
     def was_step_applied(self) -> bool:
         return self._is_applied
@@ -72,6 +74,14 @@ def test_however_a_step_is_divided_it_learns_the_same():
     in_parts = train_step(divided, values.split(1), lambda batch: shares(divided, batch))
     assert at_once == pytest.approx(in_parts)
     assert whole.weight.item() == pytest.approx(divided.weight.item())
+
+
+def test_steps_may_have_any_number_of_micro_batches():
+    engine, values = AveragingEngine(accumulation_steps=2), torch.tensor([1.0, 2.0, 6.0])
+    for parts in ([1, 1, 1], [3], [2, 1]):
+        before = engine.weight.item()
+        train_step(engine, values.split(parts), lambda batch: shares(engine, batch))
+        assert engine.weight.item() == pytest.approx(before - 0.5 * 3)
 
 
 def test_a_loss_that_is_not_finite_is_why_a_step_is_skipped():

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 from dschat.arguments import parse_arguments
+from dschat.data.packing import PADDED, RowLayout
 from dschat.data.preparation import SplitData
 from dschat.supervised.batches import Loaders, build_loaders
 from dschat.supervised.settings import SupervisedSettings
@@ -38,6 +39,20 @@ def test_training_and_evaluation_have_batches_of_their_own_sizes(loaders):
 
 def test_the_longest_row_is_that_of_both_parts(loaders):
     assert loaders.longest_row == 9
+
+
+def test_a_token_budget_divides_training_and_counts_the_layout_of_rows():
+    flags = ["--per_device_train_batch_size=4", "--max_tokens_per_batch=16"]
+    args = parse_arguments("sft", ["--model_name_or_path=m", *flags])
+    rows = Dataset.from_dict({"length": [8, 8, 3, 3], "input_ids": [[1] * n for n in (8, 8, 3, 3)]})
+
+    def lengths(rows: pa.Table, num_rows: int, denominator: float, layout: RowLayout = PADDED) -> list[int]:
+        return rows["length"].to_pylist()
+
+    made = build_loaders(SplitData(rows, rows, {}, "key"), lengths, SupervisedSettings.of(args))
+    assert list(made.train) == [[8, 8], [3, 3]]
+    assert list(made.laid_out(RowLayout(12)).train) == [[8], [8], [3], [3]]
+    assert list(made.evaluation) == [[8, 8, 3, 3]]
 
 
 def test_further_columns_leave_the_batches_as_they_are(loaders):

@@ -34,8 +34,8 @@ def base(tmp_path) -> str:
     return str(save_tiny_model(tmp_path / "base"))
 
 
-def opened(base: str, *, step: str = "sft", head: str = "language_model") -> SupervisedRun:
-    args = parse_arguments(step, [f"--model_name_or_path={base}", "--per_device_train_batch_size=2"])
+def opened(base: str, *flags: str, step: str = "sft", head: str = "language_model") -> SupervisedRun:
+    args = parse_arguments(step, [f"--model_name_or_path={base}", "--per_device_train_batch_size=2", *flags])
     return SupervisedRun.open(args, Context(), head=head)
 
 
@@ -80,6 +80,13 @@ def test_an_example_that_outgrows_learned_positions_is_refused(tmp_path):
     run = opened(str(save_tiny_model(tmp_path / "opt", "opt")))
     with pytest.raises(UserError, match=r"the longest row has 100000 tokens .*lower --max_seq_len"):
         run.build_loaders(pairs(3, 100_000), collate)
+
+
+def test_an_example_that_outgrows_the_token_budget_is_refused(base):
+    rows = Dataset.from_dict({"length": [3, 20], "input_ids": [[1] * 3, [1] * 20]})
+    run = opened(base, "--max_tokens_per_batch=16", "--pad_to_multiple_of=8")
+    with pytest.raises(UserError, match=r"--max_tokens_per_batch 16 is too small.* Give 24 or more"):
+        run.build_loaders(SplitData(rows, rows, {}, "the data"), collate)
 
 
 def test_an_engine_is_built_of_the_model_that_the_function_loads(base, monkeypatch):

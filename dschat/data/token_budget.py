@@ -1,0 +1,79 @@
+"""Micro-batches by tokens: the rows of an optimiser step, divided so that no part takes more than a budget.
+
+The rows of a step and what each rank reads of them stay those of `dschat.data.loaders`. The division follows
+from lengths alone, which every rank knows, so ranks agree on the number of parts without asking each other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from dschat.data.packing import PADDED, RowLayout
+from dschat.errors import UserError
+
+SEQUENCES = ("input_ids", "chosen_ids", "rejected_ids")
+"""Columns of tokens that a model reads; the last two are those of a pair."""
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens, padding included, a rank may pass through the model at once."""
+
+    num_tokens: int
+    lengths: np.ndarray
+    """[N, S]: the tokens of each example's sequences, of which a pair has two."""
+    layout: RowLayout = PADDED
+    """That of the rows that the model reads."""
+
+    @staticmethod
+    def of(dataset: Dataset, num_tokens: int) -> "TokenBudget":
+        """A budget for examples with columns of `SEQUENCES`."""
+        names = [name for name in SEQUENCES if name in dataset.column_names]
+        table = dataset.select_columns(names).with_format("arrow")[:]
+        return TokenBudget(
+            num_tokens, np.stack([pc.list_value_length(table[name]).to_numpy() for name in names], axis=1)
+        )
+
+    def check(self, multiple_of: int) -> None:
+        """Raise `UserError` where the longest example may take more than the budget by itself.
+
+        It is padded to a multiple of so many tokens; the two sequences of a pair are counted as equally long.
+        """
+        longest, num_sequences = int(self.lengths.max(initial=1)), self.lengths.shape[1]
+        needed = num_sequences * RowLayout(multiple_of).rounded(longest)
+        if needed <= self.num_tokens:
+            return
+        rows = "it takes" if num_sequences == 1 else f"the {num_sequences} rows of a pair take"
+        raise UserError(
+            f"--max_tokens_per_batch {self.num_tokens} is too small: the longest row has {longest} tokens; "
+            f"padded to a multiple of {multiple_of} {rows} {needed}. Give {needed} or more, or cut rows "
+            "with a lower --max_seq_len."
+        )
+
+    def divided(self, step: np.ndarray, world_size: int) -> list[list[np.ndarray]]:
+        """Each rank's micro-batches of an optimiser step, the numbers of their examples.
+
+        `step` holds those of all ranks, the longest first; neighbours go to different ranks. Every rank has
+        as many micro-batches: those of a rank that needs fewer end with empty ones.
+        """
+        shares = [self._parts(step[rank::world_size]) for rank in range(world_size)]
+        number = max(map(len, shares))
+        return [parts + [step[:0]] * (number - len(parts)) for parts in shares]
+
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        parts = []
+        while len(rows):
+            size = self._number_that_fit(rows)
+            parts.append(rows[:size])
+            rows = rows[size:]
+        return parts
+
+    def _number_that_fit(self, rows: np.ndarray) -> int:
+        """How many of the first examples fit the budget together; at least 1, for which `check` answers."""
+        num_tokens = self.lengths[rows].sum(axis=1).cumsum()  # without padding
+        number = int(np.searchsorted(num_tokens, self.num_tokens, side="right"))
+        while number > 1 and self.layout.num_places(self.lengths[rows[:number]].ravel()) > self.num_tokens:
+            number -= 1
+        return max(1, number)
