@@ -278,6 +278,7 @@ FREE = {
         "patience",
     ),
     *("max_skipped_steps", "auto_micro_batch", "rollout_tolerance", "rollout_on_mismatch"),
+    *("pad_to_multiple_of", "packing", "reuse_first_pass", "profile"),
     # What these name is compared by its content.
     *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
     *("reward_model_name_or_path", "guard_reward_model_name_or_path"),
