@@ -16,7 +16,7 @@ from dschat.rlhf.rlhf_engine import choose_ways
 from dschat.rlhf.roles import EngineSpec
 from dschat.runs.measured_choices import MeasuredChoices
 
-NUM_TRIED = 3
+NUM_TRIED = 2
 """Micro-batches that are tried in several layouts."""
 
 

@@ -32,7 +32,7 @@ from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import Objective, train_epochs
 from dschat.supervised.settings import SupervisedSettings
 
-NUM_TRIED = 3
+NUM_TRIED = 2
 """Micro-batches whose lengths are tried in several layouts of rows."""
 
 
