@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from figures import timeless_lines
 from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_tiny_model
@@ -98,10 +99,6 @@ def two_ranks(folder, one_rank) -> dict[str, str]:
     return run_all(folder, runs, ranks=2)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
@@ -113,14 +110,14 @@ def table(cache: Path) -> np.ndarray:
 
 def assert_same_run(ours: Path, theirs: Path, from_line: int = 0) -> None:
     """Equal metrics, from that line on, and equal weights, to 1e-4."""
-    for one, other in list(zip(lines(ours), lines(theirs), strict=True))[from_line:]:
+    for one, other in list(zip(timeless_lines(ours), timeless_lines(theirs), strict=True))[from_line:]:
         assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
     ours, theirs = (load_file(run / "model.safetensors") for run in (ours, theirs))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def assert_starts_from_the_reference(run: Path) -> None:
-    start, first = lines(run)[:2]
+    start, first = timeless_lines(run)[:2]
     assert start["step"] == 0
     for name in STEP[2:]:
         assert start[f"eval_{name}"] == first[name] == 0, name
@@ -138,7 +135,7 @@ def test_the_policy_starts_from_exactly_the_reference_model(name, folder, one_ra
 
 @pytest.mark.slow
 def test_every_figure_is_reported_each_step_and_before_during_and_after(folder, one_rank):
-    rows, result = lines(folder / "one"), summary(folder / "one")
+    rows, result = timeless_lines(folder / "one"), summary(folder / "one")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
     assert {*STEP, *LOGPROBS, "learning_rate", "grad_norm"} <= set(steps[0])
@@ -164,7 +161,7 @@ def test_it_learns_to_tell_the_answers_apart(folder, one_rank):
 @pytest.mark.slow
 def test_ipo_reports_means_a_token(folder, one_rank):
     # The lead it aims at is 1 / (2 * 0.5) = 1, so the loss begins at 1.
-    start, sums = lines(folder / "ipo")[0], lines(folder / "one")[0]
+    start, sums = timeless_lines(folder / "ipo")[0], timeless_lines(folder / "one")[0]
     assert start["eval_loss"] == 1
     assert start["eval_reward_margin"] == 0
     assert 2 * sums["eval_chosen_logprob"] < start["eval_chosen_logprob"] < 0
@@ -177,13 +174,13 @@ def test_a_second_start_loads_no_reference_model_and_gives_the_same_numbers(fold
     assert "loading the reference model" not in one_rank["again"]
     assert "log-probabilities come from" in one_rank["again"]
     assert "\n0 weights of the reference model" in one_rank["again"]
-    assert lines(folder / "again") == lines(folder / "one")
+    assert timeless_lines(folder / "again") == timeless_lines(folder / "one")
 
 
 @pytest.mark.slow
 def test_kept_numbers_in_other_batches_are_the_same_but_for_rounding(folder, one_rank):
     assert "loading the reference model" not in one_rank["reshaped"]
-    first = lines(folder / "reshaped")[1]
+    first = timeless_lines(folder / "reshaped")[1]
     assert max(abs(first[name]) for name in STEP[2:]) < 1e-5
     # Which of two rewards of 1e-6 is larger, and so the accuracy of the first two lines, is up to rounding.
     assert_same_run(folder / "reshaped", folder / "one", from_line=2)

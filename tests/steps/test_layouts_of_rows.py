@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from figures import timeless_lines
 from processes import ROOT, python
 from tiny import save_counting_pairs, save_reward_model, save_tiny_model
 
@@ -68,18 +69,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def lines(run: Path) -> list[dict]:
-    """The metrics of a run without those that measure the machine."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("seconds", "tokens_per_second", "flops_per_second", "samples_per_second", "peak_")
-    return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", STEPS)
 def test_the_curves_of_padded_rounded_and_packed_rows_are_equal(step, ranks, folder):
-    plain, *others = (lines(folder / f"{step}_{name}_{ranks}") for name in LAYOUTS)
+    plain, *others = (timeless_lines(folder / f"{step}_{name}_{ranks}") for name in LAYOUTS)
     assert len(plain) > 2
     for other in others:
         for ours, theirs in zip(other, plain, strict=True):
@@ -89,7 +83,7 @@ def test_the_curves_of_padded_rounded_and_packed_rows_are_equal(step, ranks, fol
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dpo_starts_from_exactly_its_reference_in_every_layout(layout, folder):
-    start, first = lines(folder / f"dpo_{layout}_1")[:2]
+    start, first = timeless_lines(folder / f"dpo_{layout}_1")[:2]
     assert start["eval_reward_margin"] == first["reward_margin"] == 0
 
 
@@ -97,6 +91,6 @@ def test_dpo_starts_from_exactly_its_reference_in_every_layout(layout, folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ppo_learns_from_exactly_the_packs_that_it_analysed(layout, ranks, folder):
-    steps = [line for line in lines(folder / f"rlhf_{layout}_{ranks}") if line["step"]]
+    steps = [line for line in timeless_lines(folder / f"rlhf_{layout}_{ranks}") if line["step"]]
     assert [line["first_minibatch_ratio_error"] for line in steps] == [0, 0]
     assert steps[0]["kl"] == 0
