@@ -24,6 +24,7 @@ from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.data.collate import PromptBatch
 from dschat.errors import UserError
 from dschat.models.attention import MEASURED
+from dschat.models.forward import token_logprobs_of
 from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.decode_modes import attention_named
@@ -187,17 +188,10 @@ class ContinuousBatching:
                 found = self.generate(prompts, sampling)
         except UserError:  # of architectures that know nothing of pages
             return False
-        logits = model(
-            input_ids=found.input_ids,
-            attention_mask=found.attention_mask,
-            position_ids=found.position_ids,
-            use_cache=False,
-        ).logits
-        scores = logits[:, length - 1 : -1, : plain.num_tokens].float().log_softmax(dim=-1)
-        expected = scores.gather(2, found.answers[:, :, None]).squeeze(2)
+        expected = token_logprobs_of(model, found.tokens, num_tokens=plain.num_tokens)
         assert found.logprobs is not None
         apart = (found.logprobs - expected)[found.answer_mask].abs().mean().item()
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(logits.dtype, "fp32")
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "fp32")
         return apart <= ROLLOUT_TOLERANCES[precision]
 
 

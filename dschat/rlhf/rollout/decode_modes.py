@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.data.collate import PromptBatch
+from dschat.data.token_batch import TokenBatch
+from dschat.models.forward import logits_of
 from dschat.rlhf.rollout import decode_attention
 from dschat.rlhf.rollout.decode_cache import ROUND, DecodeCache
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
@@ -167,14 +169,21 @@ def agreeing_modes(
 def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
     """Of two rows, then of one, whose second token is the first that is read in more columns."""
     length = ROUND - 1
-    ids = (torch.arange(2 * length + 6, device=model.device).view(2, -1) * 7 + 3) % num_tokens
+    ids = (torch.arange(2 * length + 8, device=model.device).view(2, -1) * 7 + 3) % num_tokens
     mask = torch.ones_like(ids)
     mask[0, : length // 2] = 0
     zeros = torch.zeros(2, dtype=torch.long, device=model.device)
     prompts = PromptBatch(ids[:, :length], mask[:, :length], zeros, zeros, zeros)
     second = torch.tensor([1], device=model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    read = mask[:, : length + 3]
+    whole = TokenBatch.of(
+        ids,
+        torch.ones_like(ids[:, length:], dtype=torch.bool),
+        attention_mask=read,
+        position_ids=(read.cumsum(dim=1) - 1).clamp(min=0),
+        reads_last=False,
+    )
+    expected = logits_of(model, whole, num_tokens=num_tokens, every_position=True)
     try:
         decoding = Decoding(model, prompts, mode, 3, TracedPass(model))
         found = [decoding.logits]
@@ -182,13 +191,14 @@ def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
             decoding.read(ids[:, column])
             found.append(decoding.logits)
         decoding.keep(second)
-        decoding.read(ids[second, -1])
+        decoding.read(ids[second, length + 2])
     except FAILURES:
         return False
-    pairs = [*zip(found, expected[:, -4:-1].unbind(1), strict=True), (decoding.logits, expected[second, -1])]
+    found.append(decoding.logits)  # of the second row alone
+    *of_both, of_second = expected.unbind(1)
     apart = [
-        one[:, :num_tokens].float().log_softmax(1) - two[:, :num_tokens].float().log_softmax(1)
-        for one, two in pairs
+        one[:, :num_tokens].float().log_softmax(1) - two.float().log_softmax(1)
+        for one, two in zip(found, [*of_both, of_second[second]], strict=True)
     ]
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(expected.dtype, "fp32")
     return torch.cat(apart).abs().mean().item() <= ROLLOUT_TOLERANCES[precision]
