@@ -182,7 +182,7 @@ def figures(root: Path) -> list[Figure]:
     missing = unmirrored(house)
     share, programs = shared_share(house)
     found: list[tuple[str, float, list[str]]] = [
-        ("loose modules in dschat/", 5, loose),
+        ("loose modules in dschat/", 4, loose),
         ("functions that take a step's whole arguments", 10, functions_with_whole_arguments(house)),
         ("files that shift tensors against their labels", 1, house.matches(SHIFT)),
         ("rank() and world_size() outside distributed/", 0, rank_calls(house)),

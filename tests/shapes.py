@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int, Shaped, jaxtyped
 
 SIZES = {
-    "dschat.softmax": {
+    "dschat.models.softmax": {
         "token_logprobs": "logits: Float *n V; tokens: Int *n -> Float *n",
         "logprobs_and_entropy": "logits: Float *n V; tokens: Int *n -> Float *n",
     },

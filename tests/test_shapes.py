@@ -7,9 +7,9 @@ import pytest
 import torch
 from shapes import SIZES
 
-from dschat import losses, softmax
+from dschat import losses
 from dschat.data.token_batch import TokenBatch
-from dschat.models import forward
+from dschat.models import forward, softmax
 from dschat.rlhf.experience import AnswerAnalysis
 from dschat.rlhf.rollout.batch import RolloutBatch
 

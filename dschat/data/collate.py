@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from dschat.data.moving import moved
 from dschat.data.packing import PADDED, RowLayout
-from dschat.data.token_batch import TokenBatch, moved
+from dschat.data.token_batch import TokenBatch
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
 """What `dschat.supervised.reference_logprobs` adds to pairs: their answers' log-probabilities, in nats."""

@@ -100,8 +100,9 @@ class TrainLoader:
         steps = step_indices(self.lengths, self.step_size, _generator(self.seed, epoch))
         deal = (self.batch_size, self.accumulation_steps, self.rank, self.world_size)
         for step in steps[num_done:]:
-            indices = list(_dealt(step, *deal))
-            if self.budget is not None:
+            if self.budget is None:
+                indices = list(_dealt(step, *deal))
+            else:
                 indices = self.budget.divided(step, self.world_size)[self.rank]
             yield indices, float(self.weights[step].sum(dtype=np.float64))
 

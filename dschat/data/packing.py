@@ -5,12 +5,14 @@ where no token looks, and a causal model needs no mask for it. Widths are multip
 processor computes matrix products of round shapes faster and prepares a kernel for each new shape.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dschat.data.moving import moved
 
 SeparatedBy = Literal["positions", "mask"]
 """What tells a model which tokens of a row belong together: positions that begin anew, as transformers' own
@@ -62,12 +64,15 @@ class RowLayout:
             room[row] -= int(lengths[number])
         return rows
 
+    def rows_and_width(self, lengths: np.ndarray) -> tuple[list[list[int]], int]:
+        """`rows_of`, and the width of all of them."""
+        rows = self.rows_of(lengths)
+        return rows, self.width_of(max(int(lengths[members].sum()) for members in rows))
+
     def num_places(self, lengths: np.ndarray) -> int:
         """The tokens of all rows of sequences of such lengths, padding included."""
-        if self.separated_by is None:
-            return len(lengths) * self.width_of(int(lengths.max()))
-        rows = self.rows_of(lengths)
-        return len(rows) * self.width_of(max(int(lengths[members].sum()) for members in rows))
+        rows, width = self.rows_and_width(lengths)
+        return len(rows) * width
 
 
 PADDED = RowLayout()
@@ -102,8 +107,7 @@ class Placement:
         """
         lengths = is_token.sum(axis=1)
         first_columns = is_token.argmax(axis=1)
-        rows = layout.rows_of(lengths)
-        width = layout.width_of(max(int(lengths[members].sum()) for members in rows))
+        rows, width = layout.rows_and_width(lengths)
         shape = (len(rows), width)
         source, segments = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
         positions = np.tile(np.arange(width), (len(rows), 1))
@@ -152,6 +156,4 @@ class Placement:
 
     def to(self, device: torch.device | str) -> "Placement":
         """The same on that device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: v.to(device, non_blocking=True) for name, v in values.items() if v is not None}
-        return replace(self, **tensors)
+        return moved(self, device)

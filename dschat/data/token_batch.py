@@ -3,16 +3,14 @@
 The shift by one between a token and the output that predicts it stands in `TokenBatch.of`, nowhere else.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dschat.data.moving import moved
 from dschat.data.packing import Placement, RowLayout
-
-Batch = TypeVar("Batch", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,3 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The batch on that device."""
         return moved(self, device)
-
-
-def moved(batch: Batch, device: torch.device | str) -> Batch:
-    """A batch, a frozen dataclass, whose tensors are on that device, those of its `TokenBatch` among them."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors: dict[str, Tensor | TokenBatch | Placement] = {}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, TokenBatch | Placement):
-            tensors[name] = value.to(device)
-    return replace(batch, **tensors)

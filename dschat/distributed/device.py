@@ -10,6 +10,11 @@ from deepspeed.accelerator import get_accelerator
 
 from dschat.errors import UserError
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Precisions by their names in flags and files."""
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
+"""The names of precisions."""
+
 
 def check_precision(dtype: str, offload: bool) -> None:
     """Raise `UserError` for what this machine cannot run, before anything is loaded."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat.data.token_batch import TokenBatch
+from dschat.models.config import head_width
 from dschat.models.quantization import num_weights
 
 EXPERT_SETTINGS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -74,14 +75,12 @@ class ModelWork:
                 share = _share_of_experts(config) if ".experts." in name else 1.0
                 counts[parameter.requires_grad] += share * num_weights(parameter)
         head_size = 0.0 if head_weight is None else float(num_weights(head_weight))
-        heads = config.num_attention_heads
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return ModelWork(
             body=counts[True] + counts[False],
             trained_body=counts[True],
             head=head_size,
             trained_head=head_size if head_weight is not None and head_weight.requires_grad else 0.0,
-            attention=float(config.num_hidden_layers * heads * head_width),
+            attention=float(config.num_hidden_layers * config.num_attention_heads * head_width(config)),
         )
 
     def forward(self, rows: Rows) -> float:

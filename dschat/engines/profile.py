@@ -14,12 +14,12 @@ from dschat.arguments import RunArguments
 from dschat.console import messages
 from dschat.distributed.device import peak_memory_gib
 from dschat.distributed.mesh import mesh
+from dschat.engines.speed import SECONDS
 from dschat.runs.measured_choices import machine
 from dschat.runs.output_folder import PROFILE
 
 NUM_OPERATORS = 20
 """Operators in the summary's table."""
-SECONDS = "seconds_"
 COPIES = ("aten::copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_", "aten::_foreach_copy_")
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn::")
 ATTENTION = ("attention", "softmax")

@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import linear
 
 from dschat.console import messages
-from dschat.distributed.device import current_device
+from dschat.distributed.device import DTYPES, current_device
 from dschat.distributed.mesh import mesh
 from dschat.runs.measured_choices import MeasuredChoices
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SECONDS = "seconds_"
+"""What stands before the name of a phase among the metrics."""
 PHASES = ("data", "forward_backward", "optimizer", "evaluation", "saving")
 """What an optimiser step of steps 1, 2 and DPO consists of."""
 BETWEEN_STEPS = ("evaluation", "saving")
@@ -74,7 +75,7 @@ class SpeedReport:
         for phase, value in seconds.items():
             self._seconds[phase] += value
         return {
-            **{f"seconds_{phase}": value for phase, value in seconds.items()},
+            **{SECONDS + phase: value for phase, value in seconds.items()},
             "tokens_per_second": tokens / spent,
             "flops_per_second": flops / spent,
             "peak_share": flops / spent / mesh().data.size / self._peak,

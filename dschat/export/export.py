@@ -19,13 +19,14 @@ from transformers import (
 from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import first_error_across_ranks
+from dschat.distributed.device import PRECISIONS
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.zero3 import gathered
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.export.golden_outputs import golden_outputs, head_of
-from dschat.export.manifest import PRECISIONS, Head, Manifest, template_fingerprint, weight_checksums
+from dschat.export.manifest import Head, Manifest, template_fingerprint, weight_checksums
 from dschat.export.model_card import CARD, model_card
 from dschat.export.provenance import Provenance
 from dschat.models.end_tokens import end_token_ids

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dschat.data.token_batch import TokenBatch
-from dschat.export.manifest import PRECISIONS, Head, Manifest
+from dschat.distributed.device import PRECISIONS
+from dschat.export.manifest import Head, Manifest
 from dschat.losses import masked_mean
 from dschat.models.forward import scores_of, token_logprobs_of
 from dschat.models.reward_model import RewardModel

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.files import is_local
+from dschat.distributed.device import DTYPES
 from dschat.errors import UserError
 from dschat.fingerprint import files_fingerprint
 
@@ -40,10 +40,6 @@ HEADS = {
     "value": "a critic, as step 3 trains",
 }
 """The kinds of models in the words of messages."""
-
-PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-"""The names of precisions in flags and files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +165,7 @@ def _checked_types(manifest: Manifest) -> Manifest:
     _check_holds(manifest, "end_token_ids", ends is None or _are_tokens(ends, manifest.num_tokens))
     files, outputs = manifest.files, manifest.golden_outputs
     _check_holds(manifest, "head", manifest.head in HEADS)
-    _check_holds(manifest, "dtype", manifest.dtype in PRECISIONS.values())
+    _check_holds(manifest, "dtype", manifest.dtype in DTYPES)
     _check_holds(manifest, "files", isinstance(files, dict) and len(files) > 0)
     _check_holds(manifest, "golden_inputs", _are_golden_inputs(manifest.golden_inputs, manifest.num_tokens))
     are_numbers = isinstance(outputs, list) and all(map(_is_number, outputs))

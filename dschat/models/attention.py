@@ -6,7 +6,6 @@ fastest. Equal shapes take the same way, with gradients and without: so activati
 PPO's analysis and its first update, are equal to the last bit.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from typing import Any
@@ -21,10 +20,10 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from dschat.arguments import ModelArguments
 from dschat.console import messages
-from dschat.distributed.device import current_device, one_thread
+from dschat.distributed.device import DTYPES, current_device
 from dschat.distributed.process_wide import process_wide
 from dschat.errors import UserError
-from dschat.models.config import read_config
+from dschat.models.config import head_width, read_config
 from dschat.runs.measured_choices import MeasuredChoices
 
 MEASURED = "dschat_measured"
@@ -38,8 +37,6 @@ EAGER_WIDTH = 512
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-4, torch.float16: 2**-7}
 """How far two ways may differ in what comes of standard normal queries, keys and values."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Heads = tuple[int, int, int, torch.dtype]
 """Heads of the queries, heads of the keys, numbers a head, precision."""
@@ -72,8 +69,7 @@ def choose_attention(
         if flags.attn_implementation != "auto":
             _check(config, path, f"--{flags.prefix}attn_implementation", flags.attn_implementation, dtype)
         elif _takes_measured(config):
-            with one_thread():
-                _measure(_heads(config, DTYPES[dtype]), longest, choices)
+            _measure(_heads(config, DTYPES[dtype]), longest, choices)
 
 
 def set_attention(config: PretrainedConfig, implementation: str | None) -> None:
@@ -121,8 +117,7 @@ def _check(config: PretrainedConfig, path: str, flag: str, way: str, dtype: str)
 
 def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, size, dtype
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_width(config), dtype
 
 
 def _measure(heads: Heads, longest: int, choices: MeasuredChoices) -> None:
@@ -136,9 +131,7 @@ def _measure(heads: Heads, longest: int, choices: MeasuredChoices) -> None:
             ways = [way for way in agreeing if way != "eager" or end <= EAGER_WIDTH]
             trial = Trial(heads, rows=max(1, 1024 // end), width=(start + end) // 2)
             runs = {way: partial(trial.gradients, way) for way in ways}
-            found[end] = choices.choose(
-                f"attention up to {end} tokens, {kind}", runs, clock=time.process_time
-            )
+            found[end] = choices.choose(f"attention up to {end} tokens, {kind}", runs, on_one_thread=True)
         start = end
 
 

@@ -179,3 +179,8 @@ def _num_positions(config: PretrainedConfig) -> int | None:
 def _has_learned_positions(config: PretrainedConfig) -> bool:
     # GPT-J and CodeGen rotate too, but by a table that ends with their last position.
     return not (getattr(config, "rope_parameters", None) or getattr(config, "alibi", False))
+
+
+def head_width(config: PretrainedConfig) -> int:
+    """Numbers of a head of the model's attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

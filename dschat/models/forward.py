@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dschat.data.collate import PairBatch
 from dschat.data.token_batch import TokenBatch
 from dschat.models.reward_model import at_last_token
-from dschat.softmax import logprobs_and_entropy, token_logprobs
+from dschat.models.softmax import logprobs_and_entropy, token_logprobs
 
 
 def token_logprobs_of(

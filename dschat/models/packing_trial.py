@@ -5,9 +5,7 @@ loaded for it, and ZeRO shards nothing of it.
 """
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,8 +19,7 @@ from dschat.arguments import WidthArguments
 from dschat.console import messages
 from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
-from dschat.distributed.device import one_thread
-from dschat.models.attention import DTYPES
+from dschat.distributed.device import DTYPES
 from dschat.models.forward import model_inputs
 from dschat.models.products import use_chosen_products
 from dschat.runs.measured_choices import MeasuredChoices
@@ -124,10 +121,7 @@ def choose_row_layout(
         "packing": partial(trial.train, batches, packed),
     }
     key = {"dtype": dtype, **_key(trial.model.config, lengths), "multiple_of": padded.multiple_of}
-    on_cpu = trial.device.type == "cpu"  # where a busy machine hardly moves the processor time of one thread
-    with one_thread() if on_cpu else nullcontext():
-        clock = time.process_time if on_cpu else time.perf_counter
-        choice = choices.choose("packing", ways, key=key, rounds=1, clock=clock)
+    choice = choices.choose("packing", ways, key=key, rounds=1, on_one_thread=True)
     return packed if choice == "packing" else padded
 
 

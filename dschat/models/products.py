@@ -5,7 +5,6 @@ oneDNN emulates them: weights and activations are better cast, multiplied in fp3
 Sums over products are in fp32 either way, so the two ways differ by the order of additions.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.distributed.device import current_device, one_thread
+from dschat.distributed.device import current_device
 from dschat.distributed.process_wide import process_wide
 from dschat.runs.measured_choices import MeasuredChoices
 
@@ -30,11 +29,8 @@ def choose_products(dtype: str, choices: MeasuredChoices) -> None:
     """Time a linear layer both ways, for a run in bf16 on a CPU. Every rank must call it."""
     if dtype != "bf16" or current_device().type != "cpu":
         return
-    with one_thread():
-        ways = {way: _trial(way) for way in ("bf16", "fp32")}
-        process_wide(Products).way = choices.choose(
-            "products of linear layers, bf16", ways, clock=time.process_time
-        )
+    ways = {way: _trial(way) for way in ("bf16", "fp32")}
+    process_wide(Products).way = choices.choose("products of linear layers, bf16", ways, on_one_thread=True)
 
 
 def _trial(way: str) -> Callable[[], Any]:

@@ -241,12 +241,10 @@ def build_trainer(
     tokenizer, times = tokenizers.actor, PhaseTimes()
     analyzer = AnswerAnalyzer(engine, tokenizers, args, prompts, rewards, layout=layout)
     minibatch_sampler = build_minibatch_sampler(args.ppo, args.optimizer, args.run, layout)
-    check = None
-    if args.rollout_tolerance > 0:
-        on_mismatch = args.rollout.rollout_on_mismatch
-        check = RolloutCheck(args.rollout_tolerance, on_mismatch, engine=backend.name)
+    on_mismatch = args.rollout.rollout_on_mismatch
+    check = RolloutCheck.of(args.rollout_tolerance, on_mismatch, engine=backend.name)
     sampling = Sampling.of(args.rollout, seed=args.run.seed, with_logprobs=args.records_rollout_logprobs)
-    require(backend, sampling, on_mismatch=args.rollout.rollout_on_mismatch if check else "stop")
+    require(backend, sampling, on_mismatch=on_mismatch if check else "stop")
 
     kept = args.rlhf.reuse_first_pass
     first_pass = None if kept == "none" else FirstPass(keeps_critic=kept == "both")

@@ -5,12 +5,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from dschat.arguments import RlhfArguments
-from dschat.engines.speed import SpeedReport, measured_peak
+from dschat.engines.speed import SECONDS, SpeedReport, measured_peak
 from dschat.rlhf.ppo_trainer import PPOTrainer
 from dschat.rlhf.ppo_work import PpoWork
 from dschat.runs.measured_choices import MeasuredChoices
-
-SECONDS = "seconds_"
 
 
 class PpoSpeed:

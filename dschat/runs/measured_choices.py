@@ -18,7 +18,7 @@ import torch
 
 from dschat.console import messages
 from dschat.distributed.collectives import broadcast_from_rank_0
-from dschat.distributed.device import synchronize
+from dschat.distributed.device import device_type, one_thread, synchronize
 from dschat.fingerprint import fingerprint
 
 MARGIN = 0.95
@@ -54,15 +54,16 @@ class MeasuredChoices:
         *,
         key: Mapping[str, Any] | None = None,
         rounds: int = 3,
-        clock: Callable[[], float] = time.perf_counter,
+        on_one_thread: bool = False,
     ) -> str:
         """The fastest of `ways`, functions that each do the same work in another way.
 
         The first way is the default: another is taken where it is clearly faster. The least time of `rounds`
-        calls counts, after one that warms up, by `clock` in seconds (time.process_time is steadier for
-        ways on one thread of a busy CPU); rank 0's times decide. `key` holds what the times depend on
-        besides machine, versions and threads, such as the model's sizes and the precision, for JSON. A choice
-        that the checkpoint or the machine has is not measured again, unless its way is not among `ways`.
+        calls counts, after one that warms up; rank 0's times decide. With `on_one_thread` ways on a CPU are
+        timed by the processor time of one thread, which other programs hardly move. `key` holds what the
+        times depend on besides machine, versions and threads, such as the model's sizes and the precision,
+        for JSON. A choice that the checkpoint or the machine has is not measured again, unless its way is not
+        among `ways`.
         Says in one line what was chosen and why.
         """
         if self.made.get(name) in ways:
@@ -72,7 +73,11 @@ class MeasuredChoices:
         if not self._measures or len(ways) == 1:
             self.made[name] = next(iter(ways))
             return self.made[name]
-        found = self._found(name, ways, key, rounds, clock)
+        if on_one_thread and device_type() == "cpu":
+            with one_thread():
+                found = self._found(name, ways, key, rounds, time.process_time)
+        else:
+            found = self._found(name, ways, key, rounds, time.perf_counter)
         times = ", ".join(f"{way} {1000 * spent:.3g} ms" for way, spent in found["seconds"].items())
         messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
         self.made[name] = found["way"]

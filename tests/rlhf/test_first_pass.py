@@ -1,11 +1,8 @@
 """One pass for analysis and update of a micro-batch: exactly the numbers of two passes."""
 
-from pathlib import Path
-
 import pytest
 from test_ppo_on_ranks import TIMED, run
 from test_ppo_options_on_ranks import LOSS_TERMS, flags
-from tiny import save_reward_model, save_tiny_model
 
 # Eight answers a PPO step in one optimiser step, passed twice over.
 ONE_RANK = {
@@ -51,15 +48,6 @@ OPTIONS = {
     ),
 }
 RANKS = [1, 2]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_model(folder / "actor", "llama")
-    save_tiny_model(folder / "base", "llama", seed=1)
-    save_reward_model(folder / "base", folder / "reward")
-    return folder
 
 
 @pytest.fixture(scope="module", params=RANKS, ids=["one rank", "two ranks"])

@@ -7,7 +7,6 @@ import pytest
 from figures import TIMED
 from processes import ROOT, python
 from safetensors.torch import load_file
-from tiny import save_reward_model, save_tiny_model
 
 WORKER = ROOT / "tests" / "workers" / "ppo_steps.py"
 STAGES = [(actor, critic) for actor in range(4) for critic in range(4)]
@@ -16,15 +15,6 @@ BF16_STAGES = [(0, 0), (1, 2), (2, 1), (3, 3)]
 COMMON = {"ppo_epochs": 2, "enable_ema": True}
 ONE_RANK = {**COMMON, "per_device_generation_batch_size": 8, "per_device_training_batch_size": 4}
 TWO_RANKS = {**COMMON, "per_device_generation_batch_size": 4, "per_device_training_batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_model(folder / "actor", "llama")
-    save_tiny_model(folder / "base", "llama", seed=1)
-    save_reward_model(folder / "base", folder / "reward")
-    return folder
 
 
 def run(models: Path, settings: list[dict], *, ranks: int) -> list[dict]:

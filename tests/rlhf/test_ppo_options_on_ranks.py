@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from deepspeed.accelerator import get_accelerator
 from test_ppo_on_ranks import ONE_RANK, TWO_RANKS, assert_same, run
-from tiny import save_reward_model, save_tiny_model
 
 LOSS_TERMS = {
     "kl_in": "loss",
@@ -54,15 +53,6 @@ FP16 = {"dtype": "fp16", "actor_zero_stage": 2, "critic_zero_stage": 3} | {
     "gradient_accumulation_steps": 2,
 }
 HAS_FP16 = get_accelerator().is_fp16_supported()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_model(folder / "actor", "llama")
-    save_tiny_model(folder / "base", "llama", seed=1)
-    save_reward_model(folder / "base", folder / "reward")
-    return folder
 
 
 def flags(models: Path, options: dict) -> dict:

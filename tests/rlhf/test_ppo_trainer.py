@@ -22,11 +22,11 @@ from dschat.models.forward import (
     values_of,
 )
 from dschat.models.loading import create_critic_model, create_hf_model
+from dschat.models.softmax import logprobs_and_entropy, token_logprobs
 from dschat.models.tokenizer import load_tokenizer
 from dschat.rlhf.actor_loss import actor_loss
 from dschat.rlhf.experience import MicroBatch
 from dschat.rlhf.rollout.batch import RolloutBatch
-from dschat.softmax import logprobs_and_entropy, token_logprobs
 
 PROMPTS = ((10, 11, 12, 13, 14), (20, 21), (30, 31, 32))
 ANSWERS = ((40, 41, 42, 0), (50, 0), (60, 61, 62, 63))  # token 0 ends; the last is cut at the limit

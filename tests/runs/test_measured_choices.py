@@ -92,10 +92,11 @@ def test_without_measuring_and_with_one_way_it_is_the_first(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_clock_may_be_the_processor_s(tmp_path):
+def test_on_one_thread_the_clock_is_the_processor_s(tmp_path, monkeypatch):
     clock = iter([0, 5, 5, 6, 6, 7, 7, 9]).__next__  # the first way takes 5 and 1, the second 1 and 2
+    monkeypatch.setattr(measured_choices.time, "process_time", clock)
     choices = MeasuredChoices(folder=tmp_path)
-    assert choices.choose("a", ways([], x=0, y=0), rounds=2, clock=clock) == "x"
+    assert choices.choose("a", ways([], x=0, y=0), rounds=2, on_one_thread=True) == "x"
 
 
 def test_the_time_of_one_thing_is_measured_once_per_machine(tmp_path):

@@ -206,10 +206,8 @@ def build_evaluator(
         return None
     num_prompts = args.guard.num_eval_prompts or args.rollout_size * mesh().data.size
     pad_token_id = tokenizers.actor.pad_token_id
-    check = None
-    if args.rollout_tolerance > 0:
-        on_mismatch = args.rollout.rollout_on_mismatch
-        check = RolloutCheck(args.rollout_tolerance, on_mismatch, engine=backend.name, is_quiet=True)
+    on_mismatch = args.rollout.rollout_on_mismatch
+    check = RolloutCheck.of(args.rollout_tolerance, on_mismatch, engine=backend.name, is_quiet=True)
     sampling = Sampling.of(args.rollout, seed=args.run.seed, with_logprobs=check is not None)
     return Evaluator(
         build_eval_prompts(

@@ -3,11 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.console import messages
+from dschat.distributed.device import PRECISIONS
 from dschat.errors import UserError
 from dschat.rlhf.rollout.batch import RolloutBatch
+
+
+def usual_tolerance(dtype: torch.dtype) -> float:
+    """The mean difference, in nats per token, that rounding in a model's precision may make."""
+    return ROLLOUT_TOLERANCES[PRECISIONS.get(dtype, "fp32")]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,17 @@ class RolloutCheck:
         """What the last comparison found."""
         self._tolerance, self._engine, self._is_quiet = tolerance, engine, is_quiet
         self._on_mismatch = on_mismatch
+
+    @staticmethod
+    def of(
+        tolerance: float,
+        on_mismatch: Literal["stop", "uncached", "warn"],
+        *,
+        engine: str,
+        is_quiet: bool = False,
+    ) -> "RolloutCheck | None":
+        """The check that flags ask for: none where the tolerance is 0."""
+        return RolloutCheck(tolerance, on_mismatch, engine=engine, is_quiet=is_quiet) if tolerance else None
 
     def wants_uncached(self, rollout: RolloutBatch, logprobs: Tensor) -> bool:
         """Say how far apart they are, and whether to answer again without a KV cache.

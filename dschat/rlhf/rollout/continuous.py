@@ -20,11 +20,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.data.collate import PromptBatch
 from dschat.errors import UserError
 from dschat.models.attention import MEASURED
 from dschat.models.forward import token_logprobs_of
+from dschat.rlhf.rollout.agreement import usual_tolerance
 from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.decode_modes import attention_named
@@ -191,8 +191,7 @@ class ContinuousBatching:
         expected = token_logprobs_of(model, found.tokens, num_tokens=plain.num_tokens)
         assert found.logprobs is not None
         apart = (found.logprobs - expected)[found.answer_mask].abs().mean().item()
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "fp32")
-        return apart <= ROLLOUT_TOLERANCES[precision]
+        return apart <= usual_tolerance(model.dtype)
 
 
 def _on_host(prompts: PromptBatch) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dschat.arguments import ROLLOUT_TOLERANCES
 from dschat.data.collate import PromptBatch
 from dschat.data.token_batch import TokenBatch
 from dschat.models.forward import logits_of
 from dschat.rlhf.rollout import decode_attention
+from dschat.rlhf.rollout.agreement import usual_tolerance
 from dschat.rlhf.rollout.decode_cache import ROUND, DecodeCache
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
@@ -200,5 +200,4 @@ def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
         one[:, :num_tokens].float().log_softmax(1) - two.float().log_softmax(1)
         for one, two in zip(found, [*of_both, of_second[second]], strict=True)
     ]
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(expected.dtype, "fp32")
-    return torch.cat(apart).abs().mean().item() <= ROLLOUT_TOLERANCES[precision]
+    return torch.cat(apart).abs().mean().item() <= usual_tolerance(expected.dtype)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dschat import softmax
-from dschat.softmax import logprobs_and_entropy, token_logprobs
+from dschat.models import softmax
+from dschat.models.softmax import logprobs_and_entropy, token_logprobs
 
 # softmax of (0, ln 3) is (1/4, 3/4); at temperature 2 the logits are (0, ln sqrt 3), weights 1 and 1.7320508.
 LOGITS = torch.tensor([[[0.0, math.log(3.0)]]])
