@@ -146,7 +146,7 @@ def _load(
     """The whole model in that precision, its keys checked, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from dschat.export.manifest import PRECISIONS
+    from dschat.distributed.device import PRECISIONS
     from dschat.models.loading import create_critic_model, create_hf_model
     from dschat.models.tokenizer import load_tokenizer
 
