@@ -93,6 +93,7 @@ def prepare(arguments: StepArguments) -> RunContext:
     import torch
 
     from dschat.distributed.device import check_precision
+    from dschat.distributed.mesh import set_parallel_sizes
     from dschat.distributed.rendezvous import configure_environment
     from dschat.engines.memory_remedies import memory_flags
     from dschat.engines.out_of_memory import report_memory_with
@@ -100,6 +101,7 @@ def prepare(arguments: StepArguments) -> RunContext:
 
     run = arguments.run
     configure_environment(run.local_rank)
+    set_parallel_sizes(**arguments.parallel_sizes)
     report_memory_with(memory_flags(arguments))
     check_precision(run.dtype, run.offload)
     set_consent(run.trust_remote_code)

@@ -41,6 +41,11 @@ class TrainingStep:
         """Rows that one rank contributes to a batch, by the product of flags that sets them."""
         raise NotImplementedError
 
+    @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """Ranks that share a model, by the axis of the mesh; those that are not named have one."""
+        return {}
+
     @cached_property
     def description(self) -> RunDescription:
         """The run that these arguments ask for, in the terms that all steps share."""

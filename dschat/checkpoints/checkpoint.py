@@ -266,7 +266,7 @@ def identity(description: RunDescription, data: str) -> dict[str, Any]:
         "data": data,
         "models": {},
         "world_size": mesh().world.size,
-        "sizes": description.global_sizes(mesh().world.size),
+        "sizes": description.global_sizes(mesh().data.size),
         "settings": {name: setting.value for name, setting in description.settings.items()},
         "versions": {name: version(name) for name in VERSIONED},
     }

@@ -8,22 +8,24 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dschat.distributed.device import current_device
+from dschat.distributed.device import current_device, device_type
 from dschat.distributed.mesh import AxisName, mesh
+from dschat.distributed.process_wide import process_wide
 
 
 def barrier(*, axis: AxisName) -> None:
     """Wait for every rank of the axis."""
     if size_of(axis) > 1:
-        dist.barrier()
+        dist.barrier(group=group_of(axis))
 
 
 def sum_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
     """The sum over the ranks of an axis of tensors of one shape, in fp64 so that counts stay whole."""
     total = tensor.detach().double()
     if size_of(axis) > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group_of(axis))
     return total
 
 
@@ -31,7 +33,7 @@ def max_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
     """The elementwise largest over the ranks of an axis of tensors of one shape."""
     largest = tensor.detach().clone()
     if size_of(axis) > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group_of(axis))
     return largest
 
 
@@ -46,7 +48,7 @@ def gather_rows(rows: Tensor, *, axis: AxisName) -> Tensor:
     if size == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(size)]
-    dist.all_gather(parts, rows.contiguous())
+    dist.all_gather(parts, rows.contiguous(), group=group_of(axis))
     return torch.cat(parts)
 
 
@@ -79,5 +81,25 @@ def first_error_across_ranks(work: Callable[[], str | None], *, axis: AxisName) 
 
 
 def size_of(axis: AxisName) -> int:
-    """Ranks of the axis. All axes but data have one, so data's ranks are the whole process group."""
-    return getattr(mesh(), axis).size
+    """Ranks of the axis."""
+    return int(getattr(mesh(), axis).size)
+
+
+class AxisGroups:
+    """The process groups of the axes, where a run has more than that of all its ranks."""
+
+    grid: DeviceMesh | None = None
+
+
+def make_axis_groups() -> None:
+    """Make a process group for each axis that does not span all ranks. Every rank calls it once."""
+    axes: tuple[AxisName, ...] = ("pipeline", "data", "tensor", "sequence")  # as a Mesh numbers them
+    sizes = tuple(size_of(axis) for axis in axes)
+    if size_of("data") != size_of("world"):
+        process_wide(AxisGroups).grid = init_device_mesh(device_type(), sizes, mesh_dim_names=axes)
+
+
+def group_of(axis: AxisName) -> dist.ProcessGroup | None:
+    """The process group of this rank's neighbours along an axis; None, as torch has it, for all ranks."""
+    grid = process_wide(AxisGroups).grid
+    return None if axis == "world" or grid is None else grid.get_group(axis)

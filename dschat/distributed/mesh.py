@@ -2,7 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
+
+from dschat.distributed.process_wide import process_wide
+from dschat.errors import UserError
 
 AxisName = Literal["world", "data", "tensor", "sequence", "pipeline"]
 
@@ -16,12 +20,21 @@ class Axis:
     size: int = 1
 
 
+class ParallelSizes:
+    """Ranks that share a model's layers, tokens and weights: what the flags of this process's run ask for."""
+
+    pipeline = 1
+    tensor = 1
+    sequence = 1
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The processes of a run as a grid, and this process's place in it.
 
-    Example: 8 processes with 2 tensor-parallel ranks are 4 ranks of data times 2 of tensor; process 5 has
-    data rank 2 and tensor rank 1. Processes see different rows where their data ranks differ.
+    Processes are numbered by pipeline, data, tensor and sequence rank, the last fastest, as DeepSpeed numbers
+    them. Example: 8 processes with 2 tensor-parallel ranks are 4 ranks of data times 2 of tensor; process 5
+    has data rank 2 and tensor rank 1. Processes see different rows where their data ranks differ.
     """
 
     world: Axis
@@ -31,11 +44,11 @@ class Mesh:
     machine: Axis
     """Processes on this machine."""
     tensor: Axis = Axis()
-    """Ranks that share the weights of a layer. One today."""
+    """Ranks that share the weights of a layer."""
     sequence: Axis = Axis()
-    """Ranks that share the tokens of a row. One today."""
+    """Ranks that share the tokens of a row."""
     pipeline: Axis = Axis()
-    """Ranks that share the layers of a model. One today."""
+    """Ranks that share the layers of a model."""
 
     @property
     def is_main_process(self) -> bool:
@@ -44,14 +57,43 @@ class Mesh:
 
 
 def mesh() -> Mesh:
-    """The mesh by the environment's variables; one process where there are none."""
+    """The mesh by the environment's variables and `set_parallel_sizes`; one process where there are none."""
     world = Axis(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     local_rank, local_size = (os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     machine = Axis(
         world.rank if local_rank is None else int(local_rank),
         world.size if local_size is None else int(local_size),
     )
-    return Mesh(world=world, data=world, machine=machine)
+    sizes = process_wide(ParallelSizes)
+    rest, sequence = divmod(world.rank, sizes.sequence)
+    rest, tensor = divmod(rest, sizes.tensor)
+    data_size = world.size // (sizes.pipeline * sizes.tensor * sizes.sequence)
+    pipeline, data = divmod(rest, data_size)
+    return Mesh(
+        world=world,
+        data=Axis(data, data_size),
+        machine=machine,
+        tensor=Axis(tensor, sizes.tensor),
+        sequence=Axis(sequence, sizes.sequence),
+        pipeline=Axis(pipeline, sizes.pipeline),
+    )
+
+
+def set_parallel_sizes(*, tensor: int = 1, sequence: int = 1, pipeline: int = 1) -> None:
+    """Divide the processes among the axes; what the three do not take is the size of data.
+
+    Raises `UserError` where the number of processes is no multiple of their product.
+    """
+    sizes = {"pipeline": pipeline, "tensor": tensor, "sequence": sequence}
+    world = mesh().world.size
+    if world % prod(sizes.values()):
+        given = " times ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise UserError(
+            f"the parallel sizes, {given}, need a multiple of {prod(sizes.values())} ranks, and this run has "
+            f"{world}: start as many with torchrun --nproc_per_node or deepspeed --num_gpus."
+        )
+    for name, size in sizes.items():
+        setattr(process_wide(ParallelSizes), name, size)
 
 
 def is_main_process() -> bool:

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dschat.console import messages
 from dschat.distributed import restart, watchdog
-from dschat.distributed.collectives import barrier, gather_rows
+from dschat.distributed.collectives import barrier, gather_rows, make_axis_groups
 from dschat.distributed.deepspeed_private import compile_no_shared_memory_collectives
 from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
@@ -67,10 +67,11 @@ def init_process_group(local_rank: int = -1) -> torch.device:
         # The deepspeed launcher leaves every rank all cores; ranks that compete for them wait for each other.
         torch.set_num_threads(max(1, torch.get_num_threads() // mesh().machine.size))
     restart.listen()
+    make_axis_groups()
     if mesh().world.size > 1:
         mine = torch.tensor([[os.getpid(), watchdog.machine_number()]], device=device)
         watchdog.start_watching(
-            *gather_rows(mine, axis="data").T.tolist(), rank=mesh().world.rank, each_time=restart.obey
+            *gather_rows(mine, axis="world").T.tolist(), rank=mesh().world.rank, each_time=restart.obey
         )
     return device
 

@@ -12,8 +12,10 @@ from dschat.distributed.mesh import mesh
 
 
 def seed_ranks_apart(seed: int) -> None:
-    """Seed every rank with a number of its own, derived of both: ranks draw their dropout independently."""
-    derived = numpy.random.SeedSequence([seed, mesh().world.rank]).generate_state(1, numpy.uint64)
+    """Seed ranks that read other rows or tokens with a number of their own, derived of both: they draw their
+    dropout independently, and the ranks that share a model's weights or layers draw it alike."""
+    place = mesh().data.rank * mesh().sequence.size + mesh().sequence.rank
+    derived = numpy.random.SeedSequence([seed, place]).generate_state(1, numpy.uint64)
     seed_everything(int(derived[0]) % 2**63)
 
 

@@ -31,6 +31,8 @@ def test_collectives_on_two_ranks(two_ranks):
         assert result["broadcast"] == {"rank": 0}
         # The values of tests/test_statistics.py, dealt to two ranks: clustered there as on one.
         assert result["standard_error"] == pytest.approx((1.04 * 3 / 2) ** 0.5 / 5)
+    own = [[1, 10], [2, 20]]
+    assert [result["of data and of tensor ranks"] for result in two_ranks] == [[row, [3, 30]] for row in own]
     assert [result["is_main"] for result in two_ranks] == [True, False]
 
 

@@ -19,6 +19,7 @@ def test_equal_seeds_give_equal_draws():
 
 def test_each_rank_draws_numbers_of_its_own_and_the_same_again(monkeypatch):
     draws = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1, 0):
         monkeypatch.setenv("RANK", str(rank))
         random_state.seed_ranks_apart(2**63 - 1)

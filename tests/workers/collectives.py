@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dschat.distributed import collectives, process_group
-from dschat.distributed.mesh import mesh
+from dschat.distributed.mesh import mesh, set_parallel_sizes
 from dschat.distributed.statistics import MeanOverRanks
 
 
@@ -31,6 +31,11 @@ def main(folder: Path) -> None:
         "is_main": mesh().is_main_process,
         "threads": torch.get_num_threads(),
     }
+    set_parallel_sizes(tensor=2)
+    collectives.make_axis_groups()
+    results["of data and of tensor ranks"] = [
+        collectives.sum_across_ranks(mine, axis=axis).tolist() for axis in ("data", "tensor")
+    ]
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
