@@ -91,7 +91,7 @@ def _declare(
     elif get_origin(kind) is list:
         section.add_argument(*spelt, type=get_args(kind)[0], nargs="+", **options)
     else:
-        section.add_argument(*spelt, type=kind, **options)
+        section.add_argument(*spelt, **{"type": kind, **options})
 
 
 def _to_bool(word: str) -> bool:

@@ -4,11 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from dschat.arguments.engine import EngineArguments
 from dschat.arguments.flags import flag, require, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArguments:
+class RunArguments(EngineArguments):
     """Precision, output and reproducibility."""
 
     output_dir: str | None = flag(

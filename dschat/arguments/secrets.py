@@ -15,9 +15,11 @@ def without_secrets(text: str) -> str:
 
 
 def recorded(value: Any) -> Any:
-    """`value` of a flag as files have it: strings and entries of lists without secrets."""
+    """`value` of a flag as files have it: strings, and entries of lists and objects, without secrets."""
     if isinstance(value, list):
         return [recorded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: recorded(entry) for name, entry in value.items()}
     return without_secrets(value) if isinstance(value, str) else value
 
 

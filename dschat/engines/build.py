@@ -1,11 +1,13 @@
 """A model and its arguments in, a DeepSpeed engine out: a builder for trained models, one for frozen ones."""
 
+import copy
 import functools
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -13,9 +15,10 @@ from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed import deepspeed_private
 from dschat.distributed.mesh import mesh
-from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
+from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config, merged
 from dschat.engines.out_of_memory import consumes
 from dschat.engines.schedule import learning_rate_schedule
+from dschat.errors import UserError
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.products import use_chosen_products
 from dschat.models.reward_model import enable_gradient_checkpointing
@@ -58,7 +61,7 @@ def train_config(
     model_args: ModelArguments, args: OptimizerArguments, run: RunArguments, *, per_device_batch_size: int
 ) -> dict:
     """The DeepSpeed configuration of a trained model; `create_hf_model` needs it before the engine."""
-    return get_train_ds_config(
+    config = get_train_ds_config(
         stage=model_args.zero_stage,
         dtype=run.dtype,
         offload=run.offload,
@@ -67,11 +70,27 @@ def train_config(
         world_size=mesh().data.size,
         max_grad_norm=args.max_grad_norm,
     )
+    return _overridden(config, run)
 
 
 def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
     """The DeepSpeed configuration of a frozen model."""
-    return get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=mesh().data.size)
+    config = get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=mesh().data.size)
+    return _overridden(config, run)
+
+
+def _overridden(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
+    """The configuration with --deepspeed_config_override's. Raises `UserError` if DeepSpeed refuses it."""
+    if not run.deepspeed_config_override:
+        return config
+    config = merged(config, run.deepspeed_config_override)
+    tried = copy.deepcopy(config)
+    del tried["train_batch_size"]  # which DeepSpeed compares with all ranks, those of one row among them
+    try:
+        DeepSpeedConfig(tried)
+    except Exception as error:  # its own, pydantic's, assertions and whatever a wrong type ends in
+        raise UserError(f"--deepspeed_config_override: DeepSpeed refuses the settings: {error}") from error
+    return config
 
 
 @functools.cache

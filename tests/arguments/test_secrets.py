@@ -27,5 +27,6 @@ def test_what_of_a_url_is_shown(text, shown):
 def test_values_are_recorded_without_secrets_whatever_their_type():
     assert recorded(["http://us:pw@host", "b"]) == ["http://***@host", "b"]
     assert recorded("https://host/?token=t") == "https://host/?token=***"
+    assert recorded({"a": ["http://us:pw@host"]}) == {"a": ["http://***@host"]}
     for value in (3, 0.5, True, None):
         assert recorded(value) is value

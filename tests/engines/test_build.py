@@ -4,9 +4,10 @@ from tiny import save_tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dschat.arguments import ModelArguments, OptimizerArguments
-from dschat.engines.build import note_long_warmup, parameter_groups
+from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
+from dschat.engines.build import frozen_config, note_long_warmup, parameter_groups, train_config
 from dschat.engines.schedule import learning_rate_schedule
+from dschat.errors import UserError
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import add_lora
 
@@ -68,3 +69,20 @@ def test_a_warm_up_of_most_of_the_run_is_said_once(capsys):
     assert "6 of the run's 10 optimiser steps (--warmup_ratio 0.6)" in capsys.readouterr().out
     note_long_warmup(default, default.warmup_steps(200), 200)
     assert capsys.readouterr().out == ""
+
+
+def test_an_override_reaches_trained_and_frozen_engines():
+    run = RunArguments(deepspeed_config_override={"wall_clock_breakdown": True})
+    for config in (
+        train_config(ARGS, OptimizerArguments(), run, per_device_batch_size=2),
+        frozen_config(stage=3, run=run, offload=False),
+    ):
+        assert config["wall_clock_breakdown"]
+
+
+def test_an_override_that_deepspeed_refuses_ends_the_run_before_a_model_is_loaded():
+    run = RunArguments(deepspeed_config_override={"zero_optimization": {"reduce_bucket_size": -1}})
+    with pytest.raises(
+        UserError, match=r"--deepspeed_config_override: DeepSpeed refuses .*reduce_bucket_size"
+    ):
+        frozen_config(stage=0, run=run, offload=False)

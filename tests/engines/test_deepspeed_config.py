@@ -1,6 +1,6 @@
 import pytest
 
-from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
+from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config, merged
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,12 @@ def test_a_configuration_is_fresh_each_time():
     first = get_train_ds_config(stage=1)
     first["zero_optimization"]["stage"] = 9
     assert get_train_ds_config(stage=1)["zero_optimization"]["stage"] == 1
+
+
+def test_an_override_replaces_single_entries_and_leaves_its_own_content_alone():
+    override = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    config = merged(get_train_ds_config(stage=2), override)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 7
+    assert config["wall_clock_breakdown"]
+    assert override["zero_optimization"] == {"reduce_bucket_size": 7}
