@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,7 +35,6 @@ from dschat.models.quantization import unpacked
 from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
-from dschat.models.weights import HEAD
 from dschat.runs.export_files import ADAPTER_FOLDER, link_export, remove_export, replacing_export
 
 
@@ -178,7 +176,7 @@ def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     """Write weights and configuration of `module` with the whole weights `state`, adapters merged."""
     model: Any = module
     if isinstance(module, RewardModel):
-        model, state = _as_classifier(module, state)
+        model, state = module.as_classifier(state)
     lora = lora_config(module)
     if lora is not None:
         if trains_more_than_adapters(module):
@@ -186,19 +184,6 @@ def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         save_adapter(state, lora, folder / ADAPTER_FOLDER)
         state = merge_lora(state, lora)
     _save_with_cache(model, state, folder)
-
-
-def _as_classifier(model: RewardModel, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Transformers' classifier of the same architecture, without weights, and `state` under its names."""
-    backbone = model.rwtransformer
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(model.config, dtype=backbone.dtype)
-    prefix = f"{backbone.base_model_prefix}."
-    renamed = {
-        HEAD if name == "v_head.weight" else prefix + name.removeprefix("rwtransformer."): tensor
-        for name, tensor in state.items()
-    }
-    return classifier, renamed
 
 
 def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

@@ -1,12 +1,10 @@
 """Model loading: every model is made here, read from a folder or the hub and sharded at once under ZeRO-3."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -15,12 +13,11 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dschat.distributed.mesh import is_main_process
-from dschat.distributed.zero3 import gathered
 from dschat.models.attention import set_attention
 from dschat.models.config import check_generates, read_config
 from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import forget_4bit, four_bit_options
-from dschat.models.reward_model import RewardModel
+from dschat.models.reward_model import RewardModel, draw_head
 from dschat.models.vocabulary import configure_tokens, grow_vocabulary
 from dschat.models.weights import check_weights, quiet_transformers, reward_model_loader, weights_loader
 
@@ -86,7 +83,7 @@ def create_critic_model(
         classifier = _load(load, _dtype(ds_config), load_in_4bit, fresh_head=not rlhf_training)
         grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
-            _draw_head(classifier.score)
+            draw_head(classifier.score)
     configure_tokens(classifier, tokenizer)
     model = RewardModel(classifier.base_model, classifier.score, classifier.config)
     model.new_tokens = classifier.new_tokens
@@ -123,14 +120,6 @@ def _construction(ds_config: dict[str, Any] | None, stage: int) -> Iterator[None
         finally:
             unset_hf_deepspeed_config()
             del keep_alive
-
-
-def _draw_head(head: nn.Linear) -> None:
-    """Normal(0, 1 / sqrt(d + 1)) as in Stiennon et al. 2020, https://arxiv.org/abs/2009.01325."""
-    with gathered([head.weight], modifier_rank=0), torch.no_grad():
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        std = 1 / math.sqrt(head.in_features + 1)
-        head.weight.copy_(torch.normal(0.0, std, (1, head.in_features), generator=generator))
 
 
 def _dtype(ds_config: dict[str, Any] | None) -> torch.dtype:

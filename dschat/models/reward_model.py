@@ -1,14 +1,23 @@
 """A transformer with one number per position: a score where an answer ends, a value elsewhere."""
 
 import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from dschat.distributed.mesh import is_main_process
+from dschat.distributed.zero3 import gathered
 from dschat.losses import pairwise_ranking_loss
+from dschat.models.model_folder import check_model_path
+from dschat.models.tokenizer import load_tokenizer
+from dschat.models.vocabulary import configure_tokens, grow_vocabulary
+from dschat.models.weights import HEAD, check_weights, has_head, quiet_transformers, reward_model_loader
 
 
 class ScoreHead(nn.Linear):
@@ -21,9 +30,48 @@ class ScoreHead(nn.Linear):
 class RewardModel(nn.Module):
     """Backbone `rwtransformer` and bias-free head `v_head` (hidden size -> 1), named as in DeepSpeed-Chat.
 
-    `create_critic_model` builds it, `export_model` writes it for `AutoModelForSequenceClassification`. An
-    `attention_mask` of None means that there is no padding; padding may stand on either side.
+    `create_critic_model` builds it for pairs and `from_pretrained` for scores of any rows; `export_model`
+    writes it for `AutoModelForSequenceClassification`. An `attention_mask` of None means that there is no
+    padding; padding may stand on either side.
     """
+
+    @staticmethod
+    def from_pretrained(
+        model_name_or_path: str | Path, *, dtype: torch.dtype = torch.float32
+    ) -> "ScoringModel":
+        """The model of a folder or hub id whose call returns scores, for training loops of one's own.
+
+        A reward model keeps its head, any other model gets a fresh one, drawn from torch's seed. Dropout is
+        off. Every process reads the whole model; `deepspeed.initialize` shards it and sets its precision.
+        Raises `UserError` where weights or tokenizer cannot be read or do not fit.
+        """
+        path = str(model_name_or_path)
+        check_model_path(path, "RewardModel.from_pretrained")
+        tokenizer = load_tokenizer(path)
+        load = reward_model_loader(path, dropout=0.0)
+        fresh_head = not has_head(load, path)
+        check_weights(load, path, fresh_head=fresh_head)
+        with quiet_transformers(progress=is_main_process()):
+            classifier = load(dtype=dtype, ignore_mismatched_sizes=fresh_head)
+        grow_vocabulary(classifier, tokenizer)
+        if fresh_head:
+            draw_head(classifier.score)
+        configure_tokens(classifier, tokenizer)
+        model = ScoringModel(classifier.base_model, classifier.score, classifier.config)
+        model.tokenizer = tokenizer
+        return model
+
+    def as_classifier(self, state: Mapping[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """Transformers' classifier of the same architecture, without weights, and `state` by its names."""
+        backbone = self.rwtransformer
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(self.config, dtype=backbone.dtype)
+        prefix = f"{backbone.base_model_prefix}."
+        renamed = {
+            HEAD if name == "v_head.weight" else prefix + name.removeprefix("rwtransformer."): tensor
+            for name, tensor in state.items()
+        }
+        return classifier, renamed
 
     def __init__(self, backbone: PreTrainedModel, head: nn.Linear, config: PretrainedConfig) -> None:
         super().__init__()
@@ -110,6 +158,50 @@ class RewardModel(nn.Module):
         options = {"position_ids": position_ids} if self._takes_positions else {}
         output = self.rwtransformer(input_ids, attention_mask=attention_mask, use_cache=False, **options)
         return output.last_hidden_state
+
+
+class ScoringModel(RewardModel):
+    """A `RewardModel` whose call takes one list of rows and returns their scores.
+
+    So `engine(batch["chosen_input_ids"])` gives the scores of chosen answers, and the loss of a pair is the
+    caller's: `-logsigmoid(chosen - rejected)`. `RewardModel.from_pretrained` makes it.
+    """
+
+    tokenizer: Any
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """The scores of rows [N, L], each at its row's last real token. -> fp32 [N].
+
+        Without an `attention_mask` the pad ids of the model at a row's end are padding. A row of nothing else
+        is scored at its first token.
+        """
+        if attention_mask is None:
+            is_token = input_ids != self.config.pad_token_id
+            attention_mask = is_token.flip(-1).cumsum(dim=-1).flip(-1).clamp(max=1)
+        hidden = self._hidden_states(input_ids, attention_mask, position_ids)
+        return self.v_head(at_last_token(hidden, attention_mask)).squeeze(-1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer as a reward model, which step 3 and transformers load.
+
+        Every rank calls it, as ZeRO-3's shards are gathered; rank 0 writes.
+        """
+        with gathered(self.parameters()):
+            if is_main_process():
+                classifier, state = self.as_classifier(self.state_dict())
+                classifier.config.use_cache = True  # off in training
+                classifier.save_pretrained(folder, state_dict=state)
+                self.tokenizer.save_pretrained(folder)
+
+
+def draw_head(head: nn.Linear) -> None:
+    """Normal(0, 1 / sqrt(d + 1)) as in Stiennon et al. 2020, https://arxiv.org/abs/2009.01325."""
+    with gathered([head.weight], modifier_rank=0), torch.no_grad():
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        std = 1 / math.sqrt(head.in_features + 1)
+        head.weight.copy_(torch.normal(0.0, std, (1, head.in_features), generator=generator))
 
 
 def at_last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:

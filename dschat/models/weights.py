@@ -73,16 +73,7 @@ def check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head:
     transformers reports no unexpected keys. With `fresh_head` the weights are those of a base model, whose
     output layer is ignored and whose head is still to be drawn.
     """
-    try:
-        with quiet_transformers(progress=False):
-            _, info = load(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"the weights of {model_name_or_path!r} cannot be read: {error}") from error
-    except Exception as error:  # whatever the family's code makes of values that it does not expect
-        raise UserError(
-            f"the model that config.json of {model_name_or_path!r} describes cannot be built "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); copy or download the file again."
-        ) from error
+    info = _loading_info(load, model_name_or_path)
     missing = set(info["missing_keys"])
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CONSTANTS)}
     if fresh_head:
@@ -99,6 +90,26 @@ def check_weights(load: Callable[..., Any], model_name_or_path: str, fresh_head:
             f"the weights of {model_name_or_path!r} do not fit its configuration; {'; '.join(listed)}. "
             f"{_remedy(missing, unexpected)}"
         )
+
+
+def has_head(load: Callable[..., Any], model_name_or_path: str) -> bool:
+    """Whether the weights hold a reward model's head; `load` is that of `reward_model_loader`."""
+    return HEAD not in _loading_info(load, model_name_or_path)["missing_keys"]
+
+
+def _loading_info(load: Callable[..., Any], model_name_or_path: str) -> dict[str, Any]:
+    """What transformers reports of loading on the meta device. Raises `UserError` where that fails."""
+    try:
+        with quiet_transformers(progress=False):
+            _, info = load(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"the weights of {model_name_or_path!r} cannot be read: {error}") from error
+    except Exception as error:  # whatever the family's code makes of values that it does not expect
+        raise UserError(
+            f"the model that config.json of {model_name_or_path!r} describes cannot be built "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); copy or download the file again."
+        ) from error
+    return info
 
 
 def _remedy(missing: set[str], unexpected: set[str]) -> str:

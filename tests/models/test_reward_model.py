@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from processes import ROOT, python
 from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
+from dschat.export.upstream import verify_model
 from dschat.models.loading import create_critic_model
 from dschat.models.reward_model import RewardModel, at_last_token
 
@@ -133,3 +136,58 @@ def test_gradient_checkpointing_can_be_switched(model):
     assert is_on()
     model.gradient_checkpointing_disable()
     assert not is_on()
+
+
+PAD = 1
+# The last row of each side is the longer one; 1 is the padding token of the tiny tokenizer.
+ROWS = {
+    "chosen_input_ids": torch.tensor([[9, 12, 40, 0, PAD, PAD], [30, 31, 32, 33, 34, 0]]).repeat(2, 1),
+    "rejected_input_ids": torch.tensor([[9, 12, 41, 42, 0, PAD], [30, 31, 32, 0, PAD, PAD]]).repeat(2, 1),
+}
+
+
+def test_a_call_with_one_list_of_rows_returns_scores_and_finds_the_padding(base):
+    model = RewardModel.from_pretrained(base)
+    rows = ROWS["chosen_input_ids"][:2]
+    with torch.no_grad():
+        alone = torch.cat([model(rows[:1, :4]), model(rows[1:])])
+        torch.testing.assert_close(model(rows), alone)
+        torch.testing.assert_close(model(rows, attention_mask=rows != PAD), alone)
+        inside = torch.tensor([[9, PAD, 40, 0, PAD]])  # a padding token between others is a token
+        torch.testing.assert_close(model(inside), model(inside[:, :4], attention_mask=torch.ones(1, 4)))
+    assert alone.dtype == torch.float32
+    assert alone.shape == (2,)
+
+
+def test_a_saved_reward_model_keeps_its_head(reward):
+    rows = ROWS["chosen_input_ids"]
+    first, again = (RewardModel.from_pretrained(reward) for _ in range(2))
+    classifier = AutoModelForSequenceClassification.from_pretrained(reward)
+    with torch.no_grad():
+        torch.testing.assert_close(first(rows), classifier(rows).logits.squeeze(-1))
+        torch.testing.assert_close(first(rows), again(rows), rtol=0, atol=0)
+
+
+def test_a_loop_of_ones_own_trains_over_deepspeed_and_saves_a_reward_model_of_ours(base, tmp_path):
+    batches = [ROWS, {name: rows.flip(0) for name, rows in ROWS.items()}]
+    torch.save(batches, tmp_path / "rows.pt")
+    loop = ROOT / "tests" / "workers" / "seed_loop.py"
+    python(loop, base, tmp_path / "rows.pt", tmp_path, 0, 3, ranks=2)
+    torch.manual_seed(7)
+    expected = RewardModel.from_pretrained(base)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    for batch in batches:
+        loss = (1 + (expected(batch["rejected_input_ids"]) - expected(batch["chosen_input_ids"])).exp()).log()
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for stage in (0, 3):
+        folder = tmp_path / f"reward{stage}"
+        assert verify_model(str(folder), "--critic_model_name_or_path", "score").manifest is None
+        trained = RewardModel.from_pretrained(folder)
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+        with torch.no_grad():
+            for rows in ROWS.values():
+                torch.testing.assert_close(trained(rows), expected(rows), rtol=0, atol=1e-4)
+                torch.testing.assert_close(classifier(rows).logits[:, 0], trained(rows), rtol=0, atol=1e-6)
+        assert next((tmp_path / f"checkpoint{stage}").glob("global_step2/*.pt"))
