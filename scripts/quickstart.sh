@@ -1,28 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to an RLHF-trained model on a CPU, without a download: a demo task, a small model, the three steps.
+# From nothing to an RLHF-trained model on a CPU, without a download: .venv, and in it scripts/demo.sh.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart/ in the project's root; it is written anew)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-out="${1:-$root/quickstart}"
 bash "$root/scripts/setup.sh"
-start=$SECONDS
-
-mkdir -p "$out"
-out="$(cd "$out" && pwd)"
-export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
-# The last run's results go, and only those: the folder may hold other things.
-rm -rf "$out"/{data,base_model,step1_sft,step2_reward,step3_ppo,figures.json}
-
-python "$root/scripts/demo_task.py" "$out"
-# The recipes step*/run_demo.sh run the same steps with the same flags, one by one.
-# shellcheck source=scripts/demo_settings.sh
-source "$root/scripts/demo_settings.sh"
-python "$root/scripts/e2e_rlhf.py" --output-dir "$out" --data-path "$out/data" \
-    --actor-model "$out/base_model" --reward-model sft \
-    --common-args "${demo_common[*]}" --sft-args "${demo_sft[*]}" \
-    --reward-args "${demo_reward[*]}" --ppo-args "${demo_ppo[*]}"
-python "$root/scripts/compare.py" --data-path "$out/data/test.jsonl" --demo-task --reference SFT \
-    --model "base=$out/base_model" --model "SFT=$out/step1_sft" --model "PPO=$out/step3_ppo/actor" \
-    --max-answer-seq-len 20 --batch-size 200 --num-shown 3 --output "$out/figures.json"
-
-echo "done in $((SECONDS - start)) s; everything is in $out"
+export PATH="$root/.venv/bin:$PATH"
+exec bash "$root/scripts/demo.sh" "${1:-$root/quickstart}"

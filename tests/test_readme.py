@@ -96,7 +96,7 @@ def test_every_flag_that_the_text_names_exists(capsys):
             program.parse(["--help"])
     flag = r"--[a-z]\w+(?:-\w+)*"
     known = set(re.findall(flag, capsys.readouterr().out))
-    launchers = {"--num_gpus", "--nproc_per_node"}
+    launchers = {"--num_gpus", "--nproc_per_node", "--module"}
     named = set(re.findall(flag, README.partition("## Tests")[0]))
     assert named - launchers <= known
     assert len(named & known) > 40
@@ -105,6 +105,7 @@ def test_every_flag_that_the_text_names_exists(capsys):
 # Added to a command, so that the test shows that it works and not how well it learns.
 SHORTER = {
     "step1_sft": ["--num_train_epochs", "1", "--max_train_samples", "320"],
+    "sft_again": ["--num_train_epochs", "1", "--max_train_samples", "320"],
     "step2_reward": ["--num_train_epochs", "1", "--max_train_samples", "320"],
     "step3_ppo": ["--enable_test_mode", "--test_stop_step", "3"],
     "compare.py": ["--num-prompts", "20"],

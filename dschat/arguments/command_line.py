@@ -5,9 +5,11 @@ import difflib
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from dschat.arguments.config_file import values_in, without_config, words_of
 from dschat.console import messages
 from dschat.errors import UserError
 
@@ -22,11 +24,23 @@ class ReadableParser(argparse.ArgumentParser):
     """argparse whose errors are one message: a `UserError` instead of a screen of usage.
 
     Flags that are not there are named together, with what was probably meant, before anything else that is
-    wrong with the command line; names are not abbreviated.
+    wrong with the command line; names are not abbreviated. --config FILE stands for the flags in the file.
     """
+
+    prefixes: Mapping[str, str] = {}
+    """What the flags of a group begin with, by the group's name in a run's arguments.json."""
+    exclusive: frozenset[str] = frozenset()
+    """Flags of which one at most is given: one on the command line replaces the others in a file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="YAML or JSON file of flags and values, such as the arguments.json of a run; a flag on the "
+            "command line wins over the file.",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
@@ -39,17 +53,42 @@ class ReadableParser(argparse.ArgumentParser):
         --flag=-- is one too, which in argparse gives the flag an empty list. A negative number in scientific
         notation is a value.
         """
-        words = list(sys.argv[1:] if args is None else args)
+        words, file = without_config(sys.argv[1:] if args is None else args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):
                 self.error(f"argument {word[:-3]}: expected a value, got '--'")
         if not {"-h", "--help"} & set(words):
             self._reject_unknown(words)
-        found, remaining = super().parse_known_args(_joined_numbers(words), namespace)
+        of_file = self._words_in(file, words) if file else []
+        try:
+            found, remaining = super().parse_known_args([*of_file, *_joined_numbers(words)], namespace)
+        except UserError as error:
+            named = [word.partition("=")[0] for word in of_file]
+            if any(re.search(rf"{flag}\b", str(error)) for flag in named if flag.startswith("--")):
+                raise UserError(f"--config {file}: {error}") from error
+            raise
         if remaining:
             self.error(f"{remaining[0]!r} belongs to no flag{self._hint(remaining[0])}")
         self._note_repeated(words)
         return found, []
+
+    def _words_in(self, file: Path, words: Sequence[str]) -> list[str]:
+        """The flags of a file as words, without those that the command line's words give or exclude."""
+        given = {self._option_string_actions.get(word.partition("=")[0]) for word in words}
+        excluded = {self._option_string_actions.get(f"--{name}") for name in self.exclusive}
+        replaced = given | excluded if given & excluded - {None} else given
+        found = []
+        for key, value in values_in(file, self.prefixes).items():
+            spelt = (f"--{key}", f"--{key.replace('-', '_')}", f"--{key.replace('_', '-')}")
+            flag = next((name for name in spelt if name in self._option_string_actions), None)
+            if flag is None:
+                meant = self.explain(key)
+                hint = f" ({meant})" if meant else ""
+                raise UserError(f"--config {file}: unknown flag {key}{hint}. --help lists every flag.")
+            action = self._option_string_actions[flag]
+            if action not in replaced:
+                found += words_of(file, flag, value, is_switch=action.nargs == 0)
+        return found
 
     def explain(self, name: str) -> str | None:
         """What to write in place of a flag (its name without hyphens before it) that is not there."""

@@ -23,13 +23,19 @@ PROGRAMS = {
     "inspect": "scripts/inspect_data.py",
 }
 
+WARMUP = frozenset({"warmup_ratio", "num_warmup_steps"})
+"""The two ways to say how long warm-up takes."""
+
 
 class FlagParser(ReadableParser):
     """The parser of a step, which also knows the names of other programs and of the other steps."""
 
+    exclusive = WARMUP
+
     def __init__(self, step: str) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self._step = step
+        self.prefixes = {part.name: part.metadata["prefix"] for part in fields(STEPS[step])}
         for part in fields(STEPS[step]):
             group, prefix = part.metadata["group"], part.metadata["prefix"]
             section = self.add_argument_group(f"{part.name} ({' '.join(group.__doc__.split())})")
@@ -121,7 +127,7 @@ def _check_numbers(values: dict[str, Any]) -> None:
 def _check_warmup(argv: Sequence[str] | None) -> None:
     """Raise `UserError` where warm-up is given twice. Later a default looks like what was given."""
     given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    if {"--warmup_ratio", "--num_warmup_steps"} <= given:
+    if {f"--{name}" for name in WARMUP} <= given:
         raise UserError(
             "--warmup_ratio and --num_warmup_steps exclude each other: a share of the run, or a number of "
             "optimiser steps; leave one of them out."

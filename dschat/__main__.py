@@ -1,0 +1,102 @@
+"""The command `dschat`: every program of the project by a short name.
+
+dschat sft --model_name_or_path MODEL ...      python -m dschat sft ...
+torchrun --nproc_per_node 2 -m dschat sft ...  deepspeed --num_gpus 2 --module dschat sft ...
+"""
+
+import difflib
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from dschat.console import messages
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Program:
+    """A file of the tree that a command starts."""
+
+    file: str
+    """Its path in the tree."""
+    purpose: str
+
+
+PIPELINE = {
+    "sft": Program("step1_sft/main.py", "step 1: fine-tune a causal language model"),
+    "reward": Program("step2_reward/main.py", "step 2: train a reward model on preference pairs"),
+    "ppo": Program("step3_ppo/main.py", "step 3: PPO against the reward model, a function or a server"),
+    "dpo": Program("step2_reward/dpo.py", "DPO on the pairs, in place of steps 2 and 3"),
+    "e2e": Program("scripts/e2e_rlhf.py", "the three steps in a row"),
+}
+TOOLS = {
+    "demo": Program("scripts/demo.sh", "the three steps on a small task, with a model made on the spot"),
+    "inspect": Program(
+        "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
+    ),
+    "compare": Program("scripts/compare.py", "answers of several models side by side"),
+    "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
+    "merge-adapter": Program("scripts/merge_adapter.py", "an adapter and its base to a whole model"),
+    "launch": Program("scripts/launch.py", "deepspeed's launcher, safe for the shells of other hosts"),
+}
+COMMANDS = PIPELINE | TOOLS
+
+
+def main() -> NoReturn:
+    """Start the program that the first word names; its exit code is the command's."""
+    words = sys.argv[1:]
+    if words and words[0].startswith(
+        "--local_rank"
+    ):  # of the deepspeed launcher, which sets LOCAL_RANK as well
+        words = words[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        sys.exit()
+    if words[0] == "--version":
+        print(f"dschat {version('dschat')}")
+        sys.exit()
+    name, *rest = words
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        messages.to_stderr(f"error: dschat has no command {name!r}{meant}; dschat --help lists them.")
+        sys.exit(2)
+    start(programs_root() / COMMANDS[name].file, rest)
+
+
+def overview() -> str:
+    """The steps in their order, and every command."""
+    width = max(map(len, COMMANDS))
+    sections = (("Steps", PIPELINE), ("Tools", TOOLS))
+    lines = [
+        "preferences + pretrained model -> dschat sft -> dschat reward -> dschat ppo -> actor/",
+        "                                           `-> dschat dpo, without a reward model",
+    ]
+    for title, programs in sections:
+        lines += ["", f"{title}:", *(f"  {name:{width}}  {p.purpose}" for name, p in programs.items())]
+    return "\n".join([*lines, "", "dschat COMMAND --help lists the flags of a command."])
+
+
+def programs_root() -> Path:
+    """The folder of `step1_sft/` and its siblings: the checkout, or the copy in an installed wheel."""
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "step1_sft" / "main.py").is_file() else PACKAGE / "tree"
+
+
+def start(file: Path, arguments: list[str]) -> NoReturn:
+    """Run a program of the tree as `python FILE` would, in this process, or a recipe with bash."""
+    if file.suffix == ".sh":
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        os.execvpe("bash", ["bash", str(file), *arguments], {**os.environ, "PATH": path})
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    main()
