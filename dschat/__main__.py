@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from dschat.console import messages
+from dschat.errors import UserError
+from dschat.program import readable_errors
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -52,21 +53,26 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if words and words[0].startswith(
         "--local_rank"
-    ):  # of the deepspeed launcher, which sets LOCAL_RANK as well
+    ):  # of deepspeed's launcher, which sets LOCAL_RANK as well
         words = words[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    with readable_errors():
+        program = chosen(words[0] if words else "--help")
+    start(programs_root() / program.file, words[1:])
+
+
+def chosen(name: str) -> Program:
+    """The program of a command; --help and --version print and end. Raises `UserError` for another word."""
+    if name in ("-h", "--help", "help"):
         print(overview())
         sys.exit()
-    if words[0] == "--version":
+    if name == "--version":
         print(f"dschat {version('dschat')}")
         sys.exit()
-    name, *rest = words
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
-        messages.to_stderr(f"error: dschat has no command {name!r}{meant}; dschat --help lists them.")
-        sys.exit(2)
-    start(programs_root() / COMMANDS[name].file, rest)
+        raise UserError(f"dschat has no command {name!r}{meant}; dschat --help lists them.")
+    return COMMANDS[name]
 
 
 def overview() -> str:
