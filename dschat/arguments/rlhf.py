@@ -17,12 +17,12 @@ class RlhfOptions:
     )
     offload_reference_model: bool = flag(
         False,
-        "Keep the reference model's weights in CPU memory (ZeRO stage 3); no use where the actor trains "
+        "Keep the reference model's weights in CPU memory between uses; no use where the actor trains "
         "adapters alone, as it is its own reference then.",
         at_resume="free",
     )
     offload_reward_model: bool = flag(
-        False, "Keep the reward model's weights in CPU memory (ZeRO stage 3).", at_resume="free"
+        False, "Keep the reward models' weights in CPU memory between uses.", at_resume="free"
     )
     num_padding_at_beginning: int | None = flag(
         None, "Accepted for old scripts and not needed: padding is told by masks.", at_resume="free"

@@ -134,10 +134,6 @@ class DpoArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        require(
-            not self.dpo.offload_reference_model or self.model.zero_stage == 3,
-            "--offload_reference_model needs --zero_stage 3: a smaller stage shards no weights.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,14 +268,6 @@ class RlhfArguments(TrainingStep):
             f"--generation_batches) but an optimiser step takes {self.minibatch_size} "
             "(--per_device_training_batch_size times --gradient_accumulation_steps): the first must be a "
             f"multiple of the second; --generation_batches {self.minibatch_size} always is.",
-        )
-        require(
-            not self.rlhf.offload_reference_model or self.actor.zero_stage == 3,
-            "--offload_reference_model needs --actor_zero_stage 3: a smaller stage shards no weights.",
-        )
-        require(
-            not self.rlhf.offload_reward_model or self.critic.zero_stage == 3,
-            "--offload_reward_model needs --critic_zero_stage 3: a smaller stage shards no weights.",
         )
         require(
             not self.rlhf.enable_test_mode or self.rlhf.test_stop_step > 0,

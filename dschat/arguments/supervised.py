@@ -83,8 +83,8 @@ class DpoOptions:
     )
     offload_reference_model: bool = flag(
         False,
-        "Keep the reference model's weights in CPU memory (ZeRO stage 3) while its log-probabilities are "
-        "computed; it is not in memory after that.",
+        "Keep the reference model's weights in CPU memory outside of its passes (ZeRO stage 3: a layer's "
+        "pass); once its log-probabilities are computed the model is dropped.",
         at_resume="free",
     )
     print_loss: bool = flag(False, "Print the loss of every optimiser step.", at_resume="free")

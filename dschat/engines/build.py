@@ -15,6 +15,7 @@ from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed import deepspeed_private
 from dschat.distributed.mesh import mesh
+from dschat.engines.at_rest import rest
 from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config, merged
 from dschat.engines.out_of_memory import consumes
 from dschat.engines.schedule import learning_rate_schedule
@@ -150,12 +151,19 @@ def build_trained_engine(
     return engine
 
 
-def build_frozen_engine(model: nn.Module, *, config: dict, role: str = "reference model") -> DeepSpeedEngine:
-    """An engine that is never trained: no gradients, eval mode. `role` is its name in messages."""
+def build_frozen_engine(
+    model: nn.Module, *, config: dict, role: str = "reference model", offload: bool = False
+) -> DeepSpeedEngine:
+    """An engine that is never trained: no gradients, eval mode. `role` is its name in messages.
+
+    With `offload` its weights are in CPU memory outside of `at_rest.in_use`; at stage 3 `config` says so.
+    """
     model.requires_grad_(False)
     use_chosen_products(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
+    if offload and config["zero_optimization"]["stage"] < 3:
+        rest(engine)
     consumes(role, engine)
     return engine
 
@@ -167,5 +175,6 @@ def free_frozen_engine(engine: DeepSpeedEngine) -> None:
     would free nothing: its weights are emptied in place.
     """
     engine.destroy()
+    engine.resting_weights = None
     deepspeed_private.empty_weights(engine.module)
     get_accelerator().empty_cache()

@@ -78,7 +78,7 @@ class MemoryFlags:
     holds_first_pass: bool = False
     """Whether --reuse_first_pass both holds activations of actor and critic at one time."""
     offloads: tuple[str, ...] = field(default=())
-    """Flags not given that would move the weights of frozen models at ZeRO stage 3 to the CPU."""
+    """Flags not given that would move the weights of frozen models to the CPU between uses."""
 
 
 def memory_flags(args: StepArguments) -> MemoryFlags:

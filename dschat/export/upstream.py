@@ -19,6 +19,7 @@ from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import max_across_ranks
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
+from dschat.engines.at_rest import in_use
 from dschat.errors import UserError
 from dschat.export.golden_outputs import golden_outputs, tolerance
 from dschat.export.manifest import (
@@ -100,12 +101,13 @@ class UpstreamModel:
             if is_packed(engine):
                 continue
             expected = torch.tensor(self.manifest.golden_outputs, dtype=torch.float64)
-            outputs = golden_outputs(
-                engine,
-                self.manifest.golden_inputs,
-                num_tokens=self.manifest.num_tokens,
-                device=current_device(),
-            )
+            with in_use(engine):
+                outputs = golden_outputs(
+                    engine,
+                    self.manifest.golden_inputs,
+                    num_tokens=self.manifest.num_tokens,
+                    device=current_device(),
+                )
             allowed = tolerance(self.manifest, next(engine.parameters()).dtype)
             # The worst of all ranks, so that all decide alike; a NaN is not within any tolerance.
             error = (outputs - expected).abs().nan_to_num(nan=torch.inf).to(current_device())

@@ -1,6 +1,7 @@
 """What the models, and other sources of scores, say of answers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -10,6 +11,7 @@ from dschat.arguments import RlhfArguments
 from dschat.data.packing import PADDED, RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import gather_rows
+from dschat.engines.at_rest import in_use
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.step import DeepSpeedEngine
@@ -101,8 +103,14 @@ class AnswerAnalyzer:
             engine.eval()
         critic = self._engine.critic if with_values else None
         device = rollout.input_ids.device
-        parts = [self._analyze_rows(rollout.rows(part.to(device)), critic) for part in rows[:0:-1]]
-        parts.append(self._analyze_rows(rollout.rows(rows[0].to(device)), critic, first_pass))
+        batches = [rollout.rows(part.to(device)) for part in rows]
+        tokens = [batch.tokens.placed(self._layout) for batch in batches]
+        # A model at a time, so that one whose weights rest on the CPU comes to the device once.
+        frozen = list(zip(tokens, self._ref_logprobs(tokens), self._scores(batches, tokens), strict=True))
+        parts = [
+            self._own_outputs(*frozen[i], critic, first_pass if i == 0 else None)
+            for i in reversed(range(len(rows)))
+        ]
         parts.reverse()
         outputs = ModelOutputs.gather(parts, rows, rollout.answer_mask.shape[1])
         logprobs, entropy, ref_logprobs = outputs.logprobs, outputs.entropy, outputs.ref_logprobs
@@ -118,24 +126,39 @@ class AnswerAnalyzer:
             num_errors=summed.num_errors,
         )
 
-    def _analyze_rows(
-        self, batch: RolloutBatch, critic: DeepSpeedEngine | None, first_pass: FirstPass | None = None
-    ) -> ModelOutputs:
-        tokens = batch.tokens.placed(self._layout)
-        num_tokens, temperature = self._num_tokens, self._temperature
-        # No logits outlive their call: they are the largest tensor here.
+    # No logits outlive their call: they are the largest tensor here.
+
+    def _ref_logprobs(self, batches: list[TokenBatch]) -> list[Tensor]:
+        """The reference model's log-probabilities of each micro-batch, [B, T]."""
+        options: dict[str, Any] = {"num_tokens": self._num_tokens, "temperature": self._temperature}
         with self._engine.reference() as reference:
-            ref_logprobs = token_logprobs_of(
-                reference, tokens, num_tokens=num_tokens, temperature=temperature
-            )
-        scores = self._scores(batch, tokens) if self._engine.reward else None
+            return [token_logprobs_of(reference, tokens, **options) for tokens in batches]
+
+    def _scores(self, rollouts: list[RolloutBatch], batches: list[TokenBatch]) -> list[Tensor | None]:
+        """The reward model's scores of each micro-batch, [B]; None where there is no such model."""
+        if self._engine.reward is None:
+            return [None] * len(batches)
+        if self._reading:
+            batches = [self._reading.read(rollout).tokens.placed(self._layout) for rollout in rollouts]
+        with in_use(self._engine.reward) as reward_model:
+            return [scores_of(reward_model, tokens) for tokens in batches]
+
+    def _own_outputs(
+        self,
+        tokens: TokenBatch,
+        ref_logprobs: Tensor,
+        scores: Tensor | None,
+        critic: DeepSpeedEngine | None,
+        first_pass: FirstPass | None,
+    ) -> ModelOutputs:
+        """What critic and actor say of a micro-batch, beside what the frozen models said."""
         values = None
         if critic is not None:
             with pass_over(critic, keeps_graph=first_pass is not None and first_pass.keeps_critic):
                 values = values_of(critic, tokens)
         with pass_over(self._engine.actor, keeps_graph=first_pass is not None and first_pass.keeps_actor):
             logprobs, entropy = predictions_of(
-                self._engine.actor, tokens, num_tokens=num_tokens, temperature=temperature
+                self._engine.actor, tokens, num_tokens=self._num_tokens, temperature=self._temperature
             )
         assert entropy is not None, "it is computed unless it is left out"
         if first_pass is not None:
@@ -147,8 +170,3 @@ class AnswerAnalyzer:
             values=None if values is None else values.detach(),
             scores=scores,
         )
-
-    def _scores(self, batch: RolloutBatch, tokens: TokenBatch) -> Tensor:
-        if self._reading:
-            tokens = self._reading.read(batch).tokens.placed(self._layout)
-        return scores_of(self._engine.reward, tokens)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed.deepspeed_private import whole_size
+from dschat.engines.at_rest import in_use
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase, report_models_with
@@ -120,7 +121,8 @@ class DeepSpeedRLHFEngine:
     def reference(self) -> Iterator[DeepSpeedEngine]:
         """The model that the actor started from: a copy, or within the block the actor without adapters."""
         if self.ref is not None:
-            yield self.ref
+            with in_use(self.ref) as reference:
+                yield reference
             return
         with adapters_off(self.actor.module):
             yield self.actor
@@ -157,7 +159,8 @@ class DeepSpeedRLHFEngine:
         why = f", a copy: the {twin} trains more than adapters" if twin else ""
         messages.info(f"loading the {spec.name}{why}")
         config = frozen_config(stage=spec.zero_stage, run=self._run, offload=spec.offload)
-        return build_frozen_engine(self._load(spec, config), config=config, role=spec.name)
+        model = self._load(spec, config)
+        return build_frozen_engine(model, config=config, role=spec.name, offload=spec.offload)
 
     def _load(self, spec: EngineSpec, config: dict[str, Any]) -> PreTrainedModel | RewardModel:
         tokenizer = self._tokenizers.of(spec.role)

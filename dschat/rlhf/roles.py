@@ -60,7 +60,7 @@ class EngineSpec:
     dtype: Literal["bf16", "fp16", "fp32"]
     """Precision of weights and activations."""
     offload: bool
-    """Whether CPU memory holds the optimiser states, or the weights of a frozen model at ZeRO stage 3."""
+    """Whether CPU memory holds the optimiser states, or the weights of a frozen model between uses."""
     offload_flag: str | None = None
     """Flag that asks for `offload`, None where no flag does."""
     load_in_4bit: bool = False
@@ -167,8 +167,8 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
 
 
 def unused_offloads(specs: Iterable[EngineSpec]) -> list[str]:
-    """Flags not given that would move the weights of sharded frozen models to CPU memory."""
-    frozen = [spec for spec in specs if not spec.trained and spec.zero_stage == 3 and not spec.offload]
+    """Flags not given that would move the weights of frozen models to CPU memory."""
+    frozen = [spec for spec in specs if not spec.trained and not spec.offload]
     return list(dict.fromkeys(spec.offload_flag for spec in frozen if spec.offload_flag))
 
 

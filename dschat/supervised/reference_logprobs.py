@@ -23,6 +23,7 @@ from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
+from dschat.engines.at_rest import in_use
 from dschat.engines.build import build_frozen_engine, free_frozen_engine, frozen_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -133,9 +134,10 @@ def reference_of_copy(
     config = frozen_config(stage=stage, run=settings.run, offload=offload)
     path, options = settings.model.model_name_or_path, settings.model.loading_options
     model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, **options)
-    engine = build_frozen_engine(model, config=config)
+    engine = build_frozen_engine(model, config=config, offload=offload)
     base.check_outputs(engine)
-    table = logprob_table(engine, loaders)
+    with in_use(engine):
+        table = logprob_table(engine, loaders)
     free_frozen_engine(engine)
     return table
 

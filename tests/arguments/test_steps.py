@@ -99,8 +99,6 @@ def test_overflows_are_aligned_in_fp16_with_a_critic_and_else_said_not_to_be(arg
             ["--reward_function", "a.py:f", "--reward_weights", "g=1"],
             ["--reward_weights", "called g", "there are model, f"],
         ),
-        (["--offload_reference_model"], ["--offload_reference_model", "--actor_zero_stage 3"]),
-        (["--offload_reward_model"], ["--offload_reward_model", "--critic_zero_stage 3"]),
         (["--actor_dropout", "0.1"], ["--actor_dropout", "must be 0"]),
         (["--critic_lora_dropout", "0.1"], ["--critic_lora_dropout", "must be 0"]),
         (["--enable_test_mode"], ["--enable_test_mode", "--test_stop_step"]),
@@ -119,7 +117,6 @@ def test_the_remedy_for_too_few_answers_works():
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--offload_reference_model", "--zero_stage", "2"], ["--offload_reference_model", "--zero_stage 3"]),
         (["--offload"], ["--offload", "--zero_stage 2"]),
         (["--only_optimize_lora"], ["--only_optimize_lora", "--lora_dim"]),
     ],

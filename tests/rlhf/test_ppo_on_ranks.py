@@ -199,7 +199,9 @@ def actors_with_either_reference(models, request) -> dict:
     adapters = {"actor_lora_dim": 4, "actor_lora_learning_rate": 1e-2, "only_optimize_lora": True}
     settings = [
         {**sizes, **adapters, "dtype": "fp32", "actor_zero_stage": stage}
-        | ({"copied_reference": True} if reference == "copied" else {"offload_reference_model": stage == 3})
+        | ({"copied_reference": True} if reference == "copied" else {})
+        | {"offload_reference_model": (stage == 3) == (reference == "shared")}
+        | {"offload_reward_model": reference == "copied"}
         for stage, reference in keys
     ]
     return dict(zip(keys, run(models, settings, ranks=request.param), strict=True))

@@ -116,11 +116,11 @@ def test_each_flag_of_offloading_is_for_its_own_models():
         assert spec.role in offloaded(spec.offload_flag)
 
 
-def test_sharded_frozen_models_could_be_offloaded():
-    sharded = ("--actor_zero_stage=3", "--critic_zero_stage=3", CRITIC, GUARD)
-    assert unused_offloads(specs(*sharded)) == ["--offload_reference_model", "--offload_reward_model"]
-    assert unused_offloads(specs(*sharded, "--offload_reward_model")) == ["--offload_reference_model"]
-    assert unused_offloads(specs(CRITIC, GUARD)) == []
+def test_frozen_models_could_be_offloaded_at_any_stage():
+    for stage in (0, 3):
+        flags = (f"--actor_zero_stage={stage}", f"--critic_zero_stage={stage}", CRITIC, GUARD)
+        assert unused_offloads(specs(*flags)) == ["--offload_reference_model", "--offload_reward_model"]
+        assert unused_offloads(specs(*flags, "--offload_reward_model")) == ["--offload_reference_model"]
 
 
 def test_a_copy_is_packed_as_the_model_is_that_it_is_a_copy_of():

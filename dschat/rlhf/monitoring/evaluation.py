@@ -17,6 +17,7 @@ from dschat.distributed.collectives import gather_rows
 from dschat.distributed.device import current_device, synchronize
 from dschat.distributed.mesh import mesh
 from dschat.distributed.statistics import standard_error
+from dschat.engines.at_rest import in_use
 from dschat.losses import kl_estimate, masked_mean
 from dschat.models.forward import scores_of
 from dschat.rlhf.analysis import AnswerAnalyzer
@@ -147,11 +148,11 @@ class Evaluator:
         """The second reward model's scores of all ranks' answers. -> [B]."""
         retokenizer, device = self._guard_retokenizer, rollout.input_ids.device
         parts = []
-        for part in rows:
-            batch = rollout.rows(part.to(device))
-            read = retokenizer.read(batch) if retokenizer else batch
-            tokens = read.tokens.placed(self._minibatch_sampler.layout)
-            parts.append(scores_of(self._engine.guard_reward, tokens))
+        with in_use(self._engine.guard_reward) as guard:
+            for part in rows:
+                batch = rollout.rows(part.to(device))
+                read = retokenizer.read(batch) if retokenizer else batch
+                parts.append(scores_of(guard, read.tokens.placed(self._minibatch_sampler.layout)))
         order = gather_rows(torch.cat(rows).to(device), axis="data").argsort()
         return gather_rows(torch.cat(parts), axis="data")[order]
 
