@@ -34,8 +34,9 @@ MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 Answer = TypeVar("Answer")
 
 
-Role = Literal["tools", "system", "user", "assistant", "tool"]
-"""Who says a message; what stands by "tools" is the list of tools that the conversation may call."""
+Role = Literal["tools", "system", "user", "assistant", "tool", "tokens"]
+"""Who says a message; what stands by "tools" is the list of tools that the conversation may call, and by
+"tokens" the ids of what is tokenised already (`dschat.data.token_turns`)."""
 
 
 class Turn(NamedTuple):

@@ -11,6 +11,7 @@ from dschat.data.cells import DroppedRow
 from dschat.data.comparisons import Prompt, Reply, text_of
 from dschat.data.special_text import SpecialText
 from dschat.data.templates import TOOLS, ChatTemplate
+from dschat.data.token_turns import tokens_of
 from dschat.data.tokenizer_fingerprint import start_tokens
 from dschat.data.truncation import Truncation
 from dschat.errors import UserError
@@ -87,12 +88,19 @@ class Encoder:
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Reply]], *, learned: bool = False
     ) -> list[EncodedRow]:
         """Each prompt with its answers; `learned` says whether the prompt is, too."""
-        texts = [_taken(self._template.texts, *row) for row in zip(prompts, answers, strict=True)]
+        given = [self._given(*row, learned=learned) for row in zip(prompts, answers, strict=True)]
+        texts = [
+            None if row else _taken(self._template.texts, prompt, replies)
+            for row, prompt, replies in zip(given, prompts, answers, strict=True)
+        ]
         taken = [some for some in texts if some is not None]
         starts = iter(self._encode([asked for asked, _ in taken]))
         rest = iter(self._encode([answer for _, shown in taken for answer in shown]))
         rows = []
-        for some, replies in zip(texts, answers, strict=True):
+        for row, some, replies in zip(given, texts, answers, strict=True):
+            if row is not None:
+                rows.append(row)
+                continue
             if some is None:
                 rows.append(EncodedRow([], [], [[] for _ in replies], truncation=Truncation.WITH_TOOLS))
                 continue
@@ -100,6 +108,28 @@ class Encoder:
             ended = [self._ended(next(rest)) for _ in replies]
             rows.append(EncodedRow(ids, [learned] * len(ids), ended))
         return rows
+
+    def _given(self, prompt: Prompt, answers: Sequence[Reply], *, learned: bool) -> EncodedRow | None:
+        """The row as it is where the data hold its tokens, but for padding at its end; None where it is text.
+
+        Raises `UserError` for tokens that are not in the vocabulary.
+        """
+        ids = tokens_of(prompt)
+        if ids is None:
+            return None
+        ended = [self._without_padding(tokens_of(answer) or []) for answer in answers]
+        largest = max(chain(ids, *ended))
+        if largest >= len(self._tokenizer):
+            raise UserError(
+                f"token {largest} is not in the model's vocabulary of {len(self._tokenizer)}: the data were "
+                "tokenised for another model."
+            )
+        return EncodedRow(ids, [learned] * len(ids), ended)
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        pad = self._tokenizer.pad_token_id
+        num_pads = len(list(takewhile(lambda token: token == pad, reversed(ids[1:]))))
+        return ids if pad == self._end else ids[: len(ids) - num_pads]
 
     def conversations(
         self,
@@ -124,6 +154,8 @@ class Encoder:
 
     def unshown(self, prompt: Prompt, answers: Sequence[Reply], num_missed: int = 0) -> str:
         """What the template does not show of the row, a name a line; mostly nothing."""
+        if tokens_of(prompt) is not None:
+            return ""
         return "\n".join(
             [*sorted(self._template.unshown(prompt, answers)), *([MISSED] if num_missed else [])]
         )
@@ -146,7 +178,10 @@ class Encoder:
         rows, prompts = list(rows), list(prompts)
         too_long = [number for number, row in enumerate(rows) if row.size > max_tokens]
         while too_long:
-            shorter = [self._template.without_first_exchange(prompts[number]) for number in too_long]
+            shorter = [
+                self._template.without_first_exchange(prompts[n]) if tokens_of(prompts[n]) is None else None
+                for n in too_long
+            ]
             left = [(number, prompt) for number, prompt in zip(too_long, shorter, strict=True) if prompt]
             too_long = [number for number, _ in left]
             again = reread(too_long, [prompt for _, prompt in left])
@@ -165,6 +200,9 @@ class Encoder:
             return replace(row, truncation=Truncation.LONG_PROMPT)
         if row.size <= max_tokens:
             return row
+        if tokens_of(prompt) is not None:
+            start = len(self._start) if row.prompt[: len(self._start)] == self._start else 0
+            return _cut(row, max_tokens, start, start)
         marks = self._started(self._encode([self._template.before_question(prompt)])[0])
         # A space at the end of the marks may be one token with the question's first word.
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(marks, row.prompt, strict=False))

@@ -21,7 +21,7 @@ from dschat.data.known_sets import KNOWN_SETS, KnownSet
 from dschat.data.layouts import ReadRow
 from dschat.data.packed import packing
 from dschat.data.pipes import is_pipe, spooled
-from dschat.data.split_names import choose_splits
+from dschat.data.split_names import choose_splits, split_of
 from dschat.errors import UserError
 from dschat.fingerprint import files_fingerprint
 
@@ -169,14 +169,26 @@ def _file_source(entry: Entry, path: Path) -> Source:
 
 
 def _local_source(entry: Entry, path: Path) -> Source:
-    """A folder that `datasets` saved, or one of files."""
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    """A folder that `datasets` saved, a folder of such folders, or one of files."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _dataset_source(entry, _saved(entry, path))
+    splits: dict[str, list[tuple[Rows, list[Path]]]] = {}
+    for part in sorted(folder for folder in path.iterdir() if (folder / "state.json").is_file()):
+        splits.setdefault(split_of(part.name), []).append(_split_rows(entry, part.name, _saved(entry, part)))
+    if not splits:
         return _files_source(entry, read_folder(path, entry))
+    joined = {name: zip(*parts, strict=True) for name, parts in splits.items()}
+    return _source_of_splits(
+        entry, {name: (_chained(list(rows)), list(chain(*files))) for name, (rows, files) in joined.items()}
+    )
+
+
+def _saved(entry: Entry, path: Path) -> Any:
+    """What `datasets` saved there."""
     try:
-        saved = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except Exception as error:  # of files that are not what it wrote, datasets makes what it likes
         raise UserError(f"{entry}: the saved data set cannot be read ({error}); save it again.") from error
-    return _dataset_source(entry, saved)
 
 
 def _files_source(entry: Entry, folder: Folder) -> Source:

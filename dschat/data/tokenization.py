@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.comparisons import Prompt, Reply, Turn, answer_pairs, unpack_answers, unpack_prompt
 from dschat.data.encoder import EncodedRow, Encoder
 from dschat.data.refused_rows import Columns, encode_rows, refused_rows
+from dschat.data.token_turns import tokens_of
 from dschat.data.truncation import REASONS, Truncation
 from dschat.errors import UserError
 
@@ -359,6 +360,10 @@ def _prompt_batch(
     fitted_rows = encoder.fitted(
         rows, prompts, max_prompt_seq_len, lambda numbers, shorter: encoder.rows(shorter, [()] * len(numbers))
     )
+    if reward_encoder and any(tokens_of(prompt) is not None for prompt in prompts):
+        raise UserError(
+            "the prompt is token ids, which a reward model with a tokenizer of its own cannot read."
+        )
     reread = reward_encoder.rows(prompts, [()] * len(prompts)) if reward_encoder else []
     extra = ({"reader_ids": [row.prompt for row in reread]} if reward_encoder else {}) | (
         {"row": batch["row"]} if keep_rows else {}

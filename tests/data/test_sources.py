@@ -429,3 +429,13 @@ def test_a_format_reads_every_source(tmp_path, monkeypatch):
     hub(monkeypatch, tmp_path, train=[{"question": "1+1?", "answer": "2"}])
     found = read("Dahoas/rm-static", form=form(data_format="question_answer"))
     assert found == [Comparison((Turn("user", "1+1?"),), ("2",))]
+
+
+def test_a_folder_of_saved_parts_is_one_data_set(tmp_path):
+    for number, row in enumerate(ROWS):
+        datasets.Dataset.from_list([row]).save_to_disk(str(tmp_path / f"part-0000{number}"))
+    assert read(tmp_path) == COMPARISONS
+    assert open_source(str(tmp_path)).evaluation is None
+    datasets.Dataset.from_list(ROWS[1:]).save_to_disk(str(tmp_path / "test"))
+    assert read(tmp_path) == COMPARISONS
+    assert read(tmp_path, "evaluation") == COMPARISONS[1:]

@@ -10,6 +10,7 @@ from dschat.data.layouts.registry import LAYOUTS, Layout, ReadRow, layout, recog
 from dschat.data.layouts.prompts import a_prompt, text_prompt
 from dschat.data.layouts.pairs import ASSISTANT, JUDGEMENTS, answers_to_a_prompt, whole_dialogues
 from dschat.data.layouts.winners import VERDICTS, two_answers
+from dschat.data.layouts.tokens import tokenised_pair
 from dschat.data.layouts.examples import alpaca, question_answer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "question_answer",
     "recognise",
     "text_prompt",
+    "tokenised_pair",
     "two_answers",
     "whole_dialogues",
 ]

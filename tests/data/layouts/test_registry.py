@@ -67,7 +67,7 @@ def test_a_later_row_that_lacks_a_column_says_which(name, column):
     row |= {"messages": said("Hi", "a"), "conversations": shared_gpt("Hi"), "answers": ["a"]}
     if "conversations" in LAYOUTS[name].columns and len(LAYOUTS[name].columns) == 1:
         row["conversations"] = shared_gpt("Hi", "a")
-    row |= {"prompt": "p", "question": "q"}
+    row |= {"prompt": "p", "question": "q", "chosen_input_ids": [5], "rejected_input_ids": [5]}
     del row[column]
     with pytest.raises(BadRow, match=f'the row has no "{column}"'):
         LAYOUTS[name].read(row)
