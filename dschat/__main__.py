@@ -37,6 +37,9 @@ PIPELINE = {
 }
 TOOLS = {
     "demo": Program("scripts/demo.sh", "the three steps on a small task, with a model made on the spot"),
+    "doctor": Program(
+        "scripts/doctor.py", "what is wrong with this machine and environment, and what mends it"
+    ),
     "inspect": Program(
         "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
     ),
