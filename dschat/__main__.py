@@ -45,6 +45,7 @@ TOOLS = {
     ),
     "compare": Program("scripts/compare.py", "answers of several models side by side"),
     "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
+    "migrate": Program("scripts/migrate.py", "a launch script of another project as a command of ours"),
     "merge-adapter": Program("scripts/merge_adapter.py", "an adapter and its base to a whole model"),
     "launch": Program("scripts/launch.py", "deepspeed's launcher, safe for the shells of other hosts"),
 }

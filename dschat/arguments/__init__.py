@@ -7,6 +7,7 @@ library imports from here alone.
 
 from dschat.arguments.command_line import ReadableParser
 from dschat.arguments.data import DataArguments, TokenizerArguments
+from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
@@ -61,6 +62,7 @@ __all__ = [
     "TextArguments",
     "TokenizerArguments",
     "WidthArguments",
+    "explain_foreign_flag",
     "flags_of",
     "parse_arguments",
     "saved_settings",
