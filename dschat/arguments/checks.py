@@ -46,6 +46,11 @@ def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArgume
             f"--{p}zero_stage 2.",
         )
         require(
+            model.tensor_parallel_size == 1,
+            f"{given} cannot be combined with --{p}tensor_parallel_size, which would cut packed weights; "
+            "leave one of them out.",
+        )
+        require(
             not run.offload,
             f"{given} cannot be combined with --offload, and adapters have small optimiser states; leave out "
             "--offload.",

@@ -28,6 +28,9 @@ class ModelArguments:
         0,
         "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
     )
+    tensor_parallel_size: int = flag(
+        1, "Ranks that share the weights of each layer; they read the same rows. See docs/parallel.md."
+    )
     lora_dim: int = flag(0, "Rank of the LoRA adapters; 0 trains the weights themselves.")
     # With Adam a scale and a learning rate do much the same, so the scale is left at 1 at any rank.
     lora_alpha: float | None = flag(
@@ -69,6 +72,7 @@ class ModelArguments:
         require(
             self.zero_stage in (0, 1, 2, 3), f"--{p}zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}."
         )
+        require_at_least(1, self, "tensor_parallel_size", prefix=p)
         rates = ("learning_rate", "weight_decay", "lora_dim", "lora_learning_rate")
         require_at_least(0, self, *rates, prefix=p)
         require(

@@ -62,8 +62,14 @@ class TrainingStep:
 class SupervisedStep(TrainingStep):
     """What steps 1 and 2 and DPO have in common beyond that."""
 
+    model: ModelArguments
     batch: BatchArguments
     optimizer: OptimizerArguments
+
+    @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """Ranks that share the model, by the axis of the mesh."""
+        return {"tensor": self.model.tensor_parallel_size}
 
     @property
     def batch_sizes(self) -> dict[str, int]:
@@ -165,6 +171,11 @@ class RlhfArguments(TrainingStep):
         }
 
     @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """Ranks that share a model, by the axis of the mesh; each model has as many or one."""
+        return {"tensor": max(self.actor.tensor_parallel_size, self.critic.tensor_parallel_size)}
+
+    @property
     def rollout_size(self) -> int:
         """Answers a rank samples before each training phase."""
         return self.rollout.per_device_generation_batch_size * self.rollout.generation_batches
@@ -251,6 +262,12 @@ class RlhfArguments(TrainingStep):
             not self.ppo.compares_answers or self.rollout.num_samples_per_prompt > 1,
             f"--advantage_estimator {self.ppo.advantage_estimator} compares the answers to one prompt and "
             f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
+        )
+        sizes = (self.actor.tensor_parallel_size, self.critic.tensor_parallel_size)
+        require(
+            1 in sizes or len(set(sizes)) == 1,
+            f"--actor_tensor_parallel_size {sizes[0]} and --critic_tensor_parallel_size {sizes[1]} must be "
+            "equal, or one of them 1: the ranks are divided once.",
         )
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         if self.rlhf.align_overflow and not self.aligns_overflow:

@@ -34,7 +34,7 @@ from dschat.distributed.collectives import (
     max_across_ranks,
 )
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.mesh import data_ranks_of, is_main_process, mesh
 from dschat.distributed.random_state import random_state, restore_random_state
 from dschat.distributed.signals import StopRequests
 from dschat.engines.step import DeepSpeedEngine
@@ -103,9 +103,10 @@ class Checkpoints:
                 load_engine(engine, self._chosen / name)
             else:
                 self._load_resharded(engine, self._chosen / name)
-        _restore_random_state(_own_file(self._chosen, mesh().world.rank % saved["world_size"]))
+        neighbours = data_ranks_of(saved["world_size"])
+        _restore_random_state(_own_file(self._chosen, neighbours[mesh().data.rank % len(neighbours)]))
         shared = self._chosen / SHARED
-        by_rank = [] if same_ranks else [_tensors_of(self._chosen, n) for n in range(saved["world_size"])]
+        by_rank = [] if same_ranks else [_tensors_of(self._chosen, n) for n in neighbours]
         return Progress(
             step=saved["step"],
             values=saved["state"],

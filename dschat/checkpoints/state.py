@@ -22,12 +22,14 @@ class Placement(Enum):
 
     REPLICATED = "replicated"
     """Every rank holds the same tensor; rank 0 writes it."""
+    ALIKE = "alike"
+    """The ranks of data hold the same tensor; those of another axis may hold others."""
     SHARDED = "sharded"
-    """The ranks, in their order, hold equal pieces of one flat tensor, whose end may be padding."""
+    """The ranks of data, in their order, hold equal pieces of one flat tensor, whose end may be padding."""
     SUM = "sum"
-    """A rank holds its share of a sum over the ranks."""
+    """A rank holds its share of a sum over the ranks of data."""
     MAX = "max"
-    """A rank holds its candidate for the largest over the ranks."""
+    """A rank holds its candidate for the largest over the ranks of data."""
 
 
 @runtime_checkable
@@ -81,7 +83,8 @@ class Progress:
     own: Mapping[str, Tensor] = field(default_factory=dict)
     """`PartStates.own` of this rank, on the CPU; empty where the number of ranks has changed."""
     by_rank: Sequence[Mapping[str, Tensor]] = ()
-    """`PartStates.own` of every rank that saved, on the CPU, where the number of ranks has changed."""
+    """`PartStates.own` of this rank's neighbours of data among those that saved, on the CPU, where the number
+    of ranks has changed."""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """`PartStates.shared` on the CPU."""
 
@@ -115,7 +118,9 @@ def _of_part(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _merged(tensors: Sequence[Tensor], placement: Placement, present: Tensor | None) -> Tensor:
     """This rank's tensor made of those of the ranks that saved; `present` is its piece of a `SHARDED` one."""
-    rank = mesh().world.rank
+    rank = mesh().data.rank
+    if placement is Placement.ALIKE:
+        return tensors[0]
     if placement is Placement.MAX:
         return torch.stack(list(tensors)).amax(dim=0)
     if placement is Placement.SUM:

@@ -1,13 +1,13 @@
 """What the ranks of an axis tell each other. Under plain `python` a run is a group of one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dschat.distributed.device import current_device, device_type
@@ -27,6 +27,15 @@ def sum_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
     if size_of(axis) > 1:
         dist.all_reduce(total, group=group_of(axis))
     return total
+
+
+def norm_across_tensor_ranks(whole: Sequence[Tensor], shards: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together: `whole` are equal on every tensor rank, `shards` its own parts."""
+    norm = nn.utils.get_total_norm(whole)
+    if not shards:
+        return norm
+    squares = sum_across_ranks(nn.utils.get_total_norm(shards).to(current_device()) ** 2, axis="tensor")
+    return (norm**2 + squares.to(norm.device)).sqrt().float()
 
 
 def max_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:

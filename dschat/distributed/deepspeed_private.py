@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dschat.distributed.collectives import norm_across_tensor_ranks
+
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -35,6 +37,7 @@ class Source(NamedTuple):
 
 
 _PARAMETERS = "runtime/zero/partition_parameters.py"
+_AUTO_TP, _TP_LAYERS = "module_inject/auto_tp.py", "module_inject/layers.py"
 SOURCES = (
     Source("is_sharded", _PARAMETERS, 1320, "param.ds_id = "),
     Source("whole_shape", _PARAMETERS, 1279, "param.ds_shape = param.shape"),
@@ -85,6 +88,23 @@ SOURCES = (
     Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 193, "class DynamicLossScaler("),
     Source("checkpoint_classes", "runtime/zero/config.py", 81, "class ZeroStageEnum("),
     Source("checkpoint_classes", "utils/tensor_fragment.py", 13, "class fragment_address"),
+    Source("tensor_groups", "utils/groups.py", 202, "def _init_tp_mesh_device(tensor_model_parallel_size"),
+    Source("shard_layers", _AUTO_TP, 212, "def __init__(self,"),
+    Source("shard_layers", _AUTO_TP, 395, "def set_tensor_parallel_config(self, mp_size, mp_group)"),
+    Source("shard_layers", _AUTO_TP, 408, 'if getattr(child, "replaced", False) == True:'),
+    Source("shard_layers", _AUTO_TP, 512, "def _gather_zero3_params(self, module)"),
+    Source("shard_layers", _AUTO_TP, 931, "def register_replicated_grad_hooks(self, model)"),
+    Source("shard_layers", _AUTO_TP, 962, "param._ds_grad_allreduce_registered = True"),
+    Source("shard_layers", _AUTO_TP, 1001, "def update_linear_policies(self)"),
+    Source("shard_layers", _AUTO_TP, 1038, "def _replace_module(self, r_module"),
+    Source("shard_layers", _TP_LAYERS, 181, "def set_autotp_mode(training=False)"),
+    Source("shard_layers", _TP_LAYERS, 689, "def collect_autotp_universal_checkpoint_info(model"),
+    Source("shard_layers", "checkpoint/constants.py", 59, "UNIVERSAL_CHECKPOINT_INFO ="),
+    Source("shard_layers", "runtime/engine.py", 1014, 'if getattr(model, "ds_autotp_parsed", False):'),
+    Source("is_tensor_shard", _TP_LAYERS, 36, "DS_IS_REPLACED_MODULE = 'ds_is_replaced_module'"),
+    Source("whole_over_tensor_ranks", _TP_LAYERS, 906, "def gather_params(self, params_list)"),
+    Source("whole_over_tensor_ranks", _TP_LAYERS, 1016, "def gather_params(self, params_list)"),
+    Source("trust_inputs", "runtime/engine.py", 1005, "self.first_dataloader_check = "),
     Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
     Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
 )
@@ -185,11 +205,13 @@ def shorten_bf16_step(engine: "DeepSpeedEngine") -> None:
     def step(closure: None = None) -> bool:
         weights = [p for group in optimizer.fp16_groups for p in group]
         masters = [p for group in optimizer.fp32_groups for p in group]
-        norms = []
+        whole: list[Tensor] = []
+        shards: list[Tensor] = []
         for weight, master in zip(weights, masters, strict=True):
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
-            norms.append(torch.linalg.vector_norm(master.grad))
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+            norm = torch.linalg.vector_norm(master.grad)
+            (shards if is_tensor_shard(weight) else whole).append(norm)
+        norm = norm_across_tensor_ranks(whole, shards).item()
         if not math.isfinite(norm):
             return bool(optimizer._skip_invalid_grad_norm())
         optimizer.overflow, optimizer._global_grad_norm = False, norm
@@ -268,3 +290,86 @@ def empty_weights(module: nn.Module) -> None:
         for weight in (parameter, own_shard(parameter)):
             if weight is not None:
                 weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+
+
+def tensor_groups(size: int) -> Any:
+    """DeepSpeed's groups of tensor and data ranks, made once: the `mpu` of engines in a run that has them."""
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tensor_model_parallel_size=size)
+    return groups
+
+
+def shard_layers(
+    model: nn.Module, patterns: dict[str, str], adapted: dict[str, nn.Module], *, size: int
+) -> None:
+    """Replace the layers whose weights' names match a pattern by AutoTP's, in place.
+
+    The kinds are "column", "gathered column", "row" and "summed": a whole weight of which each rank has a
+    part of the gradient. `adapted` are layers by name inside which PEFT has put others; AutoTP would replace
+    them as one. Parameters of ZeRO-3 become plain ones, which the engine shards over the data ranks.
+    """
+    from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
+    from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_info, set_autotp_mode
+
+    set_autotp_mode(training=True)
+    types = {"row": PartitionType.ROW, "summed": PartitionType.SKIP}
+    specs = [
+        TPLayerSpec(
+            patterns=[pattern],
+            partition_type=types.get(kind, PartitionType.COLUMN),
+            gather_output=kind == "gathered column",
+            grad_allreduce=kind == "summed",
+        )
+        for pattern, kind in patterns.items()
+    ]
+    autotp = AutoTP(
+        module=model,
+        all_reduce_linears=(),
+        prefix="",
+        state_dict=None,
+        linear_layer_setting=(nn.Linear, nn.Embedding),
+        orig_layer_impl=None,
+        partition_config=AutoTPConfig(tp_size=size, layer_specs=specs),
+        model_config=model.config,
+        training_mode=True,
+    )
+    autotp.set_tensor_parallel_config(size, tensor_groups(size).get_tensor_model_parallel_group())
+    autotp.update_linear_policies()
+    for name, layer in adapted.items():
+        autotp._replace_module(layer, name)
+        layer.replaced = True  # type: ignore[assignment]  # modules declare tensors and modules alone
+    autotp._replace_module(model)
+    for module in model.modules():
+        autotp._gather_zero3_params(module)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter._ds_grad_allreduce_registered = True  # type: ignore[attr-defined]  # no hook for it
+    with contextlib.redirect_stdout(io.StringIO()):  # it says how many
+        autotp.register_replicated_grad_hooks(model)
+    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
+    model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine finds nothing left to do
+
+
+def is_tensor_shard(parameter: Tensor) -> bool:
+    """Whether the ranks of a tensor group hold parts of this parameter, under ZeRO-3 or not."""
+    return getattr(parameter, "ds_is_replaced_module", False)
+
+
+def whole_over_tensor_ranks(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The whole of which each rank of a tensor group has a `shard` of the parameter's shape, on its device.
+
+    Every rank must call it. What is no shard is whole already.
+    """
+    if not is_tensor_shard(parameter):
+        return shard
+    whole = shard.detach()
+    parameter.gather_params([whole])  # type: ignore[attr-defined]
+    return whole
+
+
+def trust_inputs(engine: "DeepSpeedEngine") -> None:
+    """Have an engine of AutoTP take its first inputs as all later ones: it would pickle and compare them."""
+    engine.first_dataloader_check.remove()

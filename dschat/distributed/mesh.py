@@ -96,6 +96,17 @@ def set_parallel_sizes(*, tensor: int = 1, sequence: int = 1, pipeline: int = 1)
         setattr(process_wide(ParallelSizes), name, size)
 
 
+def data_ranks_of(world_size: int) -> list[int]:
+    """The ranks that differ from this one in data alone, in a run of so many with the same parallel sizes."""
+    here = mesh()
+    shared = here.tensor.size * here.sequence.size
+    data_size = world_size // (here.pipeline.size * shared)
+    first = (
+        here.pipeline.rank * data_size * shared + here.tensor.rank * here.sequence.size + here.sequence.rank
+    )
+    return [first + data * shared for data in range(data_size)]
+
+
 def is_main_process() -> bool:
     """Whether this process prints, logs and writes."""
     return mesh().is_main_process

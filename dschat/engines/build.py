@@ -16,13 +16,19 @@ from dschat.console import messages
 from dschat.distributed import deepspeed_private
 from dschat.distributed.mesh import mesh
 from dschat.engines.at_rest import rest
-from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config, merged
+from dschat.engines.deepspeed_config import (
+    get_eval_ds_config,
+    get_train_ds_config,
+    merged,
+    tensor_parallel_size,
+)
 from dschat.engines.out_of_memory import consumes
 from dschat.engines.schedule import learning_rate_schedule
 from dschat.errors import UserError
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.products import use_chosen_products
 from dschat.models.reward_model import enable_gradient_checkpointing
+from dschat.models.tensor_parallel import shard_over_tensor_ranks
 
 
 def parameter_groups(model: nn.Module, args: ModelArguments) -> list[dict]:
@@ -68,15 +74,20 @@ def train_config(
         offload=run.offload,
         per_device_batch_size=per_device_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        world_size=mesh().data.size,
+        tensor_parallel_size=model_args.tensor_parallel_size,
         max_grad_norm=args.max_grad_norm,
     )
     return _overridden(config, run)
 
 
-def frozen_config(*, stage: int, run: RunArguments, offload: bool) -> dict:
-    """The DeepSpeed configuration of a frozen model."""
-    config = get_eval_ds_config(stage=stage, dtype=run.dtype, offload=offload, world_size=mesh().data.size)
+def frozen_config(model_args: ModelArguments, run: RunArguments, *, offload: bool) -> dict:
+    """The DeepSpeed configuration of a frozen model that stands beside the trained one of `model_args`."""
+    config = get_eval_ds_config(
+        stage=model_args.zero_stage,
+        dtype=run.dtype,
+        offload=offload,
+        tensor_parallel_size=model_args.tensor_parallel_size,
+    )
     return _overridden(config, run)
 
 
@@ -86,7 +97,6 @@ def _overridden(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
         return config
     config = merged(config, run.deepspeed_config_override)
     tried = copy.deepcopy(config)
-    del tried["train_batch_size"]  # which DeepSpeed compares with all ranks, those of one row among them
     try:
         DeepSpeedConfig(tried)
     except Exception as error:  # its own, pydantic's, assertions and whatever a wrong type ends in
@@ -124,6 +134,7 @@ def build_trained_engine(
     """
     if model_args.uses_lora:
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
+    shard_layers(model, config)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     use_chosen_products(model)
@@ -136,7 +147,7 @@ def build_trained_engine(
         num_warmup_steps=num_warmup_steps,
         num_training_steps=num_training_steps,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    engine = _initialize(model, config, optimizer=optimizer, lr_scheduler=scheduler)
     if model_args.zero_stage == 0:
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
@@ -151,6 +162,25 @@ def build_trained_engine(
     return engine
 
 
+def shard_layers(model: Any, config: dict[str, Any]) -> None:
+    """Leave each tensor rank its share of the layers, in place, where the configuration asks for it."""
+    if (size := tensor_parallel_size(config)) > 1:
+        shard_over_tensor_ranks(model, size)
+
+
+def _initialize(model: Any, config: dict[str, Any], **options: Any) -> DeepSpeedEngine:
+    """DeepSpeed's engine. In a run with tensor ranks a model that they do not share is one of theirs too: it
+    computes the same on each, and is averaged and sharded over the data ranks."""
+    size = mesh().tensor.size
+    shared = tensor_parallel_size(config) > 1
+    if size > 1 and not shared:
+        options["mpu"] = deepspeed_private.tensor_groups(size)
+    engine, *_ = deepspeed.initialize(model=model, config=config, **options)
+    if shared:
+        deepspeed_private.trust_inputs(engine)
+    return engine
+
+
 def build_frozen_engine(
     model: nn.Module, *, config: dict, role: str = "reference model", offload: bool = False
 ) -> DeepSpeedEngine:
@@ -159,8 +189,9 @@ def build_frozen_engine(
     With `offload` its weights are in CPU memory outside of `at_rest.in_use`; at stage 3 `config` says so.
     """
     model.requires_grad_(False)
+    shard_layers(model, config)
     use_chosen_products(model)
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine = _initialize(model, config)
     engine.eval()
     if offload and config["zero_optimization"]["stage"] < 3:
         rest(engine)

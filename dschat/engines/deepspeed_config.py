@@ -20,13 +20,14 @@ def get_train_ds_config(
     offload: bool = False,
     per_device_batch_size: int = 1,
     gradient_accumulation_steps: int = 1,
-    world_size: int = 1,
+    tensor_parallel_size: int = 1,
     max_grad_norm: float = 1.0,
 ) -> dict[str, Any]:
     """Configuration of a trained engine.
 
     stage: what ZeRO shards (0 nothing, 1 optimiser states, 2 gradients too, 3 weights too). offload moves the
-    optimiser states, and at stage 3 the weights, to CPU memory. Batch sizes are in rows.
+    optimiser states, and at stage 3 the weights, to CPU memory. Batch sizes are in rows; DeepSpeed multiplies
+    them by the ranks, which it counts itself.
     """
     place = "cpu" if offload else "none"
     zero: dict[str, Any] = {"stage": stage}
@@ -40,11 +41,11 @@ def get_train_ds_config(
     return {
         "train_micro_batch_size_per_gpu": per_device_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "train_batch_size": per_device_batch_size * gradient_accumulation_steps * world_size,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
         "gradient_clipping": max_grad_norm,
         **_precision(dtype),
+        **_tensor_parallel(tensor_parallel_size),
     }
 
 
@@ -54,7 +55,7 @@ def get_eval_ds_config(
     dtype: Dtype = "bf16",
     offload: bool = False,
     per_device_batch_size: int = 1,
-    world_size: int = 1,
+    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
     """Configuration of a frozen engine: only stage 3 shards its weights, any other stage means none."""
     zero: dict[str, Any] = {"stage": 0}
@@ -66,11 +67,21 @@ def get_eval_ds_config(
         }
     return {
         "train_micro_batch_size_per_gpu": per_device_batch_size,
-        "train_batch_size": per_device_batch_size * world_size,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
         **_precision(dtype),
+        **_tensor_parallel(tensor_parallel_size),
     }
+
+
+def tensor_parallel_size(config: dict[str, Any]) -> int:
+    """Ranks that share the weights of each layer."""
+    size: int = config.get("tensor_parallel", {}).get("autotp_size", 1)
+    return size
+
+
+def _tensor_parallel(size: int) -> dict[str, Any]:
+    return {"tensor_parallel": {"autotp_size": size}} if size > 1 else {}
 
 
 def merged(config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

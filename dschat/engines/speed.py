@@ -78,7 +78,7 @@ class SpeedReport:
             **{SECONDS + phase: value for phase, value in seconds.items()},
             "tokens_per_second": tokens / spent,
             "flops_per_second": flops / spent,
-            "peak_share": flops / spent / mesh().data.size / self._peak,
+            "peak_share": flops / spent / mesh().world.size / self._peak,
         }
 
     def print_now_and_then(self, step: int, *, is_last: bool = False) -> None:
@@ -88,7 +88,7 @@ class SpeedReport:
         ):
             return
         tokens, flops = (self._totals[name] / self._totals["seconds"] for name in ("tokens", "flops"))
-        share = flops / mesh().data.size / self._peak
+        share = flops / mesh().world.size / self._peak
         whole = sum(self._seconds.values())
         phases = ", ".join(
             f"{phase.replace('_', ' and ')} {value / whole:.0%}" for phase, value in self._seconds.items()

@@ -6,11 +6,15 @@ from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from dschat.distributed import deepspeed_private
-from dschat.distributed.collectives import max_across_ranks, sum_across_ranks
+from dschat.distributed.collectives import (
+    max_across_ranks,
+    norm_across_tensor_ranks,
+    sum_across_ranks,
+)
 from dschat.distributed.mesh import mesh
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -96,7 +100,12 @@ def _measure(engine: DeepSpeedEngine) -> None:
 
     They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            (shards if deepspeed_private.is_tensor_shard(parameter) else whole).append(parameter.grad)
+    norm = norm_across_tensor_ranks(whole, shards)
     deepspeed_private.set_gradient_norm(engine, norm)
     deepspeed_private.set_overflow(engine, not norm.isfinite())
 

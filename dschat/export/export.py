@@ -18,6 +18,7 @@ from transformers import (
 from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import first_error_across_ranks
+from dschat.distributed.deepspeed_private import whole_over_tensor_ranks
 from dschat.distributed.device import PRECISIONS
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.zero3 import gathered
@@ -163,8 +164,8 @@ def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[
     tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in persistent)]
     for name, tensor in tensors:
         with gathered([tensor]):
+            whole = whole_over_tensor_ranks(tensor, unpacked(tensor))
             if is_main_process():
-                whole = unpacked(tensor)
                 source = replacements.get(name, whole)
                 state[name] = source.detach().to(device="cpu", dtype=whole.dtype, copy=True)
     unknown = sorted(set(replacements) - {name for name, _ in tensors})

@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from dschat.checkpoints.state import Placement
 from dschat.distributed.collectives import gather_rows
-from dschat.distributed.deepspeed_private import is_sharded, own_shard, whole_shape, whole_size
+from dschat.distributed.deepspeed_private import (
+    is_sharded,
+    is_tensor_shard,
+    own_shard,
+    whole_over_tensor_ranks,
+    whole_shape,
+    whole_size,
+)
 from dschat.distributed.device import current_device
 
 
@@ -48,8 +55,10 @@ class MovingAverage:
         return any(map(is_sharded, self._parameters.values()))
 
     def placement(self, key: str) -> Placement:
-        """Under ZeRO-3 the averages are sharded as the weights are; else every rank has all of them."""
-        return Placement.SHARDED if self.is_sharded else Placement.REPLICATED
+        """The averages lie as the weights do: under ZeRO-3 in pieces, with tensor ranks as the layers do."""
+        if self.is_sharded:
+            return Placement.SHARDED
+        return Placement.ALIKE if is_tensor_shard(self._parameters[key]) else Placement.REPLICATED
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this rank holds of the averages, by the weight's name."""
@@ -63,8 +72,8 @@ class MovingAverage:
 
     def _whole(self, name: str) -> Tensor:
         parameter, average = self._parameters[name], self._averages[name]
-        if not is_sharded(parameter):
-            return average.cpu()
-        shards = gather_rows(average.to(current_device()), axis="data")  # an offloaded shard lies on the CPU
-        # DeepSpeed pads the last shard.
-        return shards[: whole_size(parameter)].view(whole_shape(parameter)).cpu()
+        if is_sharded(parameter):
+            shards = gather_rows(average.to(current_device()), axis="data")  # an offloaded one is on the CPU
+            # DeepSpeed pads the last shard.
+            average = shards[: whole_size(parameter)].view(whole_shape(parameter))
+        return whole_over_tensor_ranks(parameter, average).cpu()

@@ -158,7 +158,7 @@ class DeepSpeedRLHFEngine:
         twin = spec.without_adapters_of
         why = f", a copy: the {twin} trains more than adapters" if twin else ""
         messages.info(f"loading the {spec.name}{why}")
-        config = frozen_config(stage=spec.zero_stage, run=self._run, offload=spec.offload)
+        config = frozen_config(spec.settings, self._run, offload=spec.offload)
         model = self._load(spec, config)
         return build_frozen_engine(model, config=config, role=spec.name, offload=spec.offload)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dschat.export.upstream import UpstreamModel, verify_model
 from dschat.models import config, lora
+from dschat.models.tensor_parallel import check_tensor_parallel
 from dschat.rlhf.roles import LOADABLE_HEADS, EngineSpec
 from dschat.rlhf.tokenizers import RlhfTokenizers
 
@@ -60,8 +61,10 @@ def verify_models(specs: Sequence[EngineSpec]) -> UpstreamModels:
 
 
 def check_adapters(specs: Iterable[EngineSpec]) -> None:
-    """Raise `UserError` for adapters that a trained model cannot get. Reads no weights."""
+    """Raise `UserError` for adapters that a trained model cannot get, and for layers that tensor ranks cannot
+    share. Reads no weights."""
     for spec in specs:
+        check_tensor_parallel(spec.path, spec.settings)
         if spec.trained:
             kind = "language" if spec.head == "language_model" else "reward"
             lora.check_adapters(**{kind: spec.starting_settings})

@@ -87,12 +87,12 @@ class ReferenceStore:
     def read(self) -> Tensor | None:
         """What rank 0 found, fp32 [pairs, 2] on every rank. Every rank must call it."""
         is_found = torch.tensor(self.found is not None, device=current_device())
-        if not sum_across_ranks(is_found, axis="data"):
+        if not sum_across_ranks(is_found, axis="world"):
             return None
         table = torch.zeros(self.num_pairs, len(REFERENCE_COLUMNS), device=current_device())
         if self.found is not None:
             table += torch.from_numpy(self.found).to(table.device)
-        return sum_across_ranks(table, axis="data").float().cpu()
+        return sum_across_ranks(table, axis="world").float().cpu()
 
     def write(self, table: Tensor) -> None:
         """Keep the table for later runs (rank 0)."""
@@ -130,8 +130,7 @@ def reference_of_copy(
 ) -> Tensor:
     """`logprob_table` of a copy of the model that training starts from; its memory is free after that."""
     messages.info("loading the reference model, a copy, for its log-probabilities")
-    stage = 3 if settings.model.zero_stage == 3 else 0
-    config = frozen_config(stage=stage, run=settings.run, offload=offload)
+    config = frozen_config(settings.model, settings.run, offload=offload)
     path, options = settings.model.model_name_or_path, settings.model.loading_options
     model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, **options)
     engine = build_frozen_engine(model, config=config, offload=offload)

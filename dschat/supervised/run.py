@@ -25,6 +25,7 @@ from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.packing_trial import choose_row_layout
 from dschat.models.products import choose_products
+from dschat.models.tensor_parallel import check_tensor_parallel
 from dschat.models.tokenizer import load_tokenizer
 from dschat.program import RunContext
 from dschat.supervised.batches import Loaders, build_loaders
@@ -62,6 +63,7 @@ class SupervisedRun:
         else:
             base = verify_model(path, "--model_name_or_path")
             check_adapters(reward=args.model)
+        check_tensor_parallel(path, args.model)
         context.claim_folder(path)
         return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
 

@@ -75,7 +75,7 @@ def test_an_override_reaches_trained_and_frozen_engines():
     run = RunArguments(deepspeed_config_override={"wall_clock_breakdown": True})
     for config in (
         train_config(ARGS, OptimizerArguments(), run, per_device_batch_size=2),
-        frozen_config(stage=3, run=run, offload=False),
+        frozen_config(ARGS, run, offload=False),
     ):
         assert config["wall_clock_breakdown"]
 
@@ -85,4 +85,4 @@ def test_an_override_that_deepspeed_refuses_ends_the_run_before_a_model_is_loade
     with pytest.raises(
         UserError, match=r"--deepspeed_config_override: DeepSpeed refuses .*reduce_bucket_size"
     ):
-        frozen_config(stage=0, run=run, offload=False)
+        frozen_config(ARGS, run, offload=False)

@@ -1,17 +1,24 @@
 import pytest
 
-from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config, merged
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "ranks", "total"), [(4, 1, 1, 4), (4, 2, 8, 64), (1, 16, 2, 32)]
+from dschat.engines.deepspeed_config import (
+    get_eval_ds_config,
+    get_train_ds_config,
+    merged,
+    tensor_parallel_size,
 )
-def test_the_train_batch_is_the_product_of_its_parts(batch, accumulation, ranks, total):
-    config = get_train_ds_config(
-        stage=2, per_device_batch_size=batch, gradient_accumulation_steps=accumulation, world_size=ranks
-    )
-    assert config["train_batch_size"] == total
-    assert config["train_micro_batch_size_per_gpu"] == batch
+
+
+def test_deepspeed_counts_the_ranks_of_a_batch_itself():
+    config = get_train_ds_config(stage=2, per_device_batch_size=4, gradient_accumulation_steps=2)
+    assert "train_batch_size" not in config
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2)
+
+
+def test_tensor_ranks_are_asked_for_where_there_are_some():
+    for make in (get_train_ds_config, get_eval_ds_config):
+        assert "tensor_parallel" not in make(stage=0)
+        assert tensor_parallel_size(make(stage=0)) == 1
+        assert tensor_parallel_size(make(stage=0, tensor_parallel_size=2)) == 2
 
 
 @pytest.mark.parametrize(("dtype", "enabled"), [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())])

@@ -24,7 +24,7 @@ def build(stage: int):
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    config = get_train_ds_config(stage=stage, dtype="fp16", world_size=mesh().world.size, max_grad_norm=0)
+    config = get_train_ds_config(stage=stage, dtype="fp16", max_grad_norm=0)
     config["fp16"]["hysteresis"] = 1  # the first overflow lowers the scale
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     engine.num_bad_losses, engine.skip_reason = 0, None  # as build_trained_engine leaves it
