@@ -5,6 +5,7 @@ into that object. Importing this package does not import torch, so `--help` answ
 library imports from here alone.
 """
 
+from dschat.arguments.colossalchat import TrainRmCall
 from dschat.arguments.command_line import ReadableParser
 from dschat.arguments.data import DataArguments, TokenizerArguments
 from dschat.arguments.foreign import explain_foreign_flag
@@ -61,6 +62,7 @@ __all__ = [
     "SupervisedArguments",
     "TextArguments",
     "TokenizerArguments",
+    "TrainRmCall",
     "WidthArguments",
     "explain_foreign_flag",
     "flags_of",

@@ -190,6 +190,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "tokenizer_name": ("not there: the tokenizer is the model's, --model_name_or_path",),
     "tokenizer_name_or_path": ("not there: the tokenizer is the model's, --model_name_or_path",),
     "tokenizer": ("not there: the tokenizer is the model's, --model_name_or_path",),
+    "tokenizer_dir": ("not there: the tokenizer is the model's, --model_name_or_path",),
     "config_name": ("not there: the configuration is the model's",),
     "cache_dir": ("not there: HF_HOME says where hub files are kept",),
     "model_revision": ("not there: name the folder of a downloaded snapshot",),

@@ -37,10 +37,8 @@ class FlagParser(ReadableParser):
         self._step = step
         self.prefixes = {part.name: part.metadata["prefix"] for part in fields(STEPS[step])}
         for part in fields(STEPS[step]):
-            group, prefix = part.metadata["group"], part.metadata["prefix"]
-            section = self.add_argument_group(f"{part.name} ({' '.join(group.__doc__.split())})")
-            for f in _flags_in(group):
-                _declare(section, prefix + f.name, f, part.metadata["defaults"])
+            metadata = part.metadata
+            add_flags(self, part.name, metadata["group"], metadata["prefix"], defaults=metadata["defaults"])
 
     def explain(self, name: str) -> str | None:
         """What to write in place of a flag that this step does not have."""
@@ -57,6 +55,20 @@ class FlagParser(ReadableParser):
                 if explanation:
                     return f"not of this step; in {program}: {explanation.removeprefix('here: ')}"
         return None
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    name: str,
+    group: type[Any],
+    prefix: str = "",
+    *,
+    defaults: dict[str, Any],
+) -> None:
+    """Add the flags of a group to a parser, in a section of its help; `defaults` replace the group's own."""
+    section = parser.add_argument_group(f"{name} ({' '.join((group.__doc__ or '').split())})")
+    for f in _flags_in(group):
+        _declare(section, prefix + f.name, f, defaults)
 
 
 @functools.cache
