@@ -190,8 +190,9 @@ def linger_in_store() -> None:
     def linger() -> None:
         obey()
         store = process_wide(restart.Orders).store
-        with suppress(RuntimeError, AttributeError):  # the time has passed, or the store is gone
-            store.wait(["never"], timedelta(seconds=random.uniform(0.1, 2.0)))
+        with suppress(RuntimeError):  # the time has passed
+            if store is not None:
+                store.wait(["never"], timedelta(seconds=random.uniform(0.1, 2.0)))
 
     restart.obey = linger
 

@@ -190,7 +190,7 @@ def spoil_disks(trials: Trials) -> None:
     place, output = trials.folder / "disk", trials.folder / "console"  # the console needs room, too
     there = f"--output_dir={place / 'run'}"
     with disk(place, 20):
-        names = ("No space left on device", "is kept")
+        names: tuple[str, ...] = ("No space left on device", "is kept")
         trials.run("room for one checkpoint and the model", SMALL, output, there, code=0, names=names)
     with disk(place, 14):
         names = ("WARNING: no checkpoint", "error: the model could not be written", "No space left on device")

@@ -107,7 +107,7 @@ def train_tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 def config_of(family: str, tokenizer: PreTrainedTokenizerFast, width: int, depth: int) -> PretrainedConfig:
     """A configuration of the family, of equal width and depth for all."""
     heads = max(1, width // 64)
-    ids = {
+    ids: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -115,7 +115,7 @@ def config_of(family: str, tokenizer: PreTrainedTokenizerFast, width: int, depth
     }
     shape = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, **ids}
     gated = {**shape, "intermediate_size": 3 * width, "num_key_value_heads": heads}
-    positions = {"max_position_embeddings": POSITIONS}
+    positions: dict[str, Any] = {"max_position_embeddings": POSITIONS}
     if family == "llama":
         return LlamaConfig(**gated, **positions)
     if family == "qwen3":
@@ -192,12 +192,12 @@ def figures(output: Path) -> dict[str, Any]:
 def sample(folder: Path) -> str:
     """What the saved actor answers with its own tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokens = tokenizer("\n\nHuman: How are you?\n\nAssistant:", return_tensors="pt")
     ids = model.generate(
         input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], max_new_tokens=8
     )
-    return tokenizer.decode(ids[0, tokens["input_ids"].shape[1] :])
+    return str(tokenizer.decode(ids[0, tokens["input_ids"].shape[1] :]))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -120,7 +120,7 @@ def main() -> int:
     kinds = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.terms
     trials = [(n, CASES[n % len(CASES)], kind, rng.random()) for n, kind in enumerate(kinds)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda trial: run_trial(*trial, references, args), trials))
+        results = list(pool.map(lambda trial: run_trial(*trial, references=references, args=args), trials))
     (args.output_dir / "faults.json").write_text(json.dumps(results, indent=2) + "\n")
     return report(results)
 
@@ -227,7 +227,7 @@ def note_steps(path: Path) -> None:
             file.write(f"{time.time()} {step}\n")
         return is_due(self, step, **how)
 
-    Checkpoints.is_due = noting
+    Checkpoints.is_due = noting  # type: ignore[method-assign]
 
 
 def ended_steps(output: Path) -> dict[int, float]:
@@ -306,7 +306,8 @@ def wait_for(
         while time.monotonic() < moment and process.poll() is None:
             time.sleep(0.01)
         return
-    saves_to_pass, seen = rng.randrange(3), set()
+    saves_to_pass = rng.randrange(3)
+    seen: set[str] = set()
     while process.poll() is None and len(seen) <= saves_to_pass:
         seen |= {path.name for path in (output / "checkpoints").glob(".saving*")}
         time.sleep(0.001)
@@ -326,7 +327,7 @@ def kill(process: subprocess.Popen, output: Path, rng: random.Random) -> tuple[s
     try:
         phase = phase_now(victim, files)
         everyone = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
-        for target in [files[victim]] if alone else everyone:
+        for target in [files[victim]] if alone and victim else everyone:
             os.kill(target, signal.SIGKILL)
     except (ProcessLookupError, psutil.NoSuchProcess):
         process.wait(timeout=120)

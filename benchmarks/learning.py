@@ -50,7 +50,8 @@ from dschat.program import readable_errors
 PARTS = ("a", "b", "c", "d", "e")
 QUICK_STEPS, QUICK_ROWS = 6, 320
 COMMAND, FIGURES = "command.json", "measured.json"
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def main() -> None:

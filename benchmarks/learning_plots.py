@@ -15,7 +15,7 @@ from learning_report import PARTS, grouped, smoothed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+COLOURS = [*matplotlib.color_sequences["tab10"], *matplotlib.color_sequences["Dark2"]]
 KL_TICKS = (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50)
 FAR_KL = 4
 """Beyond this KL the axis is that of its square root, so that the beginnings of runs can be told apart."""

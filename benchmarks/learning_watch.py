@@ -41,18 +41,19 @@ def watch(dropout: float) -> None:
     from dschat.rlhf.ppo_trainer import PPOTrainer
 
     build, step = ppo_trainer.build_trainer, PPOTrainer.step
+    tokenizers_of_actors: list[Any] = []
 
     def build_and_watch(args: Any, engine: Any, tokenizers: Any, *more: Any, **options: Any) -> PPOTrainer:
         if dropout and not set_attention_dropout(engine.actor.module, dropout):
             raise ValueError(f"{DROPOUT_FLAG}: no layer of the actor has attention dropout.")
         trainer = build(args, engine, tokenizers, *more, **options)
-        trainer.watched_tokenizer = tokenizers.actor
+        tokenizers_of_actors.append(tokenizers.actor)
         return trainer
 
     def step_and_truth(self: PPOTrainer, *args: Any, **options: Any) -> dict[str, float]:
         metrics = step(self, *args, **options)
         rollout = self.experience.rollout
-        decode = self.watched_tokenizer.batch_decode
+        decode = tokenizers_of_actors[-1].batch_decode
         prompts = decode(rollout.input_ids[:, : rollout.prompt_length], skip_special_tokens=True)
         answers = decode(rollout.answers, skip_special_tokens=True)
         return {**metrics, "checked_success": share_right(prompts, answers)}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "6m": {"hidden_size": 256, "num_hidden_layers": 6, "ffn_dim": 1024, "num_attention_heads": 4,
            "max_position_embeddings": 1024, "vocab_size": 4096},
     "89m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,

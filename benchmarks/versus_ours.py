@@ -96,16 +96,17 @@ def when_imported(wrappers: dict[str, Callable[[Any], None]]) -> None:
             spec = next(
                 filter(None, (f.find_spec(name, path, target) for f in sys.meta_path if f is not Finder))
             )
-            execute = spec.loader.exec_module
+            loader: Any = spec.loader
+            execute = loader.exec_module
 
             def execute_and_wrap(module: Any) -> None:
                 execute(module)
                 wrap(module)
 
-            spec.loader.exec_module = execute_and_wrap
+            loader.exec_module = execute_and_wrap
             return spec
 
-    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder)
 
 
 def phases(logged: list[dict[str, Any]], left_out: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal, cast
 
 from dschat.arguments import StepArguments, parse_arguments, without_secrets
 from dschat.distributed.signals import STOPPING
@@ -19,7 +20,7 @@ from scripts.e2e_failures import SEARCHED_LINES, last_lines
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
 TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
-PARSER_NAMES = {1: "sft", 2: "reward", 3: "rlhf"}
+PARSER_NAMES: dict[int, Literal["sft", "reward", "rlhf"]] = {1: "sft", 2: "reward", 3: "rlhf"}
 LOG = "training.log"
 
 STOPPED = r"^(\S+: )?stopped after step \d+ as .+ asked"
@@ -56,7 +57,7 @@ class Command:
     def parsed(self) -> StepArguments:
         """Its flags as the step itself understands and checks them. Raises `UserError`."""
         try:
-            return parse_arguments(PARSER_NAMES[self.step], self.flags)
+            return cast(StepArguments, parse_arguments(PARSER_NAMES[self.step], self.flags))
         except UserError as error:
             raise UserError(f"flags of step {self.step}: {error}") from error
 
@@ -77,6 +78,7 @@ def run(command: Command) -> tuple[int, bool, int]:
         process = subprocess.Popen(
             command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
+        assert process.stdout is not None
         with passing_signals_on(process) as passed_on, process.stdout:
             # Whatever has arrived, not whole lines: progress bars rewrite theirs.
             while chunk := os.read(process.stdout.fileno(), 65536):

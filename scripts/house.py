@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 PROGRAMS = ("step1_sft/main.py", "step2_reward/main.py", "step2_reward/dpo.py", "step3_ppo/main.py")
 WHOLE_ARGUMENTS = re.compile(r"\b(Sft|Reward|Dpo|Rlhf|Step|Supervised)Arguments\b")
@@ -24,6 +25,7 @@ DEEPSPEED_PRIVATE = re.compile(
     r"\._(config|global_grad_norm|copy_recovery_script)\b|\bds_(tensor|numel|shape|id)\b|overflow_checker"
     r"|__compatible_ops__|averaged_gradients|loss_scale_config|raise_error_at_min_scale"
 )
+Node = TypeVar("Node", bound=ast.AST)
 SHORT = 15
 """Lines of a module that needs no test module of its own."""
 
@@ -60,10 +62,10 @@ class House:
         """The folder, or the module, right below dschat/."""
         return path.relative_to(self.library).parts[0].removesuffix(".py")
 
-    def nodes(self, *kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
-        """Every node of these kinds, with its file."""
+    def nodes(self, kind: type[Node]) -> Iterator[tuple[Path, Node]]:
+        """Every node of this kind, with its file."""
         for path, tree in self.trees.items():
-            yield from ((path, node) for node in ast.walk(tree) if isinstance(node, kinds))
+            yield from ((path, node) for node in ast.walk(tree) if isinstance(node, kind))
 
     def matches(self, pattern: re.Pattern, *, outside: str = "") -> list[str]:
         """Files with the number of matches in their code; comments and docstrings do not count."""
@@ -80,18 +82,18 @@ def code_lines(text: str, tree: ast.AST) -> list[str]:
     """The lines of a module without comments and without strings that stand alone."""
     lines = text.splitlines()
     for node in ast.walk(tree):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text and isinstance(node.value.value, str):
-            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[number] = ""
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = ""
     return [line.partition("  # ")[0] for line in lines if not line.lstrip().startswith("#")]
 
 
-def longest(house: House, *kinds: type[ast.AST]) -> tuple[int, str]:
+def longest(house: House, kind: type[ast.ClassDef] | type[ast.FunctionDef]) -> tuple[int, str]:
     """Lines of the longest class or function, and which it is."""
     spans = [
-        (node.end_lineno - node.lineno + 1, f"{node.name} in {path.relative_to(house.root)}")
-        for path, node in house.nodes(*kinds)
+        ((node.end_lineno or 0) - node.lineno + 1, f"{node.name} in {path.relative_to(house.root)}")
+        for path, node in house.nodes(kind)
     ]
     return max(spans)
 

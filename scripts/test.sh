@@ -13,8 +13,8 @@ ruff check .
 ruff format --check .
 mypy --no-error-summary
 if (($#)); then
-    python -m pytest -n 2 --dist loadfile "$@"
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 else
-    python -m pytest -n 2 --dist loadfile --cov dschat --cov-report=
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov dschat --cov-report=
     echo "== $(python -m coverage report --format=total) % of the lines of dschat/ are covered"
 fi

@@ -22,7 +22,7 @@ def test_processes_on_a_cpu_compile_no_collectives_and_leave_no_shared_memory(tm
     extensions, before = tmp_path / "extensions", buffers()
     # LOCAL_SIZE is what the deepspeed launcher sets: all ranks are on this machine.
     env = {"CUDA_VISIBLE_DEVICES": "", "TORCH_EXTENSIONS_DIR": str(extensions), "LOCAL_SIZE": str(ranks)}
-    python(worker, ranks=ranks, env=env)
+    python(worker, ranks=ranks, env=env, afresh=True)
     assert [path.name for path in extensions.rglob("*") if path.is_file()] == []
     assert buffers() <= before
 

@@ -19,7 +19,7 @@ WORKER = ROOT / "tests" / "workers" / "lose_a_rank.py"
 @pytest.mark.parametrize("waiting", ["collective", "sleep"])
 def test_the_others_end_within_a_minute_and_name_it(waiting):
     start = time.monotonic()
-    result = python(WORKER, waiting, ranks=2, check=False, timeout=100)
+    result = python(WORKER, waiting, ranks=2, check=False, timeout=100, afresh=True)
     assert time.monotonic() - start < 60
     assert result.returncode == 1
     assert "error: rank 1 (process " in result.stderr

@@ -59,7 +59,7 @@ def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
 def test_a_run_that_starts_again_learns_what_smaller_micro_batches_learn(folder, ranks, rank):
     small, halved = f"small{ranks}", f"halved{ranks}"
     run(folder, small, 2, "--gradient_accumulation_steps=2", limit=99, ranks=ranks)
-    result = run(folder, halved, 4, "--auto_micro_batch", limit=2, rank=rank, ranks=ranks)
+    result = run(folder, halved, 4, "--auto_micro_batch", limit=2, rank=rank, ranks=ranks, afresh=True)
     assert f"note: rank {rank} ran out of memory while training the model" in result.stdout
     assert "--per_device_train_batch_size 2 and --gradient_accumulation_steps 2" in result.stdout
     ours, theirs = weights(folder, halved), weights(folder, small)

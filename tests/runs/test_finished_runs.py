@@ -37,7 +37,7 @@ def test_a_finished_run_is_named_or_resumed_in_peace(step, tmp_path):
         (["--resume_from_checkpoint=latest"], 0, "there is nothing to go on with, and nothing is changed"),
     )
     for more, code, said in cases:
-        result = python(spy, ROOT / PROGRAMS[step], *flags, *more, check=False)
+        result = python(spy, ROOT / PROGRAMS[step], *flags, *more, check=False, afresh=True)
         assert result.returncode == code, result.stderr
         assert said in result.stdout + result.stderr
         assert "torch is imported: False" in result.stdout

@@ -60,7 +60,12 @@ def test_a_run_without_adapters_imports_only_what_it_uses(tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
     flags = [f"--model_name_or_path={tmp_path / 'base'}", f"--data_path={tmp_path / 'pairs.jsonl'}"]
     result = python(
-        tmp_path / "watched.py", ROOT / "step1_sft" / "main.py", *flags, "--dtype=fp32", cwd=tmp_path
+        tmp_path / "watched.py",
+        ROOT / "step1_sft" / "main.py",
+        *flags,
+        "--dtype=fp32",
+        cwd=tmp_path,
+        afresh=True,
     )
     told = json.loads(result.stdout.splitlines()[-1])
     assert not NEVER & set(told["modules"])

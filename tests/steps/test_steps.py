@@ -233,7 +233,7 @@ def test_every_step_is_profiled_where_it_is_asked_for(one_rank):
 
 @pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers_and_reads_the_cache(one_rank):
-    result = python(SFT, *supervised(one_rank, "sft_again", "--data_split=1,1,1", *batch(8)))
+    result = python(SFT, *supervised(one_rank, "sft_again", "--data_split=1,1,1", *batch(8)), afresh=True)
     assert "tokenising" not in result.stderr
 
     def timeless(name: str) -> dict:
