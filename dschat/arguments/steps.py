@@ -1,6 +1,7 @@
 """Each step's object: the groups that it is composed of, and the checks across them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -248,6 +249,12 @@ class RlhfArguments(TrainingStep):
         return self.ppo.per_device_training_batch_size * self.optimizer.gradient_accumulation_steps
 
     @property
+    def _fitting_batches(self) -> int:
+        """The least --generation_batches whose answers fill whole optimiser steps."""
+        size = self.rollout.per_device_generation_batch_size
+        return math.lcm(size, self.minibatch_size) // size
+
+    @property
     def updates_per_ppo_step(self) -> int:
         """Optimiser steps that learn from one rollout batch."""
         return self.ppo.ppo_epochs * (self.rollout_size // self.minibatch_size)
@@ -284,7 +291,7 @@ class RlhfArguments(TrainingStep):
             f"a rank samples {self.rollout_size} answers (--per_device_generation_batch_size times "
             f"--generation_batches) but an optimiser step takes {self.minibatch_size} "
             "(--per_device_training_batch_size times --gradient_accumulation_steps): the first must be a "
-            f"multiple of the second; --generation_batches {self.minibatch_size} always is.",
+            f"multiple of the second; --generation_batches {self._fitting_batches} is the least.",
         )
         require(
             not self.rlhf.enable_test_mode or self.rlhf.test_stop_step > 0,

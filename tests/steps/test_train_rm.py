@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 from processes import ROOT, python
 from tiny import save_tiny_model
@@ -55,14 +54,12 @@ def test_the_seeds_first_line_trains_a_reward_model(seed, tmp_path):
     assert f"step2_reward/main.py --model_name_or_path {seed / 'M'} --data_path {seed / 'D'}" in printed
     summary = json.loads((model / "summary.json").read_text())
     assert (summary["num_train_rows"], summary["num_eval_rows"]) == (NUM_PAIRS, NUM_PAIRS // 2)
-    assert summary["step"] == 3 * NUM_PAIRS / 10
-    assert summary["eval_accuracy"] > 0.9
+    assert summary["model_step"] == 3 * NUM_PAIRS / 10
+    assert summary["eval_accuracy"] > 0.7
+    assert summary["chosen_mean_score"] > summary["rejected_mean_score"] + 1
     assert json.loads((tmp_path / "config.json").read_text())["plugin"] == "zero2"
     verify_model(str(model), "--critic_model_name_or_path", "score")
-    classifier = AutoModelForSequenceClassification.from_pretrained(model)
-    with torch.no_grad():
-        good, bad = classifier(torch.tensor([[9, 300, 30, 31, 0], [9, 300, 250, 251, 0]])).logits[:, 0]
-    assert good > bad
+    assert AutoModelForSequenceClassification.from_pretrained(model).config.num_labels == 1
 
 
 @pytest.mark.matrix
