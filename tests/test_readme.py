@@ -1,4 +1,4 @@
-"""The README's commands: their flags exist, and those that need no hub run in an empty folder."""
+"""The commands of README and docs: their flags exist, and those that need no hub run in an empty folder."""
 
 import itertools
 import re
@@ -15,7 +15,11 @@ from dschat.errors import UserError
 from scripts import compare, convert_checkpoint, e2e_rlhf, merge_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("steps", "dpo", "lora", "coming_from")),
+]
+"""The pages with commands that are run, in the order in which one reads what another wrote."""
 STEPS = {
     "step1_sft/main.py": "sft",
     "step2_reward/main.py": "reward",
@@ -26,8 +30,9 @@ STEPS = {
 
 
 def commands() -> list[list[str]]:
-    """Every command of the README's bash blocks, in words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """Every command of the pages' bash blocks, in words."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
@@ -42,7 +47,7 @@ def flags_after(program: str) -> list[list[str]]:
 @pytest.mark.parametrize("program", STEPS)
 def test_the_flags_of_every_step_exist(program):
     calls = flags_after(program)
-    assert calls, f"the README shows no {program}"
+    assert calls, f"no page shows {program}"
     for flags in calls:
         parse_arguments(STEPS[program], flags)
 
@@ -96,10 +101,40 @@ def test_every_flag_that_the_text_names_exists(capsys):
             program.parse(["--help"])
     flag = r"--[a-z]\w+(?:-\w+)*"
     known = set(re.findall(flag, capsys.readouterr().out))
-    launchers = {"--num_gpus", "--nproc_per_node", "--module"}
-    named = set(re.findall(flag, README.partition("## Tests")[0]))
+    launchers = {"--num_gpus", "--nproc_per_node", "--module", "--hostfile"}
+    named: set[str] = set()
+    for page in (*PAGES, ROOT / "docs" / "ppo_settings.md"):
+        text = page.read_text(encoding="utf-8").partition("## Tests")[0]
+        named |= set(re.findall(flag, re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)))
     assert named - launchers <= known
-    assert len(named & known) > 40
+    assert len(named & known) > 80
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", lines, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+WRITTEN = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/results/*.md")]
+)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("https:", "http:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_the_readme_is_read_in_some_minutes():
+    assert len((ROOT / "README.md").read_bytes()) < 8000
 
 
 # Added to a command, so that the test shows that it works and not how well it learns.
