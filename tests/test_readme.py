@@ -105,7 +105,8 @@ def test_every_flag_that_the_text_names_exists(capsys):
     named: set[str] = set()
     for page in (*PAGES, ROOT / "docs" / "ppo_settings.md"):
         text = page.read_text(encoding="utf-8").partition("## Tests")[0]
-        named |= set(re.findall(flag, re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)))
+        fences = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+        named |= set(re.findall(flag, fences.sub(lambda block: block[2] if block[1] else "", text)))
     assert named - launchers <= known
     assert len(named & known) > 80
 
