@@ -14,7 +14,14 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
-from dschat.arguments.record import STARTING, RunDescription, Setting, saved_settings, settings_of
+from dschat.arguments.record import (
+    STARTING,
+    RunDescription,
+    Setting,
+    default_of,
+    saved_settings,
+    settings_of,
+)
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
 from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -64,6 +71,7 @@ __all__ = [
     "TokenizerArguments",
     "TrainRmCall",
     "WidthArguments",
+    "default_of",
     "explain_foreign_flag",
     "flags_of",
     "parse_arguments",

@@ -71,7 +71,7 @@ def settings_of(arguments: "DataclassInstance") -> dict[str, Setting]:
             if "help" not in f.metadata:
                 continue
             value = recorded(getattr(getattr(arguments, part.name), f.name))
-            setting = Setting(value, _default(part, f), f.metadata["at_resume"])
+            setting = Setting(value, default_of(part, f), f.metadata["at_resume"])
             found[part.metadata["prefix"] + f.name] = setting
     return found
 
@@ -92,11 +92,11 @@ def saved_settings(step: "type[DataclassInstance]", saved: dict[str, Any]) -> di
         values = saved.get(part.name, {})
         for f in fields(part.metadata["group"]):
             if "help" in f.metadata:
-                found[part.metadata["prefix"] + f.name] = values.get(f.name, _default(part, f))
+                found[part.metadata["prefix"] + f.name] = values.get(f.name, default_of(part, f))
     return found
 
 
-def _default(part: "dataclasses.Field[Any]", f: "dataclasses.Field[Any]") -> Any:
+def default_of(part: "dataclasses.Field[Any]", f: "dataclasses.Field[Any]") -> Any:
     """The default of a group's flag in a step; MISSING where it is required."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
