@@ -17,6 +17,7 @@ from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArgume
 from dschat.arguments.flags import group, require
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
+from dschat.arguments.parallel import ParallelArguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
 from dschat.arguments.record import RunDescription, groups_of, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
@@ -66,11 +67,12 @@ class SupervisedStep(TrainingStep):
     model: ModelArguments
     batch: BatchArguments
     optimizer: OptimizerArguments
+    parallel: ParallelArguments
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
         """Ranks that share the model, by the axis of the mesh."""
-        return {"tensor": self.model.tensor_parallel_size}
+        return {"tensor": self.model.tensor_parallel_size, **self.parallel.sizes}
 
     @property
     def batch_sizes(self) -> dict[str, int]:
@@ -91,6 +93,7 @@ class SftArguments(SupervisedStep):
     batch: BatchArguments = group(BatchArguments)
     widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
+    parallel: ParallelArguments = group(ParallelArguments)
     sft: SftOptions = group(SftOptions)
     run: RunArguments = group(RunArguments)
 
@@ -98,6 +101,7 @@ class SftArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        self.parallel.check(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,7 @@ class RewardArguments(SupervisedStep):
     batch: BatchArguments = group(BatchArguments, export_model="best")
     widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
+    parallel: ParallelArguments = group(ParallelArguments)
     reward: RewardOptions = group(RewardOptions)
     run: RunArguments = group(RunArguments)
 
@@ -119,6 +124,7 @@ class RewardArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        self.parallel.check(self.model)
         note_padding_flag(self.reward.num_padding_at_beginning)
 
 
@@ -134,6 +140,7 @@ class DpoArguments(SupervisedStep):
     batch: BatchArguments = group(BatchArguments)
     widths: WidthArguments = group(WidthArguments)
     optimizer: OptimizerArguments = group(OptimizerArguments)
+    parallel: ParallelArguments = group(ParallelArguments)
     dpo: DpoOptions = group(DpoOptions)
     run: RunArguments = group(RunArguments)
 
@@ -141,6 +148,7 @@ class DpoArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        self.parallel.check(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Flags: the rows of tokens that models read, which change what a step costs and not what it learns."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,10 @@ class WidthArguments:
         if self.pad_to_multiple_of is not None:
             require_at_least(1, self, "pad_to_multiple_of")
 
-    def multiple_of(self, device_type: str) -> int:
-        """What widths are multiples of on a device of torch's type "cpu", "cuda" ..."""
-        return self.pad_to_multiple_of or (CPU_MULTIPLE if device_type == "cpu" else GPU_MULTIPLE)
+    def multiple_of(self, device_type: str, num_sharing: int = 1) -> int:
+        """What widths are multiples of on a device of torch's type "cpu", "cuda" ...
+
+        So many ranks share the tokens of a row in equal parts.
+        """
+        chosen = self.pad_to_multiple_of or (CPU_MULTIPLE if device_type == "cpu" else GPU_MULTIPLE)
+        return math.lcm(chosen, num_sharing)

@@ -237,10 +237,12 @@ def build_train_loader(
     world_size: int,
     seed: int,
     max_tokens: int = 0,
+    num_sharing: int = 1,
 ) -> TrainLoader:
     """Batches of `batch_size` rows of similar length; each row once an epoch, fillers in the last step.
 
-    With `max_tokens` the same steps are divided into batches of at most so many tokens, padding included.
+    With `max_tokens` the same steps are divided into batches of at most so many tokens, padding included, for
+    each of the `num_sharing` ranks that share the tokens of rows.
 
     A batch's denominator is the sum of the optimiser step's num_targets, or weights, or without these columns
     its rows.
@@ -257,7 +259,7 @@ def build_train_loader(
         seed=seed,
         lengths=lengths,
         weights=column(dataset, counted) if counted else np.ones(len(lengths)),
-        budget=TokenBudget.of(dataset, max_tokens) if max_tokens else None,
+        budget=TokenBudget.of(dataset, max_tokens, num_sharing) if max_tokens else None,
     )
 
 

@@ -95,6 +95,8 @@ class Placement:
     """[R, W] int64, where sequences share rows: each token's position in its own."""
     segments: Tensor | None = None
     """[R, W] int64, where a mask separates the sequences of a row: the number of each token's."""
+    ends_here: Tensor | None = None
+    """[B] bool, of a rank's part: whether it has the sequence's last token; None: the rows are whole."""
 
     @staticmethod
     def of(
@@ -137,6 +139,33 @@ class Placement:
             last_tokens=torch.from_numpy(starts + lengths - 1),
             position_ids=torch.from_numpy(positions) if is_packed else None,
             segments=torch.from_numpy(segments) if layout.separated_by == "mask" else None,
+        )
+
+    def part(self, rank: int, size: int) -> "Placement":
+        """What one of `size` ranks reads that share the tokens of rows, each of which has one sequence.
+
+        The parts are as wide as each other: behind the rows their last token is repeated, which no token
+        before it sees. A part has the labels that its own outputs predict, and one output where it has none.
+        """
+        num_rows, width = self.source.shape
+        part_width = -(-width // size)
+        first = rank * part_width
+        columns = torch.arange(first, first + part_width, device=self.source.device).clamp(max=width - 1)
+
+        def inside(places: Tensor) -> tuple[Tensor, Tensor]:
+            row, column = places // width, places % width
+            return column // part_width == rank, row * part_width + column - first
+
+        has_label, outputs = inside(self.outputs[: len(self.label_places)])
+        ends_here, last_tokens = inside(self.last_tokens)
+        outputs = outputs[has_label]
+        return Placement(
+            source=self.source[:, columns],
+            outputs=outputs if len(outputs) else outputs.new_zeros(1),
+            label_places=self.label_places[has_label],
+            last_tokens=torch.where(ends_here, last_tokens, 0),
+            position_ids=columns.expand(num_rows, -1),
+            ends_here=ends_here,
         )
 
     def per_label(self, values: Tensor, like: Tensor) -> Tensor:

@@ -26,15 +26,16 @@ class TokenBudget:
     """[N, S]: the tokens of each example's sequences, of which a pair has two."""
     layout: RowLayout = PADDED
     """That of the rows that the model reads."""
+    num_sharing: int = 1
+    """Ranks that share the tokens of rows: each passes its part of them."""
 
     @staticmethod
-    def of(dataset: Dataset, num_tokens: int) -> "TokenBudget":
+    def of(dataset: Dataset, num_tokens: int, num_sharing: int) -> "TokenBudget":
         """A budget for examples with columns of `SEQUENCES`."""
         names = [name for name in SEQUENCES if name in dataset.column_names]
         table = dataset.select_columns(names).with_format("arrow")[:]
-        return TokenBudget(
-            num_tokens, np.stack([pc.list_value_length(table[name]).to_numpy() for name in names], axis=1)
-        )
+        lengths = [pc.list_value_length(table[name]).to_numpy() for name in names]
+        return TokenBudget(num_tokens, np.stack(lengths, axis=1), num_sharing=num_sharing)
 
     def check(self, multiple_of: int) -> None:
         """Raise `UserError` where the longest example may take more than the budget by itself.
@@ -42,7 +43,7 @@ class TokenBudget:
         It is padded to a multiple of so many tokens; the two sequences of a pair are counted as equally long.
         """
         longest, num_sequences = int(self.lengths.max(initial=1)), self.lengths.shape[1]
-        needed = num_sequences * RowLayout(multiple_of).rounded(longest)
+        needed = -(-num_sequences * RowLayout(multiple_of).rounded(longest) // self.num_sharing)
         if needed <= self.num_tokens:
             return
         rows = "it takes" if num_sequences == 1 else f"the {num_sequences} rows of a pair take"
@@ -73,7 +74,8 @@ class TokenBudget:
     def _number_that_fit(self, rows: np.ndarray) -> int:
         """How many of the first examples fit the budget together; at least 1, for which `check` answers."""
         num_tokens = self.lengths[rows].sum(axis=1).cumsum()  # without padding
-        number = int(np.searchsorted(num_tokens, self.num_tokens, side="right"))
-        while number > 1 and self.layout.num_places(self.lengths[rows[:number]].ravel()) > self.num_tokens:
+        most = self.num_tokens * self.num_sharing
+        number = int(np.searchsorted(num_tokens, most, side="right"))
+        while number > 1 and self.layout.num_places(self.lengths[rows[:number]].ravel()) > most:
             number -= 1
         return max(1, number)

@@ -38,6 +38,27 @@ def norm_across_tensor_ranks(whole: Sequence[Tensor], shards: Sequence[Tensor]) 
     return (norm**2 + squares.to(norm.device)).sqrt().float()
 
 
+def sum_with_gradient(tensor: Tensor, *, axis: AxisName) -> Tensor:
+    """The sum over the ranks of an axis of tensors of one shape, for a loss that all of them compute alike.
+
+    Each gets the gradient of its own summand, so that the gradients of weights are to be added over the axis.
+    """
+    total: Tensor = _Sum.apply(tensor, group_of(axis)) if size_of(axis) > 1 else tensor
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 def max_across_ranks(tensor: Tensor, *, axis: AxisName) -> Tensor:
     """The elementwise largest over the ranks of an axis of tensors of one shape."""
     largest = tensor.detach().clone()

@@ -40,7 +40,7 @@ class Mesh:
     world: Axis
     """All processes, numbered from 0: files of a process's own and messages have this number."""
     data: Axis
-    """Ranks that share the rows of a batch, and over which gradients are averaged and ZeRO shards."""
+    """Ranks that share the rows of a batch."""
     machine: Axis
     """Processes on this machine."""
     tensor: Axis = Axis()
@@ -49,6 +49,11 @@ class Mesh:
     """Ranks that share the tokens of a row."""
     pipeline: Axis = Axis()
     """Ranks that share the layers of a model."""
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks over which DeepSpeed averages gradients and ZeRO shards: those of data and of sequence."""
+        return self.data.size * self.sequence.size
 
     @property
     def is_main_process(self) -> bool:

@@ -77,6 +77,8 @@ class MemoryFlags:
     """Value of --rollout_gather where rollouts may gather a sharded actor."""
     holds_first_pass: bool = False
     """Whether --reuse_first_pass both holds activations of actor and critic at one time."""
+    row_shares: int | None = None
+    """Value of --sequence_parallel_size in steps that have it."""
     offloads: tuple[str, ...] = field(default=())
     """Flags not given that would move the weights of frozen models to the CPU between uses."""
 
@@ -99,6 +101,7 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
             batches=batches,
             token_budget=batch.max_tokens_per_batch,
             length=("max_seq_len", batch.max_seq_len, 4),
+            row_shares=args.parallel.sequence_parallel_size,
         )
     minibatch = BatchFlags(
         "per_device_training_batch_size", args.ppo.per_device_training_batch_size, *accumulation
@@ -156,6 +159,9 @@ def remedies(phase: Phase, flags: MemoryFlags) -> list[str]:
     if phase.reads_rows:
         name, length, least = flags.length
         found.append(f"--{name} {length} -> {max(length // 2, least)}")
+    if phase.is_training and flags.row_shares and not halved(phase, flags):
+        shares = f"--sequence_parallel_size {flags.row_shares} -> {2 * flags.row_shares}"
+        found.append(f"{shares} on twice as many devices (each row's tokens are shared)")
     if flags.run.dtype == "fp32":
         found.append("--dtype fp32 -> bf16")
     return [text for text in found if text] or ["a smaller model, or a device with more memory"]

@@ -73,7 +73,7 @@ def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """
     engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
     with record_function("backward"):
-        engine.backward(loss * (mesh().data.size * engine.gradient_accumulation_steps()))
+        engine.backward(loss * (mesh().zero_size * engine.gradient_accumulation_steps()))
 
 
 def take_step(engine: DeepSpeedEngine) -> None:

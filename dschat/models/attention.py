@@ -21,9 +21,11 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from dschat.arguments import ModelArguments
 from dschat.console import messages
 from dschat.distributed.device import DTYPES, current_device
+from dschat.distributed.mesh import mesh
 from dschat.distributed.process_wide import process_wide
 from dschat.errors import UserError
 from dschat.models.config import head_width, read_config
+from dschat.models.sequence_attention import ULYSSES
 from dschat.runs.measured_choices import MeasuredChoices
 
 MEASURED = "dschat_measured"
@@ -68,16 +70,19 @@ def choose_attention(
         config = read_config(path, dropout=None)
         if flags.attn_implementation != "auto":
             _check(config, path, f"--{flags.prefix}attn_implementation", flags.attn_implementation, dtype)
-        elif _takes_measured(config):
+        elif _takes_measured(config) and mesh().sequence.size == 1:
             _measure(_heads(config, DTYPES[dtype]), longest, choices)
 
 
 def set_attention(config: PretrainedConfig, implementation: str | None) -> None:
     """Have a model that is built from `config` attend as --attn_implementation says.
 
+    Where ranks share the tokens of rows, that is `ULYSSES`, except with None.
     With "auto" families that bring attention code of their own, and models on a GPU, keep what transformers
     gives them; so do all with None.
     """
+    if implementation is not None and mesh().sequence.size > 1:
+        implementation = ULYSSES
     if implementation == "auto":
         implementation = MEASURED if _takes_measured(config) else None
     if implementation is not None:

@@ -2,6 +2,9 @@
 
 `model` is a DeepSpeed engine or a module, and stays in its mode. Under ZeRO-3 every rank must call with a
 batch of its own. The masks of a batch are not applied: what stands at masked labels is arbitrary.
+
+Ranks that share the tokens of rows (`models/sequence_attention.py`) call with the same batch, compute a part
+of it each, and all get the numbers of the whole.
 """
 
 import contextlib
@@ -13,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dschat.data.collate import PairBatch
+from dschat.data.packing import PADDED
 from dschat.data.token_batch import TokenBatch
-from dschat.models.reward_model import at_last_token
+from dschat.distributed.collectives import sum_with_gradient
+from dschat.distributed.mesh import mesh
+from dschat.models.reward_model import at_last_token, scores_of_all
+from dschat.models.sequence_attention import shares_rows
 from dschat.models.softmax import logprobs_and_entropy, token_logprobs
 
 
@@ -30,8 +37,9 @@ def token_logprobs_of(
 
     The distribution is over the first `num_tokens` of the vocabulary, by default all of it: see `logits_of`.
     """
+    batch = own_part(model, batch)
     logits, labels = _logits_and_labels(model, batch, num_tokens=num_tokens, every_position=every_position)
-    return _per_label(batch, token_logprobs(logits, labels, temperature=temperature))
+    return per_label(batch, token_logprobs(logits, labels, temperature=temperature))
 
 
 def predictions_of(
@@ -46,11 +54,12 @@ def predictions_of(
 
     Both come of the same logits. The entropy is None without `with_entropy`.
     """
+    batch = own_part(model, batch)
     logits, labels = _logits_and_labels(model, batch, num_tokens=num_tokens)
     if not with_entropy:
-        return _per_label(batch, token_logprobs(logits, labels, temperature=temperature)), None
+        return per_label(batch, token_logprobs(logits, labels, temperature=temperature)), None
     logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=temperature)
-    return _per_label(batch, logprobs), _per_label(batch, entropy)
+    return per_label(batch, logprobs), per_label(batch, entropy)
 
 
 def logits_of(
@@ -63,7 +72,7 @@ def logits_of(
     Logits are computed at `batch.outputs` only; with `every_position` at all columns of the rows, as a plain
     forward pass does, whose matrix products have other shapes and thus another rounding.
     """
-    if every_position:
+    if every_position and not _is_part(batch):
         batch = replace(batch, placement=None)
     inputs = model_inputs(model, batch)
     if batch.placement is not None:
@@ -80,18 +89,20 @@ def logits_of(
 
 def values_of(model: Any, batch: TokenBatch) -> Tensor:
     """A critic's value where each label is predicted: of the row before that token. -> fp32 [B, N]."""
+    batch = own_part(model, batch)
     values = _values_at_tokens(model, batch)
     if batch.placement is None:
         return values[:, batch.outputs]
-    return _per_label(batch, values.flatten()[batch.placement.outputs])
+    return per_label(batch, values.flatten()[batch.placement.outputs])
 
 
 def scores_of(model: Any, batch: TokenBatch) -> Tensor:
     """A reward model's output at each row's last token. -> fp32 [B]."""
+    batch = own_part(model, batch)
     values = _values_at_tokens(model, batch)
     if batch.placement is None:
         return at_last_token(values, batch.attention_mask)
-    return values.flatten()[batch.placement.last_tokens]
+    return scores_of_all(values.flatten()[batch.placement.last_tokens], batch.placement.ends_here)
 
 
 def ranking_of(
@@ -102,10 +113,12 @@ def ranking_of(
     Returns `loss`, the sum over pairs by their weights and divided by `denominator`, and the answers' scores
     `chosen_mean_scores` and `rejected_mean_scores`, fp32 [B].
     """
-    batch = pairs.tokens
+    batch = own_part(model, pairs.tokens)
+    place = batch.placement
     return model(
         **model_inputs(model, batch),
-        last_tokens=None if batch.placement is None else batch.placement.last_tokens,
+        last_tokens=None if place is None else place.last_tokens,
+        ends_here=None if place is None else place.ends_here,
         loss_fn=loss_fn,
         weights=pairs.weights,
         margins=pairs.margins,
@@ -116,16 +129,30 @@ def ranking_of(
 def _logits_and_labels(model: Any, batch: TokenBatch, **options: Any) -> tuple[Tensor, Tensor]:
     """Logits [..., V] and the labels [...] that they predict; with a placement those that count."""
     logits = logits_of(model, batch, **options)
-    if batch.placement is None or options.get("every_position"):
+    if batch.placement is None or (options.get("every_position") and not _is_part(batch)):
         return logits, batch.labels
     return logits, batch.labels.flatten()[batch.placement.label_places]
 
 
-def _per_label(batch: TokenBatch, values: Tensor) -> Tensor:
+def per_label(batch: TokenBatch, values: Tensor) -> Tensor:
     """Numbers of the labels in the labels' shape [B, N]."""
     if values.shape == batch.labels.shape or batch.placement is None:
         return values
-    return batch.placement.per_label(values, batch.labels)
+    whole = batch.placement.per_label(values, batch.labels)
+    return sum_with_gradient(whole, axis="sequence") if _is_part(batch) else whole
+
+
+def own_part(model: Any, batch: TokenBatch) -> TokenBatch:
+    """The batch as this rank reads it: whole, or a part of each row where the model's ranks share rows."""
+    if not shares_rows(model):
+        return batch
+    place, axis = (batch.placement or batch.placed(PADDED).placement), mesh().sequence
+    assert place is not None, "it has just been placed"
+    return replace(batch, placement=place.part(axis.rank, axis.size))
+
+
+def _is_part(batch: TokenBatch) -> bool:
+    return batch.placement is not None and batch.placement.ends_here is not None
 
 
 def _values_at_tokens(model: Any, batch: TokenBatch) -> Tensor:

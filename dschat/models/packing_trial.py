@@ -20,6 +20,7 @@ from dschat.console import messages
 from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.device import DTYPES
+from dschat.distributed.mesh import mesh
 from dschat.models.forward import model_inputs
 from dschat.models.products import use_chosen_products
 from dschat.runs.measured_choices import MeasuredChoices
@@ -101,7 +102,11 @@ def choose_row_layout(
     are timed, with micro-batches of `lengths`. `limit` is the number of positions that all of them have
     learned. Where a model cannot tell sequences apart that share a row, none do. Every rank must call it.
     """
-    padded = RowLayout(args.multiple_of(device.type), limit=limit)
+    padded = RowLayout(args.multiple_of(device.type, mesh().sequence.size), limit=limit)
+    if mesh().sequence.size > 1:
+        if args.packing != "off":
+            messages.info("packing: padding (ranks that share the tokens of a row share one sequence)")
+        return padded
     if args.packing == "off" or (args.packing == "auto" and max(map(len, lengths), default=0) < 2):
         return padded
     packed = packed_layout(padded, configs, longest=max(int(part.max()) for part in lengths))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from dschat.distributed.collectives import sum_with_gradient
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.zero3 import gathered
 from dschat.losses import pairwise_ranking_loss
@@ -101,6 +102,7 @@ class RewardModel(nn.Module):
         denominator: float | None = None,
         return_values: bool = False,
         last_tokens: Tensor | None = None,
+        ends_here: Tensor | None = None,
         use_cache: bool = False,
     ) -> dict[str, Tensor] | Tensor:
         """Ranking loss and scores of B pairs: rows [2B, L], all chosen answers before all rejected ones.
@@ -110,7 +112,8 @@ class RewardModel(nn.Module):
         batch; it is the weighted sum over pairs divided by `denominator`, by default the weights' sum.
         `margins` [B] are subtracted from the difference of the scores.
         Where the answers share rows, `last_tokens` [2B] are the places of their last tokens, counted through
-        the rows.
+        the rows. Where ranks share the tokens of rows, `ends_here` [2B] marks those whose last tokens this
+        rank has.
         With `return_values` any rows [N, L] go in and their values come out, as in `forward_value`: so a
         DeepSpeed engine can be called for values. `use_cache` is accepted for old scripts.
         """
@@ -121,7 +124,7 @@ class RewardModel(nn.Module):
             last_hidden = at_last_token(hidden, attention_mask)
         else:
             last_hidden = hidden.flatten(0, 1)[last_tokens]
-        scores = self.v_head(last_hidden).squeeze(-1)
+        scores = scores_of_all(self.v_head(last_hidden).squeeze(-1), ends_here)
         chosen, rejected = scores.chunk(2)
         losses = pairwise_ranking_loss(chosen, rejected, kind=loss_fn, margin=margins)
         weights = torch.ones_like(losses) if weights is None else weights
@@ -211,6 +214,13 @@ def at_last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     positions = torch.arange(x.shape[1], device=x.device)
     last = torch.where(attention_mask.bool(), positions, 0).amax(dim=1)
     return x[torch.arange(len(x), device=x.device), last]
+
+
+def scores_of_all(scores: Tensor, ends_here: Tensor | None) -> Tensor:
+    """Scores [N] of rows, those of other ranks too where each has the ones that `ends_here` marks."""
+    if ends_here is None:
+        return scores
+    return sum_with_gradient(torch.where(ends_here, scores, 0), axis="sequence")
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, **options: Any) -> None:

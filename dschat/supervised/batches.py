@@ -65,6 +65,7 @@ def build_loaders(data: SplitData, collate: Collate, settings: SupervisedSetting
             accumulation_steps=settings.optimizer.gradient_accumulation_steps,
             seed=settings.run.seed,
             max_tokens=batch.max_tokens_per_batch,
+            num_sharing=mesh().sequence.size,
             **place,
         ),
         evaluation=build_eval_loader(data.evaluation, collate, batch_size=eval_size, **place),

@@ -14,6 +14,7 @@ from dschat.data.loaders import Collate
 from dschat.data.packing import PACKED_WIDTH
 from dschat.data.preparation import SplitData
 from dschat.distributed.device import current_device, device_type
+from dschat.distributed.mesh import mesh
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -25,6 +26,7 @@ from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.packing_trial import choose_row_layout
 from dschat.models.products import choose_products
+from dschat.models.sequence_trial import check_sequence_parallel, try_sequence_parallel
 from dschat.models.tensor_parallel import check_tensor_parallel
 from dschat.models.tokenizer import load_tokenizer
 from dschat.program import RunContext
@@ -64,6 +66,7 @@ class SupervisedRun:
             base = verify_model(path, "--model_name_or_path")
             check_adapters(reward=args.model)
         check_tensor_parallel(path, args.model)
+        check_sequence_parallel(path, mesh().sequence.size)
         context.claim_folder(path)
         return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
 
@@ -77,14 +80,16 @@ class SupervisedRun:
         loaders, path = build_loaders(data, padded, self.settings), self.settings.model.model_name_or_path
         check_positions(path, loaders.longest_row, "--max_seq_len", "the longest row")
         if loaders.train.budget is not None:
-            loaders.train.budget.check(self.settings.widths.multiple_of(device_type()))
+            width = self.settings.widths.multiple_of(device_type(), mesh().sequence.size)
+            loaders.train.budget.check(width)
         return loaders
 
     def begin(self, loaders: Loaders) -> tuple[Checkpoints, Loaders]:
         """Join the process group, choose the checkpoint to go on from, and time ways to compute.
 
         The first two are as in `RunContext.begin`. The loaders come back with the layout of rows that
-        --packing and --pad_to_multiple_of ask for, or the faster one.
+        --packing and --pad_to_multiple_of ask for, or the faster one. Raises `UserError` where ranks cannot
+        share rows of the model, and --sequence_parallel_size asks for it.
         """
         checkpoints, settings = self.context.begin(loaders.data.key, [self.base]), self.settings
         choose_attention(
@@ -94,6 +99,8 @@ class SupervisedRun:
             choices=checkpoints.choices,
         )
         choose_products(settings.run.dtype, checkpoints.choices)
+        if mesh().sequence.size > 1:
+            try_sequence_parallel(self.base.path, current_device())
         return checkpoints, self._lay_out(loaders, checkpoints)
 
     def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:

@@ -260,6 +260,7 @@ FREE = {
     *("enable_tensorboard", "tensorboard_path", "local_rank", "deepspeed", "compute_fp32_loss"),
     *("save_interval", "save_minutes", "save_total_limit", "resume_from_checkpoint", "print_loss"),
     "overwrite_output_dir",
+    "sequence_parallel_size",
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "num_padding_at_beginning"),
     *("offload_reference_model", "offload_reward_model", "rollout_gather", "print_answers"),
     *(

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,4 +131,32 @@ def test_every_token_stands_once_and_every_label_after_the_output_that_predicts_
 def test_a_placement_moves_with_its_batch():
     placement = batch_of([3, 5], [1, 2]).placed(RowLayout(4, "mask")).to("meta").placement
     assert isinstance(placement, Placement)
-    assert {part.device.type for part in vars(placement).values()} == {"meta"}
+    tensors = [value for name, value in vars(placement).items() if name != "ends_here"]  # rows that are whole
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 16])
+def test_the_parts_of_rows_have_every_token_label_and_end_once(size):
+    is_token = np.arange(11) < np.array([[11], [6], [1]])
+    label_mask = is_token[:, 3:]
+    whole = Placement.of(is_token, label_mask, first_output=2, layout=RowLayout())
+    parts = [whole.part(rank, size) for rank in range(size)]
+    width = -(-11 // size)
+    assert {part.source.shape for part in parts} == {(3, width)}
+    assert torch.cat([part.source for part in parts], dim=1)[:, :11].equal(whole.source)
+    assert torch.cat([part.position_ids for part in parts], dim=1)[0, :11].equal(torch.arange(11))
+    assert max(int(part.position_ids.max()) for part in parts) == 10  # a model may have learned no more
+    labels = torch.cat([part.label_places for part in parts])
+    assert labels.sort().values.equal(torch.from_numpy(label_mask.ravel().nonzero()[0]))
+    for part in parts:
+        places = part.outputs[: len(part.label_places)]
+        columns = part.position_ids.flatten()[places]
+        assert columns.equal(part.label_places % 8 + 2)  # the output before the label's token
+        assert (places // width).equal(part.label_places // 8)
+        assert len(part.outputs) > 0
+    ends = torch.stack([part.ends_here for part in parts])
+    assert ends.sum(dim=0).tolist() == [1, 1, 1]
+    for row, length in enumerate((11, 6, 1)):
+        part = parts[int(ends[:, row].int().argmax())]
+        assert part.last_tokens[row] // width == row
+        assert part.position_ids.flatten()[part.last_tokens[row]] == length - 1

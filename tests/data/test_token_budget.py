@@ -120,3 +120,14 @@ def test_an_example_larger_than_the_budget_is_refused(kind, needed):
     TokenBudget(needed, lengths).check(32)
     with pytest.raises(UserError, match=rf"--max_tokens_per_batch .*has 401 tokens.*{needed} or more"):
         TokenBudget(needed - 1, lengths).check(32)
+
+
+def test_ranks_that_share_rows_divide_what_they_take():
+    lengths = np.array([[64], [64], [32]])
+    assert [len(part) for part in TokenBudget(64, lengths, num_sharing=2).divided(np.arange(3), 1)[0]] == [
+        2,
+        1,
+    ]
+    TokenBudget(208, np.array([[401]]), num_sharing=2).check(32)
+    with pytest.raises(UserError, match="Give 208 or more"):
+        TokenBudget(207, np.array([[401]]), num_sharing=2).check(32)

@@ -33,6 +33,8 @@ def test_collectives_on_two_ranks(two_ranks):
         assert result["standard_error"] == pytest.approx((1.04 * 3 / 2) ** 0.5 / 5)
     own = [[1, 10], [2, 20]]
     assert [result["of data and of tensor ranks"] for result in two_ranks] == [[row, [3, 30]] for row in own]
+    # d (a + b)^2 / da = 2 (a + b): of this rank's summand, not of all.
+    assert [result["differentiable sum"] for result in two_ranks] == [[[3, 30], [6, 60]]] * 2
     assert [result["is_main"] for result in two_ranks] == [True, False]
 
 

@@ -55,6 +55,7 @@ def test_the_ranks_that_share_a_row_have_one_data_rank(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     set_parallel_sizes(sequence=2)
     assert (mesh().data, mesh().sequence) == (Axis(1, 2), Axis(0, 2))
+    assert mesh().zero_size == 4
 
 
 def test_sizes_that_do_not_divide_the_ranks_are_refused(monkeypatch):

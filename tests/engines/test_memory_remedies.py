@@ -83,6 +83,13 @@ def test_what_helps_in_training_of_step_1():
     }
 
 
+def test_a_micro_batch_of_one_row_can_be_shared_by_ranks():
+    shared = "--sequence_parallel_size 2 -> 4 on twice as many devices (each row's tokens are shared)"
+    for rows in (1, 2):
+        flags = flags_of("sft", f"--per_device_train_batch_size={rows}", "--sequence_parallel_size=2")
+        assert (shared in remedies(Phase(PhaseKind.TRAINING, "model"), flags)) == (rows == 1)
+
+
 def test_a_token_budget_is_lowered_by_hand():
     # It is to be the same at resume, so --auto_micro_batch has nothing to start again with.
     flags, phase = flags_of("sft", "--max_tokens_per_batch=4096"), Phase(PhaseKind.TRAINING, "model")

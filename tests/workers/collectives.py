@@ -36,6 +36,10 @@ def main(folder: Path) -> None:
     results["of data and of tensor ranks"] = [
         collectives.sum_across_ranks(mine, axis=axis).tolist() for axis in ("data", "tensor")
     ]
+    summand = mine.clone().requires_grad_()
+    total = collectives.sum_with_gradient(summand, axis="tensor")
+    (total**2).sum().backward()
+    results["differentiable sum"] = [total.tolist(), summand.grad.tolist()]
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
