@@ -1,5 +1,6 @@
 """Flags: how the ranks of steps 1 and 2 and of DPO share one model beside ZeRO, docs/parallel.md."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dschat.arguments.flags import flag, require, require_at_least
@@ -26,13 +27,14 @@ class ParallelArguments:
         """The size of each axis of the mesh that a flag sets."""
         return {"sequence": self.sequence_parallel_size}
 
-    def check(self, model: ModelArguments) -> None:
-        """Raise `UserError` for what `model`'s flags ask for and sequence parallelism does not have."""
+    def check(self, model: ModelArguments, sizes: Mapping[str, int]) -> None:
+        """Raise `UserError` for what sequence parallelism does not have of `model`'s flags and of `sizes`,
+        those of all axes of the mesh."""
+        given = [f"--{axis}_parallel_size {sizes[axis]}" for axis in sizes if sizes[axis] > 1]
         require(
-            self.sequence_parallel_size == 1 or model.tensor_parallel_size == 1,
-            f"--sequence_parallel_size {self.sequence_parallel_size} and --tensor_parallel_size "
-            f"{model.tensor_parallel_size} cannot be combined: ranks share either the tokens of a row or the "
-            "weights of a layer; leave one of them out.",
+            self.sequence_parallel_size == 1 or len(given) == 1,
+            f"{' and '.join(given)} cannot be combined: ranks share the tokens of a row, the weights of a "
+            "layer or the layers of a model; leave --sequence_parallel_size out.",
         )
         require(
             self.sequence_parallel_size == 1 or model.attn_implementation in ("auto", "sdpa"),

@@ -101,7 +101,7 @@ class SftArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model)
+        self.parallel.check(self.model, self.parallel_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class RewardArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model)
+        self.parallel.check(self.model, self.parallel_sizes)
         note_padding_flag(self.reward.num_padding_at_beginning)
 
 
@@ -148,7 +148,7 @@ class DpoArguments(SupervisedStep):
         check_offload(self.run.offload, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model)
+        self.parallel.check(self.model, self.parallel_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

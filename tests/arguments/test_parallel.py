@@ -2,6 +2,8 @@ import pytest
 from step_flags import MODEL, assert_refused
 
 from dschat.arguments import parse_arguments
+from dschat.arguments.parallel import ParallelArguments
+from dschat.errors import UserError
 
 
 @pytest.mark.parametrize("step", ["sft", "reward", "dpo"])
@@ -23,4 +25,11 @@ def test_a_size_below_one_is_refused():
 
 def test_ranks_share_tokens_or_weights():
     flags = ["--sequence_parallel_size=2", "--tensor_parallel_size=4"]
-    assert_refused(flags, ["--sequence_parallel_size 2 and --tensor_parallel_size 4"], "reward")
+    assert_refused(flags, ["--tensor_parallel_size 4 and --sequence_parallel_size 2"], "reward")
+
+
+def test_ranks_share_tokens_or_layers():
+    model = parse_arguments("sft", MODEL).model
+    with pytest.raises(UserError, match="--pipeline_parallel_size 2 and --sequence_parallel_size 2 cannot"):
+        ParallelArguments(sequence_parallel_size=2).check(model, {"pipeline": 2, "tensor": 1, "sequence": 2})
+    ParallelArguments().check(model, {"pipeline": 2, "tensor": 2, "sequence": 1})
