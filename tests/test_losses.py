@@ -58,6 +58,17 @@ def test_ranking_loss_of_a_lead(kind, lead, loss):
     assert actual.tolist() == [pytest.approx(loss)]
 
 
+@pytest.mark.parametrize("kind", ["log_sig", "log_exp"])
+def test_ranking_loss_has_the_gradient_of_its_formula_and_does_not_overflow(kind):
+    leads = [-200.0, -3.0, 0.0, 3.0, 200.0]
+    chosen = torch.tensor(leads, requires_grad=True)
+    loss = pairwise_ranking_loss(chosen, torch.zeros(5), kind=kind)
+    loss.sum().backward()
+    # Of log(1 + e^-x), whose derivative is -1 / (1 + e^x), in Python's doubles.
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-x)) for x in leads], rel=1e-6, abs=1e-30)
+    assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(x)) for x in leads], rel=1e-5, abs=1e-30)
+
+
 def test_ranking_loss_takes_the_margin_off_the_lead():
     actual = pairwise_ranking_loss(torch.tensor([3.0]), torch.tensor([0.0]), margin=torch.tensor([1.0]))
     assert actual.item() == pytest.approx(0.1269280)

@@ -44,7 +44,8 @@ def train(seed: Path, save_dir: Path, line: str, *, ranks: int = 1) -> tuple[str
     """What a command line in the seed's folder prints, and the folder of its model."""
     given = ["--pretrain", seed / "M", "--dataset", seed / "D", "--data_output_path", seed / "cache"]
     words = [*given, *line.split(), "--save_dir", save_dir]
-    return python("train_rm.py", *words, ranks=ranks, cwd=FOLDER).stdout, save_dir / "modeling"
+    run = python("train_rm.py", *words, ranks=ranks, cwd=FOLDER, afresh=ranks > 1)
+    return run.stdout, save_dir / "modeling"
 
 
 def test_the_seeds_first_line_trains_a_reward_model(seed, tmp_path):
