@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.arguments import InspectArguments, parse_arguments
 from dschat.console.text import PLAIN, printable
@@ -44,6 +43,7 @@ from dschat.data.findings import Findings
 from dschat.data.reading import Format, read_rows
 from dschat.data.report import listed
 from dschat.data.sources import Source, open_source
+from dschat.data.token_turns import tokens_of
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.models.tokenizer import load_tokenizer
 
@@ -70,7 +70,7 @@ class Counts:
     pairs: int = 0
     equal_pairs: int = 0
     chosen_longer: int = 0
-    """Pairs whose better answer has more characters."""
+    """Pairs whose better answer has more characters, or tokens where it is given as those."""
     chosen_shorter: int = 0
 
 
@@ -196,7 +196,7 @@ def count_answers(row: Comparison, counts: Counts) -> None:
     else:
         counts.several_turns += sum(turn.role == "user" for turn in row.prompt) > 1
     for better, worse in row.pairs:
-        chosen, rejected = text_of(better).strip(), text_of(worse).strip()
+        chosen, rejected = (tokens_of(answer) or text_of(answer).strip() for answer in (better, worse))
         counts.pairs += 1
         counts.equal_pairs += chosen == rejected and (better == worse or isinstance(better, str))
         counts.chosen_longer += len(chosen) > len(rejected)
