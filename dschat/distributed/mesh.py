@@ -102,14 +102,17 @@ def set_parallel_sizes(*, tensor: int = 1, sequence: int = 1, pipeline: int = 1)
 
 
 def data_ranks_of(world_size: int) -> list[int]:
-    """The ranks that differ from this one in data alone, in a run of so many with the same parallel sizes."""
+    """The ranks that differ from this one in data alone, in a run of so many with the same parallel sizes.
+
+    Where fewer ranks than share a row now are those of that run, it had other sequence ranks: any of them.
+    """
     here = mesh()
     shared = here.tensor.size * here.sequence.size
-    data_size = world_size // (here.pipeline.size * shared)
+    data_size = max(1, world_size // (here.pipeline.size * shared))
     first = (
         here.pipeline.rank * data_size * shared + here.tensor.rank * here.sequence.size + here.sequence.rank
     )
-    return [first + data * shared for data in range(data_size)]
+    return [(first + data * shared) % world_size for data in range(data_size)]
 
 
 def is_main_process() -> bool:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from dschat.distributed.mesh import Axis, ParallelSizes, is_main_process, mesh, set_parallel_sizes
+from dschat.distributed.mesh import (
+    Axis,
+    ParallelSizes,
+    data_ranks_of,
+    is_main_process,
+    mesh,
+    set_parallel_sizes,
+)
 from dschat.distributed.process_wide import process_wide
 from dschat.errors import UserError
 
@@ -56,6 +63,9 @@ def test_the_ranks_that_share_a_row_have_one_data_rank(monkeypatch):
     set_parallel_sizes(sequence=2)
     assert (mesh().data, mesh().sequence) == (Axis(1, 2), Axis(0, 2))
     assert mesh().zero_size == 4
+    assert data_ranks_of(4) == [0, 2]
+    monkeypatch.setenv("RANK", "3")
+    assert data_ranks_of(1) == [0]  # a run of one process, which had no neighbours
 
 
 def test_sizes_that_do_not_divide_the_ranks_are_refused(monkeypatch):

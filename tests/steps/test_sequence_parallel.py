@@ -31,7 +31,7 @@ MATRIX |= {
     "sft_mixtral": ("sft", "mixtral", "--zero_stage=2"),
     "dpo_phi_lora": ("dpo", "phi", "--zero_stage=3", "--lora_dim=4", "--only_optimize_lora"),
     "reward_qwen2_lora": ("reward", "qwen2", "--zero_stage=1", "--lora_dim=4"),
-    "reward_tokens": ("reward", "llama_mha", "--zero_stage=2", "--max_tokens_per_batch=128"),
+    "reward_tokens": ("reward", "llama_mha", "--zero_stage=2", "--max_tokens_per_batch=256"),
     "sft_offload": ("sft", "opt_projected", "--zero_stage=2", "--offload"),
 }
 
