@@ -1,14 +1,12 @@
 """Export: what transformers loads is what was trained, from every ZeRO stage."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from processes import python
 from safetensors.torch import load_file
 from tiny import FAMILIES, TEXTS, save_tiny_model, tiny_tokenizer, with_moved_adapters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -275,18 +273,7 @@ def test_a_later_export_replaces_or_removes_the_adapter(tmp_path):
 
 def run_worker(model: Path, output: Path, *, stage: int, dtype: str, ranks: int) -> dict:
     output.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    arguments = [str(WORKER), str(model), str(output), str(stage), dtype]
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    python(WORKER, model, output, stage, dtype, ranks=ranks)
     return json.loads((output / "seen.json").read_text())
 
 
