@@ -70,6 +70,7 @@ def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoRetu
         with _nothing_collected():
             program = importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")
         program.main(args, prepare(args))
+        _copy_results(args.run.output_dir)
         _destroy_process_group()
     sys.exit()
 
@@ -165,6 +166,13 @@ def _errors_reported(debug: bool) -> Iterator[None]:
         if not report_lost_peers():
             raise
         sys.exit(1)
+
+
+def _copy_results(output_dir: str | None) -> None:
+    """Let every host have what the run has made."""
+    from dschat.runs.results import copy_results  # which imports torch
+
+    copy_results(output_dir)
 
 
 def _destroy_process_group(exit_code: int = 0) -> None:

@@ -56,6 +56,21 @@ class RunDescription:
         """Rows in a batch of all ranks, which stay the same however ranks and micro-batches divide them."""
         return {flags: rows * num_ranks for flags, rows in self.batch_sizes.items()}
 
+    def divided(self, sizes: dict[str, int], num_ranks: int) -> dict[str, int] | None:
+        """Flags with which so many ranks have batches of these `global_sizes`; None where they cannot.
+
+        Micro-batches keep their rows where that divides a rank's part, and have fewer where not.
+        """
+        flags: dict[str, int] = {}
+        for product, total in sizes.items():
+            rows_flag, parts_flag = product.replace("--", "").split(" x ")
+            own, rest = divmod(total, num_ranks)
+            if rest or not own:
+                return None
+            rows = next(n for n in range(self.settings[rows_flag].value, 0, -1) if own % n == 0)
+            flags |= {rows_flag: rows, parts_flag: own // rows}
+        return flags
+
     def write(self, path: Path) -> None:
         """Replace the file `path` by the groups as JSON, in one step."""
         temporary = path.with_name(f".{path.name}.writing")

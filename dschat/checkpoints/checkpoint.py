@@ -24,12 +24,12 @@ from torch import Tensor
 
 from dschat.arguments import RunArguments, RunDescription
 from dschat.checkpoints.engine_state import load_engine, load_engine_resharded, save_engine
+from dschat.checkpoints.spread import spread_facts
 from dschat.checkpoints.state import PartStates, Progress, collect
 from dschat.console import messages
 from dschat.distributed.collectives import (
     all_gather_object,
     barrier,
-    broadcast_from_rank_0,
     first_error_across_ranks,
     max_across_ranks,
 )
@@ -37,9 +37,10 @@ from dschat.distributed.device import current_device
 from dschat.distributed.mesh import data_ranks_of, is_main_process, mesh
 from dschat.distributed.random_state import random_state, restore_random_state
 from dschat.distributed.signals import StopRequests
+from dschat.distributed.storage import Storage
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import Stopped
-from dschat.runs.atomic_folder import flushed, names_of_files, private_files, put_in_place
+from dschat.runs.atomic_folder import Files, flushed, names_of_files, private_files, put_in_place
 from dschat.runs.lock import note_stopping
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS, checkpoints_folder, finished_checkpoints
@@ -70,10 +71,12 @@ class Checkpoints:
         identity: dict[str, Any],
         chosen: Path | None = None,
         damaged: Sequence[str] = (),
+        *,
+        storage: Storage,
     ) -> None:
         """`identity` is kept beside `chosen`, the verified checkpoint that the run goes on from, if any.
 
-        `damaged` are named on rank 0.
+        `storage` says who sees the same output folder.
         """
         recorded = read_progress(chosen).get("choices") if chosen else None
         self.choices = MeasuredChoices(recorded, measures=not run.deterministic)
@@ -83,6 +86,7 @@ class Checkpoints:
         self._root = checkpoints_folder(run)
         self._chosen = self._newest = chosen
         self._damaged = damaged
+        self._storage = storage
         self._requests = StopRequests(note_stopping)
         self._saved_at = time.monotonic()
 
@@ -119,8 +123,8 @@ class Checkpoints:
         assert self._root is not None, "a run without an output folder goes on from no checkpoint"
         scratch = self._root / f".resharded-{folder.parent.name}"
         with private_files():
-            load_engine_resharded(engine, folder, scratch)
-        if is_main_process():
+            load_engine_resharded(engine, folder, scratch, is_writer=self._storage.is_writer)
+        if self._storage.is_writer:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
@@ -173,8 +177,9 @@ class Checkpoints:
         """Write, flush, move, mark, delete older ones. Returns on every rank what went wrong on any."""
         target = root / f"step_{step:08d}"
         temporary = root / f".saving-{target.name}"
+        storage = self._storage
         problem = first_error_across_ranks(
-            lambda: self._make(temporary) if is_main_process() else None, axis="world"
+            lambda: self._make(temporary) if storage.is_writer else None, axis="world"
         )
         if problem is None:
             problems = [save_engine(engine, temporary / name) for name, engine in engines.items()]
@@ -186,24 +191,25 @@ class Checkpoints:
                 return of_engines
 
             problem = first_error_across_ranks(write_own, axis="world")
-        found: list[dict] = []
+        found: list[Files] = []
+        serials: list[int] = []
         if problem is None:
-            names = broadcast_from_rank_0(lambda: names_of_files(temporary))
-            mine: dict = {}
-            problem = first_error_across_ranks(
-                lambda: mine.update(flushed(temporary, names[mesh().world.rank :: mesh().world.size])),
-                axis="world",
-            )
+            listed = all_gather_object(names_of_files(temporary) if storage.is_writer else [], axis="world")
+            own, mine = storage.own, Files()
+            names = listed[own[0]][own.index(mesh().world.rank) :: len(own)]
+            problem = first_error_across_ranks(lambda: mine.update(flushed(temporary, names)), axis="world")
             found = all_gather_object(mine, axis="world")
+            newest = max(finished_checkpoints(root).values(), default=0)
+            serials = all_gather_object(newest, axis="world")
         if problem is None:
-            files = {name: entry for part in found for name, entry in part.items()}
+            serial = 1 + max(serials)
             problem = first_error_across_ranks(
-                lambda: self._finish(root, temporary, target, files) if is_main_process() else None,
+                lambda: self._finish(root, temporary, target, found, serial) if storage.is_writer else None,
                 axis="world",
             )
         if problem is None:
             self._newest = target
-        elif is_main_process():
+        elif storage.is_writer:
             shutil.rmtree(temporary, ignore_errors=True)
         barrier(axis="world")
         return problem
@@ -218,7 +224,7 @@ class Checkpoints:
         named = {RANDOM + name: tensor for name, tensor in random_tensors.items()}
         _save_tensors({**named, **states.own}, own.with_suffix(".safetensors"))
         own.with_suffix(".json").write_text(json.dumps(numbers))
-        if is_main_process():
+        if self._storage.is_writer:
             if states.shared:
                 _save_tensors(states.shared, folder / SHARED)
             described = {
@@ -233,9 +239,12 @@ class Checkpoints:
             if metrics.is_file():
                 shutil.copyfile(metrics, folder / METRICS)
 
-    def _finish(self, root: Path, temporary: Path, target: Path, files: dict) -> None:
+    def _finish(self, root: Path, temporary: Path, target: Path, found: Sequence[Files], serial: int) -> None:
+        """Complete the checkpoint on this writer's disk; `found` are the files that each rank measured."""
+        files = {name: entry for rank in self._storage.own for name, entry in found[rank].items()}
+        facts = {} if self._storage.is_shared else spread_facts(self._storage, found)
+        put_in_place(temporary, target, files, serial=serial, **facts)
         others = finished_checkpoints(root)
-        put_in_place(temporary, target, files, serial=1 + max(others.values(), default=0))
         limit = self._run.save_total_limit
         others.pop(target.name, None)
         intact = [name for name in others if name not in self._damaged]

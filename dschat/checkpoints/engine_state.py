@@ -16,7 +16,6 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import barrier
-from dschat.distributed.mesh import is_main_process
 
 # Python 3.11.0 to 3.11.3 write an enum as a call of getattr, which no loader of tensors alone takes.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
@@ -100,17 +99,17 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not has_frozen)
 
 
-def load_engine_resharded(engine: DeepSpeedEngine, folder: Path, scratch: Path) -> None:
+def load_engine_resharded(engine: DeepSpeedEngine, folder: Path, scratch: Path, *, is_writer: bool) -> None:
     """`load_engine` where the number of ranks was another: by DeepSpeed's universal checkpoint.
 
-    Rank 0 brings it to one file a parameter in the new folder `scratch`, which every rank reads. Without ZeRO
-    the files are whole anyway. Every rank calls it.
+    One rank of those that see a disk, the writer, brings it to one file per parameter in the new folder
+    `scratch`, which they all read. Without ZeRO the files are whole anyway. Every rank calls it.
     """
     if engine.zero_optimization_stage() == 0:
         load_engine(engine, folder)
         return
     universal = scratch / folder.name
-    if is_main_process():
+    if is_writer:
         with tensors_only():
             deepspeed_private.write_universal_checkpoint(folder, universal)
     barrier(axis="world")

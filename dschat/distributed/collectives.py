@@ -82,6 +82,13 @@ def gather_rows(rows: Tensor, *, axis: AxisName) -> Tensor:
     return torch.cat(parts)
 
 
+def broadcast(tensor: Tensor, *, source: int, axis: AxisName) -> Tensor:
+    """The tensor of the process `source`, numbered as in the world, on every rank of an axis."""
+    if size_of(axis) > 1:
+        dist.broadcast(tensor, source, group=group_of(axis))
+    return tensor
+
+
 def all_gather_object(value: Any, *, axis: AxisName) -> list[Any]:
     """The value of every rank of an axis, which JSON can hold, in rank order."""
     text = json.dumps(value).encode()

@@ -79,9 +79,14 @@ def put_in_place(temporary: Path, target: Path, files: Files, **facts: Any) -> N
         target.replace(replaced)
     temporary.replace(target)
     flush(target.parent)
-    facts = {**facts, "files": files}
-    write_json(target / COMPLETE, {**facts, "checksum": fingerprint(facts)})
+    mark_complete(target, files, **facts)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def mark_complete(folder: Path, files: Files, **facts: Any) -> None:
+    """Write the mark of a folder whose files are on the disk, with `facts`, which are JSON values."""
+    facts = {**facts, "files": files}
+    write_json(folder / COMPLETE, {**facts, "checksum": fingerprint(facts)})
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:

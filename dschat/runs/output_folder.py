@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from dschat.arguments import RunArguments, RunDescription
@@ -156,16 +157,30 @@ def check_run_folder(description: RunDescription, *models: str) -> None:
                 f"{flag} {folder} cannot be written ({error.strerror}); name a folder you may write to."
             ) from error
     if run.output_dir and is_main_process:
+        check_finished(run)
         _check_content(description, Path(run.output_dir))
         log = log_of_streams()
         if log is not None:
             log.open(Path(run.output_dir) / LOG)
 
 
+def claim_other_disk(description: RunDescription) -> str | None:
+    """What `check_run_folder` does on rank 0, for the output folder on the own disk of another host.
+
+    Returns why the folder is not free, and None where it is.
+    """
+    folder = Path(description.run.output_dir or "")
+    try:
+        claim(folder)
+        _check_content(description, folder)
+    except UserError as error:
+        return f"on {gethostname()}: {error}"
+    return None
+
+
 def _check_content(description: RunDescription, folder: Path) -> None:
     """Raise `UserError` where the run would overwrite another run in `folder`, or files that no run wrote."""
     run = description.run
-    check_finished(run)
     unfinished = newest_checkpoint(run)
     if unfinished and resumes(run) is None and not run.overwrite_output_dir:
         raise UserError(
