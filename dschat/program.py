@@ -49,7 +49,7 @@ class RunContext:
         from dschat.distributed.random_state import seed_everything
 
         run = self.description.run
-        init_process_group(run.local_rank)
+        init_process_group(run.local_rank, host_timeout=run.host_timeout)
         checkpoints = begin_run(self.description, data=data, models=models)
         seed_everything(run.seed)
         return checkpoints
@@ -159,11 +159,11 @@ def _errors_reported(debug: bool) -> Iterator[None]:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         messages.to_stderr(f"{prefix}: {error}")
         sys.exit(2)
-    except Exception:
+    except Exception as error:
         if debug:
             raise
         # Where a rank is gone the collectives of the others fail, and a traceback of that says nothing.
-        if not report_lost_peers():
+        if not report_lost_peers(error):
             raise
         sys.exit(1)
 

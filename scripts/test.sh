@@ -8,7 +8,7 @@ bash "$root/scripts/setup.sh"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
-shellcheck .ci/run scripts/*.sh step*/*.sh
+shellcheck .ci/run scripts/*.sh scripts/slurm/*.sbatch step*/*.sh
 ruff check .
 ruff format --check .
 mypy --no-error-summary

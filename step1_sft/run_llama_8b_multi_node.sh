@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Step 1, Llama-3.1-8B on the nodes of HOSTFILE (lines such as "worker-1 slots=8"), ZeRO 3.
 #     bash step1_sft/run_llama_8b_multi_node.sh [FLAGS that override those below]
+# docs/multi_node.md has other launchers, disks that hosts do not share, and what happens when a host is lost.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${OUTPUT:-output/llama_8b}"

@@ -73,6 +73,11 @@ class RunArguments(EngineArguments):
         nargs="?",
         const="3-5",
     )
+    host_timeout: float = flag(
+        300.0,
+        "Seconds after which one of several hosts that does not answer is lost, and the run ends; 0: never.",
+        at_resume="free",
+    )
     local_rank: int = flag(
         -1, "Set by the deepspeed launcher; torchrun sets the environment instead.", at_resume="free"
     )
@@ -92,6 +97,7 @@ class RunArguments(EngineArguments):
             "--overwrite_output_dir starts anew and --resume_from_checkpoint goes on; give one of them.",
         )
         require_at_least(0, self, "save_interval", "save_minutes", "save_total_limit", "max_skipped_steps")
+        require_at_least(0, self, "host_timeout")
         for name in ("save_interval", "save_minutes", "resume_from_checkpoint", "overwrite_output_dir"):
             require(
                 not getattr(self, name) or self.output_dir is not None,

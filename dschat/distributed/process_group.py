@@ -8,6 +8,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 
 import deepspeed
 import torch
@@ -16,22 +17,29 @@ from deepspeed.accelerator import get_accelerator
 
 from dschat.console import messages
 from dschat.distributed import restart, watchdog
-from dschat.distributed.collectives import barrier, gather_rows, make_axis_groups
+from dschat.distributed.collectives import all_gather_object, barrier, make_axis_groups
 from dschat.distributed.deepspeed_private import compile_no_shared_memory_collectives
 from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_end import end
-from dschat.distributed.rendezvous import configure_environment, take_free_port, unmet, wait_for_rank_0
+from dschat.distributed.rendezvous import (
+    choose_interface,
+    configure_environment,
+    take_free_port,
+    unmet,
+    wait_for_rank_0,
+)
 from dschat.errors import UserError
 
 TIMEOUT = timedelta(hours=2)
 """Longer than the slowest rank may take to load a model or to write a checkpoint."""
 
 
-def init_process_group(local_rank: int = -1) -> torch.device:
+def init_process_group(local_rank: int = -1, *, host_timeout: float = 0.0) -> torch.device:
     """Join the process group (a group of one under plain `python`) and return this rank's device.
 
-    Raises `UserError` where the ranks cannot meet. `local_rank` is as `configure_environment` has it.
+    Raises `UserError` where the ranks cannot meet. `local_rank` is as `configure_environment` has it. A host
+    that does not answer for `host_timeout` seconds ends the others; 0 waits for ever.
     """
     # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
     os.environ["PATH"] = os.pathsep.join(
@@ -54,6 +62,7 @@ def init_process_group(local_rank: int = -1) -> torch.device:
             f"{lock} was left behind by a process that was killed, and is deleted.", every_rank=True
         )
     take_free_port()
+    choose_interface()
     wait_for_rank_0()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
@@ -69,10 +78,12 @@ def init_process_group(local_rank: int = -1) -> torch.device:
     restart.listen()
     make_axis_groups()
     if mesh().world.size > 1:
-        mine = torch.tensor([[os.getpid(), watchdog.machine_number()]], device=device)
-        watchdog.start_watching(
-            *gather_rows(mine, axis="world").T.tolist(), rank=mesh().world.rank, each_time=restart.obey
-        )
+        mine = [os.getpid(), watchdog.machine_number(), gethostname()]
+        pids, machines, names = zip(*all_gather_object(mine, axis="world"), strict=True)
+        rank = mesh().world.rank
+        watchdog.start_watching(pids, machines, rank=rank, each_time=restart.obey)
+        store = restart.own_connection()
+        watchdog.start_watching_hosts(store, machines, names, rank=rank, limit=host_timeout)
     return device
 
 

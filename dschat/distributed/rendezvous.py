@@ -5,10 +5,13 @@ set some of them, or names of their own. What is certain is filled in, and what 
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+
+import psutil
 
 from dschat.console import messages
 from dschat.errors import UserError
@@ -71,6 +74,7 @@ def _of_job_system(given: Mapping[str, str]) -> dict[str, str]:
         found = {"RANK": given[rank], "WORLD_SIZE": given[size], "MASTER_PORT": DEFAULT_PORT}
         if local_rank in given:
             found["LOCAL_RANK"] = given[local_rank]
+        found |= _of_slurm_nodes(given) if system == "Slurm" else {}
         if given.get(local_size, "").isdecimal():  # Slurm's is a list where there are several nodes
             found["LOCAL_WORLD_SIZE"] = given[local_size]
         if found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"]:
@@ -81,6 +85,21 @@ def _of_job_system(given: Mapping[str, str]) -> dict[str, str]:
             )
         return found | {name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in given}
     return {}
+
+
+def _of_slurm_nodes(given: Mapping[str, str]) -> dict[str, str]:
+    """What Slurm's lists of nodes say: "8(x3),4" are the tasks of each, "gpu[07-09,11],x1" their names."""
+    found: dict[str, str] = {}
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", given.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [number for number, times in counts for _ in range(int(times or 1))]
+    node = given.get("SLURM_NODEID", "")
+    if node.isdecimal() and int(node) < len(tasks):
+        found["LOCAL_WORLD_SIZE"] = tasks[int(node)]
+    names = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "")
+    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", names)
+    if first:
+        found["MASTER_ADDR"] = "".join(part or "" for part in first.groups())
+    return found
 
 
 def _local(given: Mapping[str, str], rank: int, size: int) -> tuple[int, int]:
@@ -136,6 +155,29 @@ def take_free_port() -> None:
             os.environ["MASTER_PORT"] = other = str(free_port())
             why = (error.strerror or str(error)).lower()
             messages.note(f"port {port} is not used ({why}); one process needs any port: {other}.")
+
+
+def choose_interface() -> None:
+    """Let gloo use the interface that leads to rank 0, where ranks are on several hosts.
+
+    By itself it takes the address of the host's name, which is 127.0.1.1 on many systems. GLOO_SOCKET_IFNAME
+    in the environment is left as it is.
+    """
+    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        family, _, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # of a datagram socket: it only looks for the way
+            own = probe.getsockname()[0]
+    except OSError:  # no way there yet: `wait_for_rank_0` reports it
+        return
+    names = (
+        name for name, known in psutil.net_if_addrs().items() if own in (entry.address for entry in known)
+    )
+    name = next(names, None)
+    if name is not None and own not in LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:

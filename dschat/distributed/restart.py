@@ -41,8 +41,12 @@ class Orders:
 
 def listen() -> None:
     """Take part in restarts; called on every rank once there is a process group."""
-    # A connection of its own: another thread may wait in the group's.
-    process_wide(Orders).store = _get_default_store().clone()  # type: ignore[attr-defined]
+    process_wide(Orders).store = own_connection()
+
+
+def own_connection() -> dist.Store:
+    """A new connection to the process group's store, as another thread may wait in the group's."""
+    return _get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def order(flags: Mapping[str, object], message: str) -> None:

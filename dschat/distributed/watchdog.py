@@ -2,20 +2,26 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import psutil
 
 from dschat.console import messages
+from dschat.distributed.host_watch import HostWatch
 from dschat.distributed.process_wide import process_wide
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
+    import torch.distributed as dist
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """What torchrun and the deepspeed launcher set for a rank."""
@@ -31,6 +37,9 @@ NUM_LOOKS = 5
 
 JOIN = 10.0
 """Seconds that a look may still take when the watch ends: it may wait for the store of the process group."""
+
+LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
+"""What gloo, NCCL and the store say where a rank of another host is gone."""
 
 GRACE = 20.0
 """Seconds that this rank has to notice by itself, in a collective that fails, and to end in good order."""
@@ -121,10 +130,13 @@ class WatchedRanks:
     """The watch over the other ranks of the process group, of which a process has one at most."""
 
     watchdog: RankWatchdog | None = None
+    hosts: HostWatch | None = None
+    """On the first rank of a host, where there are several."""
+    has_other_hosts: bool = False
 
 
 def start_watching(
-    pids: list[int], machines: list[int], *, rank: int, each_time: Callable[[], None] = lambda: None
+    pids: Sequence[int], machines: Sequence[int], *, rank: int, each_time: Callable[[], None] = lambda: None
 ) -> None:
     """Watch the ranks whose machine is this rank's, unless they are watched; both lists are by rank.
 
@@ -138,19 +150,40 @@ def start_watching(
     watched.watchdog = RankWatchdog(peers, rank=rank, each_time=each_time)
 
 
+def start_watching_hosts(
+    store: "dist.Store", machines: Sequence[int], names: Sequence[str], *, rank: int, limit: float
+) -> None:
+    """Watch the other hosts, on the first rank of each; `machines` and `names` of hosts are by rank.
+
+    `store` and `limit` are as in `HostWatch`; 0 watches nothing.
+    """
+    hosts = list(dict.fromkeys(machines))
+    process_wide(WatchedRanks).has_other_hosts = len(hosts) > 1
+    is_first = machines.index(machines[rank]) == rank
+    if len(hosts) == 1 or not is_first or limit == 0:
+        return
+    firsts = [machines.index(host) for host in hosts]
+    described = [f"{names[first]} (rank {first})" for first in firsts]
+    process_wide(WatchedRanks).hosts = HostWatch(store, described, firsts.index(rank), limit)
+
+
 def stop_watching() -> bool:
     """From here on ranks may end. False where none was watched."""
     watched = process_wide(WatchedRanks)
     watchdog, watched.watchdog = watched.watchdog, None
+    hosts, watched.hosts = watched.hosts, None
+    if hosts is not None:
+        hosts.stop()
     if watchdog is None:
         return False
     watchdog.stop()
     return True
 
 
-def report_lost_peers() -> bool:
-    """Say which ranks of this machine are gone; False where none is."""
-    watchdog = process_wide(WatchedRanks).watchdog
+def report_lost_peers(error: Exception) -> bool:
+    """Say which ranks of this machine are gone, or that one of another host is; False where none is."""
+    watched = process_wide(WatchedRanks)
+    watchdog = watched.watchdog
     if watchdog is None:
         return False
     for _ in range(NUM_LOOKS):
@@ -160,4 +193,11 @@ def report_lost_peers() -> bool:
             watchdog.report(message)
             return True
         time.sleep(INTERVAL / NUM_LOOKS)
+    if watched.has_other_hosts and LOST_CONNECTION.search(str(error)):
+        messages.to_stderr(
+            f"error: a connection to a rank on another host broke ({error}): that rank has ended, and its "
+            "own console tells why. The run goes on from its last checkpoint with --resume_from_checkpoint "
+            "latest."
+        )
+        return True
     return False

@@ -258,7 +258,14 @@ def test_harmless_differences_are_said(tmp_path, capsys):
 FREE = {
     *("data_output_path", "preprocessing_num_workers", "gradient_checkpointing", "output_dir", "debug"),
     *("enable_tensorboard", "tensorboard_path", "local_rank", "deepspeed", "compute_fp32_loss"),
-    *("save_interval", "save_minutes", "save_total_limit", "resume_from_checkpoint", "print_loss"),
+    *(
+        "save_interval",
+        "save_minutes",
+        "save_total_limit",
+        "host_timeout",
+        "resume_from_checkpoint",
+        "print_loss",
+    ),
     "overwrite_output_dir",
     "sequence_parallel_size",
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "num_padding_at_beginning"),

@@ -139,3 +139,33 @@ def test_ranks_wait_for_rank_0_and_say_where(environment, monkeypatch, capsys):
     wait_for_rank_0()
     environment["RANK"] = "0"
     wait_for_rank_0(timedelta(0))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "names", "node", "local_size", "first"),
+    [
+        ("2(x2)", "gpu[07-08]", 1, 2, "gpu07"),
+        ("4,2", "gpu[3,9-11]-ib", 1, 2, "gpu3-ib"),
+        ("1(x2),4", "login,gpu1,gpu2", 2, 4, "login"),
+    ],
+)
+def test_slurm_tells_where_rank_0_is_and_how_many_are_beside(
+    environment, tasks, names, node, local_size, first
+):
+    environment |= slurm(3, 6, 0, tasks) | {"SLURM_NODEID": str(node), "SLURM_STEP_NODELIST": names}
+    configure_environment()
+    assert environment["MASTER_ADDR"] == first
+    assert environment["LOCAL_WORLD_SIZE"] == str(local_size)
+    assert environment["LOCAL_RANK"] == "0"
+
+
+def test_gloo_takes_the_interface_that_leads_to_rank_0(environment, monkeypatch):
+    environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    rendezvous.choose_interface()
+    assert "GLOO_SOCKET_IFNAME" not in environment, "loopback leads to no other host"
+    monkeypatch.setattr(rendezvous, "LOOPBACK", ())
+    rendezvous.choose_interface()
+    assert environment["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    environment |= {"GLOO_SOCKET_IFNAME": "ib0"}
+    rendezvous.choose_interface()
+    assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
