@@ -220,7 +220,7 @@ def check(options: argparse.Namespace) -> list[str]:
         if speed < options.min_bandwidth:
             wrong.append(
                 f"{speed:.2f} GB/s between {names} are less than --min_bandwidth {options.min_bandwidth:g}: "
-                "see that the fast interface is used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO)."
+                "see which interface is used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO)."
             )
     return wrong
 

@@ -65,6 +65,8 @@ class TwoHosts:
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self._prefix = folder, f"d{number}-"
+        self.more: dict[str, str] = {}
+        """Further environment variables of all processes."""
         self.addresses = {name: f"10.77.0.{n + 1}" for n, name in enumerate(NAMES)}
 
     def popen(self, host: str, *command: object, **extra: str) -> subprocess.Popen:
@@ -79,7 +81,7 @@ class TwoHosts:
     def variables(self) -> dict[str, str]:
         """The environment with ssh and pdsh that reach the hosts, and a home that they share."""
         path = os.pathsep.join([str(self.folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-        return {"PATH": path, "HOSTS_FOLDER": str(self.folder), "CUDA_VISIBLE_DEVICES": ""}
+        return {"PATH": path, "HOSTS_FOLDER": str(self.folder), "CUDA_VISIBLE_DEVICES": "", **self.more}
 
     def set_link(self, state: str, host: str = NAMES[1]) -> None:
         """Cut the link, "down", at one host's end, or join it again, "up"."""

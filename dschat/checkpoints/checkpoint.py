@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -191,22 +192,12 @@ class Checkpoints:
                 return of_engines
 
             problem = first_error_across_ranks(write_own, axis="world")
-        found: list[Files] = []
-        serials: list[int] = []
         if problem is None:
-            listed = all_gather_object(names_of_files(temporary) if storage.is_writer else [], axis="world")
-            own, mine = storage.own, Files()
-            names = listed[own[0]][own.index(mesh().world.rank) :: len(own)]
-            problem = first_error_across_ranks(lambda: mine.update(flushed(temporary, names)), axis="world")
-            found = all_gather_object(mine, axis="world")
-            newest = max(finished_checkpoints(root).values(), default=0)
-            serials = all_gather_object(newest, axis="world")
+            problem, found = _measured_files(temporary, storage)
         if problem is None:
-            serial = 1 + max(serials)
-            problem = first_error_across_ranks(
-                lambda: self._finish(root, temporary, target, found, serial) if storage.is_writer else None,
-                axis="world",
-            )
+            serials = all_gather_object(max(finished_checkpoints(root).values(), default=0), axis="world")
+            finish = partial(self._finish, root, temporary, target, found, 1 + max(serials))
+            problem = first_error_across_ranks(lambda: finish() if storage.is_writer else None, axis="world")
         if problem is None:
             self._newest = target
         elif storage.is_writer:
@@ -280,6 +271,18 @@ def identity(description: RunDescription, data: str) -> dict[str, Any]:
         "settings": {name: setting.value for name, setting in description.settings.items()},
         "versions": {name: version(name) for name in VERSIONED},
     }
+
+
+def _measured_files(folder: Path, storage: Storage) -> tuple[str | None, list[Files]]:
+    """What went wrong on any rank, and the files that each has flushed and measured. Every rank calls it.
+
+    The ranks that see a disk share its files out among them.
+    """
+    listed = all_gather_object(names_of_files(folder) if storage.is_writer else [], axis="world")
+    own, mine = storage.own, Files()
+    names = listed[own[0]][own.index(mesh().world.rank) :: len(own)]
+    problem = first_error_across_ranks(lambda: mine.update(flushed(folder, names)), axis="world")
+    return problem, all_gather_object(mine, axis="world")
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
