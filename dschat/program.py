@@ -97,6 +97,7 @@ def prepare(arguments: StepArguments) -> RunContext:
     from dschat.distributed.mesh import set_parallel_sizes
     from dschat.distributed.rendezvous import configure_environment
     from dschat.engines.memory_remedies import memory_flags
+    from dschat.engines.operators import check_operators
     from dschat.engines.out_of_memory import report_memory_with
     from dschat.models.remote_code import set_consent
 
@@ -105,6 +106,7 @@ def prepare(arguments: StepArguments) -> RunContext:
     set_parallel_sizes(**arguments.parallel_sizes)
     report_memory_with(memory_flags(arguments))
     check_precision(run.dtype, run.offload)
+    check_operators(run)
     set_consent(run.trust_remote_code)
     if run.deterministic:
         # cuBLAS reads this when its first handle is made.

@@ -11,6 +11,7 @@ from dschat.arguments.data import DataArguments, TokenizerArguments
 from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.guard import GuardArguments
+from dschat.arguments.hybrid import HybridArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
@@ -51,6 +52,7 @@ __all__ = [
     "DpoArguments",
     "DpoOptions",
     "GuardArguments",
+    "HybridArguments",
     "InspectArguments",
     "ModelArguments",
     "OptimizerArguments",

@@ -7,11 +7,20 @@ from dschat.arguments.run import RunArguments
 from dschat.console import messages
 
 
-def check_offload(offload: bool, *models: ModelArguments) -> None:
-    """DeepSpeed offloads optimiser states only where ZeRO shards them."""
+def check_engines(run: RunArguments, *models: ModelArguments) -> None:
+    """DeepSpeed offloads optimiser states only where ZeRO shards them, and ZeRO++ is for ZeRO-3."""
+    stages = [f"--{model.prefix}zero_stage 3" for model in models]
+    for text in run.needs_stage_3:
+        require(any(model.zero_stage == 3 for model in models), f"{text} needs {' or '.join(stages)}.")
+    adapters = " or ".join(f"--{model.prefix}lora_dim" for model in models)
+    require(
+        not run.enable_mixed_precision_lora or any(model.uses_lora for model in models),
+        f"--enable_mixed_precision_lora shards the weights under adapters in 8 bits; add {adapters}, for "
+        "example 64.",
+    )
     for model in models:
         require(
-            not offload or model.zero_stage > 0,
+            not run.offload or model.zero_stage > 0,
             f"--offload needs --{model.prefix}zero_stage 1, 2 or 3, got 0; add --{model.prefix}zero_stage 2.",
         )
 

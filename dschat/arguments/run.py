@@ -22,7 +22,6 @@ class RunArguments(EngineArguments):
     )
     seed: int = flag(1234, "Decides the data split, the order of the data and every random draw.")
     dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "Precision of weights and activations.")
-    offload: bool = flag(False, "Keep optimiser states (and at ZeRO stage 3 the weights) in CPU memory.")
     enable_tensorboard: bool = flag(
         True, "Write TensorBoard logs; needs --output_dir or --tensorboard_path.", at_resume="free"
     )
@@ -88,6 +87,7 @@ class RunArguments(EngineArguments):
     debug: bool = flag(False, "Show the traceback of an error in the input.", at_resume="free")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             0 <= self.seed < 2**63,
             f"--seed must lie between 0 and 2**63 - 1, got {self.seed}; 1234 is usual.",

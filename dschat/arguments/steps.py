@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from dschat.arguments.checks import (
     check_4bit,
+    check_engines,
     check_lora,
-    check_offload,
     note_padding_flag,
     note_truncated_sampling,
 )
 from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArguments
 from dschat.arguments.flags import group, require
 from dschat.arguments.guard import GuardArguments
+from dschat.arguments.hybrid import HybridArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parallel import ParallelArguments
 from dschat.arguments.ppo import PpoArguments, TextArguments
@@ -98,7 +99,7 @@ class SftArguments(SupervisedStep):
     run: RunArguments = group(RunArguments)
 
     def __post_init__(self) -> None:
-        check_offload(self.run.offload, self.model)
+        check_engines(self.run, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
         self.parallel.check(self.model, self.parallel_sizes)
@@ -121,7 +122,7 @@ class RewardArguments(SupervisedStep):
     run: RunArguments = group(RunArguments)
 
     def __post_init__(self) -> None:
-        check_offload(self.run.offload, self.model)
+        check_engines(self.run, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
         self.parallel.check(self.model, self.parallel_sizes)
@@ -145,7 +146,7 @@ class DpoArguments(SupervisedStep):
     run: RunArguments = group(RunArguments)
 
     def __post_init__(self) -> None:
-        check_offload(self.run.offload, self.model)
+        check_engines(self.run, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
         self.parallel.check(self.model, self.parallel_sizes)
@@ -163,6 +164,7 @@ class RlhfArguments(TrainingStep):
     critic: ModelArguments = group(ModelArguments, "critic_", learning_rate=9e-6, model_name_or_path=None)
     optimizer: OptimizerArguments = group(OptimizerArguments, num_warmup_steps=100, adam_epsilon=1e-5)
     rollout: RolloutArguments = group(RolloutArguments)
+    hybrid: HybridArguments = group(HybridArguments)
     ppo: PpoArguments = group(PpoArguments)
     widths: WidthArguments = group(WidthArguments)
     text: TextArguments = group(TextArguments)
@@ -208,6 +210,25 @@ class RlhfArguments(TrainingStep):
     def aligns_overflow(self) -> bool:
         """Whether actor and critic skip optimiser steps together."""
         return self.rlhf.align_overflow and self.run.dtype == "fp16" and self.ppo.has_critic
+
+    @property
+    def hybrid_engine(self) -> dict[str, Any] | None:
+        """DeepSpeed's settings of the actor's Hybrid Engine, None where it is to be none."""
+        if not self.hybrid.enable_hybrid_engine:
+            return None
+        longest = self.rollout.max_prompt_seq_len + self.rollout.max_answer_seq_len
+        return {**self.hybrid.config, "max_out_tokens": longest}
+
+    @property
+    def without_kernels(self) -> str:
+        """Why the flags leave no room for the Hybrid Engine's kernels; empty where they do."""
+        if self.rollout.rollout_backend in ("static", "continuous"):
+            return f"--rollout_backend {self.rollout.rollout_backend} was given"
+        if any(size > 1 for size in self.parallel_sizes.values()):
+            return "they read no layers that ranks share"
+        if self.actor.load_in_4bit:
+            return "they read no weights in 4 bits"
+        return "they read no adapters of PEFT" if self.actor.uses_lora else ""
 
     @property
     def reward_path(self) -> str | None:
@@ -270,7 +291,7 @@ class RlhfArguments(TrainingStep):
     def __post_init__(self) -> None:
         self._check_scores()
         trained = (self.actor, self.critic) if self.ppo.has_critic else (self.actor,)
-        check_offload(self.run.offload, *trained)
+        check_engines(self.run, *trained)
         check_lora(self.optimizer.only_optimize_lora, *trained)
         check_4bit(self.run, self.optimizer.only_optimize_lora, *trained)
         require(
@@ -288,6 +309,16 @@ class RlhfArguments(TrainingStep):
         if self.rlhf.align_overflow and not self.aligns_overflow:
             messages.note("--align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
         note_truncated_sampling(self.rollout)
+        require(
+            self.hybrid.inference_tp_size == 1 or self.actor.zero_stage == 3,
+            f"--inference_tp_size {self.hybrid.inference_tp_size} splits layers as ZeRO-3 gathers them and "
+            f"needs --actor_zero_stage 3, got {self.actor.zero_stage}.",
+        )
+        require(
+            not self.hybrid.unpin_actor_parameters or self.rollout.rollout_gather != "always",
+            "--unpin_actor_parameters gathers a layer at a time, and --rollout_gather always all at once; "
+            "leave one of them out.",
+        )
         for model in (self.actor, self.critic):
             require(
                 model.dropout == 0 and model.lora_dropout == 0,

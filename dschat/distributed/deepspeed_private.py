@@ -105,6 +105,10 @@ SOURCES = (
     Source("whole_over_tensor_ranks", _TP_LAYERS, 906, "def gather_params(self, params_list)"),
     Source("whole_over_tensor_ranks", _TP_LAYERS, 1016, "def gather_params(self, params_list)"),
     Source("trust_inputs", "runtime/engine.py", 1005, "self.first_dataloader_check = "),
+    Source(
+        "forget_secondary_group", "utils/groups.py", 938, "assert _ZERO_PARAM_INTRA_PARALLEL_GROUP is None"
+    ),
+    Source("injected_layers", "runtime/hybrid_engine.py", 44, "self._inference_containers = []"),
     Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
     Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
 )
@@ -272,6 +276,18 @@ def checkpoint_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def forget_secondary_group() -> None:
+    """Have ZeRO++'s group of ranks for a second copy of weights made again, which one model alone may do."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def injected_layers(engine: "DeepSpeedEngine") -> int:
+    """Layers of a Hybrid Engine that have kernels of DeepSpeed for generation; 0 for other engines."""
+    return len(getattr(engine, "_inference_containers", []))
 
 
 def compile_no_shared_memory_collectives() -> None:

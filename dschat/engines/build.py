@@ -22,9 +22,11 @@ from dschat.engines.deepspeed_config import (
     merged,
     tensor_parallel_size,
 )
+from dschat.engines.hybrid import Injection, building_hybrid, separate_phases
 from dschat.engines.out_of_memory import consumes
 from dschat.engines.schedule import learning_rate_schedule
 from dschat.errors import UserError
+from dschat.models.compiled_layers import compile_layers
 from dschat.models.lora import add_lora, is_adapter
 from dschat.models.products import use_chosen_products
 from dschat.models.reward_model import enable_gradient_checkpointing
@@ -67,11 +69,19 @@ def build_optimizer(
 def train_config(
     model_args: ModelArguments, args: OptimizerArguments, run: RunArguments, *, per_device_batch_size: int
 ) -> dict:
-    """The DeepSpeed configuration of a trained model; `create_hf_model` needs it before the engine."""
+    """The DeepSpeed configuration of a trained model; `create_hf_model` needs it before the engine.
+
+    Raises `UserError` for settings that this number of ranks does not allow, or that DeepSpeed refuses.
+    """
+    ranks, size = mesh().world.size, run.zero_hpz_partition_size
+    if ranks % size:
+        raise UserError(f"--zero_hpz_partition_size {size} must divide the number of ranks, {ranks}.")
     config = get_train_ds_config(
         stage=model_args.zero_stage,
         dtype=run.dtype,
         offload=run.offload,
+        nvme_path=run.offload_nvme_path,
+        zeropp=run.zeropp,
         per_device_batch_size=per_device_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         tensor_parallel_size=model_args.tensor_parallel_size,
@@ -127,17 +137,24 @@ def build_trained_engine(
     *,
     config: dict,
     num_training_steps: int,
+    injection: Injection | None = None,
 ) -> DeepSpeedEngine:
     """An engine with optimiser and learning-rate schedule over `num_training_steps` optimiser steps.
 
     The model, of transformers or a `RewardModel`, gets LoRA adapters first where its arguments ask for them.
+    With `injection` it is a Hybrid Engine.
     """
+    if injection:
+        alone = {"inference_tp_size": 1} if injection.obstacle else {}
+        config = {**config, "hybrid_engine": injection.config | alone}
     if model_args.uses_lora:
         add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
     shard_layers(model, config)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     use_chosen_products(model)
+    if run.torch_compile:
+        compile_layers(model, model.config)
     num_warmup_steps = args.warmup_steps(num_training_steps)
     note_long_warmup(args, num_warmup_steps, num_training_steps)
     optimizer = build_optimizer(model, model_args, args, offload=run.offload)
@@ -147,7 +164,10 @@ def build_trained_engine(
         num_warmup_steps=num_warmup_steps,
         num_training_steps=num_training_steps,
     )
-    engine = _initialize(model, config, optimizer=optimizer, lr_scheduler=scheduler)
+    with building_hybrid(injection):
+        engine = _initialize(model, config, optimizer=optimizer, lr_scheduler=scheduler)
+    if injection:
+        separate_phases(engine, injection)
     if model_args.zero_stage == 0:
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
@@ -182,7 +202,7 @@ def _initialize(model: Any, config: dict[str, Any], **options: Any) -> DeepSpeed
 
 
 def build_frozen_engine(
-    model: nn.Module, *, config: dict, role: str = "reference model", offload: bool = False
+    model: Any, run: RunArguments, *, config: dict, role: str = "reference model", offload: bool = False
 ) -> DeepSpeedEngine:
     """An engine that is never trained: no gradients, eval mode. `role` is its name in messages.
 
@@ -191,6 +211,8 @@ def build_frozen_engine(
     model.requires_grad_(False)
     shard_layers(model, config)
     use_chosen_products(model)
+    if run.torch_compile:
+        compile_layers(model, model.config)
     engine = _initialize(model, config)
     engine.eval()
     if offload and config["zero_optimization"]["stage"] < 3:

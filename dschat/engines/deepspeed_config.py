@@ -1,5 +1,7 @@
 """DeepSpeed configurations as plain dictionaries: pure functions of numbers, the world size among them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -18,6 +20,8 @@ def get_train_ds_config(
     stage: int,
     dtype: Dtype = "bf16",
     offload: bool = False,
+    nvme_path: str | None = None,
+    zeropp: Mapping[str, bool | int] = MappingProxyType({}),
     per_device_batch_size: int = 1,
     gradient_accumulation_steps: int = 1,
     tensor_parallel_size: int = 1,
@@ -26,16 +30,20 @@ def get_train_ds_config(
     """Configuration of a trained engine.
 
     stage: what ZeRO shards (0 nothing, 1 optimiser states, 2 gradients too, 3 weights too). offload moves the
-    optimiser states, and at stage 3 the weights, to CPU memory. Batch sizes are in rows; DeepSpeed multiplies
-    them by the ranks, which it counts itself.
+    optimiser states, and at stage 3 the weights, to CPU memory, or at stage 3 into files below nvme_path.
+    zeropp: ZeRO++'s settings, for stage 3. Batch sizes are in rows; DeepSpeed multiplies them by the ranks,
+    which it counts itself.
     """
-    place = "cpu" if offload else "none"
+    place: dict[str, Any] = {"device": "cpu" if offload else "none"}
+    if offload and nvme_path and stage == 3:
+        place = {"device": "nvme", "nvme_path": nvme_path}
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
-        zero["offload_optimizer"] = {"device": place}
+        zero["offload_optimizer"] = place
         zero["overlap_comm"] = True
     if stage == 3:
-        zero["offload_param"] = {"device": place}
+        zero["offload_param"] = dict(place)
+        zero |= zeropp
         # Small parameters (norms, biases) stay whole: gathering each costs more than holding it.
         zero["stage3_param_persistence_threshold"] = 10_000
     return {

@@ -12,6 +12,8 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from dschat.distributed.deepspeed_private import forget_secondary_group
+from dschat.distributed.device import current_device, device_type
 from dschat.distributed.mesh import is_main_process
 from dschat.models.attention import set_attention
 from dschat.models.config import check_generates, read_config
@@ -49,7 +51,7 @@ def create_hf_model(
     load = weights_loader(model_class, model_name_or_path, config)
     check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
-        model = _load(load, _dtype(ds_config), load_in_4bit)
+        model = _load(load, _options(ds_config), load_in_4bit)
         grow_vocabulary(model, tokenizer)
     configure_tokens(model, tokenizer)
     return model
@@ -80,7 +82,7 @@ def create_critic_model(
     check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
     stage = max(zero_stage, _zero_stage(ds_config))
     with _construction(ds_config, stage):
-        classifier = _load(load, _dtype(ds_config), load_in_4bit, fresh_head=not rlhf_training)
+        classifier = _load(load, _options(ds_config, stage), load_in_4bit, fresh_head=not rlhf_training)
         grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
             draw_head(classifier.score)
@@ -90,15 +92,30 @@ def create_critic_model(
     return model
 
 
-def _load(load: Callable[..., Any], dtype: torch.dtype, in_4bit: bool, *, fresh_head: bool = False) -> Any:
+def _options(ds_config: dict[str, Any] | None, stage: int = 0) -> dict[str, Any]:
+    """What `from_pretrained` is told: the precision, and where a model that is to be an engine's belongs.
+
+    Weights go to a GPU one by one, from a file that all ranks of a machine map into memory once: its memory
+    never holds a copy per rank. A model whose layers ranks are to share is cut on the CPU first.
+    """
+    options: dict[str, Any] = {"dtype": _dtype(ds_config)}
+    is_whole = max(stage, _zero_stage(ds_config)) < 3 and "tensor_parallel" not in (ds_config or {})
+    if ds_config is not None and is_whole and device_type() != "cpu":
+        options["device_map"] = {"": current_device()}
+    return options
+
+
+def _load(
+    load: Callable[..., Any], options: dict[str, Any], in_4bit: bool, *, fresh_head: bool = False
+) -> Any:
     """The model with its weights, its linear layers packed with `in_4bit`.
 
     With `fresh_head` the saved head may be missing or of another shape.
     """
-    options = {"dtype": dtype, "ignore_mismatched_sizes": fresh_head}
+    options = {**options, "ignore_mismatched_sizes": fresh_head}
     if not in_4bit:
         return load(**options)
-    model = load(**options, **four_bit_options(dtype))
+    model = load(**{**options, **four_bit_options(options["dtype"])})
     forget_4bit(model)
     return model
 
@@ -113,6 +130,8 @@ def _construction(ds_config: dict[str, Any] | None, stage: int) -> Iterator[None
         ds_config = ds_config or {}
         settings: dict[str, Any] = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
         settings["zero_optimization"] = {**ds_config.get("zero_optimization", {}), "stage": 3}
+        if settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            forget_secondary_group()
         # transformers keeps only a weak reference, so this name must live as long as the block.
         keep_alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **settings})
         try:

@@ -9,13 +9,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed.deepspeed_private import whole_size
+from dschat.distributed.device import DTYPES
+from dschat.distributed.mesh import mesh
 from dschat.engines.at_rest import in_use
 from dschat.engines.build import build_frozen_engine, build_trained_engine, frozen_config, train_config
+from dschat.engines.hybrid import Injection, try_injection
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase, report_models_with
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.models.attention import choose_attention
+from dschat.models.config import read_config
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import adapters_off, trains_adapters_only
 from dschat.models.products import choose_products
@@ -145,6 +149,7 @@ class DeepSpeedRLHFEngine:
             self._run,
             per_device_batch_size=self._ppo.per_device_training_batch_size,
         )
+        injection = self._injection(spec)
         return build_trained_engine(
             self._load(spec, config),
             spec.settings,
@@ -152,7 +157,20 @@ class DeepSpeedRLHFEngine:
             self._run,
             config=config,
             num_training_steps=num_training_steps,
+            injection=injection,
         )
+
+    def _injection(self, spec: EngineSpec) -> Injection | None:
+        """What the model generates with where it is a Hybrid Engine, tried before it is loaded."""
+        settings = spec.hybrid_engine
+        if settings is None:
+            return None
+        ranks, size = mesh().world.size, settings["inference_tp_size"]
+        if ranks % size:
+            raise UserError(f"--inference_tp_size {size} must divide the number of ranks, {ranks}.")
+        if spec.without_kernels:
+            return Injection(settings, spec.without_kernels)
+        return try_injection(read_config(spec.path, 0.0), settings, DTYPES[spec.dtype])
 
     def _build_frozen(self, spec: EngineSpec) -> DeepSpeedEngine:
         twin = spec.without_adapters_of
@@ -160,7 +178,7 @@ class DeepSpeedRLHFEngine:
         messages.info(f"loading the {spec.name}{why}")
         config = frozen_config(spec.settings, self._run, offload=spec.offload)
         model = self._load(spec, config)
-        return build_frozen_engine(model, config=config, role=spec.name, offload=spec.offload)
+        return build_frozen_engine(model, self._run, config=config, role=spec.name, offload=spec.offload)
 
     def _load(self, spec: EngineSpec, config: dict[str, Any]) -> PreTrainedModel | RewardModel:
         tokenizer = self._tokenizers.of(spec.role)

@@ -7,7 +7,7 @@ list. Adding a model is one more entry in `engine_specs`.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.export.manifest import Head
@@ -63,6 +63,10 @@ class EngineSpec:
     """Whether CPU memory holds the optimiser states, or the weights of a frozen model between uses."""
     offload_flag: str | None = None
     """Flag that asks for `offload`, None where no flag does."""
+    hybrid_engine: dict[str, Any] | None = None
+    """DeepSpeed's settings of a Hybrid Engine, None for an engine that is none."""
+    without_kernels: str = ""
+    """Why a Hybrid Engine is not to generate with DeepSpeed's kernels, where the flags tell."""
     load_in_4bit: bool = False
     """Whether the linear layers of the backbone are packed into 4 bits."""
     tokenizer: TokenizerRule = "actor"
@@ -125,6 +129,8 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
         flag="--actor_model_name_or_path",
         head="language_model",
         settings=args.actor,
+        hybrid_engine=args.hybrid_engine,
+        without_kernels=args.without_kernels,
         load_in_4bit=args.actor.load_in_4bit,
     )
     reference = replace(
@@ -133,6 +139,7 @@ def engine_specs(args: RlhfArguments) -> list[EngineSpec]:
         name="reference model",
         shares_folder_of="actor",
         trained=False,
+        hybrid_engine=None,
         offload=args.rlhf.offload_reference_model,
         offload_flag="--offload_reference_model",
         without_adapters_of="actor",

@@ -133,7 +133,7 @@ def reference_of_copy(
     config = frozen_config(settings.model, settings.run, offload=offload)
     path, options = settings.model.model_name_or_path, settings.model.loading_options
     model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, **options)
-    engine = build_frozen_engine(model, config=config, offload=offload)
+    engine = build_frozen_engine(model, settings.run, config=config, offload=offload)
     base.check_outputs(engine)
     with in_use(engine):
         table = logprob_table(engine, loaders)

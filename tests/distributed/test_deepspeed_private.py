@@ -49,7 +49,7 @@ OWN = {
     "ds_id", "ds_shape", "ds_numel", "ds_tensor", "_global_grad_norm", "overflow", "overflow_checker",
     "loss_scaler", "loss_scale_config", "raise_error_at_min_scale", "_copy_recovery_script",
     "checkpoint_engine", "load_universal_checkpoint", "averaged_gradients", "grad_partitions_flat_buffer",
-    "fp32_groups_gradients_flat", "__compatible_ops__",
+    "fp32_groups_gradients_flat", "__compatible_ops__", "_inference_containers",
 }  # fmt: skip
 
 

@@ -86,3 +86,11 @@ def test_an_override_that_deepspeed_refuses_ends_the_run_before_a_model_is_loade
         UserError, match=r"--deepspeed_config_override: DeepSpeed refuses .*reduce_bucket_size"
     ):
         frozen_config(ARGS, run, offload=False)
+
+
+def test_ranks_that_share_a_second_copy_must_divide_all():
+    args = ModelArguments(model_name_or_path="m", zero_stage=3)
+    with pytest.raises(UserError, match="--zero_hpz_partition_size 2 must divide the number of ranks, 1"):
+        train_config(
+            args, OptimizerArguments(), RunArguments(zero_hpz_partition_size=2), per_device_batch_size=2
+        )

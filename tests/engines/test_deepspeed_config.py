@@ -53,3 +53,13 @@ def test_an_override_replaces_single_entries_and_leaves_its_own_content_alone():
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
     assert config["wall_clock_breakdown"]
     assert override["zero_optimization"] == {"reduce_bucket_size": 7}
+
+
+def test_zero_3_alone_gets_a_disk_and_the_settings_of_zeropp():
+    options = {"offload": True, "nvme_path": "d", "zeropp": {"zero_hpz_partition_size": 2}}
+    zero = get_train_ds_config(stage=3, **options)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "nvme", "nvme_path": "d"}
+    assert zero["zero_hpz_partition_size"] == 2
+    zero = get_train_ds_config(stage=2, **options)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+    assert "zero_hpz_partition_size" not in zero

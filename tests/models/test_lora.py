@@ -14,6 +14,7 @@ from dschat.arguments import ModelArguments
 from dschat.errors import UserError
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.lora import (
+    adapters_fused,
     adapters_off,
     add_lora,
     check_adapters,
@@ -352,3 +353,26 @@ def test_adapters_off_is_the_model_that_was_loaded_and_changes_no_flag(folder):
             raise RuntimeError("midway")
         assert torch.equal(model(**batch()).logits, adapted_logits)
     assert trained(model) == flags
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_adapters_give_the_same_outputs_and_leave_every_bit_as_it_was(folder, dtype):
+    model = causal(folder).to(dtype)
+    add_lora(model, lora())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        expected = model(**batch()).logits
+        with adapters_fused(model):
+            fused = model(**batch()).logits
+        tolerance = 1e-5 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(model(**batch()).logits, expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_without_adapters_has_none_to_fuse(opt_projected):
+    with adapters_fused(causal(opt_projected)):
+        pass

@@ -147,8 +147,14 @@ def two_ranks_with_lora(models) -> dict:
         for name, dtype, actor, critic in keys
     ]
     layered = {**TWO_RANKS, **LORA["adapters alone"], "dtype": "fp32", "actor_zero_stage": 3}
-    results = run(models, [*settings, {**layered, "rollout_gather": "never"}], ranks=2)
-    return dict(zip([*keys, "layered"], results, strict=True))
+    hybrid = {**TWO_RANKS, **LORA["adapters alone"], "dtype": "fp32", "enable_hybrid_engine": True}
+    more = {
+        "layered": {**layered, "rollout_gather": "never"},
+        "hybrid 0": hybrid,
+        "hybrid 3": {**hybrid, "actor_zero_stage": 3},
+    }
+    results = run(models, [*settings, *more.values()], ranks=2)
+    return dict(zip([*keys, *more], results, strict=True))
 
 
 @pytest.mark.slow
@@ -176,8 +182,11 @@ def test_adapters_on_two_ranks_give_the_numbers_of_one(
 
 
 @pytest.mark.slow
-def test_adapters_gathered_layer_by_layer_change_nothing(one_rank_with_lora, two_ranks_with_lora):
-    assert_same(two_ranks_with_lora["layered"], one_rank_with_lora["adapters alone"], tolerance=1e-4)
+@pytest.mark.parametrize("name", ["layered", "hybrid 0", "hybrid 3"])
+def test_neither_adapters_gathered_by_layer_nor_a_hybrid_engine_change_anything(
+    name, one_rank_with_lora, two_ranks_with_lora
+):
+    assert_same(two_ranks_with_lora[name], one_rank_with_lora["adapters alone"], tolerance=1e-4)
 
 
 @pytest.mark.slow

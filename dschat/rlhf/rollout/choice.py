@@ -14,6 +14,7 @@ from dschat.errors import UserError
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
 from dschat.rlhf.rollout.continuous import ContinuousBatching
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
+from dschat.rlhf.rollout.hybrid import HybridGenerate, plain_generate
 from dschat.rlhf.rollout.static_decoding import StaticDecoding
 from dschat.runs.measured_choices import MeasuredChoices
 
@@ -37,7 +38,18 @@ def build_backend(
     Every rank must call it. `auto` and `static` time a few tokens in each way that there is. Raises
     `UserError` where continuous batching is named and does not suit the model.
     """
-    plain = HuggingFaceGenerate(engine, tokenizer, gather=args.rollout_gather)
+    plain = plain_generate(args, engine, tokenizer)
+    if not isinstance(plain, HybridGenerate):
+        return _chosen(args, plain, longest=longest, choices=choices)
+    backend = _chosen(args, plain, longest=longest, choices=choices) if plain.injection.obstacle else plain
+    plain.announce(backend)
+    return backend
+
+
+def _chosen(
+    args: RolloutArguments, plain: HuggingFaceGenerate, *, longest: int, choices: MeasuredChoices
+) -> RolloutBackend:
+    """The back end over `plain` that is named or the fastest."""
     if args.rollout_backend == "hf":
         return plain
     continuous = ContinuousBatching(plain)
@@ -65,7 +77,7 @@ def build_backend(
         ways["hf"] = trial(plain)
     if args.rollout_backend == "auto" and _may_be_fastest(continuous, longest):
         ways["continuous"] = trial(continuous)
-    way = choices.choose(CHOICE, ways, key=_work(engine, len(prompts.keys)), rounds=2)
+    way = choices.choose(CHOICE, ways, key=_work(plain.engine, len(prompts.keys)), rounds=2)
     if way == "hf":
         return plain
     if way == "continuous":

@@ -20,6 +20,9 @@ from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.keyed_sampling import KeyedDraws
 
+Gather = Literal["auto", "always", "never"]
+"""Values of --rollout_gather."""
+
 
 class HuggingFaceGenerate:
     """Hugging Face's `generate` on the training engine itself, a `RolloutBackend` with every ability.
@@ -35,7 +38,7 @@ class HuggingFaceGenerate:
         actor: DeepSpeedEngine,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        gather: Literal["auto", "always", "never"] = "auto",
+        gather: Gather = "auto",
     ) -> None:
         self.uses_cache = True
         self.engine = actor
@@ -55,7 +58,7 @@ class HuggingFaceGenerate:
             bos_token_id=tokenizer.bos_token_id,
         )
 
-    def _decide_to_gather(self, gather: str) -> bool:
+    def _decide_to_gather(self, gather: Gather) -> bool:
         """Whether every rank has room for all weights at once (ZeRO-3), or was told to gather or not to."""
         if gather != "auto":
             return gather == "always"
