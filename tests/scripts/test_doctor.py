@@ -33,7 +33,9 @@ def test_a_torch_that_cannot_be_imported_and_one_that_is_too_old(tmp_path):
     (tmp_path / "torch-1.13.0.dist-info").mkdir()
     (tmp_path / "torch-1.13.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 1.13.0\n")
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = python(DOCTOR, "--json", "--offline", check=False, env={"PYTHONPATH": paths}, cwd=tmp_path)
+    done = python(
+        DOCTOR, "--json", "--offline", check=False, afresh=True, env={"PYTHONPATH": paths}, cwd=tmp_path
+    )
     assert done.returncode == 1, done.stderr
     found = [entry for entry in json.loads(done.stdout) if entry["status"] == "problem"]
     texts = {entry["subject"]: entry["text"] for entry in found if entry["subject"] != "imports"}
