@@ -15,7 +15,7 @@ STEPS_1_AND_2 = """
     --zero_stage=3 --lora_dim 128 --lora_module_name decoder.layers. --only_optimize_lora
     --lora_learning_rate 5e-4 --compute_fp32_loss --enable_tensorboard --tensorboard_path T
     --add_eot_token --eot_token <|endoftext|> --eval_interval 10 --eval_iters=100 --tensor_parallel_size 1
-    --sequence_parallel_size 1 --attn_implementation sdpa
+    --sequence_parallel_size 1 --attn_implementation sdpa --torch_compile=false
     --save_interval 5 --resume_from_checkpoint latest
 """
 STEP_3 = """
@@ -35,6 +35,8 @@ STEP_3 = """
     --only_optimize_lora --actor_lora_learning_rate 5e-4 --critic_lora_learning_rate 5e-4 --enable_ema
     --compute_fp32_loss --enable_tensorboard --tensorboard_path T --add_eot_token --align_overflow
     --print_answers --print_answers_interval 10 --enable_test_mode --test_stop_step 2
+    --enable_hybrid_engine --unpin_actor_parameters --release_inference_cache --inference_tp_size 1
+    --tp_gather_partition_size 8 --enable_mixed_precision_lora
     --actor_tensor_parallel_size 1 --critic_tensor_parallel_size 1 --kl_coef 0.1 --kl_target 6
     --kl_horizon 1000 --kl_estimator k1 --ratio_clip 0.2 --value_clip 0.2 --gamma 1 --gae_lambda 0.95
     --reward_clip 5 --whiten_advantages --missing_eos_penalty 1 --temperature 1 --top_p 1 --top_k 0
