@@ -35,8 +35,8 @@ def wait_for(condition, seconds=10.0) -> None:
 
 def test_hosts_that_count_on_hear_each_other(ends):
     store = dist.HashStore()
-    watches = [HostWatch(store, HOSTS, own, 1.0) for own in range(2)]
-    time.sleep(1.5)
+    watches = [HostWatch(store, HOSTS, own, 60.0) for own in range(2)]
+    wait_for(lambda: min(store.add(f"host_watch/{host}", 0) for host in range(2)) > 5)
     assert [watch.lost() for watch in watches] == [[], []]
     for watch in watches:
         watch.stop()
