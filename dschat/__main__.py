@@ -40,6 +40,7 @@ TOOLS = {
     "doctor": Program(
         "scripts/doctor.py", "what is wrong with this machine and environment, and what mends it"
     ),
+    "plan": Program("scripts/plan.py", "what a run will take of memory, time and money"),
     "inspect": Program(
         "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
     ),

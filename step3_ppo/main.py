@@ -24,6 +24,7 @@ from dschat.data.preparation import SplitData, prompt_data
 from dschat.data.tokenization import column
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
+from dschat.planning.run_plan import RunPlan
 from dschat.rlhf.layout import choose_ways_and_layout
 from dschat.rlhf.monitoring.best_actor import Exports
 from dschat.rlhf.monitoring.evaluation import build_evaluator
@@ -76,8 +77,8 @@ def main(args: RlhfArguments, context: RunContext) -> None:
 
     checkpoints = context.begin(data.key, received.all)
     layout = choose_ways_and_layout(args, specs, data.train, checkpoints.choices, longest=longest)
-    num_ppo_steps = args.rlhf.test_stop_step if args.rlhf.enable_test_mode else len(prompt_loader)
-    num_ppo_steps = min(num_ppo_steps, len(prompt_loader))
+    num_ppo_steps, choices = steps_of(args, prompt_loader), checkpoints.choices
+    plan = RunPlan.begin(args, specs, choices, longest=longest, steps=num_ppo_steps)
     engine = DeepSpeedRLHFEngine(
         specs,
         tokenizers,
@@ -89,9 +90,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         ),
     )
     received.check_outputs(specs, engine.by_role)
-    backend = build_backend(
-        args.rollout, engine.actor, tokenizers.actor, longest=longest, choices=checkpoints.choices
-    )
+    backend = build_backend(args.rollout, engine.actor, tokenizers.actor, longest=longest, choices=choices)
     models = (args, engine, tokenizers, backend)
     scores = {"score_scale": score_scale, "rewards": rewards, "layout": layout}
     trainer = build_trainer(*models, prompts=data.train, texts=texts, **scores)
@@ -119,9 +118,15 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         checkpoints=checkpoints,
     )
     metrics |= monitor.exports.finish(num_done, metrics) | monitor.guard.verdict()
+    plan.finish()
     if mesh().is_main_process:
         summary = {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds}
         write_summary(args.run.output_dir, summary)
+
+
+def steps_of(args: RlhfArguments, prompts: PromptLoader) -> int:
+    """The number of PPO steps."""
+    return min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
 
 
 def longest_prompt(data: SplitData) -> int:

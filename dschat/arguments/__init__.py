@@ -14,6 +14,7 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.hybrid import HybridArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
+from dschat.arguments.pass_sizes import PassSizes
 from dschat.arguments.ppo import PpoArguments, TextArguments
 from dschat.arguments.record import (
     STARTING,
@@ -36,6 +37,7 @@ from dschat.arguments.steps import (
     SftArguments,
     StepArguments,
     SupervisedArguments,
+    TrainingStep,
 )
 from dschat.arguments.supervised import BatchArguments, DpoOptions, RewardOptions
 from dschat.arguments.widths import WidthArguments
@@ -56,6 +58,7 @@ __all__ = [
     "InspectArguments",
     "ModelArguments",
     "OptimizerArguments",
+    "PassSizes",
     "PpoArguments",
     "ReadableParser",
     "RewardArguments",
@@ -72,6 +75,7 @@ __all__ = [
     "TextArguments",
     "TokenizerArguments",
     "TrainRmCall",
+    "TrainingStep",
     "WidthArguments",
     "default_of",
     "explain_foreign_flag",

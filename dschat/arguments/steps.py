@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from dschat.arguments.checks import (
     check_4bit,
@@ -19,6 +20,7 @@ from dschat.arguments.guard import GuardArguments
 from dschat.arguments.hybrid import HybridArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parallel import ParallelArguments
+from dschat.arguments.pass_sizes import PassSizes
 from dschat.arguments.ppo import PpoArguments, TextArguments
 from dschat.arguments.record import RunDescription, groups_of, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
@@ -36,6 +38,7 @@ class TrainingStep:
     step: ClassVar[str]
     """The name of the step in files and in `parse_arguments`."""
     data: DataArguments
+    optimizer: OptimizerArguments
     run: RunArguments
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
@@ -43,6 +46,27 @@ class TrainingStep:
     def batch_sizes(self) -> dict[str, int]:
         """Rows that one rank contributes to a batch, by the product of flags that sets them."""
         raise NotImplementedError
+
+    @property
+    def pass_sizes(self) -> PassSizes:
+        """The batches of one rank, as far as flags tell."""
+        raise NotImplementedError
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """Rows (or pairs) that a rank trains on at once, and how many such parts an optimiser step has."""
+        group = getattr(self, "ppo", None) or getattr(self, "batch")  # noqa: B009
+        rows: int = getattr(group, self.pass_sizes.train_rows_flag)
+        return rows, self.optimizer.gradient_accumulation_steps
+
+    def with_flags(self, changes: Mapping[str, Any]) -> Self:
+        """The same arguments with other values of these flags. Raises `UserError` where they do not fit."""
+        groups = {}
+        for part in dataclasses.fields(self):
+            prefix, known = part.metadata["prefix"], dataclasses.fields(part.metadata["group"])
+            mine = {f.name: changes[prefix + f.name] for f in known if prefix + f.name in changes}
+            groups[part.name] = dataclasses.replace(getattr(self, part.name), **mine)
+        return dataclasses.replace(self, **groups)
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
@@ -80,6 +104,21 @@ class SupervisedStep(TrainingStep):
         """Rows (step 2 and DPO: pairs) that one rank contributes to an optimiser step."""
         rows = self.batch.per_device_train_batch_size * self.optimizer.gradient_accumulation_steps
         return {"--per_device_train_batch_size x --gradient_accumulation_steps": rows}
+
+    @property
+    def pass_sizes(self) -> PassSizes:
+        """The batches of one rank, as far as flags tell; a pair is two rows."""
+        batch, in_pair = self.batch, 1 if self.step == "sft" else 2
+        rows = in_pair * batch.per_device_train_batch_size
+        if batch.max_tokens_per_batch:
+            rows = max(in_pair, batch.max_tokens_per_batch // batch.max_seq_len)
+        return PassSizes(
+            train_rows=rows,
+            train_rows_flag="per_device_train_batch_size",
+            accumulation=self.optimizer.gradient_accumulation_steps,
+            length=batch.max_seq_len,
+            eval_rows=in_pair * batch.per_device_eval_batch_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +224,22 @@ class RlhfArguments(TrainingStep):
     def parallel_sizes(self) -> dict[str, int]:
         """Ranks that share a model, by the axis of the mesh; each model has as many or one."""
         return {"tensor": max(self.actor.tensor_parallel_size, self.critic.tensor_parallel_size)}
+
+    @property
+    def pass_sizes(self) -> PassSizes:
+        """The batches of one rank, as far as flags tell."""
+        return PassSizes(
+            train_rows=self.ppo.per_device_training_batch_size,
+            train_rows_flag="per_device_training_batch_size",
+            accumulation=self.optimizer.gradient_accumulation_steps,
+            length=self.rollout.max_prompt_seq_len + self.rollout.max_answer_seq_len,
+            answer_length=self.rollout.max_answer_seq_len,
+            generation_rows=self.rollout.per_device_generation_batch_size,
+            rollout_rows=self.rollout_size,
+            passes=self.ppo.ppo_epochs,
+            keeps_average=self.ppo.enable_ema,
+            holds_both=self.rlhf.reuse_first_pass == "both" and self.ppo.has_critic,
+        )
 
     @property
     def rollout_size(self) -> int:

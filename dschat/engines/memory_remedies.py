@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from dschat.arguments import ModelArguments, RlhfArguments, RunArguments, StepArguments
 from dschat.distributed.device import current_device
@@ -56,6 +57,15 @@ class BatchFlags:
     parts_flag: str | None = None
     """None where the number of micro-batches follows from the data."""
     parts: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """Flags with other values, which take less memory."""
+
+    flags: Mapping[str, Any]
+    text: str
+    """The flags with their present and their new values, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,48 +155,66 @@ def smaller_parts(rows: int, parts: int) -> tuple[int, int]:
 
 def remedies(phase: Phase, flags: MemoryFlags) -> list[str]:
     """Flags that help in this phase, with their present values, the cheapest first."""
+    found = changes(phase, flags, ranks=mesh().world.size, on_cpu=current_device().type == "cpu")
+    return [change.text for change in found] or ["a smaller model, or a device with more memory"]
+
+
+def changes(phase: Phase, flags: MemoryFlags, *, ranks: int, on_cpu: bool) -> list[Change]:
+    """The changes of flags that help in this phase on so many ranks, the cheapest first."""
     models = [flags.models_of[phase.model]] if phase.model in flags.models_of else flags.models
-    found = [
-        _smaller_batch(phase, flags),
-        *(text for model in models for text in _of_model(phase, model, offload=flags.run.offload)),
-    ]
+    found = _smaller_batch(phase, flags)
+    for model in models:
+        found += _of_model(phase, model, offload=flags.run.offload, ranks=ranks, on_cpu=on_cpu)
     if phase.kind in (PhaseKind.ANALYZING, PhaseKind.TRAINING) and flags.holds_first_pass:
-        found.append("--reuse_first_pass both -> actor (the same numbers)")
+        found.append(
+            Change({"reuse_first_pass": "actor"}, "--reuse_first_pass both -> actor (the same numbers)")
+        )
     if phase.kind is PhaseKind.SAMPLING and flags.gather:
-        found.append(f"--rollout_gather {flags.gather} -> never")
-    if current_device().type != "cpu":
-        found += flags.offloads
+        found.append(Change({"rollout_gather": "never"}, f"--rollout_gather {flags.gather} -> never"))
+    if not on_cpu:
+        found += [Change({flag.removeprefix("--"): True}, flag) for flag in flags.offloads]
     if phase.reads_rows:
         name, length, least = flags.length
-        found.append(f"--{name} {length} -> {max(length // 2, least)}")
+        shorter = max(length // 2, least)
+        found.append(Change({name: shorter}, f"--{name} {length} -> {shorter}"))
     if phase.is_training and flags.row_shares and not halved(phase, flags):
-        shares = f"--sequence_parallel_size {flags.row_shares} -> {2 * flags.row_shares}"
-        found.append(f"{shares} on twice as many devices (each row's tokens are shared)")
+        more = 2 * flags.row_shares
+        shares = f"--sequence_parallel_size {flags.row_shares} -> {more}"
+        text = f"{shares} on twice as many devices (each row's tokens are shared)"
+        found.append(Change({"sequence_parallel_size": more}, text))
     if flags.run.dtype == "fp32":
-        found.append("--dtype fp32 -> bf16")
-    return [text for text in found if text] or ["a smaller model, or a device with more memory"]
+        found.append(Change({"dtype": "bf16"}, "--dtype fp32 -> bf16"))
+    return found
 
 
-def _smaller_batch(phase: Phase, flags: MemoryFlags) -> str:
+def _smaller_batch(phase: Phase, flags: MemoryFlags) -> list[Change]:
     if phase.is_training and flags.token_budget:
-        return f"--max_tokens_per_batch {flags.token_budget} -> {flags.token_budget // 2} (the same gradient)"
+        budget = flags.token_budget // 2
+        text = f"--max_tokens_per_batch {flags.token_budget} -> {budget} (the same gradient)"
+        return [Change({"max_tokens_per_batch": budget}, text)]
     batch, values = flags.batches.get(phase.kind), halved(phase, flags)
     if batch is None or not values:
-        return ""
+        return []
     present = {batch.rows_flag: batch.rows, batch.parts_flag: batch.parts}
-    changes = " with ".join(f"--{flag} {present[flag]} -> {value}" for flag, value in values.items())
-    return changes + (" (the same gradient)" if phase.is_training else "")
+    text = " with ".join(f"--{flag} {present[flag]} -> {value}" for flag, value in values.items())
+    return [Change(values, text + (" (the same gradient)" if phase.is_training else ""))]
 
 
-def _of_model(phase: Phase, model: ModelArguments, *, offload: bool) -> list[str]:
+def _of_model(
+    phase: Phase, model: ModelArguments, *, offload: bool, ranks: int, on_cpu: bool
+) -> list[Change]:
     """Flags of one trained model."""
     p, found = model.prefix, []
     if phase.is_training and not model.gradient_checkpointing:
-        found.append(f"--{p}gradient_checkpointing")
-    if mesh().world.size > 1 and model.zero_stage < 3 and not model.load_in_4bit:
-        found.append(f"--{p}zero_stage {model.zero_stage} -> {2 if model.zero_stage < 2 else 3}")
-    if phase.builds_optimizer and current_device().type != "cpu" and not offload:
-        found.append("--offload" + (f" with --{p}zero_stage 2" if model.zero_stage == 0 else ""))
+        found.append(Change({f"{p}gradient_checkpointing": True}, f"--{p}gradient_checkpointing"))
+    if ranks > 1 and model.zero_stage < 3 and not model.load_in_4bit:
+        stage = 2 if model.zero_stage < 2 else 3
+        found.append(Change({f"{p}zero_stage": stage}, f"--{p}zero_stage {model.zero_stage} -> {stage}"))
+    if phase.builds_optimizer and not on_cpu and not offload:
+        sharded = {f"{p}zero_stage": 2} if model.zero_stage == 0 else {}
+        text = "--offload" + (f" with --{p}zero_stage 2" if sharded else "")
+        found.append(Change({"offload": True, **sharded}, text))
     if phase.builds_optimizer and not model.uses_lora:
-        found.append(f"--{p}lora_dim 64 --only_optimize_lora")
+        flags = {f"{p}lora_dim": 64, "only_optimize_lora": True}
+        found.append(Change(flags, f"--{p}lora_dim 64 --only_optimize_lora"))
     return found

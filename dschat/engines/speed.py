@@ -20,6 +20,8 @@ PHASES = ("data", "forward_backward", "optimizer", "evaluation", "saving")
 BETWEEN_STEPS = ("evaluation", "saving")
 """Phases that are no part of a step's speed."""
 SECONDS_BETWEEN_LINES = 60.0
+PRODUCT = "matrix product"
+"""The name under which a machine remembers the peak."""
 OPERATIONS_TIMED = {"cpu": 1e10, "cuda": 1e12}
 """Operations of one timing of the peak: some milliseconds."""
 
@@ -103,31 +105,49 @@ class SpeedReport:
 
 
 def measured_peak(config: Any, dtype: str, *, num_tokens: int, choices: MeasuredChoices) -> float:
+    """`peak_of`, measured where the machine does not remember it, and said in one line."""
+    peak = peak_of(config, dtype, num_tokens=num_tokens, choices=choices)
+    assert peak is not None, "it is measured"
+    rows, width, wide = _product(config, num_tokens)
+    messages.info(
+        f"peak: {peak / 1e12:.3g} TFLOP/s on this machine, in {dtype} products of {rows} x {width} x {wide}"
+    )
+    return peak
+
+
+def peak_of(
+    config: Any, dtype: str, *, num_tokens: int, choices: MeasuredChoices, measures: bool = True
+) -> float | None:
     """FLOP/s of this machine in the largest product of the model's layers with about `num_tokens` tokens.
 
-    Measured once per machine, shape and precision, and said in one line. `config` is the model's, `dtype` as
-    in --dtype. Every rank must call it.
+    Measured once per machine, shape and precision; None where it was not and `measures` is False. `config` is
+    the model's, `dtype` as in --dtype. Every rank must call it.
     """
-    config, device = config.get_text_config(), current_device()
-    width, rows = config.hidden_size, 2 ** min(13, max(8, (num_tokens - 1).bit_length()))
-    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-    wide = next((size for size in (getattr(config, name, None) for name in names) if size), 4 * width)
+    device, (rows, width, wide) = current_device(), _product(config, num_tokens)
+    operations = 2 * rows * width * wide
+    times = max(1, int(OPERATIONS_TIMED.get(device.type, 1e10) / operations))
+    key = {"rows": rows, "width": width, "wide": wide, "dtype": dtype, "times": times}
+    if not measures:
+        seconds = choices.remembered_seconds(PRODUCT, key=key)
+        return None if seconds is None else times * operations / seconds
     generator = torch.Generator(device).manual_seed(0)  # the run's own generator is left as it is
     a, b = (
         torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
         for shape in ((rows, width), (wide, width))
     )
-    operations = 2 * rows * width * wide
-    times = max(1, int(OPERATIONS_TIMED.get(device.type, 1e10) / operations))
 
     @torch.no_grad()
     def multiply() -> None:
         for _ in range(times):
             linear(a, b)
 
-    key = {"rows": rows, "width": width, "wide": wide, "dtype": dtype, "times": times}
-    peak = times * operations / choices.seconds_of("matrix product", multiply, key=key)
-    messages.info(
-        f"peak: {peak / 1e12:.3g} TFLOP/s on this machine, in {dtype} products of {rows} x {width} x {wide}"
-    )
-    return peak
+    return times * operations / choices.seconds_of(PRODUCT, multiply, key=key)
+
+
+def _product(config: Any, num_tokens: int) -> tuple[int, int, int]:
+    """Rows, width and columns of the largest product of a model's layers with about so many tokens."""
+    config = config.get_text_config()
+    width, rows = config.hidden_size, 2 ** min(13, max(8, (num_tokens - 1).bit_length()))
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    wide = next((size for size in (getattr(config, name, None) for name in names) if size), 4 * width)
+    return rows, width, wide

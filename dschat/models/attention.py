@@ -89,6 +89,13 @@ def set_attention(config: PretrainedConfig, implementation: str | None) -> None:
         config._attn_implementation = implementation
 
 
+def way_of(config: PretrainedConfig, implementation: str, dtype: torch.dtype, width: int) -> str:
+    """Which of WAYS the model takes for rows of so many tokens, as far as a timing has told by now."""
+    if implementation == "auto" and _takes_measured(config):
+        return process_wide(MeasuredWays).of(_heads(config, dtype), width)
+    return "eager" if implementation == "eager" else "sdpa"
+
+
 def _takes_measured(config: PretrainedConfig) -> bool:
     """Whether the model's attention goes by transformers' tables and is that of SDPA, on a CPU."""
     model_class: Any = MODEL_MAPPING.get(type(config), None)

@@ -221,6 +221,14 @@ def _is_written(name: str, config: "LoraConfig") -> bool:
     return is_adapter(name) or (bool(bias) and name.endswith(bias))
 
 
+def adapted_layers(
+    model: PreTrainedModel | RewardModel, args: ModelArguments
+) -> tuple[dict[str, nn.Module], int]:
+    """The layers that get adapters, by name, and the adapters' rank. Raises `UserError`."""
+    wanted = _wanted(args)
+    return _covered_layers(model, args, wanted), wanted.r
+
+
 def _wanted(args: ModelArguments) -> "LoraConfig":
     """PEFT's configuration by the flags or by the file; its target modules are not resolved yet."""
     from peft import LoraConfig

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -17,6 +18,9 @@ from dschat.models.model_folder import check_model_path
 from dschat.models.remote_code import loading_consent
 from dschat.models.reward_model import RewardModel
 from dschat.models.weights import check_weights, reward_model_loader, weights_loader
+
+SCORES: dict[str, Any] = {"num_labels": 1, "problem_type": None}
+"""The settings of a configuration by which a classifier is a reward model."""
 
 
 def check_language_model(model_name_or_path: str, flag: str) -> None:
@@ -49,14 +53,19 @@ def meta_model(model_name_or_path: str, *, is_reward_model: bool) -> PreTrainedM
 
     Raises `UserError` where there is no configuration, or none that can become a reward model.
     """
-    settings = {"num_labels": 1, "problem_type": None} if is_reward_model else {}
-    config = read_config(model_name_or_path, dropout=None, **settings)
-    model_class: Any = AutoModelForCausalLM
+    config = read_config(model_name_or_path, dropout=None, **(SCORES if is_reward_model else {}))
     if is_reward_model:
         check_classifiable(config, model_name_or_path)
-        model_class = AutoModelForSequenceClassification
+    return meta_model_of(config, is_reward_model=is_reward_model)
+
+
+def meta_model_of(
+    config: PretrainedConfig, *, is_reward_model: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel | RewardModel:
+    """The model of a configuration (a reward model's has the settings `SCORES`) on the meta device."""
+    model_class: Any = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
     with torch.device("meta"):
-        model = model_class.from_config(config, **loading_consent())
+        model = model_class.from_config(config, dtype=dtype, **loading_consent())
     return RewardModel(model.base_model, model.score, config) if is_reward_model else model
 
 

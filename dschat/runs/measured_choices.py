@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ class MeasuredChoices:
         """The least seconds of a call of `run`, measured once per machine and `key`; nothing is chosen."""
         return float(self._found(name, {name: run}, key, rounds, time.perf_counter)["seconds"][name])
 
+    def remembered_seconds(self, name: str, *, key: Mapping[str, Any]) -> float | None:
+        """What `seconds_of` measured on this machine before; None where it did not. Nothing is measured."""
+        path = self._path(name, [name], key)
+        found = broadcast_from_rank_0(lambda: _remembered(path))
+        return None if found is None else float(found["seconds"][name])
+
+    def _path(self, name: str, ways: Iterable[str], key: Mapping[str, Any] | None) -> Path:
+        """The file in which the machine remembers what it measured of these ways."""
+        depends_on = {"name": name, "ways": sorted(ways), "key": dict(key or {}), "machine": machine()}
+        return self._folder / f"{fingerprint(depends_on)}.json"
+
     def _found(
         self,
         name: str,
@@ -98,8 +109,7 @@ class MeasuredChoices:
         clock: Callable[[], float],
     ) -> dict[str, Any]:
         """What the machine remembers of these ways, or what is measured now and kept."""
-        depends_on = {"name": name, "ways": sorted(ways), "key": dict(key or {}), "machine": machine()}
-        path = self._folder / f"{fingerprint(depends_on)}.json"
+        path = self._path(name, ways, key)
         found = broadcast_from_rank_0(lambda: _remembered(path))
         if found is None or found["way"] not in ways:
             seconds = _times(ways, rounds, clock)

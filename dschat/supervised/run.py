@@ -1,14 +1,14 @@
 """A run of step 1 or 2 or of DPO from its flags to its exports: what their programs do alike."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dschat.arguments import SupervisedArguments
+from dschat.arguments import SupervisedArguments, TrainingStep
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
 from dschat.data.packing import PACKED_WIDTH
@@ -29,6 +29,8 @@ from dschat.models.products import choose_products
 from dschat.models.sequence_trial import check_sequence_parallel, try_sequence_parallel
 from dschat.models.tensor_parallel import check_tensor_parallel
 from dschat.models.tokenizer import load_tokenizer
+from dschat.planning.models import supervised_specs
+from dschat.planning.run_plan import RunPlan
 from dschat.program import RunContext
 from dschat.supervised.batches import Loaders, build_loaders
 from dschat.supervised.exports import ModelExports
@@ -48,6 +50,9 @@ class SupervisedRun:
     base: UpstreamModel
     """The model that training starts from."""
     tokenizer: PreTrainedTokenizerBase
+    args: TrainingStep
+    plans: list[RunPlan] = field(default_factory=list)
+    """What the run was expected to take, from `begin` on."""
 
     @staticmethod
     def open(
@@ -68,7 +73,8 @@ class SupervisedRun:
         check_tensor_parallel(path, args.model)
         check_sequence_parallel(path, mesh().sequence.size)
         context.claim_folder(path)
-        return SupervisedRun(SupervisedSettings.of(args), context, base, load_tokenizer(path, args.tokenizer))
+        tokenizer = load_tokenizer(path, args.tokenizer)
+        return SupervisedRun(SupervisedSettings.of(args), context, base, tokenizer, args)
 
     def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
         """Batches of the data, made by `collate(rows, num_rows, denominator, pad_id=)`.
@@ -85,7 +91,8 @@ class SupervisedRun:
         return loaders
 
     def begin(self, loaders: Loaders) -> tuple[Checkpoints, Loaders]:
-        """Join the process group, choose the checkpoint to go on from, and time ways to compute.
+        """Join the process group, choose the checkpoint to go on from, time ways to compute, and say what the
+        run will take.
 
         The first two are as in `RunContext.begin`. The loaders come back with the layout of rows that
         --packing and --pad_to_multiple_of ask for, or the faster one. Raises `UserError` where ranks cannot
@@ -101,6 +108,15 @@ class SupervisedRun:
         choose_products(settings.run.dtype, checkpoints.choices)
         if mesh().sequence.size > 1:
             try_sequence_parallel(self.base.path, current_device())
+        self.plans.append(
+            RunPlan.begin(
+                self.args,
+                supervised_specs(self.args.step, settings.model, settings.run),
+                checkpoints.choices,
+                longest=loaders.longest_row,
+                steps=loaders.train.num_steps_of(settings.optimizer.num_train_epochs),
+            )
+        )
         return checkpoints, self._lay_out(loaders, checkpoints)
 
     def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:
@@ -148,3 +164,5 @@ class SupervisedRun:
             self.settings, engine, self.tokenizer, loaders.data, verdict_of=objective.verdict_of
         )
         train_epochs(engine, loaders, self.settings, objective, checkpoints, exports)
+        for plan in self.plans:
+            plan.finish()

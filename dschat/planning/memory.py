@@ -1,0 +1,331 @@
+"""The bytes that a rank holds in each phase of a run, by model and by part.
+
+What DeepSpeed 0.19.8 holds at each ZeRO stage was counted by following every allocation of an engine through
+two optimiser steps (docs/hardware.md says how); `EngineMemory` has these numbers per weight.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from dschat.arguments import PassSizes
+from dschat.planning.hardware import Hardware
+from dschat.planning.meta_pass import PassCost, Rows
+from dschat.planning.models import PlannedModel
+
+BUCKET = 5e8
+"""Gradients that DeepSpeed reduces at once: reduce_bucket_size."""
+LIVE = 1e9
+"""Weights that ZeRO-3 keeps gathered: stage3_max_live_parameters."""
+PREFETCHED = 5e7
+"""Weights that ZeRO-3 gathers ahead: stage3_prefetch_bucket_size."""
+ROUND = 32
+"""A KV cache has a multiple of so many columns, as in rlhf/rollout/decode_cache.py."""
+DRAWN = 16
+"""Bytes per entry of the vocabulary and row while a token is drawn."""
+FREED = {0: 1.0, 1: 1.6, 2: 1.6, 3: 2.8}
+"""Bytes per trained weight, in units of its size, that malloc keeps on a CPU, by ZeRO stage: as measured."""
+LIBRARIES = {"cpu": 40e6, "cuda": 0.0}
+"""Bytes that libraries take on their first use, beside models."""
+
+PHASES = ("load", "generate", "experience", "train", "evaluate", "save")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model holds in a phase."""
+
+    model: str
+    kind: str
+    """weights, gradients, optimiser, activations, logits, KV cache, gathered weights, buffers or freed."""
+    bytes: float
+    on_host: bool = False
+
+
+Moment = tuple[Part, ...]
+"""All that a rank holds at one time."""
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What DeepSpeed's engine of one model holds on one rank."""
+
+    model: PlannedModel
+    hardware: Hardware
+    data_ranks: int
+    accumulates: bool
+    """Whether an optimiser step has several micro-batches."""
+
+    @property
+    def _stage(self) -> int:
+        return self.model.spec.zero_stage
+
+    @property
+    def _share(self) -> float:
+        """A rank's share of what ZeRO shards."""
+        return 1 / self.data_ranks
+
+    @property
+    def _weights(self) -> float:
+        """Weights of this rank before ZeRO shards them."""
+        return self.model.counts.whole / self.model.tensor_ranks
+
+    @property
+    def _trained(self) -> float:
+        return self.model.counts.trained / self.model.tensor_ranks
+
+    @property
+    def _is_low(self) -> bool:
+        """Whether weights are in 16 bits, and the optimiser has a copy in fp32."""
+        return self.model.element < 4
+
+    def _part(self, kind: str, bytes: float, *, on_host: bool = False) -> Part:
+        return Part(self.model.spec.name, kind, bytes, on_host)
+
+    @property
+    def whole_bytes(self) -> float:
+        """Bytes of all weights in the model's precision."""
+        packed = self.model.counts.packed / self.model.tensor_ranks if self.model.spec.load_in_4bit else 0
+        return self._weights * self.model.element - packed * (self.model.element - 0.53)
+
+    def standing(self, *, in_use: bool = True) -> Moment:
+        """What is there from the first optimiser step on. A frozen model may rest on the host unless used."""
+        spec, element, whole = self.model.spec, self.model.element, self.whole_bytes
+        if self._stage == 3:
+            persistent = self.model.counts.persistent * element
+            whole = (whole - persistent) * self._share + persistent
+        if not spec.trained:
+            return (self._part("weights", whole, on_host=spec.offload and (self._stage == 3 or not in_use)),)
+        weights = self._part("weights", whole, on_host=spec.offload and self._stage == 3)
+        share = self._share if self._stage else 1.0
+        master = 4 if self._is_low or self._stage else 0
+        gradients = 0.0
+        if spec.offload:
+            gradients = 4 + (element if self._stage < 3 else 0)
+        elif self._stage == 3:
+            gradients = element
+        return (
+            weights,
+            self._part("optimiser", (master + 8) * self._trained * share, on_host=spec.offload),
+            self._part("gradients", gradients * self._trained * share, on_host=spec.offload),
+        )
+
+    def gathered(self) -> Moment:
+        """What ZeRO-3 gathers for a pass."""
+        if self._stage < 3 or (self.data_ranks == 1 and not self.model.spec.offload):
+            return ()
+        live, ahead = min(self._weights, LIVE), min(self._weights, PREFETCHED)
+        return (self._part("gathered weights", (live + ahead) * self.model.element),)
+
+    def _bucket(self) -> Moment:
+        """Buffers in which gradients are reduced. On a CPU what is not written to takes no memory."""
+        if self._stage == 0:
+            return ()
+        size = min(self._trained, BUCKET) if self.hardware.is_cpu else BUCKET
+        number = 1 if self.hardware.is_cpu or self._stage == 3 else 2
+        return (self._part("buffers", number * size * self.model.element),)
+
+    def top_of_backward(self) -> Moment:
+        """Beside activations: buffers, gathered weights, and gradients of earlier micro-batches."""
+        kept = {0: 1.0, 1: self._share, 2: self._share, 3: 0.0}[self._stage] if self.accumulates else 0.0
+        gradients = self._part("gradients", kept * self._trained * self.model.element)
+        return (gradients, *self._bucket(), *self.gathered())
+
+    def end_of_backward(self) -> Moment:
+        """Gradients as they are reduced, without activations."""
+        element, trained = self.model.element, self._trained
+        if self._stage == 0:
+            flat = self._part("buffers", min(trained, BUCKET) * element)
+            return (self._part("gradients", trained * element), flat)
+        share = self._share * trained if self._stage < 3 else min(trained, BUCKET)
+        return (self._part("gradients", share * element), *self._bucket(), *self.gathered())
+
+    def optimizer_step(self) -> Moment:
+        """Gradients as the optimiser takes them."""
+        wide = 4 if self._is_low else 0
+        number = self.model.element + wide
+        if self.model.spec.offload:
+            number = 0
+        elif self._stage in (1, 2):
+            number += self.model.element
+        share = self._share if self._stage else 1.0
+        return (self._part("gradients", number * self._trained * share),)
+
+    def freed(self) -> Moment:
+        """On a CPU: freed gradients and, at stage 3, whole weights that malloc keeps for later.
+
+        Blocks below its largest threshold, 32 MiB, are not given back to the system, and those above it, in
+        which the optimiser steps, are not made of them.
+        """
+        if not self.hardware.is_cpu:
+            return ()
+        kept = FREED[self._stage] if self._stage or (self._is_low and self.data_ranks > 1) else 0.0
+        share = self._share if self._stage == 3 else 1.0
+        return (self._part("freed", kept * share * self._trained * self.model.element),)
+
+    def building(self) -> Moment:
+        """The engine at the worst moment of its construction."""
+        if not self.model.spec.trained:
+            return self.standing()
+        if self._stage == 0:
+            return (*self.standing(), *(self.optimizer_step() if self._is_low else ()))
+        weights, optimiser, gradients = self.standing()
+        # One set of zeros in place of Adam's two averages, which the first step makes.
+        return (weights, gradients, replace(optimiser, bytes=8 / 12 * optimiser.bytes))
+
+
+def total(moment: Iterable[Part], *, on_host: bool = False) -> float:
+    """Bytes on the device, or those that a rank has put on the host."""
+    return sum(part.bytes for part in moment if part.on_host == on_host)
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """A run's models on one rank, and what its passes read."""
+
+    models: Sequence[PlannedModel]
+    sizes: PassSizes
+    hardware: Hardware
+    data_ranks: int
+    gathers: bool = True
+    """Whether a sharded actor is gathered to sample answers."""
+
+    def _engine(self, model: PlannedModel) -> EngineMemory:
+        return EngineMemory(model, self.hardware, self.data_ranks, self.sizes.accumulation > 1)
+
+    def phases(self) -> dict[str, Moment]:
+        """The worst moment of each phase."""
+        moments = {
+            "load": self._loading(),
+            "generate": self._generating(),
+            "experience": self._reading(),
+            "train": self._training(),
+            "evaluate": self._evaluating(),
+            "save": self._saving(),
+        }
+        on_cpu = self.hardware.is_cpu
+        base = Part("libraries", "buffers", LIBRARIES[self.hardware.device])
+        return {
+            name: max(
+                ((base, *moment) for moment in found),
+                key=lambda moment: total(moment) + (total(moment, on_host=True) if on_cpu else 0),
+            )
+            for name, found in moments.items()
+            if found
+        }
+
+    def _standing(self, *used: PlannedModel) -> Moment:
+        """What all models hold; frozen ones that are not `used` may rest on the host."""
+        together = self.models
+        if self.sizes.answer_length == 0:  # DPO's reference is gone before the policy comes
+            together = [model for model in self.models if model.spec.trained] if not used else list(used)
+        parts = [p for m in together for p in self._engine(m).standing(in_use=m in used)]
+        if self.sizes.keeps_average:
+            average = 4 * self.models[0].counts.trained / self.models[0].tensor_ranks
+            share = 1 / self.data_ranks if self.models[0].spec.zero_stage == 3 else 1.0
+            parts.append(Part("moving average", "weights", average * share))
+        return tuple(parts)
+
+    def cost_of(self, model: PlannedModel, rows: Rows, *, trains: bool) -> PassCost:
+        """The cost of a model's pass over rows; without gradients nothing is recomputed."""
+        passing = model if trains else _frozen(model)
+        return passing.cost(rows, way=model.way(rows.length), trains=trains)
+
+    def _pass(self, model: PlannedModel, rows: Rows, *, trains: bool) -> Moment:
+        cost, ranks = self.cost_of(model, rows, trains=trains), model.tensor_ranks
+        # Of a tensor-parallel layer the parts between its two products are shared out, about half of it.
+        share = 1.0 if ranks == 1 else (1 + 1 / ranks) / 2
+        return (
+            Part(model.spec.name, "activations", (cost.peak - cost.logits) * share),
+            Part(model.spec.name, "logits", cost.logits),
+        )
+
+    def _rows(self, number: int) -> Rows:
+        return Rows(number, self.sizes.length, self.sizes.num_outputs)
+
+    def _loading(self) -> list[Moment]:
+        """Models come one after the other; on a CPU the file that is read is mapped beside its copy."""
+        found: list[Moment] = []
+        before: Moment = ()
+        for model in self.models:
+            engine = self._engine(model)
+            read = Part(model.spec.name, "buffers", engine.whole_bytes, on_host=not self.hardware.is_cpu)
+            weights = Part(model.spec.name, "weights", engine.whole_bytes)
+            found += [(*before, read, weights), (*before, *engine.building())]
+            if self.sizes.answer_length:
+                before = (*before, *engine.standing(in_use=False))
+        return found
+
+    def _generating(self) -> list[Moment]:
+        if not self.sizes.answer_length:
+            return []
+        actor, sizes = self.models[0], self.sizes
+        engine, rows = self._engine(actor), sizes.generation_rows
+        columns = -(-sizes.length // ROUND) * ROUND
+        cache = rows * columns * actor.cache_width * actor.element / actor.tensor_ranks
+        vocabulary = getattr(actor.config, "vocab_size", 0)
+        gathered: Moment = ()
+        if actor.spec.zero_stage == 3 and self.data_ranks > 1:
+            whole = Part(actor.spec.name, "gathered weights", engine.whole_bytes)
+            gathered = (whole,) if self.gathers else engine.gathered()
+        standing = (*self._standing(), *gathered, Part(actor.spec.name, "KV cache", cache))
+        read = Rows(rows, max(sizes.length - sizes.answer_length, 1), 1)
+        return [
+            (*standing, Part(actor.spec.name, "logits", rows * vocabulary * DRAWN)),
+            (*standing, *self._pass(actor, read, trains=False)),
+        ]
+
+    def _reading(self) -> list[Moment]:
+        """Passes without gradients over what is then learned from."""
+        if not self.sizes.answer_length and len(self.models) == 1:
+            return []
+        found = []
+        for model in self.models:
+            if self.sizes.answer_length or not model.spec.trained:
+                passed = self._pass(model, self._rows(self.sizes.train_rows), trains=False)
+                found.append((*self._standing(model), *self._engine(model).gathered(), *passed))
+        return found
+
+    def _training(self) -> list[Moment]:
+        found: list[Moment] = []
+        trained = [model for model in self.models if model.spec.trained]
+        rows = self._rows(self.sizes.train_rows)
+        held: Moment = ()
+        if self.sizes.holds_both and len(trained) > 1:
+            saved = self.cost_of(trained[1], rows, trains=True).saved
+            held = (Part(trained[1].spec.name, "activations", saved),)
+        for model in trained:
+            engine = self._engine(model)
+            standing = self._standing()
+            passed = self._pass(model, rows, trains=True)
+            passed = (*passed, *(held if model is trained[0] else ()))
+            ends = (engine.end_of_backward(), engine.optimizer_step())
+            if self.hardware.is_cpu:  # malloc keeps what activations took
+                found += [(*standing, *end, *engine.freed(), *passed) for end in ends]
+            else:
+                found.append((*standing, *engine.top_of_backward(), *passed))
+                found += [(*standing, *end) for end in ends]
+        return found
+
+    def _evaluating(self) -> list[Moment]:
+        if not self.sizes.eval_rows:
+            return []
+        model = self.models[0]
+        passed = self._pass(model, self._rows(self.sizes.eval_rows), trains=False)
+        return [(*self._standing(), *self._engine(model).gathered(), *passed)]
+
+    def _saving(self) -> list[Moment]:
+        """Rank 0 writes a whole copy, and reads it back."""
+        on_host = not self.hardware.is_cpu
+        return [
+            (
+                *self._standing(),
+                Part(model.spec.name, "buffers", 2 * self._engine(model).whole_bytes, on_host),
+            )
+            for model in self.models
+            if model.spec.trained
+        ]
+
+
+def _frozen(model: PlannedModel) -> PlannedModel:
+    """The model as it makes passes without gradients."""
+    return replace(model, recomputes=False)

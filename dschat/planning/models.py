@@ -1,0 +1,278 @@
+"""The models of a run as a plan sees them: how many weights each has, and what its passes cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from dschat.arguments import ModelArguments, RunArguments
+from dschat.distributed.device import DTYPES
+from dschat.fingerprint import fingerprint
+from dschat.models.attention import way_of
+from dschat.models.config import head_width, read_config
+from dschat.models.lora import adapted_layers
+from dschat.models.preflight import SCORES, meta_model_of
+from dschat.models.reward_model import enable_gradient_checkpointing
+from dschat.planning.meta_pass import PassCost, Rows, pass_cost, with_layers
+
+PERSISTENT = 10_000
+"""Weights of the largest parameter that ZeRO-3 leaves whole: stage3_param_persistence_threshold."""
+
+
+class Spec(Protocol):
+    """What a plan asks of a model's specification; `rlhf.roles.EngineSpec` answers it for step 3."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def trained(self) -> bool: ...
+    @property
+    def settings(self) -> ModelArguments: ...
+    @property
+    def dtype(self) -> Literal["bf16", "fp16", "fp32"]: ...
+    @property
+    def offload(self) -> bool: ...
+    @property
+    def load_in_4bit(self) -> bool: ...
+    @property
+    def zero_stage(self) -> int: ...
+    @property
+    def without_adapters_of(self) -> str | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model of steps 1 and 2 and of DPO, as `Spec` has it."""
+
+    settings: ModelArguments
+    head: str
+    dtype: Literal["bf16", "fp16", "fp32"]
+    offload: bool
+    role: str = "model"
+    name: str = "model"
+    trained: bool = True
+    without_adapters_of: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Folder or hub id of the weights."""
+        return self.settings.model_name_or_path
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether linear layers are packed."""
+        return self.settings.load_in_4bit
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the engine."""
+        stage = self.settings.zero_stage
+        return stage if self.trained or stage == 3 else 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of weights."""
+
+    whole: int
+    trained: int
+    packed: int = 0
+    """Of those in linear layers of the backbone, which --load_in_4bit packs."""
+    persistent: int = 0
+    """Of those in small parameters, which ZeRO-3 does not shard."""
+
+
+class _Adapted(nn.Module):
+    """A linear layer with an adapter, as PEFT computes it."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        weight: Any = layer.weight
+        outputs, inputs = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
+        options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": weight.dtype}
+        self.base_layer = layer
+        self.lora_A = nn.Linear(inputs, rank, **options)
+        self.lora_B = nn.Linear(rank, outputs, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output and the adapter's, times a number."""
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedModel:
+    """One model of a run."""
+
+    spec: Spec
+    config: PretrainedConfig
+    only_adapters: bool
+    """Whether adapters alone are trained, by --only_optimize_lora."""
+    recomputes: bool = True
+    """Whether --gradient_checkpointing is obeyed: passes without gradients recompute nothing."""
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """What weights and passes depend on."""
+        s = self.settings
+        adapters = (s.lora_dim, s.lora_module_name, s.lora_config) if self.spec.trained else ()
+        return (
+            *(self.config.to_json_string(use_diff=False), self.spec.head, self.spec.dtype, self.spec.trained),
+            *(self.only_adapters, self.recomputes and s.gradient_checkpointing, *adapters),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlannedModel) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return int(fingerprint({"model": [str(part) for part in self.key]})[:12], 16)
+
+    @property
+    def settings(self) -> ModelArguments:
+        """Flags of the model that it is, or stands beside."""
+        return self.spec.settings
+
+    @property
+    def trains_adapters_only(self) -> bool:
+        """Whether the model is trained, and nothing but its adapters are."""
+        return self.spec.trained and self.settings.uses_lora and self.only_adapters
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Ranks that share each layer."""
+        return getattr(self.settings, "tensor_parallel_size", 1) if self.spec.trained else 1
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in the model's precision."""
+        return DTYPES[self.spec.dtype].itemsize
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        """The model of this configuration on the meta device, as it makes passes."""
+        is_reward_model = self.spec.head != "language_model"
+        model: Any = meta_model_of(config, is_reward_model=is_reward_model, dtype=DTYPES[self.spec.dtype])
+        model.eval().requires_grad_(False)
+        if not self.spec.trained:
+            return model
+        has_adapters = self.settings.uses_lora
+        model.train().requires_grad_(not (has_adapters and self.only_adapters))
+        if has_adapters:
+            self._adapt(model)
+        if self.recomputes and self.settings.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        return model
+
+    def _adapt(self, model: Any) -> None:
+        layers, rank = adapted_layers(model, replace(self.settings, model_name_or_path=self.spec.path))
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(False)
+            model.set_submodule(name, _Adapted(layer, rank))
+        if hasattr(model, "v_head"):
+            model.v_head.requires_grad_(True)
+
+    @property
+    def counts(self) -> Counts:
+        """How many weights."""
+        return _counts(self)
+
+    def count(self) -> Counts:
+        """How many weights, from models of one and of two layers."""
+        few = [_count(self.build(with_layers(self.config, number))) for number in (1, 2)]
+        more = self.config.num_hidden_layers - 1
+        grown = {
+            name: getattr(few[0], name) + more * (getattr(few[1], name) - getattr(few[0], name))
+            for name in ("whole", "trained", "packed", "persistent")
+        }
+        return Counts(**grown)
+
+    def cost(self, rows: Rows, *, way: str, trains: bool) -> PassCost:
+        """The cost of a pass of this model; it is computed once. `way` names the attention."""
+        return _cost(self, rows, way, trains)
+
+    def way(self, length: int) -> str:
+        """The attention of rows of so many tokens, by the names of `models.attention.WAYS`."""
+        return way_of(self.config, self.settings.attn_implementation, DTYPES[self.spec.dtype], length)
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers per token that a KV cache holds, keys and values of all layers."""
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        return 2 * self.config.num_hidden_layers * heads * head_width(self.config)
+
+
+@cache
+def _counts(model: PlannedModel) -> Counts:
+    return model.count()
+
+
+@cache
+def _cost(model: PlannedModel, rows: Rows, way: str, trains: bool) -> PassCost:
+    return pass_cost(model.build, model.config, rows, dtype=DTYPES[model.spec.dtype], way=way, trains=trains)
+
+
+def _count(model: nn.Module) -> Counts:
+    parameters = list(model.parameters())
+    linear = [
+        m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in name
+    ]
+    return Counts(
+        whole=_total(parameters),
+        trained=_total([p for p in parameters if p.requires_grad]),
+        packed=_total([weight for weight in linear if not weight.requires_grad]),
+        persistent=_total([p for p in parameters if p.numel() <= PERSISTENT]),
+    )
+
+
+def _total(parameters: Sequence[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def planned_models(
+    specs: Sequence[Spec], *, only_adapters: bool, configs: dict[str, PretrainedConfig] | None = None
+) -> list[PlannedModel]:
+    """The models of a run. `configs` are by path, in place of those in the folders.
+
+    A reference that an actor of adapters alone makes needless is left out.
+    """
+    found: dict[str, PlannedModel] = {}
+    for spec in specs:
+        twin = found.get(spec.without_adapters_of or "")
+        if twin is not None and twin.trains_adapters_only:
+            continue
+        scores = SCORES if spec.head != "language_model" else {}
+        given = (configs or {}).get(spec.path)
+        if given is None:
+            config = read_config(spec.path, 0.0, **scores)
+        else:
+            config = type(given).from_dict({**given.to_dict(), **scores})
+        found[spec.role] = PlannedModel(spec, config, only_adapters)
+    return list(found.values())
+
+
+def supervised_specs(
+    step: str, model: ModelArguments, run: RunArguments, *, offload_reference: bool = False
+) -> list[Spec]:
+    """The models of steps 1 and 2 and of DPO."""
+    head = "score" if step == "reward" else "language_model"
+    trained = ModelSpec(settings=model, head=head, dtype=run.dtype, offload=run.offload)
+    if step != "dpo":
+        return [trained]
+    reference = ModelSpec(
+        role="reference",
+        name="reference model",
+        settings=model,
+        head=head,
+        dtype=run.dtype,
+        offload=offload_reference,
+        trained=False,
+        without_adapters_of="model",
+    )
+    return [trained, reference]

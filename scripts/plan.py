@@ -1,0 +1,153 @@
+"""What a run will take of memory, time and money, from its flags, before anything is downloaded or loaded.
+
+    python scripts/plan.py STEP FLAGS...                       on this machine
+    python scripts/plan.py STEP FLAGS... --gpus 8 --gpu_memory 80GB
+    python scripts/plan.py STEP FLAGS... --gpus 1 --fit 24GB   the cheapest command line that fits
+
+STEP is sft, reward, dpo or rlhf, and FLAGS are those of the step. Of a model only its config.json is read.
+Where the devices are of this machine's kind, their speed is measured in some seconds and remembered, so that
+the plan tells seconds too, and later runs tell them when they start. The exit status is 1 where the run does
+not fit.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.arguments import PROGRAMS, RlhfArguments, TrainingStep, parse_arguments
+from dschat.errors import UserError
+from dschat.program import readable_errors
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
+    from dschat.planning.hardware import Hardware
+    from dschat.planning.models import Spec
+    from dschat.planning.rates import Rates
+
+STEPS = ("sft", "reward", "dpo", "rlhf")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this program, and those of the step."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("step", choices=STEPS, help="The step to plan.")
+    parser.add_argument(
+        "--gpus", type=int, help="GPUs of all hosts; without it the plan is for this machine."
+    )
+    parser.add_argument("--gpus_per_host", type=int, default=8, help="Most GPUs of one host.")
+    parser.add_argument("--gpu_memory", default="80GB", help="Memory of one GPU, such as 80GB or 24GiB.")
+    parser.add_argument("--host_memory", help="Memory of one host, such as 512GB; without it any will do.")
+    parser.add_argument("--fit", help="Find the cheapest flags with which a GPU of this memory is enough.")
+    parser.add_argument("--allow_lora", action="store_true", help="Let --fit train adapters alone.")
+    parser.add_argument("--steps", type=int, help="Optimiser steps (step 3: PPO steps) of the run.")
+    parser.add_argument("--price_per_hour", type=float, default=0.0, help="Price of one device per hour.")
+    args, rest = parser.parse_known_args(argv)
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {args.gpus}.")
+    return args, rest
+
+
+def hardware_of(args: argparse.Namespace) -> "Hardware":
+    """The devices that the plan is for."""
+    from dschat.planning.hardware import Hardware, bytes_of, this_hardware
+
+    if args.gpus is None and args.fit is None:
+        return this_hardware()
+    gpus = args.gpus or 1
+    return Hardware(
+        device="cuda",
+        ranks=gpus,
+        ranks_per_host=min(gpus, args.gpus_per_host),
+        device_memory=bytes_of(args.fit or args.gpu_memory),
+        host_memory=bytes_of(args.host_memory) if args.host_memory else 0.0,
+    )
+
+
+def specs_of(step: TrainingStep) -> "Sequence[Spec]":
+    """The models of a step."""
+    from dschat.planning.models import supervised_specs
+    from dschat.rlhf.roles import engine_specs
+
+    if isinstance(step, RlhfArguments):
+        return engine_specs(step)
+    settings: Any = step
+    return supervised_specs(step.step, settings.model, step.run)
+
+
+def rates_for(step: TrainingStep, hardware: "Hardware") -> "Rates | None":
+    """The speed of this machine's device, measured now or remembered; None for devices of another kind."""
+    from dschat.distributed.device import device_type
+    from dschat.models.config import read_config
+    from dschat.planning.rates import rates_of
+    from dschat.runs.measured_choices import MeasuredChoices
+
+    if device_type() != hardware.device:
+        return None
+    sizes, config = step.pass_sizes, read_config(specs_of(step)[0].path, dropout=None)
+    tokens = sizes.train_rows * sizes.length
+    return rates_of(config, step.run.dtype, num_tokens=tokens, choices=MeasuredChoices(), measures=True)
+
+
+def command(step: TrainingStep, words: Sequence[str], flags: dict[str, Any], gpus: int, per_host: int) -> str:
+    """The command line with these flags in place of what was given."""
+    kept, skips = [], False
+    for word in words:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--"):
+            skips = name in flags
+        if not skips:
+            kept.append(word)
+    for name, value in flags.items():
+        if value is True:
+            kept.append(f"--{name}")
+        elif value not in (False, None):
+            kept.append(f"--{name} {value}")
+    hosts = -(-gpus // per_host)
+    launcher = f"torchrun --nproc_per_node {min(gpus, per_host)}" if gpus > 1 else "python"
+    launcher += f" --nnodes {hosts}" if hosts > 1 else ""
+    return " ".join([launcher, PROGRAMS[step.step], *kept])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan and print."""
+    own, words = parse(argv)
+    step: Any = parse_arguments(own.step, words)
+    from dschat.engines.memory_remedies import memory_flags
+    from dschat.planning.plan import Plan, plan_of
+    from dschat.planning.savings import cut_most, fitting, savings_line
+
+    hardware = hardware_of(own)
+    rates = rates_for(step, hardware)
+
+    def planned(step: TrainingStep) -> Plan:
+        return plan_of(step, specs_of(step), hardware, rates=rates, steps=own.steps)
+
+    plan = planned(step)
+    if own.fit is not None:
+        prefixes = ("actor_", "critic_") if own.step == "rlhf" else ("",)
+        found = fitting(step, prefixes, planned, with_lora=own.allow_lora)
+        if found is None:
+            hint = "" if own.allow_lora else " --allow_lora would let it train adapters."
+            print(f"no flags make it fit {own.fit} on {hardware.ranks} GPU(s).{hint}")
+            return 1
+        flags, plan = found
+        print(command(step, words, flags, hardware.ranks, hardware.ranks_per_host))
+        print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
+        return 0
+    print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
+    if saving := cut_most(step, plan, memory_flags(step), planned):
+        print(savings_line(saving))
+    if plan.fits is False:
+        print("plan: does not fit")
+    return int(plan.fits is False)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        sys.exit(main())

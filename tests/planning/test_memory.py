@@ -1,0 +1,88 @@
+"""Bytes by phase, model and part."""
+
+import pytest
+from plans import arguments, planned
+
+from dschat.planning.memory import Moment, total
+
+
+def size(moment: Moment, kind: str, model: str = "") -> float:
+    return sum(p.bytes for p in moment if p.kind == kind and model in p.model)
+
+
+def test_stages_shard_what_they_say():
+    found = {
+        stage: planned(arguments("sft", f"--zero_stage={stage}"), ranks=4).phases["train"]
+        for stage in (0, 1, 2, 3)
+    }
+    whole = size(found[0], "weights")
+    assert size(found[0], "optimiser") == 2 * whole  # two averages, and in fp32 no copy of the weights
+    assert size(found[1], "optimiser") == size(found[2], "optimiser") == pytest.approx(3 * whole / 4)
+    assert size(found[2], "weights") == whole
+    assert size(found[3], "weights") < 0.6 * whole
+    assert size(found[3], "gathered weights") > 0
+
+
+def test_offloading_moves_states_to_the_host():
+    there = planned(arguments("sft", "--zero_stage=2"), ranks=2).phases["train"]
+    gone = planned(arguments("sft", "--zero_stage=2", "--offload"), ranks=2).phases["train"]
+    assert total(gone) < total(there)
+    assert total(gone, on_host=True) >= size(there, "optimiser")
+
+
+def test_adapters_need_little_beside_weights():
+    whole = planned(arguments("sft")).phases["train"]
+    adapted = planned(arguments("sft", "--lora_dim=2", "--only_optimize_lora")).phases["train"]
+    assert size(adapted, "optimiser") < 0.2 * size(whole, "optimiser")
+    assert size(adapted, "weights") > size(whole, "weights")
+
+
+def test_checkpointing_keeps_less_and_its_passes_without_gradients_cost_the_same():
+    keeps, recomputes = (
+        planned(arguments("rlhf", *flags)).phases
+        for flags in ((), ("--actor_gradient_checkpointing", "--critic_gradient_checkpointing"))
+    )
+    assert total(recomputes["train"]) < total(keeps["train"])
+    assert recomputes["experience"] == keeps["experience"]
+
+
+def test_step_3_has_four_models_and_generates():
+    phases = planned(arguments("rlhf")).phases
+    assert {part.model for part in phases["experience"]} >= {
+        *("actor", "critic", "reference model", "reward model"),
+    }
+    cache = size(phases["generate"], "KV cache")
+    # 16 answers of 512 columns, 2 layers, keys and values of 2 heads of 8 numbers in fp32
+    assert cache == 16 * 512 * 2 * 2 * 2 * 8 * 4
+    assert set(phases) == {"load", "generate", "experience", "train", "save"}
+
+
+def test_an_actor_of_adapters_alone_has_no_reference():
+    phases = planned(arguments("rlhf", "--actor_lora_dim=2", "--only_optimize_lora")).phases
+    assert "reference model" not in {part.model for part in phases["experience"]}
+
+
+def test_a_gathered_actor_is_whole_while_it_generates():
+    phases = planned(arguments("rlhf", "--actor_zero_stage=3", "--critic_zero_stage=3"), ranks=8).phases
+    whole = planned(arguments("rlhf"), ranks=8).phases["generate"]
+    assert size(phases["generate"], "gathered weights", "actor") == size(whole, "weights", "actor")
+
+
+def test_frozen_models_rest_on_the_host_between_uses():
+    phases = planned(arguments("rlhf", "--offload_reference_model")).phases
+    there = [part for part in phases["train"] if part.model == "reference model" and part.kind == "weights"]
+    assert [part.on_host for part in there] == [True]
+
+
+def test_dpos_reference_is_gone_before_the_policy_comes():
+    phases = planned(arguments("dpo")).phases
+    assert {part.model for part in phases["train"] if part.kind == "weights"} == {"model"}
+    assert {part.model for part in phases["experience"] if part.kind == "weights"} == {"reference model"}
+
+
+def test_on_a_cpu_malloc_keeps_what_gradients_took():
+    on_cpu, on_gpu = (
+        planned(arguments("sft", "--zero_stage=2"), device=kind).phases["train"] for kind in ("cpu", "cuda")
+    )
+    assert size(on_cpu, "freed") > 0 == size(on_gpu, "freed")
+    assert size(on_cpu, "buffers") < 1e8 < size(on_gpu, "buffers")  # what is not touched takes no memory

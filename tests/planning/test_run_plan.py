@@ -1,0 +1,33 @@
+"""The plan beside what was measured."""
+
+import json
+
+import pytest
+from plans import arguments, specs_of
+from tiny import save_tiny_model
+
+from dschat.planning.run_plan import PLAN, RunPlan, measured_seconds
+from dschat.runs.measured_choices import MeasuredChoices
+
+
+@pytest.fixture
+def run_plan(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "m")
+    args = arguments("sft", f"--model_name_or_path={model}", f"--output_dir={tmp_path}")
+    choices = MeasuredChoices(folder=tmp_path / "choices")
+    return RunPlan.begin(args, specs_of(args), choices, longest=32, steps=7)
+
+
+def test_a_run_says_what_was_predicted_and_what_was_measured(run_plan, tmp_path, capsys):
+    lines = [{"step": n, "seconds_forward_backward": n, "seconds_optimizer": 0.5} for n in (9, 2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_plan.finish()
+    assert "predicted" in capsys.readouterr().out
+    written = json.loads((tmp_path / PLAN).read_text())
+    assert written["steps"] == 7
+    assert written["measured"]["seconds"] == {"forward_backward": 3.0, "optimizer": 0.5}
+    assert written["measured"]["device_peak"] >= 0
+
+
+def test_runs_without_metrics_have_no_seconds(tmp_path):
+    assert measured_seconds(tmp_path) == {}

@@ -1,0 +1,40 @@
+"""scripts/plan.py: its command lines, and what it prints."""
+
+import shlex
+
+import pytest
+from tiny import save_tiny_model
+
+from dschat.arguments import parse_arguments
+from dschat.errors import UserError
+from scripts import plan
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return ["--model_name_or_path", str(save_tiny_model(tmp_path_factory.mktemp("m"))), "--data_path", "d"]
+
+
+def test_the_command_line_that_fits_is_one_of_the_step(flags, capsys):
+    own = ["--gpus", "1", "--fit", "0.65GB", "--steps", "5"]
+    assert plan.main(["sft", *flags, "--zero_stage", "0", "--per_device_train_batch_size=64", *own]) == 0
+    command, first, *_ = capsys.readouterr().out.splitlines()
+    program, *words = shlex.split(command)[1:]
+    assert program == "step1_sft/main.py"
+    fitting = parse_arguments("sft", words)
+    assert fitting.batch.per_device_train_batch_size * fitting.optimizer.gradient_accumulation_steps == 64
+    assert "to train" in first or "to evaluate" in first
+
+
+def test_what_does_not_fit_is_said(flags, capsys):
+    assert plan.main(["sft", *flags, "--gpus", "8", "--gpu_memory", "0.601GB"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "would cut most" in out
+
+
+def test_flags_of_the_step_are_checked(flags):
+    with pytest.raises(UserError, match="max_seq_len"):
+        plan.main(["sft", *flags, "--max_seq_length", "5", "--gpus", "1"])
+    with pytest.raises(UserError, match="--gpus must be at least 1"):
+        plan.parse(["sft", "--gpus", "0"])
