@@ -46,7 +46,7 @@ def runs_of(folder: Path, cases: dict, stopped: dict, *, ranks: int, size: int) 
         flags = [
             *(f"--model_name_or_path={folder / family}", f"--data_path={folder / 'pairs.jsonl'}"),
             *(f"--data_output_path={folder / f'cache{ranks}'}", f"--sequence_parallel_size={size}"),
-            *(f"--per_device_train_batch_size={rows}", "--learning_rate=3e-3", "--adam_epsilon=1e-3"),
+            *(f"--per_device_train_batch_size={rows}", "--learning_rate=1e-3", "--adam_epsilon=1e-3"),
             *("--num_train_epochs=1.5", "--data_split=1,1,1", "--save_interval=2", "--eval_fraction=0.2"),
             *("--dtype=fp32", "--preprocessing_num_workers=1", "--no_enable_tensorboard", *more),
         ]
