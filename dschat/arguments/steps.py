@@ -360,6 +360,11 @@ class RlhfArguments(TrainingStep):
             f"--actor_tensor_parallel_size {sizes[0]} and --critic_tensor_parallel_size {sizes[1]} must be "
             "equal, or one of them 1: the ranks are divided once.",
         )
+        require(
+            self.actor.tensor_parallel_size == 1 or self.rollout.rollout_backend != "continuous",
+            "--rollout_backend continuous cannot be combined with --actor_tensor_parallel_size: its pages "
+            "are for all heads, of which a rank has a part; leave one of them out.",
+        )
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         if self.rlhf.align_overflow and not self.aligns_overflow:
             messages.note("--align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")

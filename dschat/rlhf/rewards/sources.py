@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import REWARD_MODEL, RewardSourceArguments
 from dschat.console import messages
-from dschat.distributed.collectives import all_gather_object, gather_rows
+from dschat.distributed.collectives import all_gather_object, gather_rows, sum_across_ranks
+from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
 from dschat.rlhf.rewards.endpoint import RewardEndpoint
 from dschat.rlhf.rewards.function import RewardFunction
@@ -106,10 +107,11 @@ class Rewards:
         device = rollout.input_ids.device
         mine = torch.cat(indices).to(device)
         answers = self._as_text(rollout.rows(mine), prompts)
-        scored, fatal = self._ask(answers)
+        scored, fatal = self._ask(answers) if mesh().tensor.rank == 0 else (self._unasked(answers), "")
         self._agree(scored, answers, fatal)
         table = [[s if isinstance(s, float) else float("nan") for s in scores] for scores in scored.values()]
         own = torch.tensor(table, dtype=torch.float64, device=device).T.contiguous()
+        own = sum_across_ranks(own, axis="tensor")  # each answer is judged once: a source may waver
         every = gather_rows(own, axis="data")[gather_rows(mine, axis="data").argsort()]
         failed = every.isnan()
         occasions = "evaluations" if in_evaluation else "rollout batches"
@@ -141,6 +143,10 @@ class Rewards:
             except UserError as error:
                 return {}, str(error)
         return scored, ""
+
+    def _unasked(self, answers: TextAnswers) -> dict[str, list[Score]]:
+        """Zeros in place of scores, on the tensor ranks that read the same answers as the first."""
+        return {source.name: [0.0] * len(answers.answers) for source in self._sources}
 
     def _agree(self, scored: dict[str, list[Score]], answers: TextAnswers, fatal: str) -> None:
         """Report on rank 0 what went wrong for the first time on any rank; raise on all what ends the run."""

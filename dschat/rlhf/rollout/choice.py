@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
 from dschat.distributed.deepspeed_private import whole_size
+from dschat.distributed.mesh import mesh
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
@@ -92,7 +93,7 @@ def _may_be_fastest(continuous: ContinuousBatching, longest: int) -> bool:
     It is made for FlashAttention, which reads each row's own pages. With SDPA every token of a pass meets the
     keys of all rows, under a mask; on a CPU static decoding was faster (docs/performance.md).
     """
-    if not continuous.has_flash_attention:
+    if not continuous.has_flash_attention or mesh().tensor.size > 1:  # pages are for all heads
         return False
     try:
         continuous.check(longest=longest)

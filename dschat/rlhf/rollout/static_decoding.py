@@ -11,6 +11,7 @@ import torch
 
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
+from dschat.distributed.mesh import mesh
 from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.decode_modes import MODES, Decoding, agreeing_modes
@@ -54,7 +55,7 @@ class StaticDecoding:
                 self._plain.engine.module,
                 num_tokens=self._plain.num_tokens,
                 longest=self._longest,
-                with_python_hooks=self._plain.shards_weights,
+                with_python_hooks=self._plain.shards_weights or mesh().tensor.size > 1,
             )
             if not self._agreeing:
                 messages.note(

@@ -1,0 +1,125 @@
+"""Runs whose layers two ranks share, of every step: like one process, and like themselves after a failure."""
+
+import json
+from pathlib import Path
+
+import pytest
+from figures import timeless_lines
+from processes import ROOT, python
+from safetensors.torch import load_file
+from test_ppo_resume import HALF_A_RANK, STEERED, flags_of
+from tiny import save_counting_pairs, save_reward_model, save_tiny_model
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.matrix
+
+WORKERS = ROOT / "tests" / "workers"
+SHARED = "--tensor_parallel_size=2"
+SUPERVISED = {
+    "sft 0": ("sft", "llama", "--zero_stage=0"),
+    "sft 1": ("sft", "opt", "--zero_stage=1", "--gradient_accumulation_steps=2"),
+    "sft 2 adapters": ("sft", "gpt_neox", "--zero_stage=2", "--lora_dim=4"),
+    "sft 3 recomputed": ("sft", "qwen3", "--zero_stage=3", "--gradient_checkpointing"),
+    "reward 0": ("reward", "opt", "--zero_stage=0"),
+    "reward 1 adapters": ("reward", "llama", "--zero_stage=1", "--lora_dim=4", "--only_optimize_lora"),
+    "reward 2 offloaded": ("reward", "qwen3", "--zero_stage=2", "--offload"),
+    "reward 3": ("reward", "llama", "--zero_stage=3"),
+    "dpo 0 adapters": ("dpo", "qwen3", "--zero_stage=0", "--lora_dim=4", "--only_optimize_lora"),
+    "dpo 1": ("dpo", "llama", "--zero_stage=1"),
+    "dpo 2": ("dpo", "gpt_neox", "--zero_stage=2"),
+    "dpo 3": ("dpo", "opt", "--zero_stage=3"),
+}
+ACTOR, CRITIC = {"actor_tensor_parallel_size": 2}, {"critic_tensor_parallel_size": 2}
+PPO = {
+    "average": (STEERED, ACTOR | CRITIC),
+    "average 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3, **STEERED}, ACTOR | CRITIC),
+    "adapters": ({"actor_lora_dim": 4, "critic_lora_dim": 4, "only_optimize_lora": True}, ACTOR | CRITIC),
+    "actor alone": ({"actor_zero_stage": 1, "critic_zero_stage": 2}, ACTOR),
+    "critic alone": ({"actor_zero_stage": 3, "enable_ema": True}, CRITIC),
+    "generate()": ({"rollout_backend": "hf", "actor_zero_stage": 2}, ACTOR | CRITIC),
+}
+EPSILON = 1e-3
+"""Adam's: with its own default rounding in a gradient that ought to be 0, such as a key's bias has, is a step
+of the whole learning rate."""
+
+
+def supervised(folder: Path, name: str, output: str, *more: str, data_ranks: int = 1) -> dict:
+    program, family, *flags = SUPERVISED[name]
+    if not (folder / family).exists():
+        save_tiny_model(folder / family, family)
+    rows = 8 // data_ranks // (2 if "--gradient_accumulation_steps=2" in flags else 1)
+    paths = {
+        "model_name_or_path": folder / family,
+        "data_path": folder / "pairs.jsonl",
+        "data_output_path": folder / f"cache {output}",
+        "output_dir": folder / output / name,
+    }
+    own = [
+        *(f"--{flag}={path}" for flag, path in paths.items()),
+        *(f"--per_device_train_batch_size={rows}", "--learning_rate=3e-3", f"--adam_epsilon={EPSILON}"),
+        *("--num_train_epochs=2", "--data_split=1,1,1", "--save_interval=2", "--dtype=fp32"),
+        *("--packing=off", "--pad_to_multiple_of=8"),
+    ]
+    return {"program": program, "flags": [*own, *flags, *more]}
+
+
+def start(worker: str, folder: Path, name: str, runs: list[dict], ranks: int) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(runs))
+    python(WORKERS / worker, folder / f"{name}.json", ranks=ranks, timeout=1500)
+
+
+def assert_alike(one: Path, other: Path, *, exactly: bool) -> None:
+    """Two runs of the same figures and exports, to the last bit or to rounding."""
+    figures = [timeless_lines(folder) for folder in (one, other)]
+    if exactly:
+        assert figures[0] == figures[1]
+    for expected, found in zip(*figures, strict=True):
+        for figure in ("loss", "eval_loss", "score", "kl", "value_loss", "grad_norm", "actor_grad_norm"):
+            if figure in expected:
+                assert_close(found[figure], expected[figure], rtol=1e-4, atol=1e-4, msg=f"{other}: {figure}")
+    files = [path.relative_to(one) for path in one.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    assert files
+    for file in files:
+        tolerance = 0 if exactly else 5e-6
+        assert_close(load_file(other / file), load_file(one / file), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_steps_1_and_2_and_dpo(tmp_path, ranks):
+    save_counting_pairs(tmp_path / "pairs.jsonl")
+    whole = [supervised(tmp_path, name, "whole") for name in SUPERVISED]
+    start("interrupted_runs.py", tmp_path, "whole", whole, 1)
+    shared: list[dict] = []
+    for name in SUPERVISED:
+        shared.append(supervised(tmp_path, name, "shared", SHARED, data_ranks=ranks // 2))
+        failing = supervised(tmp_path, name, "resumed", SHARED, data_ranks=ranks // 2)
+        again = [*failing["flags"], "--resume_from_checkpoint=latest"]
+        shared += [{**failing, "die_in": 4}, {**failing, "flags": again}]
+    start("interrupted_runs.py", tmp_path, "shared", shared, ranks)
+    for name in SUPERVISED:
+        assert_alike(tmp_path / "whole" / name, tmp_path / "shared" / name, exactly=False)
+        assert_alike(tmp_path / "shared" / name, tmp_path / "resumed" / name, exactly=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_step_3(tmp_path, ranks):
+    save_tiny_model(tmp_path / "actor")
+    save_reward_model(save_tiny_model(tmp_path / "base", seed=1), tmp_path / "reward")
+    rows = [{"prompt": f"\n\nHuman: Count to {n}.\n\nAssistant:", "chosen": " one"} for n in range(27)]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(row | {"rejected": " no"}) + "\n" for row in rows)
+    )
+    shape = {"adam_epsilon": EPSILON, **(HALF_A_RANK if ranks == 4 else {})}
+    whole, shared = [], []
+    for name, (options, sizes) in PPO.items():
+        alone = options | {"adam_epsilon": EPSILON}
+        whole.append({"flags": flags_of(tmp_path, f"whole/{name}", alone)})
+        shared.append({"flags": flags_of(tmp_path, f"shared/{name}", shape | options | sizes)})
+        stopped = flags_of(tmp_path, f"resumed/{name}", shape | options | sizes)
+        shared.append({"flags": stopped, "stop_after": 5})
+        shared.append({"flags": [*stopped, "--resume_from_checkpoint=latest"]})
+    start("interrupted_ppo.py", tmp_path, "whole", whole, 1)
+    start("interrupted_ppo.py", tmp_path, "shared", shared, ranks)
+    for name in PPO:
+        assert_alike(tmp_path / "whole" / name, tmp_path / "shared" / name, exactly=False)
+        assert_alike(tmp_path / "shared" / name, tmp_path / "resumed" / name, exactly=True)
