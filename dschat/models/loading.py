@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from dschat.distributed.deepspeed_private import forget_secondary_group
 from dschat.distributed.device import current_device, device_type
-from dschat.distributed.mesh import is_main_process
+from dschat.distributed.mesh import is_main_process, mesh
 from dschat.models.attention import set_attention
 from dschat.models.config import check_generates, read_config
 from dschat.models.model_folder import check_model_path
@@ -122,9 +122,14 @@ def _load(
 
 @contextmanager
 def _construction(ds_config: dict[str, Any] | None, stage: int) -> Iterator[None]:
-    """Shard models that are built inside the block at once if `stage` is 3."""
+    """Shard models that are built inside the block at once if `stage` is 3.
+
+    A model that is whole on every tensor rank of the run is left to its engine, which shards it over the data
+    ranks alone; here it would be over all.
+    """
+    is_left = mesh().tensor.size > 1 and "tensor_parallel" not in (ds_config or {})
     with quiet_transformers(progress=is_main_process()):
-        if stage < 3:
+        if stage < 3 or is_left:
             yield
             return
         ds_config = ds_config or {}

@@ -1,7 +1,8 @@
 """Score one rollout batch of four answers after the other, on as many ranks as it is started with.
 
 python reward_scores.py TOKENIZER_FOLDER OUTPUT_FOLDER '[[["--reward_function=..."], [["a", ...], ...]], ...]'
-A run is its flags and batches of answers. Each rank writes what it had, and how that ended, to OUTPUT_FOLDER.
+A run is its flags and batches of answers. On several ranks another argument is one more run, in which all of
+them read the same rows. Each rank writes what it had, and how that ended, to OUTPUT_FOLDER.
 """
 
 import json
@@ -12,7 +13,8 @@ import torch
 from datasets import Dataset
 
 from dschat.arguments import parse_arguments
-from dschat.distributed.mesh import mesh
+from dschat.distributed.collectives import make_axis_groups
+from dschat.distributed.mesh import mesh, set_parallel_sizes
 from dschat.distributed.process_group import destroy_process_group, init_process_group
 from dschat.errors import UserError
 from dschat.models.tokenizer import load_tokenizer
@@ -55,7 +57,7 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
         model_scale=scale,
     )
     prompts = Dataset.from_dict({"row": [json.dumps(row) for row in ROWS]})
-    mine = torch.arange(4)[mesh().world.rank :: mesh().world.size].flip(0).split(1)  # in no order
+    mine = torch.arange(4)[mesh().data.rank :: mesh().data.size].flip(0).split(1)  # in no order
     results, error = [], None
     try:
         for answers in batches:
@@ -71,5 +73,9 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
 if __name__ == "__main__":
     init_process_group()
     every = [run(Path(sys.argv[1]), flags, batches) for flags, batches in json.loads(sys.argv[3])]
+    if mesh().world.size > 1:
+        set_parallel_sizes(tensor=mesh().world.size)
+        make_axis_groups()
+        every.append(run(Path(sys.argv[1]), *json.loads(sys.argv[4])))
     (Path(sys.argv[2]) / f"{mesh().world.rank}.json").write_text(json.dumps(every))
     destroy_process_group()

@@ -20,6 +20,12 @@ def length(prompts, answers):
     return [float(len(answer)) for answer in answers]
 
 
+def process(prompts, answers):
+    import os
+
+    return [float(os.getpid())] * len(answers)
+
+
 def row_number(prompts, answers, number, prompt, row_answers):
     assert prompts == prompt
     assert row_answers == [["one", "two"] if n == 3 else None for n in number], row_answers
@@ -63,7 +69,7 @@ def assert_summed(result):
 
 def assert_named_once(told):
     assert told.count("reward row_number: ") == 2
-    assert "reward row_number: KeyError: 'this one' (rules.py:13); answer 'raise' to 'Say a.'" in told
+    assert "reward row_number: KeyError: 'this one' (rules.py:19); answer 'raise' to 'Say a.'" in told
     assert "which is no finite number; answer 'nan' to 'Say it again, b.'. It counts as -1" in told
 
 
@@ -99,6 +105,13 @@ def test_failures_of_evaluations_are_counted_apart_from_those_of_training():
         rewards._check_failures("evaluations", {"rule": True})
 
 
+@pytest.mark.slow
+def test_tensor_ranks_ask_a_source_once_and_share_what_it_says(two_ranks):
+    scores = [results[-1]["results"][0][0] for results in two_ranks[0]]
+    assert scores[0] == scores[1]
+    assert len(set(scores[0])) == 1
+
+
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     """What each rank has of the runs below, what was printed, and the endpoint's URL."""
@@ -113,7 +126,9 @@ def two_ranks(folder):
             [flags_of(folder, *SUM, *WEIGHTS), BATCHES],
             [endpoint, [["a", "b", "c", "d"], ["a", "x", "c", "d"]]],  # the second answer is rank 1's
         ]
-        process = python(WORKER, folder, folder, json.dumps(runs), ranks=2, env={"no_proxy": "127.0.0.1"})
+        wavering = [flags_of(folder, "--reward_function={rules}:process"), [["a", "b", "c", "d"]]]
+        texts = map(json.dumps, (runs, wavering))
+        process = python(WORKER, folder, folder, *texts, ranks=2, env={"no_proxy": "127.0.0.1"})
     results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return results, process.stdout, server.url
 
@@ -121,7 +136,7 @@ def two_ranks(folder):
 @pytest.mark.slow
 def test_two_ranks_have_the_sum_of_one(two_ranks):
     results, told, _ = two_ranks
-    for summed, _ in results:
+    for summed, *_ in results:
         assert_summed(summed)
     assert_named_once(told)
 
@@ -129,9 +144,9 @@ def test_two_ranks_have_the_sum_of_one(two_ranks):
 @pytest.mark.slow
 def test_an_endpoint_that_fails_one_rank_ends_all_of_them_alike(two_ranks):
     results, told, url = two_ranks
-    errors = [failed["error"] for _, failed in results]
+    errors = [failed["error"] for _, failed, _ in results]
     assert errors == [errors[0]] * 2
     assert f"--reward_endpoint {url}: " in errors[0]
     assert "2 times in a row" in errors[0]
-    assert [len(failed["results"]) for _, failed in results] == [1, 1]
+    assert [len(failed["results"]) for _, failed, _ in results] == [1, 1]
     assert "attempt 2 of 2 in 1 s" in told
