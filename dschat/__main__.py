@@ -41,6 +41,7 @@ TOOLS = {
         "scripts/doctor.py", "what is wrong with this machine and environment, and what mends it"
     ),
     "plan": Program("scripts/plan.py", "what a run will take of memory, time and money"),
+    "check-cluster": Program("scripts/check_cluster.py", "what keeps several hosts from training together"),
     "inspect": Program(
         "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
     ),

@@ -20,6 +20,11 @@ def check_engines(run: RunArguments, *models: ModelArguments) -> None:
     )
     for model in models:
         require(
+            not run.torch_compile or model.tensor_parallel_size == 1,
+            f"--torch_compile cannot be combined with --{model.prefix}tensor_parallel_size: layers that "
+            "ranks share call collectives of DeepSpeed's own; leave one of them out.",
+        )
+        require(
             not run.offload or model.zero_stage > 0,
             f"--offload needs --{model.prefix}zero_stage 1, 2 or 3, got 0; add --{model.prefix}zero_stage 2.",
         )
@@ -68,6 +73,21 @@ def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArgume
             run.dtype != "fp16",
             f"{given} cannot be combined with --dtype fp16: such a model cannot be cast; use --dtype bf16.",
         )
+
+
+def check_tensor_sizes(actor: ModelArguments, critic: ModelArguments, rollout: RolloutArguments) -> None:
+    """Step 3's models have one number of tensor ranks, or one rank; pages of keys and values, all heads."""
+    sizes = (actor.tensor_parallel_size, critic.tensor_parallel_size)
+    require(
+        1 in sizes or len(set(sizes)) == 1,
+        f"--actor_tensor_parallel_size {sizes[0]} and --critic_tensor_parallel_size {sizes[1]} must be "
+        "equal, or one of them 1: the ranks are divided once.",
+    )
+    require(
+        actor.tensor_parallel_size == 1 or rollout.rollout_backend != "continuous",
+        "--rollout_backend continuous cannot be combined with --actor_tensor_parallel_size: its pages "
+        "are for all heads, of which a rank has a part; leave one of them out.",
+    )
 
 
 def note_padding_flag(value: int | None) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.arguments.flags import flag, require, require_at_least
+from dschat.arguments.model import ModelArguments
+from dschat.arguments.rollout import RolloutArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +57,21 @@ class HybridArguments:
             "release_inference_cache": self.release_inference_cache,
             "pin_parameters": not self.unpin_actor_parameters,
         }
+
+    def check(self, actor: ModelArguments, rollout: RolloutArguments) -> None:
+        """Raise `UserError` for flags of the actor and of rollouts that the Hybrid Engine does not take."""
+        require(
+            not self.enable_hybrid_engine or actor.tensor_parallel_size == 1,
+            f"--enable_hybrid_engine cannot be combined with --actor_tensor_parallel_size "
+            f"{actor.tensor_parallel_size}: its phases are for whole layers; leave one of them out.",
+        )
+        require(
+            self.inference_tp_size == 1 or actor.zero_stage == 3,
+            f"--inference_tp_size {self.inference_tp_size} splits layers as ZeRO-3 gathers them and "
+            f"needs --actor_zero_stage 3, got {actor.zero_stage}.",
+        )
+        require(
+            not self.unpin_actor_parameters or rollout.rollout_gather != "always",
+            "--unpin_actor_parameters gathers a layer at a time, and --rollout_gather always all at once; "
+            "leave one of them out.",
+        )

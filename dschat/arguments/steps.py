@@ -11,6 +11,7 @@ from dschat.arguments.checks import (
     check_4bit,
     check_engines,
     check_lora,
+    check_tensor_sizes,
     note_padding_flag,
     note_truncated_sampling,
 )
@@ -120,6 +121,17 @@ class SupervisedStep(TrainingStep):
             eval_rows=in_pair * batch.per_device_eval_batch_size,
         )
 
+    def __post_init__(self) -> None:
+        check_engines(self.run, self.model)
+        check_lora(self.optimizer.only_optimize_lora, self.model)
+        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
+        self.parallel.check(self.model, self.parallel_sizes)
+        require(
+            self.parallel.sequence_parallel_size == 1 or not self.run.torch_compile,
+            "--torch_compile cannot be combined with --sequence_parallel_size: attention calls collectives "
+            "of DeepSpeed's own; leave one of them out.",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftArguments(SupervisedStep):
@@ -136,12 +148,6 @@ class SftArguments(SupervisedStep):
     parallel: ParallelArguments = group(ParallelArguments)
     sft: SftOptions = group(SftOptions)
     run: RunArguments = group(RunArguments)
-
-    def __post_init__(self) -> None:
-        check_engines(self.run, self.model)
-        check_lora(self.optimizer.only_optimize_lora, self.model)
-        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model, self.parallel_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +167,7 @@ class RewardArguments(SupervisedStep):
     run: RunArguments = group(RunArguments)
 
     def __post_init__(self) -> None:
-        check_engines(self.run, self.model)
-        check_lora(self.optimizer.only_optimize_lora, self.model)
-        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model, self.parallel_sizes)
+        super().__post_init__()
         note_padding_flag(self.reward.num_padding_at_beginning)
 
 
@@ -183,12 +186,6 @@ class DpoArguments(SupervisedStep):
     parallel: ParallelArguments = group(ParallelArguments)
     dpo: DpoOptions = group(DpoOptions)
     run: RunArguments = group(RunArguments)
-
-    def __post_init__(self) -> None:
-        check_engines(self.run, self.model)
-        check_lora(self.optimizer.only_optimize_lora, self.model)
-        check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model, self.parallel_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +276,6 @@ class RlhfArguments(TrainingStep):
         """Why the flags leave no room for the Hybrid Engine's kernels; empty where they do."""
         if self.rollout.rollout_backend in ("static", "continuous"):
             return f"--rollout_backend {self.rollout.rollout_backend} was given"
-        if any(size > 1 for size in self.parallel_sizes.values()):
-            return "they read no layers that ranks share"
         if self.actor.load_in_4bit:
             return "they read no weights in 4 bits"
         return "they read no adapters of PEFT" if self.actor.uses_lora else ""
@@ -354,31 +349,12 @@ class RlhfArguments(TrainingStep):
             f"--advantage_estimator {self.ppo.advantage_estimator} compares the answers to one prompt and "
             f"needs --num_samples_per_prompt above 1, got {self.rollout.num_samples_per_prompt}; 4 is usual.",
         )
-        sizes = (self.actor.tensor_parallel_size, self.critic.tensor_parallel_size)
-        require(
-            1 in sizes or len(set(sizes)) == 1,
-            f"--actor_tensor_parallel_size {sizes[0]} and --critic_tensor_parallel_size {sizes[1]} must be "
-            "equal, or one of them 1: the ranks are divided once.",
-        )
-        require(
-            self.actor.tensor_parallel_size == 1 or self.rollout.rollout_backend != "continuous",
-            "--rollout_backend continuous cannot be combined with --actor_tensor_parallel_size: its pages "
-            "are for all heads, of which a rank has a part; leave one of them out.",
-        )
+        check_tensor_sizes(self.actor, self.critic, self.rollout)
         note_padding_flag(self.rlhf.num_padding_at_beginning)
         if self.rlhf.align_overflow and not self.aligns_overflow:
             messages.note("--align_overflow is ignored: only --dtype fp16 overflows, and it takes a critic.")
         note_truncated_sampling(self.rollout)
-        require(
-            self.hybrid.inference_tp_size == 1 or self.actor.zero_stage == 3,
-            f"--inference_tp_size {self.hybrid.inference_tp_size} splits layers as ZeRO-3 gathers them and "
-            f"needs --actor_zero_stage 3, got {self.actor.zero_stage}.",
-        )
-        require(
-            not self.hybrid.unpin_actor_parameters or self.rollout.rollout_gather != "always",
-            "--unpin_actor_parameters gathers a layer at a time, and --rollout_gather always all at once; "
-            "leave one of them out.",
-        )
+        self.hybrid.check(self.actor, self.rollout)
         for model in (self.actor, self.critic):
             require(
                 model.dropout == 0 and model.lora_dropout == 0,

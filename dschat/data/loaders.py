@@ -26,7 +26,6 @@ WINDOW = 50
 Collate = Callable[..., Any]
 """(rows: pa.Table, num_rows, denominator) -> batch; `dschat.data.collate` with the pad id filled in."""
 
-
 MicroBatch = TypeVar("MicroBatch")
 
 
@@ -387,8 +386,7 @@ def _dealt(
 
 def _shuffled_epochs(num_rows: int, size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endlessly the next `size` rows of one shuffled epoch after the other, and the epoch each belongs to."""
-    rows, epochs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    epoch = 0
+    rows, epochs, epoch = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
     while True:
         while len(rows) < size:
             rows = np.append(rows, _generator(seed, epoch).permutation(num_rows))
