@@ -125,7 +125,7 @@ class SupervisedStep(TrainingStep):
         check_engines(self.run, self.model)
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
-        self.parallel.check(self.model, self.parallel_sizes)
+        self.parallel.check(self.model, self.run, self.parallel_sizes)
         require(
             self.parallel.sequence_parallel_size == 1 or not self.run.torch_compile,
             "--torch_compile cannot be combined with --sequence_parallel_size: attention calls collectives "

@@ -81,6 +81,7 @@ def save_engine(engine: DeepSpeedEngine, folder: Path) -> str | None:
 
     Frozen weights, of a model with adapters, are left out: they come from where the model came from.
     """
+    engine = getattr(engine, "deepspeed", engine)  # of a pipeline's stage
     writer = deepspeed_private.set_checkpoint_writer(engine, Writer)
     has_frozen = not all(parameter.requires_grad for parameter in engine.module.parameters())
     engine.save_checkpoint(

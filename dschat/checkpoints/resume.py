@@ -210,6 +210,11 @@ def _compare(folder: Path, description: RunDescription, now: dict[str, Any]) -> 
                 f"--{name} is {setting.value!r} and was {before!r} when {folder} was saved: the run would "
                 f"not be the same; give --{name} as it was, or start anew in another --output_dir."
             )
+    if saved["world_size"] != now["world_size"] and now["settings"].get("pipeline_parallel_size", 1) > 1:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: it was saved on {saved['world_size']} ranks, and this run "
+            f"has {now['world_size']}; a pipeline goes on with as many as it was saved on."
+        )
     _compare_models(folder, saved["models"], now["models"])
     if saved["data"] != now["data"]:
         raise UserError(

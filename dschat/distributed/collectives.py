@@ -99,6 +99,24 @@ def all_gather_object(value: Any, *, axis: AxisName) -> list[Any]:
     return [json.loads(bytes(other.tolist())) for other in gather_rows(row[None], axis=axis)]
 
 
+def in_first_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all stages of a pipeline, on the CPU of those ranks of its first that have some.
+
+    Later stages get nothing. They are sent one by one, so that no device holds more than one of them.
+    """
+    own = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    rank, group, device = mesh().pipeline.rank, group_of("pipeline"), current_device()
+    for number, described in enumerate(all_gather_object(own, axis="pipeline")[1:], start=1):
+        for name, shape, dtype in described:
+            if rank == number:
+                dist.send(tensors[name].to(device), group=group, group_dst=0)
+            elif rank == 0:
+                received = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                dist.recv(received, group=group, group_src=number)
+                tensors[name] = received.cpu()
+    return tensors if rank == 0 else {}
+
+
 def broadcast_from_rank_0(make: Callable[[], Any]) -> Any:
     """What `make` returns on rank 0, where alone it is called: a value that JSON can hold. On every rank."""
     return all_gather_object(make() if mesh().is_main_process else None, axis="world")[0]

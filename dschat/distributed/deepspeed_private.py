@@ -71,6 +71,7 @@ SOURCES = (
     Source(
         "train_on_at_lowest_scale", "runtime/fp16/loss_scaler.py", 236, "self.raise_error_at_min_scale = "
     ),
+    Source("before_pipeline_step", "runtime/pipe/engine.py", 1386, "self._INSTRUCTION_MAP[type(cmd)]"),
     Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 197, "def step(self, closure=None):"),
     Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 67, "self.fp16_groups = []"),
     Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 68, "self.fp32_groups = []"),
@@ -184,6 +185,19 @@ def skipping(engine: "DeepSpeedEngine") -> Iterator[None]:
     finally:
         del checker.has_overflow
         vars(scaler).update(scale)
+
+
+def before_pipeline_step(engine: Any, action: Callable[[Any], None]) -> None:
+    """Call `action(engine)` before each optimiser step of a PipelineEngine, once gradients are reduced."""
+    from deepspeed.runtime.pipe.schedule import OptimizerStep
+
+    take_step = engine._INSTRUCTION_MAP[OptimizerStep]
+
+    def act_and_step(engine: Any, **options: Any) -> None:
+        action(engine)
+        take_step(engine, **options)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, OptimizerStep: act_and_step}
 
 
 def train_on_at_lowest_scale(engine: "DeepSpeedEngine") -> None:

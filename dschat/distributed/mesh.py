@@ -84,6 +84,11 @@ def mesh() -> Mesh:
     )
 
 
+def stage() -> Axis | None:
+    """This process's place in the pipeline, None where a model is whole."""
+    return mesh().pipeline if mesh().pipeline.size > 1 else None
+
+
 def set_parallel_sizes(*, tensor: int = 1, sequence: int = 1, pipeline: int = 1) -> None:
     """Divide the processes among the axes; what the three do not take is the size of data.
 

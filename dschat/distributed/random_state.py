@@ -12,9 +12,10 @@ from dschat.distributed.mesh import mesh
 
 
 def seed_ranks_apart(seed: int) -> None:
-    """Seed ranks that read other rows or tokens with a number of their own, derived of both: they draw their
-    dropout independently, and the ranks that share a model's weights or layers draw it alike."""
-    place = mesh().data.rank * mesh().sequence.size + mesh().sequence.rank
+    """Seed ranks that read other rows or tokens, or have other layers, with a number of their own, derived of
+    both: they draw their dropout independently, and the ranks that share a layer's weights draw it alike."""
+    now = mesh()
+    place = (now.pipeline.rank * now.data.size + now.data.rank) * now.sequence.size + now.sequence.rank
     derived = numpy.random.SeedSequence([seed, place]).generate_state(1, numpy.uint64)
     seed_everything(int(derived[0]) % 2**63)
 

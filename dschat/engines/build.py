@@ -14,7 +14,7 @@ from torch import nn
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
 from dschat.distributed import deepspeed_private
-from dschat.distributed.mesh import mesh
+from dschat.distributed.mesh import mesh, stage
 from dschat.engines.at_rest import rest
 from dschat.engines.deepspeed_config import (
     get_eval_ds_config,
@@ -24,10 +24,12 @@ from dschat.engines.deepspeed_config import (
 )
 from dschat.engines.hybrid import Injection, building_hybrid, separate_phases
 from dschat.engines.out_of_memory import consumes
+from dschat.engines.pipeline import PipelinedEngine, pipeline_module
 from dschat.engines.schedule import learning_rate_schedule
+from dschat.engines.step import measure_gradient
 from dschat.errors import UserError
 from dschat.models.compiled_layers import compile_layers
-from dschat.models.lora import add_lora, is_adapter
+from dschat.models.lora import add_lora, add_lora_to_stage, is_adapter
 from dschat.models.products import use_chosen_products
 from dschat.models.reward_model import enable_gradient_checkpointing
 from dschat.models.tensor_parallel import shard_over_tensor_ranks
@@ -148,7 +150,8 @@ def build_trained_engine(
         alone = {"inference_tp_size": 1} if injection.obstacle else {}
         config = {**config, "hybrid_engine": injection.config | alone}
     if model_args.uses_lora:
-        add_lora(model, model_args, only_optimize_lora=args.only_optimize_lora)
+        give_adapters = add_lora if stage() is None else add_lora_to_stage
+        give_adapters(model, model_args, only_optimize_lora=args.only_optimize_lora)
     shard_layers(model, config)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -179,7 +182,7 @@ def build_trained_engine(
     consumes(model_args.prefix.removesuffix("_") or "model", engine)
     if engine.optimizer is optimizer:
         optimizer.register_step_pre_hook(deepspeed_private.drop_gradients_of_overflow)
-    return engine
+    return _in_pipeline(engine, model)
 
 
 def shard_layers(model: Any, config: dict[str, Any]) -> None:
@@ -191,6 +194,11 @@ def shard_layers(model: Any, config: dict[str, Any]) -> None:
 def _initialize(model: Any, config: dict[str, Any], **options: Any) -> DeepSpeedEngine:
     """DeepSpeed's engine. In a run with tensor ranks a model that they do not share is one of theirs too: it
     computes the same on each, and is averaged and sharded over the data ranks."""
+    if stage() is not None:
+        # Hidden states are sent whole, as their shapes change; tensor ranks are in the grid of the module.
+        config = {**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+        config.pop("tensor_parallel", None)
+        return deepspeed.initialize(model=pipeline_module(model), config=config, **options)[0]
     size = mesh().tensor.size
     shared = tensor_parallel_size(config) > 1
     if size > 1 and not shared:
@@ -218,7 +226,16 @@ def build_frozen_engine(
     if offload and config["zero_optimization"]["stage"] < 3:
         rest(engine)
     consumes(role, engine)
-    return engine
+    return _in_pipeline(engine, model)
+
+
+def _in_pipeline(engine: DeepSpeedEngine, model: nn.Module) -> Any:
+    """The engine, or where it runs a stage of a pipeline, what stands in its place for all callers."""
+    if stage() is None:
+        return engine
+    if isinstance(engine.optimizer, torch.optim.AdamW):  # fp32 without ZeRO
+        deepspeed_private.before_pipeline_step(engine, measure_gradient)
+    return PipelinedEngine(engine, model)
 
 
 def free_frozen_engine(engine: DeepSpeedEngine) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dschat.arguments import ModelArguments, RlhfArguments, RunArguments, StepArguments
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import mesh
+from dschat.distributed.mesh import mesh, stage
 
 
 class PhaseKind(Enum):
@@ -207,10 +207,11 @@ def _of_model(
     p, found = model.prefix, []
     if phase.is_training and not model.gradient_checkpointing:
         found.append(Change({f"{p}gradient_checkpointing": True}, f"--{p}gradient_checkpointing"))
-    if ranks > 1 and model.zero_stage < 3 and not model.load_in_4bit:
-        stage = 2 if model.zero_stage < 2 else 3
-        found.append(Change({f"{p}zero_stage": stage}, f"--{p}zero_stage {model.zero_stage} -> {stage}"))
-    if phase.builds_optimizer and not on_cpu and not offload:
+    in_pipeline = stage() is not None
+    higher = 1 if in_pipeline else 2 if model.zero_stage < 2 else 3
+    if ranks > 1 and model.zero_stage < higher and not model.load_in_4bit:
+        found.append(Change({f"{p}zero_stage": higher}, f"--{p}zero_stage {model.zero_stage} -> {higher}"))
+    if phase.builds_optimizer and not on_cpu and not offload and not in_pipeline:
         sharded = {f"{p}zero_stage": 2} if model.zero_stage == 0 else {}
         text = "--offload" + (f" with --{p}zero_stage 2" if sharded else "")
         found.append(Change({"offload": True, **sharded}, text))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dschat.data.token_batch import TokenBatch
+from dschat.distributed.collectives import sum_across_ranks
+from dschat.distributed.device import current_device
 from dschat.models.config import head_width
 from dschat.models.quantization import num_weights
 
@@ -59,7 +61,10 @@ class ModelWork:
 
     @staticmethod
     def of(model: Any) -> "ModelWork":
-        """The sizes of a model, which may be sharded, packed in 4 bits, or have adapters."""
+        """The sizes of a model, which may be sharded, packed in 4 bits, or have adapters.
+
+        Every rank of a pipeline must call it: the stages' sizes are added.
+        """
         config = model.config.get_text_config()
         head = getattr(model, "get_output_embeddings", lambda: None)()
         head_weight = None if head is None else head.weight
@@ -75,11 +80,16 @@ class ModelWork:
                 share = _share_of_experts(config) if ".experts." in name else 1.0
                 counts[parameter.requires_grad] += share * num_weights(parameter)
         head_size = 0.0 if head_weight is None else float(num_weights(head_weight))
+        trained_head = head_size if head_weight is not None and head_weight.requires_grad else 0.0
+        of_stage = torch.tensor(
+            [counts[True], counts[False], head_size, trained_head], device=current_device()
+        )
+        trained, frozen, head_size, trained_head = sum_across_ranks(of_stage, axis="pipeline").tolist()
         return ModelWork(
-            body=counts[True] + counts[False],
-            trained_body=counts[True],
+            body=trained + frozen,
+            trained_body=trained,
             head=head_size,
-            trained_head=head_size if head_weight is not None and head_weight.requires_grad else 0.0,
+            trained_head=trained_head,
             attention=float(config.num_hidden_layers * config.num_attention_heads * head_width(config)),
         )
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -15,9 +16,11 @@ from dschat.distributed.collectives import (
     norm_across_tensor_ranks,
     sum_across_ranks,
 )
+from dschat.distributed.device import current_device
 from dschat.distributed.mesh import mesh
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
+from dschat.engines.pipeline import PipelinedEngine, is_counted, of_last_stage
 
 LossAndMetrics = Callable[[Any], dict[str, Tensor]]
 """A function of a micro-batch on the engine's device: "loss", which is minimised, and metrics, each a scalar.
@@ -41,6 +44,12 @@ def train_step(
     number may differ from step to step and from the engine's gradient_accumulation_steps.
     """
     engine.train()
+    if isinstance(engine, PipelinedEngine):
+        with phase(PhaseKind.TRAINING, role):
+            parts = engine.train_batch(micro_batches, loss_and_metrics)
+        _note_skipped(engine)
+        end_of("forward_backward")
+        return of_last_stage(_totals(parts) if parts else None)
     parts = []
     for number, batch in enumerate(micro_batches, start=1):
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
@@ -51,10 +60,16 @@ def train_step(
             end_of("forward_backward")
             take_step(engine)
             end_of("optimizer")
-        parts.append(torch.stack([share.detach().float() for share in metrics.values()]))
-    totals = sum_across_ranks(torch.stack(parts).sum(dim=0), axis="data").tolist()
+        parts.append({name: share.detach() for name, share in metrics.items()})
+    totals = _totals(parts)
     end_of("optimizer")
-    return dict(zip(metrics, totals, strict=True))
+    return totals
+
+
+def _totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The sums of the micro-batches' metrics, over all ranks of data."""
+    shares = torch.stack([torch.stack([share.detach().float() for share in part.values()]) for part in parts])
+    return dict(zip(parts[0], sum_across_ranks(shares.sum(dim=0), axis="data").tolist(), strict=True))
 
 
 def train_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
@@ -80,13 +95,19 @@ def take_step(engine: DeepSpeedEngine) -> None:
     """The optimiser step, at the accumulation boundary."""
     is_last = engine.is_gradient_accumulation_boundary()
     if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
-        _measure(engine)
+        measure_gradient(engine)
     with record_function("optimizer"):
         engine.step()
     if is_last:
-        was_loss = not engine.was_step_applied() and max_across_ranks(engine.num_bad_losses, axis="world") > 0
-        engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")
-        engine.num_bad_losses = 0
+        _note_skipped(engine)
+
+
+def _note_skipped(engine: DeepSpeedEngine) -> None:
+    """Find out whether the optimiser step was skipped, and why."""
+    num_bad = torch.as_tensor(engine.num_bad_losses, device=current_device())
+    was_loss = not engine.was_step_applied() and max_across_ranks(num_bad, axis="world") > 0
+    engine.skip_reason = None if engine.was_step_applied() else ("loss" if was_loss else "gradient")
+    engine.num_bad_losses = 0
 
 
 def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | None:
@@ -95,7 +116,7 @@ def skipped_because(engine: DeepSpeedEngine) -> Literal["loss", "gradient"] | No
     return engine.skip_reason
 
 
-def _measure(engine: DeepSpeedEngine) -> None:
+def measure_gradient(engine: DeepSpeedEngine) -> None:
     """fp32 without ZeRO: DeepSpeed clips the gradients, but keeps no norm and takes any for an update.
 
     They are reduced already, so every rank finds the same. `overflow` tells DeepSpeed of a skipped step.
@@ -103,9 +124,11 @@ def _measure(engine: DeepSpeedEngine) -> None:
     whole: list[Tensor] = []
     shards: list[Tensor] = []
     for parameter in engine.module.parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and is_counted(parameter):
             (shards if deepspeed_private.is_tensor_shard(parameter) else whole).append(parameter.grad)
     norm = norm_across_tensor_ranks(whole, shards)
+    if isinstance(engine, PipelineEngine):
+        norm = sum_across_ranks(norm**2, axis="pipeline").sqrt().to(norm)
     deepspeed_private.set_gradient_norm(engine, norm)
     deepspeed_private.set_overflow(engine, not norm.isfinite())
 

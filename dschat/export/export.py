@@ -17,13 +17,14 @@ from transformers import (
 
 from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
-from dschat.distributed.collectives import first_error_across_ranks
+from dschat.distributed.collectives import first_error_across_ranks, in_first_stage
 from dschat.distributed.deepspeed_private import whole_over_tensor_ranks
 from dschat.distributed.device import PRECISIONS
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.zero3 import gathered
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
+from dschat.engines.pipeline import is_counted
 from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.export.golden_outputs import golden_outputs, head_of
 from dschat.export.manifest import Head, Manifest, template_fingerprint, weight_checksums
@@ -158,19 +159,22 @@ def _more_threads() -> Iterator[None]:
 
 
 def _whole_state(module: nn.Module, replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of all weights in CPU memory on rank 0, gathered one by one; nothing on other ranks."""
+    """Copies of all weights in CPU memory on rank 0, gathered one by one; nothing on other ranks.
+
+    The stages of a pipeline send theirs to the first.
+    """
     state = {}
     persistent = module.state_dict(keep_vars=True).keys()
     tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in persistent)]
     for name, tensor in tensors:
         with gathered([tensor]):
             whole = whole_over_tensor_ranks(tensor, unpacked(tensor))
-            if is_main_process():
+            if mesh().data.rank == mesh().tensor.rank == 0 and is_counted(tensor):
                 source = replacements.get(name, whole)
                 state[name] = source.detach().to(device="cpu", dtype=whole.dtype, copy=True)
     unknown = sorted(set(replacements) - {name for name, _ in tensors})
     assert not unknown, f"the model has no {unknown}"
-    return state
+    return in_first_stage(state)
 
 
 def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
@@ -184,7 +188,17 @@ def _save(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
             messages.note("adapter/ holds the adapters alone, the weights beside it all that was trained.")
         save_adapter(state, lora, folder / ADAPTER_FOLDER)
         state = merge_lora(state, lora)
-    _save_with_cache(model, state, folder)
+    _save_with_cache(_whole(model), state, folder)
+
+
+def _whole(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or where it is a stage of a pipeline, one without weights that has all layers."""
+    if mesh().pipeline.size == 1 or model.device.type == "meta":
+        return model
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def _save_with_cache(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

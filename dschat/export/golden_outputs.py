@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.device import PRECISIONS
+from dschat.engines.pipeline import PipelinedEngine, of_last_stage, results_of
 from dschat.export.manifest import Head, Manifest
 from dschat.losses import masked_mean
 from dschat.models.forward import scores_of, token_logprobs_of
@@ -56,16 +57,20 @@ def golden_outputs(
     module = getattr(model, "module", model)  # an engine does not know its own mode
     was_training = module.training
     module.eval()
-    try:
+
+    def outputs_of(batch: TokenBatch) -> list[float]:
         if head_of(model) == "score":
-            outputs = scores_of(model, batch)
-        else:
-            logprobs = token_logprobs_of(model, batch, num_tokens=num_tokens, every_position=True)
-            pairs = zip(logprobs, batch.label_mask, strict=True)
-            outputs = torch.stack([masked_mean(row, row_mask) for row, row_mask in pairs])
+            return scores_of(model, batch).tolist()
+        logprobs = token_logprobs_of(model, batch, num_tokens=num_tokens, every_position=True)
+        pairs = zip(logprobs, batch.label_mask, strict=True)
+        return [masked_mean(row, row_mask).item() for row, row_mask in pairs]
+
+    try:
+        results = list(results_of(model, [batch], outputs_of))
+        outputs = (of_last_stage(results) if isinstance(model, PipelinedEngine) else results)[0]
     finally:
         module.train(was_training)
-    return outputs.double().cpu()
+    return torch.tensor(outputs, dtype=torch.float64)
 
 
 def tolerance(manifest: Manifest, dtype: torch.dtype) -> float:

@@ -20,7 +20,7 @@ from dschat.data.packing import PADDED
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import sum_with_gradient
 from dschat.distributed.mesh import mesh
-from dschat.models.reward_model import at_last_token, scores_of_all
+from dschat.models.reward_model import RewardModel, at_last_token, scores_of_all
 from dschat.models.sequence_attention import shares_rows
 from dschat.models.softmax import logprobs_and_entropy, token_logprobs
 
@@ -103,6 +103,14 @@ def scores_of(model: Any, batch: TokenBatch) -> Tensor:
     if batch.placement is None:
         return at_last_token(values, batch.attention_mask)
     return scores_of_all(values.flatten()[batch.placement.last_tokens], batch.placement.ends_here)
+
+
+def hidden_states_of(model: Any, batch: TokenBatch) -> Tensor:
+    """What the model's last layer passes on at every column of the rows that it reads. -> [R, W, D]."""
+    module, inputs = getattr(model, "module", model), model_inputs(model, batch)
+    if isinstance(module, RewardModel):
+        return module.hidden_states(**inputs)
+    return module.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def ranking_of(

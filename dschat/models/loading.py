@@ -14,12 +14,13 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from dschat.distributed.deepspeed_private import forget_secondary_group
 from dschat.distributed.device import current_device, device_type
-from dschat.distributed.mesh import is_main_process, mesh
+from dschat.distributed.mesh import Axis, is_main_process, mesh
 from dschat.models.attention import set_attention
 from dschat.models.config import check_generates, read_config
 from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import forget_4bit, four_bit_options
 from dschat.models.reward_model import RewardModel, draw_head
+from dschat.models.stage import finish_stage
 from dschat.models.vocabulary import configure_tokens, grow_vocabulary
 from dschat.models.weights import check_weights, quiet_transformers, reward_model_loader, weights_loader
 
@@ -33,13 +34,15 @@ def create_hf_model(
     dropout: float | None = None,
     load_in_4bit: bool = False,
     attn_implementation: str | None = None,
+    stage: Axis | None = None,
 ) -> PreTrainedModel:
     """A model of `model_class` (such as AutoModelForCausalLM) with its weights, in evaluation mode.
 
     `ds_config` decides the precision (fp32 without one) and, at ZeRO stage 3, that every rank holds its shard
     from the start. `dropout` replaces all the model's dropout probabilities; None leaves them. The vocabulary
     grows to the tokenizer's. `load_in_4bit` packs the linear layers. `attn_implementation` is the flag's
-    value, None for what transformers chooses. `rlhf_training` is accepted for old scripts: weights are always
+    value, None for what transformers chooses. `stage` is that of a pipeline, whose layers alone are read
+    (`dschat.models.stage`). `rlhf_training` is accepted for old scripts: weights are always
     read, and never initialised first. Raises `UserError` when the weights cannot be read or do not match the
     model.
     """
@@ -51,9 +54,10 @@ def create_hf_model(
     load = weights_loader(model_class, model_name_or_path, config)
     check_weights(load, model_name_or_path)
     with _construction(ds_config, _zero_stage(ds_config)):
-        model = _load(load, _options(ds_config), load_in_4bit)
+        model = _load(load, {**_options(ds_config), "stage": stage}, load_in_4bit)
         grow_vocabulary(model, tokenizer)
     configure_tokens(model, tokenizer)
+    finish_stage(model, stage)
     return model
 
 
@@ -68,6 +72,7 @@ def create_critic_model(
     compute_fp32_loss: bool = False,
     load_in_4bit: bool = False,
     attn_implementation: str | None = None,
+    stage: Axis | None = None,
 ) -> RewardModel:
     """A `RewardModel`: a base model with a fresh head, or with `rlhf_training` a saved reward model.
 
@@ -75,20 +80,22 @@ def create_critic_model(
     DeepSpeed-Chat checkpoint. Either `zero_stage` or `ds_config` may ask for stage 3. A fresh head depends on
     torch's seed alone, not on rank or stage. `load_in_4bit` packs the backbone's linear layers.
     `num_padding_at_beginning` and `compute_fp32_loss` are accepted for old scripts: masks tell padding, and
-    losses are always fp32. `attn_implementation` and what is raised are as in `create_hf_model`.
+    losses are always fp32. `attn_implementation`, `stage` and what is raised are as in `create_hf_model`.
     """
     check_model_path(model_name_or_path, "model_name_or_path")
     load = reward_model_loader(model_name_or_path, dropout, attn_implementation)
     check_weights(load, model_name_or_path, fresh_head=not rlhf_training)
-    stage = max(zero_stage, _zero_stage(ds_config))
-    with _construction(ds_config, stage):
-        classifier = _load(load, _options(ds_config, stage), load_in_4bit, fresh_head=not rlhf_training)
+    zero_stage = max(zero_stage, _zero_stage(ds_config))
+    with _construction(ds_config, zero_stage):
+        options = {**_options(ds_config, zero_stage), "stage": stage}
+        classifier = _load(load, options, load_in_4bit, fresh_head=not rlhf_training)
         grow_vocabulary(classifier, tokenizer)
         if not rlhf_training:
             draw_head(classifier.score)
     configure_tokens(classifier, tokenizer)
     model = RewardModel(classifier.base_model, classifier.score, classifier.config)
     model.new_tokens = classifier.new_tokens
+    finish_stage(model, stage)
     return model
 
 

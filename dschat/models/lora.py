@@ -103,6 +103,38 @@ def add_lora(
     _announce(model, len(layers))
 
 
+def add_lora_to_stage(
+    model: PreTrainedModel | RewardModel, args: ModelArguments, *, only_optimize_lora: bool = False
+) -> None:
+    """Give a stage of a pipeline the adapters that `add_lora` gives its layers in the whole model.
+
+    A whole model whose weights take no memory gets them first: A is drawn layer by layer.
+    """
+    from peft import inject_adapter_in_model
+
+    is_reward_model = isinstance(model, RewardModel)
+    whole = meta_model(args.model_name_or_path, is_reward_model=is_reward_model)
+    for module in whole.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = torch.zeros((), dtype=next(model.parameters()).dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(weight))
+    add_lora(whole, args, only_optimize_lora=only_optimize_lora)
+    config = lora_config(whole)
+    assert config is not None
+    assert config.target_modules is not None
+    host = model.rwtransformer if isinstance(model, RewardModel) else model
+    own = {name for name, module in host.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    inject_adapter_in_model(
+        dataclasses.replace(config, target_modules=sorted(own.intersection(config.target_modules))), host
+    )
+    drawn = dict(whole.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(drawn[name].requires_grad)
+        if is_adapter(name):
+            parameter.data.copy_(drawn[name].data)
+    model.lora_config = config  # type: ignore[assignment]  # modules declare tensors and modules alone
+
+
 def lora_config(model: nn.Module) -> "LoraConfig | None":
     """PEFT's configuration of the model's adapters; None where there are none."""
     return getattr(model, "lora_config", None)

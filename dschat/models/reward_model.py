@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
         With `return_values` any rows [N, L] go in and their values come out, as in `forward_value`: so a
         DeepSpeed engine can be called for values. `use_cache` is accepted for old scripts.
         """
-        hidden = self._hidden_states(input_ids, attention_mask, position_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         if return_values:
             return self.v_head(hidden).squeeze(-1)
         if last_tokens is None:
@@ -153,9 +153,10 @@ class RewardModel(nn.Module):
             return values
         return {"values": values, "chosen_end_scores": at_last_token(values, attention_mask)}
 
-    def _hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
+        """What the head reads, [N, L, D]."""
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         options = {"position_ids": position_ids} if self._takes_positions else {}
@@ -183,7 +184,7 @@ class ScoringModel(RewardModel):
         if attention_mask is None:
             is_token = input_ids != self.config.pad_token_id
             attention_mask = is_token.flip(-1).cumsum(dim=-1).flip(-1).clamp(max=1)
-        hidden = self._hidden_states(input_ids, attention_mask, position_ids)
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         return self.v_head(at_last_token(hidden, attention_mask)).squeeze(-1)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -3,13 +3,20 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dschat.distributed.zero3 import gathered
 from dschat.models.end_tokens import end_token_ids, written_ids
+from dschat.models.stage import ReceivedStates
 
 NUM_KNOWN = "num_known_tokens"
 """The attribute of a tokenizer with the number of tokens it had before this run added some."""
+
+
+def new_token_ids(num_rows: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a model with so many rows of embeddings has not learned."""
+    return list(range(min(num_rows, getattr(tokenizer, NUM_KNOWN, len(tokenizer))), len(tokenizer)))
 
 
 def grow_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -21,17 +28,37 @@ def grow_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     embeddings: Any = model.get_input_embeddings()
     old: int = embeddings.num_embeddings
-    first_new = min(old, getattr(tokenizer, NUM_KNOWN, len(tokenizer)))
-    new_ids = list(range(first_new, len(tokenizer)))
+    new_ids = new_token_ids(old, tokenizer)
     model.new_tokens = dict(zip(new_ids, tokenizer.convert_ids_to_tokens(new_ids), strict=True))
     if len(tokenizer) <= old:
         return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+    if isinstance(embeddings, ReceivedStates):
+        _lengthen_head(model, len(tokenizer))
+    else:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not hasattr(layer, "weight"):
+            continue
         rows = [layer.weight] if getattr(layer, "bias", None) is None else [layer.weight, layer.bias]
         with gathered(rows, modifier_rank=0), torch.no_grad():
             for row in rows:
                 row[old:] = row[:old].float().mean(dim=0).to(row.dtype)
+
+
+def _lengthen_head(model: Any, num_tokens: int) -> None:
+    """What `resize_token_embeddings` does with the output layer, for a stage that has no embeddings."""
+    model.config.vocab_size = num_tokens
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    longer = nn.Linear(head.in_features, num_tokens, bias=head.bias is not None, dtype=head.weight.dtype)
+    longer.load_state_dict(
+        {
+            name: torch.cat([w, w.new_zeros(num_tokens - len(w), *w.shape[1:])])
+            for name, w in head.state_dict().items()
+        }
+    )
+    model.set_output_embeddings(longer)
 
 
 def configure_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,10 +13,12 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
 from dschat.console import messages
+from dschat.distributed.mesh import Axis
 from dschat.errors import UserError
 from dschat.models.attention import set_attention
 from dschat.models.config import check_classifiable, read_config
 from dschat.models.remote_code import loading_consent
+from dschat.models.stage import built_as_stage
 
 BACKBONE_NAMES = ("rwtransformer.", "rwtranrsformer.")
 """What DeepSpeed-Chat calls the backbone of a reward model; its releases of 2023 misspelt it."""
@@ -52,16 +54,18 @@ def reward_model_loader(
 def weights_loader(
     model_class: Any, model_name_or_path: str, config: PretrainedConfig, state: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """`from_pretrained` of `model_class` with the weights of a folder or hub id, or with `state` if given."""
+    """`from_pretrained` of `model_class` with the weights of a folder or hub id, or with `state` if given.
 
-    def load(**options: Any) -> Any:
+    The function's option `stage` is that of a pipeline whose layers alone are built and read.
+    """
+
+    def load(*, stage: Axis | None = None, **options: Any) -> Any:
+        built = model_class if stage is None else built_as_stage(model_class, config, stage)
         if state is None:
-            return model_class.from_pretrained(
-                model_name_or_path, config=config, **options, **loading_consent()
-            )
+            return built.from_pretrained(model_name_or_path, config=config, **options, **loading_consent())
         on_meta = options.get("device_map") == "meta"
         tensors = {name: tensor.to("meta") for name, tensor in state.items()} if on_meta else state
-        return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+        return built.from_pretrained(None, config=config, state_dict=tensors, **options)
 
     return load
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dschat.data.loaders import EvalLoader
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
+from dschat.engines.pipeline import of_last_stage, results_of
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.verdict import Evaluation
 from dschat.runs.metrics import MetricsLogger
@@ -69,7 +71,7 @@ class Evaluations:
     @torch.no_grad()
     def _measure(self, loader: EvalLoader) -> Metrics:
         self._engine.eval()
-        return self._evaluate(self._engine, loader)
+        return of_last_stage(self._evaluate(self._engine, loader))
 
     def state_dict(self) -> dict[str, Any]:
         """All evaluations, for JSON."""
@@ -89,12 +91,13 @@ def sum_over_batches(
 ) -> dict[str, float]:
     """The totals in fp64, over all batches of all ranks, of the scalars that `sums_of` returns for a batch.
 
-    Nothing where the loader has no batches. Every rank must call it.
+    Nothing where the loader has no batches, and in all stages of a pipeline but the last. Every rank must
+    call it.
     """
     names: list[str] = []
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for batch in loader:
-        sums = sums_of(engine, batch.to(engine.device))
+    batches = (batch.to(engine.device) for batch in loader)
+    for sums in results_of(engine, batches, partial(sums_of, engine)):
         names = list(sums)
         total = total + torch.stack([value.double() for value in sums.values()])
     return dict(zip(names, sum_across_ranks(total, axis="data").tolist(), strict=True)) if names else {}

@@ -5,6 +5,8 @@ Rank 0 alone looks after the file, so ranks that share no file system know the s
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from dschat.data.loaders import EvalLoader, TrainLoader
 from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import is_main_process
+from dschat.distributed.mesh import is_main_process, stage
 from dschat.engines.at_rest import in_use
 from dschat.engines.build import build_frozen_engine, free_frozen_engine, frozen_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
+from dschat.engines.pipeline import results_of
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
 from dschat.export.upstream import UpstreamModel
@@ -132,7 +135,7 @@ def reference_of_copy(
     messages.info("loading the reference model, a copy, for its log-probabilities")
     config = frozen_config(settings.model, settings.run, offload=offload)
     path, options = settings.model.model_name_or_path, settings.model.loading_options
-    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, **options)
+    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config, stage=stage(), **options)
     engine = build_frozen_engine(model, settings.run, config=config, offload=offload)
     base.check_outputs(engine)
     with in_use(engine):
@@ -160,16 +163,19 @@ def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
     """
     engine.eval()
     parts = [_logprobs(engine, loader) for loader in (loaders.train, loaders.evaluation)]
-    return sum_across_ranks(torch.cat(parts), axis="data").float().cpu()
+    of_stage = sum_across_ranks(torch.cat(parts), axis="data")
+    return sum_across_ranks(of_stage, axis="pipeline").float().cpu()  # 0 in all stages but the last
 
 
 def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tensor:
     """This rank's rows of the loader's data set, 0 in those of other ranks. -> fp32 [N, 2]."""
     table = torch.zeros(len(loader.dataset), len(REFERENCE_COLUMNS), device=engine.device)
     shown: dict[str, Any] = {"desc": "reference", "disable": not is_main_process(), "dynamic_ncols": True}
-    for indices, batch in tqdm(loader.indexed_batches(), total=len(loader), **shown):
-        logprobs = answer_logprobs(engine, batch.to(engine.device)).view(len(REFERENCE_COLUMNS), -1)
-        table[torch.from_numpy(indices)] = logprobs.T[: len(indices)]
+    found, taken = tee(tqdm(loader.indexed_batches(), total=len(loader), **shown))
+    batches = (batch.to(engine.device) for _, batch in taken)
+    for logprobs in results_of(engine, batches, partial(answer_logprobs, engine)):
+        indices, _ = next(found)
+        table[torch.from_numpy(indices)] = logprobs.view(len(REFERENCE_COLUMNS), -1).T[: len(indices)]
     return table
 
 

@@ -14,7 +14,7 @@ from dschat.data.loaders import Collate
 from dschat.data.packing import PACKED_WIDTH
 from dschat.data.preparation import SplitData
 from dschat.distributed.device import current_device, device_type
-from dschat.distributed.mesh import mesh
+from dschat.distributed.mesh import mesh, stage
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
@@ -25,10 +25,13 @@ from dschat.models.config import check_positions, learned_positions, read_config
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import check_adapters
 from dschat.models.packing_trial import choose_row_layout
+from dschat.models.preflight import meta_model
 from dschat.models.products import choose_products
 from dschat.models.sequence_trial import check_sequence_parallel, try_sequence_parallel
+from dschat.models.stage import check_stages
 from dschat.models.tensor_parallel import check_tensor_parallel
 from dschat.models.tokenizer import load_tokenizer
+from dschat.models.vocabulary import new_token_ids
 from dschat.planning.models import supervised_specs
 from dschat.planning.run_plan import RunPlan
 from dschat.program import RunContext
@@ -72,8 +75,16 @@ class SupervisedRun:
             check_adapters(reward=args.model)
         check_tensor_parallel(path, args.model)
         check_sequence_parallel(path, mesh().sequence.size)
-        context.claim_folder(path)
         tokenizer = load_tokenizer(path, args.tokenizer)
+        if args.parallel.pipeline_parallel_size > 1:
+            model = meta_model(path, is_reward_model=head == "reward_model")
+            is_alone = args.model.uses_lora and args.optimizer.only_optimize_lora
+            check_stages(
+                model,
+                args.parallel.pipeline_parallel_size,
+                lambda num_rows: new_token_ids(num_rows, tokenizer) if is_alone else [],
+            )
+        context.claim_folder(path)
         return SupervisedRun(SupervisedSettings.of(args), context, base, tokenizer, args)
 
     def build_loaders(self, data: SplitData, collate: Callable[..., object]) -> Loaders:
@@ -148,7 +159,9 @@ class SupervisedRun:
         size = self.settings.batch.per_device_train_batch_size
         config = train_config(model, optimizer, run, per_device_batch_size=size)
         return build_trained_engine(
-            create_model(model.model_name_or_path, self.tokenizer, config, **model.loading_options),
+            create_model(
+                model.model_name_or_path, self.tokenizer, config, stage=stage(), **model.loading_options
+            ),
             model,
             optimizer,
             run,

@@ -54,3 +54,20 @@ def test_that_nothing_corrects_for_truncated_sampling_is_said(argv, named, capsy
     rlhf(*argv.split())
     said = capsys.readouterr().out
     assert named in said if named else "sampled with" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--zero_stage=2"], "--zero_stage 2, which shards gradients; use --zero_stage 1"),
+        (["--zero_stage=1", "--offload"], "--offload"),
+        (["--lora_dim=4", "--only_optimize_lora", "--load_in_4bit"], "--load_in_4bit"),
+        (["--dtype=fp16"], "--dtype bf16"),
+        (["--sequence_parallel_size=2"], "--sequence_parallel_size"),
+        (["--auto_micro_batch"], "--auto_micro_batch"),
+        (["--pipeline_parallel_size=0"], "--pipeline_parallel_size must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("step", ["sft", "reward", "dpo"])
+def test_a_pipeline_is_refused_with_what_it_cannot_do(step, more, part):
+    assert_refused(["--pipeline_parallel_size=2", *more], ["--pipeline_parallel_size", part], step)

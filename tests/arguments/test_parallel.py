@@ -2,8 +2,6 @@ import pytest
 from step_flags import MODEL, assert_refused
 
 from dschat.arguments import parse_arguments
-from dschat.arguments.parallel import ParallelArguments
-from dschat.errors import UserError
 
 
 @pytest.mark.parametrize("step", ["sft", "reward", "dpo"])
@@ -36,7 +34,5 @@ def test_layers_that_call_collectives_are_not_compiled(axis):
 
 
 def test_ranks_share_tokens_or_layers():
-    model = parse_arguments("sft", MODEL).model
-    with pytest.raises(UserError, match="--pipeline_parallel_size 2 and --sequence_parallel_size 2 cannot"):
-        ParallelArguments(sequence_parallel_size=2).check(model, {"pipeline": 2, "tensor": 1, "sequence": 2})
-    ParallelArguments().check(model, {"pipeline": 2, "tensor": 2, "sequence": 1})
+    flags = ["--sequence_parallel_size=2", "--pipeline_parallel_size=2"]
+    assert_refused(flags, ["--sequence_parallel_size 2 and --pipeline_parallel_size 2 cannot"], "sft")
