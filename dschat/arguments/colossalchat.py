@@ -60,7 +60,8 @@ class TrainRmArguments:
     warmup_steps: int | None = flag(None, "Optimiser steps of warm-up; default: 2.5 per cent of the run.")
     grad_clip: float = flag(1.0, "Gradients are scaled down to this norm.")
     mixed_precision: Literal["fp16", "bf16"] | None = flag(
-        None, "Precision of weights and activations; default: fp16 on a GPU, bf16 on a CPU."
+        None,
+        "Precision of weights and activations; default: fp16 on a GPU, bf16 on a CPU and with --pp above 1.",
     )
     grad_checkpoint: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     use_flash_attn: bool = flag(
@@ -100,7 +101,7 @@ class TrainRmArguments:
             "num_warmup_steps": self.warmup_steps,
             "warmup_ratio": 0.025 if self.warmup_steps is None else None,
             "max_grad_norm": self.grad_clip,
-            "dtype": self.mixed_precision or ("fp16" if on_gpu else "bf16"),
+            "dtype": self.mixed_precision or ("fp16" if on_gpu and self.pp == 1 else "bf16"),
             "gradient_checkpointing": self.grad_checkpoint,
             "tensorboard_path": self.log_dir,
             **PLUGINS[self.plugin],

@@ -52,11 +52,10 @@ class ParallelArguments:
         )
 
     def _check_pipeline(self, model: ModelArguments, run: RunArguments) -> None:
-        """DeepSpeed's pipelines take ZeRO 0 and 1, weights and rows that are whole."""
+        """DeepSpeed's pipelines take ZeRO 0 and 1, and rows that are whole."""
         zero_stage = f"--zero_stage {model.zero_stage}, which shards gradients; use --zero_stage 1"
         others = {
             zero_stage: model.zero_stage > 1,
-            "--tensor_parallel_size; leave one of them out": model.tensor_parallel_size > 1,
             "--torch_compile; leave it out": run.torch_compile,
             "--offload; --zero_stage 1 shards the optimiser states": run.offload,
             "--load_in_4bit, whose packed weights have no stages; leave it out": model.load_in_4bit,

@@ -54,6 +54,13 @@ class EngineMemory:
     data_ranks: int
     accumulates: bool
     """Whether an optimiser step has several micro-batches."""
+    stages: int = 1
+    """Ranks that share the layers, one as many as another."""
+
+    @property
+    def _sharers(self) -> int:
+        """Ranks that share the weights before ZeRO does."""
+        return self.model.tensor_ranks * self.stages
 
     @property
     def _stage(self) -> int:
@@ -67,11 +74,11 @@ class EngineMemory:
     @property
     def _weights(self) -> float:
         """Weights of this rank before ZeRO shards them."""
-        return self.model.counts.whole / self.model.tensor_ranks
+        return self.model.counts.whole / self._sharers
 
     @property
     def _trained(self) -> float:
-        return self.model.counts.trained / self.model.tensor_ranks
+        return self.model.counts.trained / self._sharers
 
     @property
     def _is_low(self) -> bool:
@@ -84,7 +91,7 @@ class EngineMemory:
     @property
     def whole_bytes(self) -> float:
         """Bytes of all weights in the model's precision."""
-        packed = self.model.counts.packed / self.model.tensor_ranks if self.model.spec.load_in_4bit else 0
+        packed = self.model.counts.packed / self._sharers if self.model.spec.load_in_4bit else 0
         return self._weights * self.model.element - packed * (self.model.element - 0.53)
 
     def standing(self, *, in_use: bool = True) -> Moment:
@@ -188,9 +195,12 @@ class MemoryModel:
     data_ranks: int
     gathers: bool = True
     """Whether a sharded actor is gathered to sample answers."""
+    stages: int = 1
+    """Ranks that share a model's layers. The first keeps as many micro-batches as there are stages, each of
+    its layers alone: activations of one whole pass."""
 
     def _engine(self, model: PlannedModel) -> EngineMemory:
-        return EngineMemory(model, self.hardware, self.data_ranks, self.sizes.accumulation > 1)
+        return EngineMemory(model, self.hardware, self.data_ranks, self.sizes.accumulation > 1, self.stages)
 
     def phases(self) -> dict[str, Moment]:
         """The worst moment of each phase."""

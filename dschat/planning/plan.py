@@ -144,6 +144,7 @@ def plan_of(
         replace(sizes, length=-(-sizes.length // shares)),
         hardware,
         data_ranks=max(1, hardware.ranks // prod(args.parallel_sizes.values())),
+        stages=args.parallel_sizes.get("pipeline", 1),
     )
     seconds = None if rates is None else Timing(memory, rates).step_seconds()
     return Plan(hardware=hardware, phases=memory.phases(), seconds=seconds, steps=steps)

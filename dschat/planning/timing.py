@@ -23,7 +23,8 @@ class Timing:
         memory, sizes = self.memory, self.memory.sizes
         trained = [model for model in memory.models if model.spec.trained]
         if not sizes.answer_length:
-            passes = sizes.accumulation * self._pass(trained[0], trains=True)
+            turns = (sizes.accumulation + memory.stages - 1) / memory.stages
+            passes = turns * self._pass(trained[0], trains=True)
             return {"forward_backward": passes, "optimizer": self._optimizer(trained[0])}
         micro_batches = sizes.rollout_rows / sizes.train_rows
         reading = sum(self._pass(model, trains=False) for model in memory.models)
@@ -52,7 +53,7 @@ class Timing:
     def _optimizer(self, model: PlannedModel) -> float:
         """A step of AdamW over this rank's share."""
         share = 1 / self.memory.data_ranks if model.spec.zero_stage else 1.0
-        trained = model.counts.trained / model.tensor_ranks
+        trained = model.counts.trained / model.tensor_ranks / self.memory.stages
         return trained * (
             self.rates.seconds_per_weight * share + 4 * MADE_TWICE / self.rates.bytes_per_second
         )

@@ -53,11 +53,15 @@ def test_a_plugin_says_what_is_sharded(plugin, stage, offload):
 
 
 def test_sizes_belong_to_the_plugin_3d():
-    line = words(*["--plugin", "3d", "--tp", "2", "--pp", "2", "--sp", "1", "--grad_checkpoint"])
+    flags = ("--plugin", "3d", "--tp", "2", "--pp", "2", "--sp", "1", "--grad_checkpoint")
+    line = words(*flags)
     assert line[line.index("--tensor_parallel_size") + 1] == "2"
     assert line[line.index("--pipeline_parallel_size") + 1] == "2"
     assert "--sequence_parallel_size" not in line
     assert "--gradient_checkpointing" in line
+    args = step_2(*flags, on_gpu=True)
+    assert args.parallel_sizes == {"tensor": 2, "pipeline": 2, "sequence": 1}
+    assert args.run.dtype == "bf16"
     with pytest.raises(UserError, match="--tp 2: --plugin zero2 shares the work otherwise"):
         words("--plugin", "zero2", "--tp", "2")
 

@@ -15,7 +15,7 @@ STEPS_1_AND_2 = """
     --zero_stage=3 --lora_dim 128 --lora_module_name decoder.layers. --only_optimize_lora
     --lora_learning_rate 5e-4 --compute_fp32_loss --enable_tensorboard --tensorboard_path T
     --add_eot_token --eot_token <|endoftext|> --eval_interval 10 --eval_iters=100 --tensor_parallel_size 1
-    --sequence_parallel_size 1 --attn_implementation sdpa --torch_compile=false
+    --sequence_parallel_size 1 --pipeline_parallel_size 1 --attn_implementation sdpa --torch_compile=false
     --save_interval 5 --resume_from_checkpoint latest
 """
 STEP_3 = """

@@ -23,6 +23,15 @@ def test_stages_shard_what_they_say():
     assert size(found[3], "gathered weights") > 0
 
 
+def test_stages_of_a_pipeline_have_their_layers_and_ranks_of_data_alone():
+    flags = ("--pipeline_parallel_size=2", "--zero_stage=1")
+    whole, half = (planned(arguments("sft", *more), ranks=4).phases["train"] for more in ((), flags))
+    assert size(half, "weights") == size(whole, "weights") / 2
+    # two averages and a copy for ZeRO of half the weights, over two ranks of data
+    assert size(half, "optimiser") == pytest.approx(3 * size(half, "weights") / 2)
+    assert size(half, "activations") == size(whole, "activations")
+
+
 def test_offloading_moves_states_to_the_host():
     there = planned(arguments("sft", "--zero_stage=2"), ranks=2).phases["train"]
     gone = planned(arguments("sft", "--zero_stage=2", "--offload"), ranks=2).phases["train"]
