@@ -269,18 +269,11 @@ def write_universal_checkpoint(folder: Path, output: Path) -> None:
     """Make of a ZeRO checkpoint a universal one, a file per parameter, in this process."""
     from deepspeed.checkpoint import ds_to_universal
 
+    settings = SimpleNamespace(input_folder=str(folder), output_folder=str(output), keep_temp_folder=False)
+    settings.num_extract_workers = settings.num_merge_workers = 1  # other processes would load pickles
+    settings.strict = settings.inject_missing_state = True
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        ds_to_universal.main(
-            SimpleNamespace(
-                input_folder=str(folder),
-                output_folder=str(output),
-                num_extract_workers=1,  # other processes would load pickles
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
+        ds_to_universal.main(settings)
 
 
 def checkpoint_classes() -> list[Any]:
