@@ -78,8 +78,11 @@ def train_config(
     ranks, size = mesh().world.size, run.zero_hpz_partition_size
     if ranks % size:
         raise UserError(f"--zero_hpz_partition_size {size} must divide the number of ranks, {ranks}.")
+    # Without ZeRO, DeepSpeed 0.19 shards a pipeline's states in bf16 anyway, and cannot resume: its
+    # runtime/engine.py, _load_checkpoint, looks for them in the files of weights.
+    is_sharded = stage() is not None and run.dtype == "bf16"
     config = get_train_ds_config(
-        stage=model_args.zero_stage,
+        stage=max(model_args.zero_stage, int(is_sharded)),
         dtype=run.dtype,
         offload=run.offload,
         nvme_path=run.offload_nvme_path,
@@ -171,7 +174,7 @@ def build_trained_engine(
         engine = _initialize(model, config, optimizer=optimizer, lr_scheduler=scheduler)
     if injection:
         separate_phases(engine, injection)
-    if model_args.zero_stage == 0:
+    if config["zero_optimization"]["stage"] == 0:
         # In bf16 and fp16 DeepSpeed begins with a step of zero gradients, to allocate Adam's state: its step
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
         optimizer.state.clear()

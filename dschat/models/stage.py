@@ -163,6 +163,7 @@ def _cut(model: Any, stage: Axis) -> None:
         model.set_input_embeddings(ReceivedStates(model.get_input_embeddings().num_embeddings))
     if not is_last:
         model.all_tied_weights_keys = {}
+        model._tied_weights_keys = {}  # by which a vocabulary that grows is tied again
         if model.get_output_embeddings() is not None:
             model.set_output_embeddings(None)
 
