@@ -91,6 +91,12 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "question_preference": {"question": "Name a tea.", "system": "B", "chosen": "Assam.", "rejected": "No."},
     "ranked": {"prompt": "Name a tea.", "answers": ["Assam.", "No."], "scores": [1, 0.5]},
+    "tokens": {
+        "chosen_input_ids": [5, 6, 7, 2],
+        "rejected_input_ids": [5, 6, 8, 2],
+        "chosen_loss_mask": [0, 0, 1, 1],
+        "rejected_loss_mask": [0, 0, 1, 1],
+    },
     "hh": {"chosen": QUESTION + " Assam.", "rejected": QUESTION + " No."},
     "two_answers": {"prompt": "Name a tea.", "answer_a": "Assam.", "answer_b": "No.", "winner": "a"},
     "messages": {"messages": SAID},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT
+from processes import ROOT, environment
 
 from dschat.arguments import parse_arguments
 
@@ -33,7 +33,9 @@ def run(command: list[str], folder: Path, **variables: str) -> list[str]:
         (commands / name).write_text(f"#!/bin/bash\n{text}\n")
         (commands / name).chmod(0o755)
     path = f"{commands}:{os.environ['PATH']}"
-    subprocess.run(command, cwd=folder, env={**os.environ, **variables, "PATH": path}, check=True, timeout=60)
+    subprocess.run(
+        command, cwd=folder, env={**environment(), **variables, "PATH": path}, check=True, timeout=60
+    )
     return (folder / "log").read_text().split("\0")[:-1]
 
 
