@@ -357,6 +357,7 @@ def test_adapters_off_is_the_model_that_was_loaded_and_changes_no_flag(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_adapters_give_the_same_outputs_and_leave_every_bit_as_it_was(folder, dtype):
+    torch.manual_seed(0)  # experts are chosen by logits, which rounding may swap where two are close
     model = causal(folder).to(dtype)
     add_lora(model, lora())
     with torch.no_grad():
