@@ -6,7 +6,6 @@ The texts of a flag stand in the order in which they are tried: the first one wh
 NO_STEPS = "not there: every optimiser step is logged, in metrics.jsonl and TensorBoard"
 NO_TRACKER = "not there: figures go to metrics.jsonl and TensorBoard, see --enable_tensorboard"
 NO_VLLM = "not there: answers are sampled by the model that trains"
-NO_ATTENTION = "not there: what transformers chooses is used"
 NO_GROUPING = "not there: batches always hold rows of similar length"
 CHECKPOINTS = "--save_interval, in optimiser steps"
 BEST = ("--export_model best", "--export_actor best")
@@ -139,7 +138,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "fsdp": ("--zero_stage 3",),
     "fsdp_config": ("--zero_stage 3",),
     "deepspeed_config": (
-        "not there: DeepSpeed's settings are made from --zero_stage, --offload and --dtype",
+        "not there: settings come of --zero_stage, --offload, --dtype and --deepspeed_config_override",
     ),
     "zero": ("--zero_stage",),
     "cpu_offload": ("--offload",),
@@ -206,9 +205,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "reward_fn": ("--reward_function FILE.py:NAME",),
     "reward_funcs": ("--reward_function FILE.py:NAME",),
     "custom_reward_function": ("--reward_function FILE.py:NAME",),
-    "attn_implementation": (NO_ATTENTION,),
-    "flash_attn": (NO_ATTENTION,),
-    "use_flash_attention_2": (NO_ATTENTION,),
+    "flash_attn": ("--attn_implementation flash_attention_2",),
+    "use_flash_attention_2": ("--attn_implementation flash_attention_2",),
     "disable_dropout": ("--dropout 0, the default",),
     "ref_reward_offload": ("--offload_reference_model and --offload_reward_model",)
     + ("--offload_reference_model",),
@@ -347,7 +345,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "response_template": ("not there: answers are told by --chat_template",),
     "use_vllm": (NO_VLLM,),
     "tensor_model_parallel_size": (NO_VLLM,),
-    "tensor_parallel_size": (NO_VLLM,),
     "importance_sampling_level": ("not there: a ratio is a token's",),
     "ds3_gather_for_generation": ("--rollout_gather",),
     "colocate_all_models": ("not there: the models always share the devices",),
@@ -364,12 +361,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "task_type": (NO_TASK,),
     "stage": (NO_TASK,),
     # DeepSpeed-Chat
-    "enable_hybrid_engine": ("not there: see --rollout_gather", "not there"),
-    "unpin_actor_parameters": ("not there: no hybrid engine", "not there"),
-    "release_inference_cache": ("not there: no hybrid engine", "not there"),
-    "inference_tp_size": ("not there: no hybrid engine", "not there"),
-    "tp_gather_partition_size": ("not there: no hybrid engine", "not there"),
-    "enable_mixed_precision_lora": ("not there: no hybrid engine", "not there"),
     "enable_zero3_generation_gather": ("--rollout_gather",),
     "num_train_samples": ("--max_train_samples",),
     "actor_bf16": ("--dtype bf16, the default",),
