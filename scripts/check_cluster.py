@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dschat.arguments import ReadableParser
 from dschat.console import messages
 from dschat.fingerprint import files_fingerprint
 from dschat.program import readable_errors
@@ -227,9 +228,7 @@ def check(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Check and report; the exit code says whether something is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ReadableParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", default=".", help="folder in which the run will write")
     parser.add_argument("--min_bandwidth", type=float, default=0.05, help="GB/s between hosts")
     parser.add_argument("--min_space", type=float, default=10.0, help="GB left on the disk of --storage")
@@ -237,8 +236,8 @@ def main() -> None:
         "--host_timeout", type=float, default=60.0, help="seconds until a silent host is lost"
     )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    options = parser.parse_args()
     with readable_errors():
+        options = parser.parse_args()
         from dschat.distributed.process_group import destroy_process_group
 
         wrong = check(options)
