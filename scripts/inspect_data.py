@@ -27,7 +27,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     with readable_errors():
         ARGS = parse_arguments("inspect")
 
-import jinja2
 import numpy as np
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
@@ -46,6 +45,7 @@ from dschat.data.sources import Source, open_source
 from dschat.data.token_turns import tokens_of
 from dschat.data.tokenization import Tokenized, column, tokenize_pairs, tokenize_prompts, tokenize_sft
 from dschat.models.tokenizer import load_tokenizer
+from dschat.reports.page import render, write_page
 
 NO_LIMIT = 2**31 - 1
 NUM_BARS = 12
@@ -124,7 +124,7 @@ def main(args: InspectArguments) -> int:
     for report in reports:
         show(report, console, args.inspect.max_seq_len)
     if args.inspect.html:
-        write_page(Path(args.inspect.html), reports, args)
+        write_page(Path(args.inspect.html), as_page(reports, args), "--html")
         console.print(f"the same as a page: {args.inspect.html}")
     return 2 if any(report.stops for report in reports) else 0
 
@@ -384,15 +384,10 @@ def coloured(text: Pieces, *, brackets: bool) -> Text:
     return shown
 
 
-def write_page(path: Path, reports: list[Report], args: InspectArguments) -> None:
+def as_page(reports: list[Report], args: InspectArguments) -> str:
     """The same as one HTML file that needs nothing else."""
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        PAGE.read_text(encoding="utf-8")
-    )
-    try:
-        path.write_text(template.render(reports=reports, options=args.inspect), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {path} cannot be written ({error.strerror}); name another file.") from error
+    title = f"Data as {args.inspect.model_name_or_path} reads it"
+    return render(PAGE.read_text(encoding="utf-8"), title=title, reports=reports, options=args.inspect)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""How sure a number is: intervals by prompt, win rates, calibration, correlation. Arrays in, numbers out.
+
+Intervals are of 95 %. Values with one number in `groups`, such as those of the pairs of one prompt, may
+depend on one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dschat.distributed.statistics import standard_error
+
+Z = 1.959964
+"""Standard errors on either side of a mean, for 95 %."""
+NUM_RESAMPLED = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; the interval is NaN where nothing is known of it."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def shown(self, form: str) -> str:
+        """All three numbers in a format, such as ".1%"."""
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """The mean and its interval by the standard error clustered by group; both [N].
+
+    With G groups the quantile is that of the normal distribution: it is narrow for fewer than about 20.
+    """
+    value, error = float(values.mean()), _error(values, groups)
+    return Estimate(value, value - Z * error, value + Z * error)
+
+
+def rate(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """The mean of values in [0, 1], such as wins with ties as halves, with Wilson's interval.
+
+    (Wilson 1927.) The number of observations is that of independent ones with the same standard error,
+    clustered by group, at most the groups where all values are equal; so the interval is within [0, 1].
+    """
+    value, error = float(values.mean()), _error(values, groups)
+    independent = value * (1 - value) / error**2 if error > 0 else len(np.unique(groups))
+    return wilson(value, min(max(independent, 1.0), len(values)))
+
+
+def wilson(value: float, number: float) -> Estimate:
+    """A rate seen in so many independent observations, with Wilson's score interval."""
+    centre = (value + Z**2 / (2 * number)) / (1 + Z**2 / number)
+    half = Z / (1 + Z**2 / number) * math.sqrt(value * (1 - value) / number + Z**2 / (4 * number**2))
+    return Estimate(value, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def bootstrapped(
+    statistic: Callable[..., float], columns: Sequence[np.ndarray], groups: np.ndarray, seed: int = 0
+) -> Estimate:
+    """Any statistic of columns [N], with the percentile interval of groups drawn again with replacement."""
+    random = np.random.default_rng(seed)
+    order = np.argsort(groups, kind="stable")
+    _, starts = np.unique(groups[order], return_index=True)
+    members = np.split(order, starts[1:])
+    found = []
+    for _ in range(NUM_RESAMPLED if len(members) > 1 else 0):
+        rows = np.concatenate([members[place] for place in random.integers(0, len(members), len(members))])
+        found.append(statistic(*(column[rows] for column in columns)))
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if found else (math.nan, math.nan)
+    return Estimate(statistic(*columns), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of similar probability."""
+
+    confidence: float
+    """The mean of what was predicted,"""
+    share: float
+    """the share that was right,"""
+    number: int
+    """and how many they are."""
+    rows: np.ndarray
+    """Their places, [number]."""
+
+
+def calibration_curve(probabilities: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[Bin]:
+    """Predicted against observed, in bins of equal width over [0.5, 1]; empty ones are left out.
+
+    `probabilities` are those of the answer that was taken for the better one, so at least 0.5.
+    """
+    places = np.clip(((probabilities - 0.5) * 2 * num_bins).astype(int), 0, num_bins - 1)
+    rows = [np.flatnonzero(places == place) for place in range(num_bins)]
+    return [Bin(float(probabilities[r].mean()), float(right[r].mean()), len(r), r) for r in rows if len(r)]
+
+
+def calibration_error(probabilities: np.ndarray, right: np.ndarray, num_bins: int = 10) -> float:
+    """The expected calibration error, https://arxiv.org/abs/1706.04599: the mean over all predictions of how
+    far the share that is right in their bin is from the mean probability there."""
+    bins = calibration_curve(probabilities, right, num_bins)
+    return sum(b.number * abs(b.confidence - b.share) for b in bins) / len(probabilities)
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's; NaN where one of them does not vary."""
+    first, second = first - first.mean(), second - second.mean()
+    scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / scale if scale > 0 else math.nan
+
+
+def _error(values: np.ndarray, groups: np.ndarray) -> float:
+    return standard_error(torch.from_numpy(np.asarray(values, float)), torch.from_numpy(groups)).item()

@@ -1,0 +1,92 @@
+"""Intervals, calibration and correlation against numbers made by hand and against simulation."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dschat.reports.statistics import (
+    bootstrapped,
+    calibration_curve,
+    calibration_error,
+    correlation,
+    mean,
+    rate,
+    wilson,
+)
+
+
+def test_the_interval_of_a_mean_is_two_standard_errors_of_the_groups():
+    values, groups = np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 7, 7])
+    # mean 2; residuals by group -2 and +2; sqrt(2 / 1 * (4 + 4)) / 4 = 1
+    found = mean(values, groups)
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - 1.959964, 2 + 1.959964))
+    # apart they are four observations: s = sqrt(4 / 3), s / 2
+    alone = mean(values, np.arange(4))
+    assert alone.high - 2 == pytest.approx(1.959964 * math.sqrt(4 / 3) / 2)
+
+
+def test_a_win_rate_has_wilsons_interval():
+    # 15 of 20: (0.75 + 3.8415/40) / (1 + 3.8415/20) = 0.7097, half width 0.1783 (Wilson 1927)
+    found = wilson(0.75, 20)
+    assert (found.low, found.high) == pytest.approx((0.5313, 0.8881), abs=2e-4)
+    values = np.array([1.0] * 15 + [0.0] * 5)
+    by_itself = rate(values, np.arange(20))  # s / sqrt(N) has N - 1: 19 independent ones
+    assert (by_itself.low, by_itself.high) == pytest.approx((wilson(0.75, 19).low, wilson(0.75, 19).high))
+    twice = rate(np.tile(values, 2), np.tile(np.arange(20), 2))  # the same said twice is no more sure
+    assert (twice.low, twice.high) == pytest.approx((by_itself.low, by_itself.high))
+
+
+def test_ties_are_halves_and_nothing_but_wins_is_not_certain():
+    ties = rate(np.full(10, 0.5), np.arange(10))
+    assert ties.low < 0.5 < ties.high
+    wins = rate(np.ones(10), np.arange(10))
+    assert wins.high == pytest.approx(1.0)
+    assert wins.low == pytest.approx(0.7225, abs=1e-3)  # 10 of 10
+    assert rate(np.ones(10), np.zeros(10, int)).low < 0.3  # of one prompt
+
+
+def test_the_intervals_hold_the_truth_in_19_of_20_simulations():
+    """Pairs of a prompt agree: an interval that takes them apart holds it less often."""
+    random = np.random.default_rng(3)
+    groups = np.repeat(np.arange(60), 4)
+    held = {"rate": 0, "mean": 0, "bootstrap": 0, "apart": 0}
+    for _ in range(200):
+        chance = random.beta(2, 1, size=60)[groups]  # mean 2 / 3
+        values = (random.random(240) < chance).astype(float)
+        found = {
+            "rate": rate(values, groups),
+            "mean": mean(values, groups),
+            "apart": rate(values, np.arange(240)),
+        }
+        for name, one in found.items():
+            held[name] += one.low <= 2 / 3 <= one.high
+    assert min(held["rate"], held["mean"]) >= 182
+    assert held["apart"] < 178
+    one = bootstrapped(lambda column: float(column.mean()), [values], groups)
+    assert (one.low, one.high) == pytest.approx((found["mean"].low, found["mean"].high), abs=0.015)
+
+
+def test_calibration_is_the_distance_of_confidence_and_share_in_bins():
+    probabilities = np.array([0.52, 0.58, 0.93, 0.97])
+    right = np.array([1.0, 0.0, 1.0, 1.0])
+    bins = calibration_curve(probabilities, right, num_bins=5)  # [.5, .6), ..., [.9, 1]
+    assert [(b.confidence, b.share, b.number) for b in bins] == [
+        pytest.approx((0.55, 0.5, 2)),
+        pytest.approx((0.95, 1.0, 2)),
+    ]
+    assert [list(b.rows) for b in bins] == [[0, 1], [2, 3]]
+    assert calibration_error(probabilities, right, num_bins=5) == pytest.approx(0.05)
+    assert calibration_curve(np.array([1.0]), np.array([1.0]))[0].number == 1  # the last bin holds 1
+
+
+def test_correlation_by_hand_and_of_what_does_not_vary():
+    # deviations (-1, 0, 1) and (-1, 1, 0): product 1, norms sqrt(2) each
+    assert correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])) == pytest.approx(0.5)
+    assert math.isnan(correlation(np.ones(3), np.arange(3.0)))
+
+
+def test_nothing_is_known_of_one_group():
+    found = bootstrapped(lambda column: float(column.mean()), [np.arange(4.0)], np.zeros(4, int))
+    assert found.value == 1.5
+    assert math.isnan(found.low)
