@@ -4,6 +4,7 @@ dschat sft --model_name_or_path MODEL ...      python -m dschat sft ...
 torchrun --nproc_per_node 2 -m dschat sft ...  deepspeed --num_gpus 2 --module dschat sft ...
 """
 
+import argparse
 import difflib
 import os
 import runpy
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from dschat.arguments import ReadableParser, complete
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
@@ -26,6 +28,8 @@ class Program:
     file: str
     """Its path in the tree."""
     purpose: str
+    completes: bool = True
+    """Whether it reads its flags with a parser that completes the words of a shell."""
 
 
 PIPELINE = {
@@ -36,7 +40,9 @@ PIPELINE = {
     "e2e": Program("scripts/e2e_rlhf.py", "the three steps in a row"),
 }
 TOOLS = {
-    "demo": Program("scripts/demo.sh", "the three steps on a small task, with a model made on the spot"),
+    "demo": Program(
+        "scripts/demo.sh", "the three steps on a small task, with a model made on the spot", False
+    ),
     "doctor": Program(
         "scripts/doctor.py", "what is wrong with this machine and environment, and what mends it"
     ),
@@ -49,7 +55,7 @@ TOOLS = {
     "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
     "migrate": Program("scripts/migrate.py", "a launch script of another project as a command of ours"),
     "merge-adapter": Program("scripts/merge_adapter.py", "an adapter and its base to a whole model"),
-    "launch": Program("scripts/launch.py", "deepspeed's launcher, safe for the shells of other hosts"),
+    "launch": Program("scripts/launch.py", "deepspeed's launcher, safe for the shells of other hosts", False),
 }
 COMMANDS = PIPELINE | TOOLS
 
@@ -61,8 +67,11 @@ def main() -> NoReturn:
         "--local_rank"
     ):  # of deepspeed's launcher, which sets LOCAL_RANK as well
         words = words[1:]
+    if "_ARGCOMPLETE" in os.environ:
+        words = [word_to_complete()]
     with readable_errors():
         program = chosen(words[0] if words else "--help")
+    ReadableParser.command = f"dschat {words[0]}"
     start(programs_root() / program.file, words[1:])
 
 
@@ -79,6 +88,23 @@ def chosen(name: str) -> Program:
         meant = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(f"dschat has no command {name!r}{meant}; dschat --help lists them.")
     return COMMANDS[name]
+
+
+def word_to_complete() -> str:
+    """The command whose flags a shell asks argcomplete for. Answers and ends where it asks for the command.
+
+    Ends without an answer where no program would give one.
+    """
+    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+    before = int(os.environ["_ARGCOMPLETE"])
+    if len(words) == before + 1:
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument("command", choices=COMMANDS)
+        complete(parser)
+    os.environ["_ARGCOMPLETE"] = str(before + 1)
+    if words[before] not in COMMANDS or not COMMANDS[words[before]].completes:
+        sys.exit()
+    return words[before]
 
 
 def overview() -> str:

@@ -32,12 +32,18 @@ from dschat.console.text import PLAIN, printable
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
+TO_KNOW = (
+    *("model", "data-path", "prompt", "num-prompts", "num-shown", "max-answer-seq-len", "greedy"),
+    *("temperature", "reference", "output"),
+)
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = ReadableParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.to_know = TO_KNOW
     add = parser.add_argument
     add(
         "--model",

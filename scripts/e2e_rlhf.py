@@ -37,12 +37,18 @@ from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
 from scripts.e2e_step import FOLDERS, TITLES, Command, run
 
+TO_KNOW = (
+    *("actor-model", "reward-model", "data-path", "output-dir", "deployment-type", "common-args"),
+    *("sft-args", "reward-args", "ppo-args", "resume"),
+)
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = ReadableParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.to_know = TO_KNOW
     add = parser.add_argument
     add(
         "--step",

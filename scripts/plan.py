@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.arguments import PROGRAMS, RlhfArguments, TrainingStep, parse_arguments
+from dschat.arguments import PROGRAMS, RlhfArguments, TrainingStep, complete, parse_arguments
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
@@ -47,6 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--allow_lora", action="store_true", help="Let --fit train adapters alone.")
     parser.add_argument("--steps", type=int, help="Optimiser steps (step 3: PPO steps) of the run.")
     parser.add_argument("--price_per_hour", type=float, default=0.0, help="Price of one device per hour.")
+    complete(parser)
     args, rest = parser.parse_known_args(argv)
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}.")

@@ -1,11 +1,13 @@
 """The command dschat, from the checkout and from an installed wheel."""
 
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from processes import ROOT, environment
+from processes import ROOT, environment, python
 from safetensors.torch import load_file
 from tiny import save_counting_pairs, save_tiny_model
 
@@ -40,6 +42,39 @@ def test_the_command_alone_prints_the_pipeline_and_an_unknown_one_the_nearest():
     assert dschat("--local_rank=0", "sft", "--sed", "1").stderr.startswith(
         "error: unknown flag --sed (did you mean"
     )
+
+
+def test_help_tells_how_the_program_was_started_and_takes_less_than_a_second_of_a_processor():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert dschat("reward", "--help").stdout.startswith("usage: dschat reward --model_name_or_path PATH ")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    told = python("step2_reward/main.py", "--help", cwd=ROOT).stdout
+    assert told.startswith("usage: step2_reward/main.py --model_name_or_path PATH ")
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What a shell is told that may come next, by the protocol of argcomplete."""
+    told = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    answer = folder / "answer"
+    env = told | {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
+    python(ROOT / "dschat" / "__main__.py", cwd=folder, env=env)
+    return answer.read_text().split() if answer.exists() else []
+
+
+@pytest.mark.slow
+def test_a_shell_completes_commands_flags_and_values_and_starts_nothing(tmp_path):
+    pytest.importorskip("argcomplete", reason="pip install 'dschat[completion]' brings argcomplete")
+    assert completed("dschat re", tmp_path) == ["reward"]
+    assert completed("dschat ppo --seed 1 --dtype ", tmp_path) == ["bf16", "fp16", "fp32"]
+    (tmp_path / "pairs.jsonl").touch()
+    assert completed("dschat sft --data_path pai", tmp_path) == ["pairs.jsonl"]
+    for name, program in COMMANDS.items():
+        (tmp_path / name).mkdir()
+        flags = completed(f"dschat {name} --", tmp_path / name)
+        assert program.completes == ("--help" in flags)
+        assert not [flag for flag in flags if flag.replace("-", "_") in flags]  # one spelling of each
+        assert [path.name for path in (tmp_path / name).iterdir()] == (["answer"] if flags else [])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ library imports from here alone.
 """
 
 from dschat.arguments.colossalchat import TrainRmCall
-from dschat.arguments.command_line import ReadableParser
+from dschat.arguments.command_line import ReadableParser, complete
 from dschat.arguments.data import DataArguments, TokenizerArguments
 from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
@@ -77,6 +77,7 @@ __all__ = [
     "TrainRmCall",
     "TrainingStep",
     "WidthArguments",
+    "complete",
     "default_of",
     "explain_foreign_flag",
     "flags_of",

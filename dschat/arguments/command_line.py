@@ -2,12 +2,13 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 from dschat.arguments.config_file import values_in, without_config, words_of
 from dschat.console import messages
@@ -20,20 +21,43 @@ FLAG = re.compile(r"([-–—−]+)([^\W\d][\w.-]*)(=.*)?", re.DOTALL)  # noqa: 
 """A word that is meant as a flag. A document's editor may have made another dash of its hyphens."""
 
 
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """Help that shows a flag in one spelling, the kind of its value, and its default where it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spelt = {name.lstrip("-").replace("-", "_"): name for name in reversed(action.option_strings)}
+        kind = {int: "N", float: "X"}.get(cast(type, action.type), action.dest.rpartition("_")[2].upper())
+        values = "" if action.nargs == 0 or action.type is to_bool else f" {self._format_args(action, kind)}"
+        return f"{', '.join(reversed(spelt.values()))}{values}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, False, [], "", argparse.SUPPRESS):
+            return action.help
+        shown = " ".join(default) if isinstance(default, list) else "on" if default is True else default
+        return f"{action.help} (default: {shown})"
+
+
 class ReadableParser(argparse.ArgumentParser):
     """argparse whose errors are one message: a `UserError` instead of a screen of usage.
 
     Flags that are not there are named together, with what was probably meant, before anything else that is
     wrong with the command line; names are not abbreviated. --config FILE stands for the flags in the file.
+    Where the package argcomplete is installed, it completes the words of a shell.
     """
 
+    command: ClassVar[str] = ""
+    """The words that started the program where the command dschat did, such as "dschat sft"."""
+    to_know: Sequence[str] = ()
+    """The names of the flags with which the help begins."""
     prefixes: Mapping[str, str] = {}
     """What the flags of a group begin with, by the group's name in a run's arguments.json."""
     exclusive: frozenset[str] = frozenset()
     """Flags of which one at most is given: one on the command line replaces the others in a file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        prog = self.command or (sys.argv[0] if sys.argv[0].endswith(".py") else None)
+        super().__init__(*args, **{"prog": prog, "allow_abbrev": False, **kwargs})
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -41,6 +65,31 @@ class ReadableParser(argparse.ArgumentParser):
             help="YAML or JSON file of flags and values, such as the arguments.json of a run; a flag on the "
             "command line wins over the file.",
         )
+
+    def format_help(self) -> str:
+        """The usage, the description, the flags to know and all others by group."""
+        first = [self._option_string_actions[f"--{name}"] for name in self.to_know]
+        if not first:
+            return super().format_help()
+        formatter = self._get_formatter()
+        required = [formatter._format_action_invocation(a) for a in self._actions if a.required]
+        formatter.add_usage(f"{' '.join(['%(prog)s', *required])} [--FLAG VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        formatter.start_section("flags to know (all others follow, by group)")
+        formatter.add_arguments(first)
+        formatter.end_section()
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in group._group_actions if action not in first])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, or in a shell that completes a command line the words that may come next."""
+        complete(self)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
@@ -143,6 +192,26 @@ class ReadableParser(argparse.ArgumentParser):
 
     def _takes_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs in ("+", "*")
+
+
+def to_bool(word: str) -> bool:
+    """A word of the command line as True or False; any other is argparse's `ArgumentTypeError`."""
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(
+        f"{word!r} must be yes or no, true or false, t or f, y or n, 1 or 0, in any case"
+    )
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Where a shell asks argcomplete to complete a command line, answer with one spelling and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        from argcomplete import autocomplete
+
+        others = [name for action in parser._actions for name in action.option_strings[1:]]
+        autocomplete(parser, exclude=[name for name in others if "-" in name.lstrip("-")])
 
 
 def _is_number(word: str) -> bool:

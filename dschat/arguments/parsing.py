@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-from dschat.arguments.command_line import LIKENESS, ReadableParser
+from dschat.arguments.command_line import LIKENESS, FlagHelp, ReadableParser, to_bool
 from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.steps import STEPS, InspectArguments, StepArguments
@@ -23,6 +23,26 @@ PROGRAMS = {
     "inspect": "scripts/inspect_data.py",
 }
 
+_SUPERVISED = (
+    *("model_name_or_path", "data_path", "output_dir", "num_train_epochs", "per_device_train_batch_size"),
+    *("max_seq_len", "learning_rate", "lora_dim", "dtype"),
+)
+TO_KNOW = {
+    "sft": (*_SUPERVISED, "resume_from_checkpoint"),
+    "reward": (*_SUPERVISED, "resume_from_checkpoint"),
+    "dpo": (*_SUPERVISED, "beta"),
+    "rlhf": (
+        *("actor_model_name_or_path", "critic_model_name_or_path", "data_path", "output_dir"),
+        *("max_prompt_seq_len", "max_answer_seq_len", "per_device_generation_batch_size"),
+        *("actor_learning_rate", "kl_coef", "resume_from_checkpoint"),
+    ),
+    "inspect": (
+        *("model_name_or_path", "data_path", "data_format", "prompt_key", "chosen_key", "rejected_key"),
+        *("data_split", "chat_template", "max_seq_len", "html"),
+    ),
+}
+"""The ten flags of each step with which its help begins."""
+
 WARMUP = frozenset({"warmup_ratio", "num_warmup_steps"})
 """The two ways to say how long warm-up takes."""
 
@@ -33,8 +53,8 @@ class FlagParser(ReadableParser):
     exclusive = WARMUP
 
     def __init__(self, step: str) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self._step = step
+        super().__init__(formatter_class=FlagHelp, description=sys.modules["__main__"].__doc__)
+        self._step, self.to_know = step, TO_KNOW[step]
         self.prefixes = {part.name: part.metadata["prefix"] for part in fields(STEPS[step])}
         for part in fields(STEPS[step]):
             metadata = part.metadata
@@ -100,7 +120,7 @@ def _declare(
     options |= {"required": True} if default is dataclasses.MISSING else {"default": default}
     kind = get_args(f.type)[0] if type(None) in get_args(f.type) else f.type
     if kind is bool:
-        section.add_argument(*spelt, type=_to_bool, nargs="?", const=True, **options)
+        section.add_argument(*spelt, type=to_bool, nargs="?", const=True, **options)
         if default is True:
             negated = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
             section.add_argument(*negated, action="store_false", dest=name, **{**options, "default": False})
@@ -110,17 +130,6 @@ def _declare(
         section.add_argument(*spelt, type=get_args(kind)[0], nargs="+", **options)
     else:
         section.add_argument(*spelt, **{"type": kind, **options})
-
-
-def _to_bool(word: str) -> bool:
-    """A word of the command line as True or False; any other is argparse's `ArgumentTypeError`."""
-    if word.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if word.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(
-        f"{word!r} must be yes or no, true or false, t or f, y or n, 1 or 0, in any case"
-    )
 
 
 UNLIMITED = ("max_kl", "max_length_ratio")

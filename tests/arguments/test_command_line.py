@@ -1,9 +1,11 @@
 """Command lines with mistakes: unknown flags, words that belong to none, flags given twice."""
 
+import re
+
 import pytest
 from step_flags import assert_refused, refusal
 
-from dschat.arguments import parse_arguments
+from dschat.arguments import STEPS, flags_of, parse_arguments
 
 TRAINING = ("sft", "reward", "dpo", "rlhf")
 
@@ -67,3 +69,17 @@ def test_of_a_flag_that_is_given_twice_the_last_counts_and_that_is_said(capsys):
     said = capsys.readouterr().out
     assert "note: --seed is given 2 times, and only the last counts.\n" in said
     assert "--data_path is given 2 times, and only the last counts; several values go after one" in said
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_help_begins_with_ten_flags_and_has_every_flag_once(step, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(step, ["--help"])
+    text = capsys.readouterr().out
+    named = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
+    turned_off = {name for name in named if name.startswith("no_")}
+    assert sorted(set(named) - turned_off) == sorted({"help", "config", *flags_of(step)})
+    assert len(named) == len(set(named))
+    first = text.partition("flags to know")[2].partition("\noptions:")[0]
+    assert len(re.findall("^  --", first, re.MULTILINE)) == 10
+    assert "default: None" not in text
