@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dschat.console import messages
+from dschat.distributed.launcher import GRACE, end_torchrun
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
     import torch.distributed as dist
@@ -77,4 +78,6 @@ class HostWatch:
             lost = self.lost()
             if lost:
                 messages.to_stderr(f"error: {self.message(lost)}")
+                if end_torchrun():
+                    messages.to_stderr(f"torchrun on this host is killed if it has not ended in {GRACE:g} s.")
                 os._exit(1)  # the main thread hangs in a collective and cannot be woken

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from dschat.console import messages
-from dschat.distributed import restart, watchdog
+from dschat.distributed import launcher, restart, watchdog
 from dschat.distributed.collectives import all_gather_object, barrier, make_axis_groups
 from dschat.distributed.deepspeed_private import compile_no_shared_memory_collectives
 from dschat.distributed.extension_locks import clear_build_locks
@@ -56,7 +56,7 @@ def init_process_group(local_rank: int = -1, *, host_timeout: float = 0.0) -> to
     )  # `dschat.distributed.restart` brings its own
     if attempt > 0 and keeps_store:
         _join_again(attempt)
-    watchdog.end_with_launcher()
+    launcher.end_with_launcher()
     for lock in clear_build_locks(on_one_machine=mesh().world.size == mesh().machine.size):
         messages.note(
             f"{lock} was left behind by a process that was killed, and is deleted.", every_rank=True

@@ -1,10 +1,7 @@
 """Watch over the other ranks on this machine, so that none waits for ever for one that is gone."""
 
-import ctypes
 import os
 import re
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,16 +15,11 @@ import psutil
 
 from dschat.console import messages
 from dschat.distributed.host_watch import HostWatch
+from dschat.distributed.launcher import end_torchrun
 from dschat.distributed.process_wide import process_wide
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
     import torch.distributed as dist
-
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""What torchrun and the deepspeed launcher set for a rank."""
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a process gets when its parent ends."""
 
 INTERVAL = 1.0
 """Seconds between looks."""
@@ -57,17 +49,6 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
-
-
-def end_with_launcher() -> None:
-    """Ask for a SIGTERM when torchrun or the deepspeed launcher, which started this rank, is killed.
-
-    Nobody would look after the ranks then, and a new run could meet them in the same folder. In training it
-    is a request like any other: they save and end. Linux alone can; elsewhere nothing happens.
-    """
-    is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
-    if is_launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class RankWatchdog:
@@ -199,5 +180,6 @@ def report_lost_peers(error: Exception) -> bool:
             "own console tells why. The run goes on from its last checkpoint with --resume_from_checkpoint "
             "latest."
         )
+        end_torchrun()
         return True
     return False

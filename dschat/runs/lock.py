@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 
 from dschat.console import messages
+from dschat.distributed.launcher import is_launched
 from dschat.distributed.process_wide import process_wide
-from dschat.distributed.watchdog import LAUNCHER_VARIABLES, is_gone, machine_number
+from dschat.distributed.watchdog import is_gone, machine_number
 from dschat.errors import UserError
 
 LOCK = ".run.lock"
@@ -136,13 +137,12 @@ def _is_mine(descriptor: int) -> bool:
 
 
 def _this_run() -> Holder:
-    is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
     return Holder(
         pid=os.getpid(),
         host=socket.gethostname(),
         machine=machine_number(),
         since=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        launcher=os.getppid() if is_launched else None,
+        launcher=os.getppid() if is_launched() else None,
         launch=_this_launch(),
     )
 
