@@ -51,6 +51,7 @@ TOOLS = {
     "inspect": Program(
         "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
     ),
+    "chat": Program("scripts/chat.py", "talk to a model"),
     "compare": Program("scripts/compare.py", "answers of several models side by side"),
     "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
     "migrate": Program("scripts/migrate.py", "a launch script of another project as a command of ours"),

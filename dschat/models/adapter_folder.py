@@ -24,15 +24,27 @@ PREFIX = "base_model.model."
 """The prefix of the names of weights in an adapter's file."""
 
 
-def merged_model(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def is_adapter(path: str) -> bool:
+    """Whether it is a folder with an adapter and without a whole model."""
+    folder = Path(path)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def merged_model(
+    folder: Path, base: str | None = None, *, task: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on which the adapter in `folder` was trained, with the adapter merged in, and its tokenizer.
 
-    `base` replaces the name of the model in adapter_config.json. Raises `UserError` for an adapter that is
-    not whole, cannot be merged or does not fit the model.
+    `base` replaces the name of the model in adapter_config.json, and `task` is PEFT's name of the only kind
+    of model that will do. Raises `UserError` for an adapter that is not whole, cannot be merged or does not
+    fit the model.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     settings = _settings(folder)
+    found = settings.get("task_type")
+    if task and found not in (None, task):
+        raise UserError(f"{folder} is an adapter of task_type {found}; one of {task} is needed here.")
     state = load_state_dict(str(_weights(folder)), map_location="cpu", weights_only=True)
     source = {"revision": settings.get("revision")} if base is None else {}
     base = base or settings["base_model_name_or_path"]

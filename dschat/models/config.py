@@ -152,7 +152,7 @@ def check_positions(model_name_or_path: str, num_tokens: int, flag: str, where: 
     follow: that is said once.
     """
     config = read_config(model_name_or_path, dropout=None)
-    limit = _num_positions(config) or num_tokens
+    limit = num_positions(config) or num_tokens
     if num_tokens <= limit:
         return
     problem = f"{where} has {num_tokens} tokens and {model_name_or_path!r} knows {limit} positions"
@@ -168,7 +168,7 @@ def learned_positions(model_name_or_path: str) -> int | None:
     return getattr(config, "max_position_embeddings", None) if _has_learned_positions(config) else None
 
 
-def _num_positions(config: PretrainedConfig) -> int | None:
+def num_positions(config: PretrainedConfig) -> int | None:
     """The positions that a model was trained on, or stretched to; None where it does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from dschat.data.comparisons import Prompt
 from dschat.data.encoder import Encoder
 from dschat.data.tokenization import content_key
 from dschat.errors import UserError
+from dschat.models.adapter_folder import is_adapter, merged_model
 from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer
+from dschat.models.vocabulary import configure_tokens
 from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
 from dschat.rlhf.rollout.backend import Sampling
@@ -80,12 +83,17 @@ class Answers:
 
 
 def load(path: str, flag: str) -> AskedModel:
-    """A causal LM in fp32 (bf16 on a GPU) and its tokenizer."""
-    check_model_path(path, flag)
-    tokenizer = load_tokenizer(path)
+    """A causal LM in fp32 (bf16 on a GPU) and its tokenizer; an adapter's folder is merged into its base."""
     gpu = torch.cuda.is_available()
-    config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
-    model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
+    if is_adapter(path):
+        model, tokenizer = merged_model(Path(path), task="CAUSAL_LM")
+        model.to(torch.bfloat16 if gpu else torch.float32)  # type: ignore[arg-type]  # as below
+        configure_tokens(model, tokenizer)
+    else:
+        check_model_path(path, flag)
+        tokenizer = load_tokenizer(path)
+        config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
+        model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
     model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # transformers' decorator loses its self
     return AskedModel(model.eval(), tokenizer)
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from dschat.arguments import RolloutArguments
 from dschat.data.comparisons import Prompt
@@ -67,3 +69,17 @@ def test_models_of_other_tokens_are_not_compared(folder, tmp_path):
 def test_a_folder_that_is_not_there_is_named_with_its_flag(tmp_path):
     with pytest.raises(UserError, match=r"--model .*there is no such folder"):
         load(str(tmp_path / "gone"), "--model")
+
+
+def test_an_adapter_is_loaded_with_its_base(folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = load(str(tmp_path / "lora"), "--model")
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+    settings_file = tmp_path / "lora" / "adapter_config.json"
+    settings_file.write_text(settings_file.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
+    with pytest.raises(UserError, match="is an adapter of task_type SEQ_CLS; one of CAUSAL_LM is needed"):
+        load(str(tmp_path / "lora"), "--model")

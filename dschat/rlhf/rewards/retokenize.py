@@ -19,12 +19,12 @@ def answer_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> lis
     template = ChatTemplate(tokenizer)
     lengths = (batch.answer_lengths - batch.ended.long()).tolist()  # an end token is the last of its answer
     return [
-        template.content(_exact_text(tokenizer, ids[:length]))
+        template.content(exact_text(tokenizer, ids[:length]))
         for ids, length in zip(batch.answers, lengths, strict=True)
     ]
 
 
-def _exact_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+def exact_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
     """The text of token ids as it is, special tokens among it."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False)
     assert isinstance(text, str)
@@ -35,7 +35,7 @@ def prompt_texts(batch: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> lis
     """The prompts as the model reads them, template and special tokens and all, without padding."""
     length = batch.prompt_length
     pairs = zip(batch.input_ids[:, :length], batch.attention_mask[:, :length].bool(), strict=True)
-    return [_exact_text(tokenizer, ids[mask]) for ids, mask in pairs]
+    return [exact_text(tokenizer, ids[mask]) for ids, mask in pairs]
 
 
 class Retokenizer:

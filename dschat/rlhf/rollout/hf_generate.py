@@ -7,6 +7,7 @@ from typing import Literal
 import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from dschat.console import messages
 from dschat.data.collate import PromptBatch
@@ -103,8 +104,13 @@ class HuggingFaceGenerate:
             model.generation_config = own_settings
             self.engine.train(was_training)
 
-    def generate(self, prompts: PromptBatch, sampling: Sampling) -> RolloutBatch:
-        """One answer per row of prompts, sampled with noise keyed by (seed, PPO step, prompt, sample)."""
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, streamer: BaseStreamer | None = None
+    ) -> RolloutBatch:
+        """One answer per row of prompts, sampled with noise keyed by (seed, PPO step, prompt, sample).
+
+        `streamer` is told every token of the one row that there is then.
+        """
         self._generation_config.max_new_tokens = sampling.max_answer_length
         self._generation_config.use_cache = self.uses_cache
         prompt_length = prompts.input_ids.shape[1]
@@ -117,6 +123,7 @@ class HuggingFaceGenerate:
             generation_config=self._generation_config,
             logits_processor=draws.processors,
             synced_gpus=self.keeps_in_step,
+            streamer=streamer,
         )
         answers = sequences[:, prompt_length:]
         return RolloutBatch.of_answers(prompts, answers, self.end_ids, self.pad_token_id, draws.logprobs)

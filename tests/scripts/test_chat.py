@@ -1,0 +1,59 @@
+"""scripts/chat.py, as in a pipe."""
+
+import io
+import signal
+
+import pytest
+from tiny import save_reward_model, save_tiny_model
+
+from dschat.errors import UserError
+from dschat.serving import speaker
+from scripts import chat
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "hot"], r"temperature must be a number in \[0, 100\], got 'hot'"),
+        (["--temprature", "1"], r"unknown flag --temprature \(did you mean --temperature"),
+        ([], r"MODEL .*there is no such folder"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        chat.main(chat.parse([str(tmp_path / "gone"), *flags]))
+
+
+def test_questions_and_commands_come_from_a_pipe_and_ctrl_c_stops_an_answer_alone(
+    tmp_path, monkeypatch, capsys
+):
+    model = save_tiny_model(tmp_path / "m")
+    reward_model = save_reward_model(model, tmp_path / "rm")
+    lines = [
+        "Hello \\",
+        "there",
+        "/settings max_tokens 4",
+        "Count to five.",
+        "/nothing",
+        "/undo",
+        "/quit",
+        "x",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    put, tokens = speaker.AnswerText.put, []
+
+    def interrupted_once(text, value):
+        put(text, value)
+        tokens.append(value)
+        if len(tokens) == 4:  # the prompt, and three tokens of the first answer
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(speaker.AnswerText, "put", interrupted_once)
+    flags = ["--reward_model", str(reward_model), "--max_tokens", "200", "--temperature", "0"]
+    chat.main(chat.parse([str(model), *flags]))
+    out = capsys.readouterr().out
+    assert "[stopped, score " in out
+    assert "[cut off at max_tokens, score " in out
+    assert out.index("[stopped") < out.index("[cut off")
+    assert "there is no command /nothing" in out
+    assert len(tokens) == 4 + 5  # and the prompt and four tokens of the second

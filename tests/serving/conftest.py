@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_model
+
+from dschat.serving.speaker import Speaker
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="package")
+def speaker(folder) -> Speaker:
+    return Speaker(str(folder), "MODEL")
