@@ -15,14 +15,14 @@ from dschat.errors import UserError
 from dschat.serving.lines import append_line, last_line
 from dschat.serving.scorer import Scorer
 from dschat.serving.settings import DEFAULTS, checked, completed, sampling_of
-from dschat.serving.speaker import SpokenAnswer, Speaker
+from dschat.serving.speaker import Speaker, SpokenAnswer
 
 ENDS = {"length": "cut off at max_tokens", "interrupted": "stopped"}
 
 
 @dataclass
 class Conversation:
-    """What was said, a system message before it if there is one."""
+    """What was answer, a system message before it if there is one."""
 
     system: str = ""
     exchanges: list[tuple[str, str]] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Conversation:
     def turns(self) -> tuple[Turn, ...]:
         """All of it."""
         head = [Turn("system", self.system)] if self.system else []
-        pairs = [(Turn("user", asked), Turn("assistant", said)) for asked, said in self.exchanges]
+        pairs = [(Turn("user", asked), Turn("assistant", answer)) for asked, answer in self.exchanges]
         return (*head, *chain.from_iterable(pairs))
 
     @property
@@ -99,20 +99,22 @@ class Chat:
             )
         if is_cut:
             self._tell("the first exchanges are left out: the model has no room for them")
-        said = self._speaker.answer(ids, sampling, lambda piece: self._write(printable(piece)), sample=sample)
+        answer = self._speaker.answer(
+            ids, sampling, lambda piece: self._write(printable(piece)), sample=sample
+        )
         self._write("\n")
-        facts = [ENDS[said.end]] if said.end in ENDS else []
-        if self._scorer is not None and said.ids:
-            facts.append(self._scorer.told(prompt, ids, said))
-        self._keep(question, said, sample)
+        facts = [ENDS[answer.end]] if answer.end in ENDS else []
+        if self._scorer is not None and answer.ids:
+            facts.append(self._scorer.told(prompt, ids, answer))
+        self._keep(question, answer, sample)
         if facts:
             self._tell(", ".join(facts))
 
-    def _keep(self, question: str, said: SpokenAnswer, sample: int) -> None:
+    def _keep(self, question: str, answer: SpokenAnswer, sample: int) -> None:
         """Add the exchange; without a word of an answer there is none, and no template shows one."""
         self._sample = sample
-        if said.text:
-            self.conversation.exchanges.append((question, said.text))
+        if answer.text:
+            self.conversation.exchanges.append((question, answer.text))
         else:
             self._tell("no answer, so that the question is not kept")
 
@@ -152,7 +154,7 @@ class Chat:
     def save(self, file: str) -> None:
         """FILE adds the conversation to a file of JSON lines, which step 1 reads"""
         if not self.conversation.exchanges or not file:
-            raise UserError("/save FILE keeps a conversation once something was said.")
+            raise UserError("/save FILE keeps a conversation once something was answer.")
         try:
             append_line(Path(file), {"messages": self.conversation.messages})
         except OSError as error:

@@ -10,7 +10,7 @@ from dschat.models.forward import scores_of
 from dschat.models.loading import create_critic_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.tokenizer import load_tokenizer, reads_otherwise
-from dschat.serving.speaker import SpokenAnswer, Speaker
+from dschat.serving.speaker import Speaker, SpokenAnswer
 
 
 class Scorer:
@@ -30,23 +30,23 @@ class Scorer:
         self._device = speaker.model.device
         self._encoder = Encoder(tokenizer) if reads_otherwise(speaker.tokenizer, tokenizer) else None
 
-    def told(self, prompt: Prompt, ids: list[int], said: SpokenAnswer) -> str:
+    def told(self, prompt: Prompt, ids: list[int], answer: SpokenAnswer) -> str:
         """The score in words."""
-        tokens = self._tokens(prompt, ids, said)
+        tokens = self._tokens(prompt, ids, answer)
         if self._positions is not None and len(tokens) > self._positions:
             return f"no score, for the reward model has {self._positions} positions"
         return f"score {self._score(tokens):.4g}"
 
-    def score(self, prompt: Prompt, ids: list[int], said: SpokenAnswer) -> float:
+    def score(self, prompt: Prompt, ids: list[int], answer: SpokenAnswer) -> float:
         """The score of what was said to the prompt, whose tokens for the speaker are `ids`."""
-        return self._score(self._tokens(prompt, ids, said))
+        return self._score(self._tokens(prompt, ids, answer))
 
-    def _tokens(self, prompt: Prompt, ids: list[int], said: SpokenAnswer) -> list[int]:
+    def _tokens(self, prompt: Prompt, ids: list[int], answer: SpokenAnswer) -> list[int]:
         """The conversation as the reward model reads it."""
         if self._encoder is None:
-            return [*ids, *said.ids]
-        (answer,) = self._encoder.answers_alone([said.text], [said.end == "stop"])
-        return [*self._encoder.prompts([prompt])[0], *answer]
+            return [*ids, *answer.ids]
+        (tokens,) = self._encoder.answers_alone([answer.text], [answer.end == "stop"])
+        return [*self._encoder.prompts([prompt])[0], *tokens]
 
     def _score(self, tokens: list[int]) -> float:
         row = torch.tensor([tokens], device=self._device)
