@@ -45,6 +45,7 @@ def train_ppo(
     done = trainer.num_ppo_steps_done
     logger = MetricsLogger(
         run,
+        "rlhf",
         total_steps=num_ppo_steps,
         description="PPO",
         is_main_process=is_main_process(),

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dschat.arguments import RunArguments
 from dschat.console import messages
 from dschat.runs.output_folder import METRICS, tensorboard_folder, without_infinities
+from dschat.runs.registry import metric
 
 
 def _quiet_about_storage(args: threading.ExceptHookArgs) -> None:
@@ -31,13 +32,18 @@ class MetricsLogger:
     def __init__(
         self,
         run: RunArguments,
+        step: str,
         *,
         total_steps: int,
         description: str,
         is_main_process: bool,
         steps_done: int | None = None,
     ) -> None:
-        """With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step."""
+        """`step` is the training step's name in the registry of metrics.
+
+        With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step.
+        """
+        self._step = step
         self._lines: FileIO | None = None
         self._unwritten = b""
         self._writer: SummaryWriter | None = None
@@ -62,14 +68,16 @@ class MetricsLogger:
         """Record the values of a step; those named in `show` stand beside the progress bar.
 
         JSON has no infinities: a value that is not finite is written as null. What finds no room on the disk
-        is kept and tried again; TensorBoard is given up then.
+        is kept and tried again; TensorBoard is given up then. Raises `KeyError` for what the registry of
+        metrics lacks.
         """
+        tags = {name: metric(name, self._step).tag for name in values}
         if self._lines:
             self._write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
         with self._gives_up_curves():
             if self._writer:
                 for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
+                    self._writer.add_scalar(tags[name], value, step)
         if show:
             self._bar.set_postfix(
                 {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False

@@ -61,6 +61,7 @@ def train_epochs(
     restored = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
         settings.run,
+        settings.description.step,
         total_steps=num_steps,
         description=objective.title,
         is_main_process=is_main_process(),

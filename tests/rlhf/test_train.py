@@ -67,7 +67,7 @@ class Monitor:
     def after_step(self, step: int, metrics: dict, *, is_last: bool = False) -> tuple[dict, list[str]]:
         self.seen.append((step, is_last))
         self.guard.stopped_by = "kl" if step == self.stops_at else None
-        return {**metrics, "eval": step}, [f"line of {step}"]
+        return {**metrics, "eval_score": step}, [f"line of {step}"]
 
     def state_dict(self) -> dict:
         return {}
@@ -116,7 +116,7 @@ def trained(tmp_path: Path, begun: Progress, *, stops_at: int = 99, done: int = 
 
 def test_a_run_is_monitored_before_the_first_step_and_after_each(tmp_path, capsys):
     (done, metrics), trainer, _, monitor = trained(tmp_path, Progress())
-    assert (done, metrics) == (3, {"score": 2.0, "tokens_per_second": 7.0, "eval": 3})
+    assert (done, metrics) == (3, {"score": 2.0, "tokens_per_second": 7.0, "eval_score": 3})
     assert [number for number, _ in trainer.steps] == [0, 1, 2]
     assert monitor.seen == [(0, False), (1, False), (2, False), (3, True)]
     assert "line of 2" in capsys.readouterr().out
@@ -126,17 +126,17 @@ def test_checkpoints_inside_a_step_have_the_metrics_of_the_step_before(tmp_path)
     _, _, checkpoints, _ = trained(tmp_path, Progress())
     # Two optimiser steps in each PPO step: one inside of it, one with its metrics.
     assert [step for step, _ in checkpoints.saved] == [1, 2, 3, 4, 5, 6]
-    assert [metrics["eval"] for _, metrics in checkpoints.saved] == [0, 1, 1, 2, 2, 3]
+    assert [metrics["eval_score"] for _, metrics in checkpoints.saved] == [0, 1, 1, 2, 2, 3]
 
 
 def test_a_resumed_run_goes_on_with_its_metrics_and_is_not_evaluated_anew(tmp_path):
-    begun = Progress(4, {"figures": {"eval": 2}, "seconds": 1.0})
+    begun = Progress(4, {"figures": {"eval_score": 2}, "seconds": 1.0})
     (done, _), trainer, checkpoints, monitor = trained(tmp_path, begun, done=2)
     assert (done, [number for number, _ in trainer.steps]) == (3, [2])
-    assert checkpoints.saved[0] == (5, {"eval": 2})
+    assert checkpoints.saved[0] == (5, {"eval_score": 2})
     assert monitor.seen == [(3, True)]
 
 
 def test_the_guard_ends_a_run(tmp_path):
     (done, metrics), *_ = trained(tmp_path, Progress(), stops_at=2)
-    assert (done, metrics["eval"]) == (2, 2)
+    assert (done, metrics["eval_score"]) == (2, 2)

@@ -12,19 +12,26 @@ from dschat.runs.metrics import MetricsLogger
 
 def logger(folder, *, is_main_process=True) -> MetricsLogger:
     run = RunArguments(output_dir=str(folder))
-    return MetricsLogger(run, total_steps=2, description="test", is_main_process=is_main_process)
+    return MetricsLogger(run, "sft", total_steps=2, description="test", is_main_process=is_main_process)
 
 
 def test_metrics_are_one_object_a_line_and_the_same_in_tensorboard(tmp_path):
     metrics = logger(tmp_path)
-    metrics.log(1, show=("loss",), loss=2.5, worst=float("inf"))
+    metrics.log(1, show=("loss",), loss=2.5, grad_norm=float("inf"))
     metrics.advance()
     metrics.log(2, loss=1.5)
     metrics.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 2.5, "worst": None}, {"step": 2, "loss": 1.5}]
+    assert lines == [{"step": 1, "loss": 2.5, "grad_norm": None}, {"step": 2, "loss": 1.5}]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
+
+
+def test_a_metric_without_an_entry_in_the_registry_is_a_bug(tmp_path):
+    metrics = logger(tmp_path)
+    with pytest.raises(KeyError, match="'score' of step 'sft' has no entry"):
+        metrics.log(1, score=1.0)
+    metrics.close()
 
 
 class Room:

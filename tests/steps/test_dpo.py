@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from figures import timeless_lines
+from figures import timeless_lines, unwritten_metrics
 from processes import ROOT, python
 from safetensors.torch import load_file
 from tiny import save_tiny_model
@@ -139,6 +139,7 @@ def test_every_figure_is_reported_each_step_and_before_during_and_after(folder, 
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
     assert {*STEP, *LOGPROBS, "learning_rate", "grad_norm"} <= set(steps[0])
+    assert unwritten_metrics("dpo", folder / "one") == []
     evaluated = {f"eval_{name}" for name in (*STEP, *LOGPROBS)} | {"eval_accuracy_stderr"}
     assert evaluated <= set(result)
     assert [row["step"] for row in rows if "eval_loss" in row][:2] == [0, 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from figures import timeless_lines
+from figures import timeless_lines, unwritten_metrics
 from peft import PeftModel
 from processes import ROOT, environment, python
 from safetensors.torch import load_file
@@ -140,6 +140,12 @@ def test_the_reward_model_reports_accuracy_with_its_standard_error(one_rank):
     )
     evaluations = [line["step"] for line in lines(one_rank / "reward") if "eval_accuracy" in line]
     assert evaluations[:2] == [0, 2]
+
+
+@pytest.mark.slow
+def test_steps_1_and_2_write_the_metrics_of_the_registry_and_no_others(one_rank):
+    assert unwritten_metrics("sft", one_rank / "sft") == []
+    assert unwritten_metrics("reward", one_rank / "reward") == []
 
 
 @pytest.mark.slow
@@ -519,12 +525,17 @@ def test_debug_shows_the_traceback(folder):
 
 @pytest.mark.slow
 def test_ppo_without_a_critic_and_with_text_beside_it(one_rank):
+    """With all that has metrics of its own; with the run that has a critic these are all in the registry."""
+    rule = one_rank / "length.py"
+    rule.write_text("def length(prompts, answers):\n    return [len(answer) / 9 for answer in answers]\n")
     text = one_rank / "text.txt"
     text.write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(200)))
     result = python(
         PPO,
         *ppo(one_rank, "grpo", "sft", "reward", *ppo_batch(8), "--max_prompt_seq_len=64"),
         *("--advantage_estimator=grpo", "--num_samples_per_prompt=4", "--score_normalization=running"),
+        *("--kl_in=loss", "--rollout_correction=tis", f"--reward_function={rule}:length"),
+        f"--guard_reward_model_name_or_path={one_rank / 'reward'}",
         *("--kl_target=1", f"--unsupervised_dataset_name={text}", "--unsup_coef=1"),
         cwd=one_rank,
     )
@@ -535,3 +546,4 @@ def test_ppo_without_a_critic_and_with_text_beside_it(one_rank):
     assert first["first_minibatch_ratio_error"] == last["first_minibatch_ratio_error"] == 0
     assert last["unsup_loss"] < first["unsup_loss"]
     assert last["kl_coef"] != first["kl_coef"]
+    assert unwritten_metrics("rlhf", one_rank / "ppo", one_rank / "grpo") == []

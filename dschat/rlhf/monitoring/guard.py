@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.arguments import GuardArguments
+from dschat.runs.registry import metric
 
 Metrics = dict[str, float]
 
@@ -141,7 +142,7 @@ class Guard:
             return None
         return Sighting(
             f"KL to the reference is {bad[-1]['now']:.3g} nats an answer, above --max_kl {limit:.3g}",
-            "raise --kl_coef, give a --kl_target, or lower --actor_learning_rate or --ppo_epochs",
+            metric("kl").remedy,
         )
 
     def _entropy(self, metrics: Metrics) -> Sighting | None:
@@ -152,7 +153,7 @@ class Guard:
         return Sighting(
             f"entropy has collapsed to {bad[-1]['now']:.3g} nats a token from {bad[-1]['first']:.3g} "
             f"(--min_entropy_ratio {share:g})",
-            "raise --kl_coef, set --entropy_coef (0.01), or lower --actor_learning_rate",
+            metric("entropy").remedy,
         )
 
     def _length(self, metrics: Metrics) -> Sighting | None:
@@ -163,8 +164,7 @@ class Guard:
         return Sighting(
             f"answers have grown to {bad[-1]['now']:.3g} tokens from {bad[-1]['first']:.3g} "
             f"(--max_length_ratio {ratio:g}), so the reward may pay for length",
-            "look at answers (--print_answers), raise --kl_coef, balance lengths in the reward model's data; "
-            "where long answers are wanted, raise --max_length_ratio",
+            metric("answer_length").remedy,
         )
 
     def _end_token(self, metrics: Metrics) -> Sighting | None:
@@ -177,8 +177,7 @@ class Guard:
         return Sighting(
             f"only {bad[-1]['now']:.1%} of the answers end before the length limit, {bad[-1]['first']:.1%} "
             f"did at first (--min_eos_ratio {ratio:g}), so the reward may pay for length",
-            "set --missing_eos_penalty, raise --kl_coef, look at answers (--print_answers); where long "
-            "answers are wanted, raise --max_answer_seq_len",
+            metric("eos_share").remedy,
         )
 
     def _second_reward_model(self, metrics: Metrics) -> Sighting | None:
@@ -192,7 +191,7 @@ class Guard:
             f"the score has risen to {score:.4g} from {first['eval_score']:.4g}, while the second reward "
             f"model's has fallen to {guard:.4g} from {first['eval_guard_score']:.4g} (standard error of the "
             f"difference {error:.2g})",
-            "take the best actor, raise --kl_coef, or train the reward model on more or other comparisons",
+            metric("eval_guard_score").remedy,
         )
 
     def verdict(self) -> dict[str, str]:
