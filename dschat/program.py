@@ -18,6 +18,7 @@ from dschat.console.streams import take_over
 from dschat.distributed.process_end import errors_end_ranks
 from dschat.distributed.watchdog import report_lost_peers
 from dschat.errors import EXIT_TRY_AGAIN, STORAGE_REMEDY, Stopped, UserError
+from dschat.runs.last_lines import print_last_lines
 from dschat.runs.output_folder import check_free, check_run_folder
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
@@ -71,6 +72,7 @@ def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoRetu
             program = importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")
         program.main(args, prepare(args))
         _copy_results(args.run.output_dir)
+        print_last_lines(args.description)
         _destroy_process_group()
     sys.exit()
 

@@ -18,7 +18,7 @@ python "$root/scripts/demo_task.py" "$out"
 # The recipes step*/run_demo.sh run the same steps with the same flags, one by one.
 # shellcheck source=scripts/demo_settings.sh
 source "$root/scripts/demo_settings.sh"
-python "$root/scripts/e2e_rlhf.py" --output-dir "$out" --data-path "$out/data" \
+DSCHAT_NEXT_UNASKED=1 python "$root/scripts/e2e_rlhf.py" --output-dir "$out" --data-path "$out/data" \
     --actor-model "$out/base_model" --reward-model sft \
     --common-args "${demo_common[*]}" --sft-args "${demo_sft[*]}" \
     --reward-args "${demo_reward[*]}" --ppo-args "${demo_ppo[*]}"

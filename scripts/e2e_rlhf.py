@@ -18,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,10 +31,11 @@ from dschat.data.files import is_local, user_path
 from dschat.distributed.rendezvous import free_port
 from dschat.errors import EXIT_TRY_AGAIN, UserError
 from dschat.program import readable_errors
+from dschat.runs.last_lines import achieved, print_next
 from dschat.runs.output_folder import read_summary
 from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
-from scripts.e2e_step import FOLDERS, TITLES, Command, run
+from scripts.e2e_step import FOLDERS, PARSER_NAMES, TITLES, Command, run
 
 TO_KNOW = (
     *("actor-model", "reward-model", "data-path", "output-dir", "deployment-type", "common-args"),
@@ -241,26 +241,6 @@ def unfinished(args: argparse.Namespace, steps: list[Command]) -> list[Command]:
     return todo
 
 
-def achieved(step: int, summary: dict[str, Any]) -> str:
-    """The figures of a finished step in one phrase."""
-
-    def number(name: str, digits: int = 3) -> str:
-        value = summary.get(name)
-        return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
-
-    if step == 1:
-        before, after = number("initial_eval_perplexity"), number("eval_perplexity")
-        return f"perplexity {before} -> {after} on held-out answers"
-    if step == 2:
-        words = str(summary.get("verdict", "")).partition(":")[0]
-        accuracy = f"accuracy {number('eval_accuracy')} ± {number('eval_accuracy_stderr')} on held-out pairs"
-        return f"{accuracy}: {words}" if words else accuracy
-    if "verdict" in summary:
-        before = f"score {number('initial_eval_score')} on held-out prompts before PPO; "
-        return f"{before}actor/ (PPO step {summary.get('actor_step', '-')}) is {summary['verdict']}"
-    return f"last of {summary.get('ppo_steps', '-')} PPO steps: score {number('score')}, KL {number('kl')}"
-
-
 def print_table(output_dir: Path, steps: Sequence[int]) -> None:
     """What each step achieved."""
     from rich.console import Console
@@ -275,7 +255,7 @@ def print_table(output_dir: Path, steps: Sequence[int]) -> None:
             continue
         seconds = summary.get("seconds")
         elapsed = f"{seconds:.0f}" if isinstance(seconds, int | float) else "-"
-        table.add_row(f"{step} {TITLES[step]}", achieved(step, summary), elapsed, FOLDERS[step])
+        table.add_row(f"{step} {TITLES[step]}", achieved(PARSER_NAMES[step], summary), elapsed, FOLDERS[step])
     Console(**PLAIN).print(table)
 
 
@@ -294,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n" + failure(command.title, code, command.log, start=start), file=sys.stderr, flush=True)
             return 1
     print_table(args.output_dir, args.step)
+    print_next(steps[-1].parsed().description)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Literal, cast
 from dschat.arguments import StepArguments, parse_arguments, without_secrets
 from dschat.distributed.signals import STOPPING
 from dschat.errors import EXIT_TRY_AGAIN, UserError
+from dschat.runs.last_lines import UNASKED
 from scripts.e2e_failures import SEARCHED_LINES, last_lines
 
 FOLDERS = {1: "step1_sft", 2: "step2_reward", 3: "step3_ppo"}
@@ -70,7 +71,7 @@ def run(command: Command) -> tuple[int, bool, int]:
     command.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # DeepSpeed finds ninja, which belongs to this environment, through PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", UNASKED: "1"}
     with command.log.open("ab") as log:
         start = log.tell()
         log.write((without_secrets(shlex.join(command.argv)) + "\n").encode())

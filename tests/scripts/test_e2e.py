@@ -327,13 +327,3 @@ def test_three_steps_on_two_ranks_under_the_deepspeed_launcher(tmp_path, monkeyp
     assert [summary["step"] for summary in summaries] == ["sft", "reward", "rlhf"]
     assert summaries[2]["ppo_steps"] == 2
     assert (tmp_path / "out" / "step3_ppo" / "actor" / "config.json").is_file()
-
-
-def test_the_table_has_the_verdicts():
-    reward = {"eval_accuracy": 0.7, "eval_accuracy_stderr": 0.02, "verdict": "better than chance: 0.7"}
-    assert e2e_rlhf.achieved(2, reward) == "accuracy 0.700 ± 0.020 on held-out pairs: better than chance"
-    ppo = {"initial_eval_score": 1.0, "actor_step": 7, "verdict": "better than the start: score +2"}
-    assert e2e_rlhf.achieved(3, ppo) == (
-        "score 1.000 on held-out prompts before PPO; actor/ (PPO step 7) is better than the start: score +2"
-    )
-    assert e2e_rlhf.achieved(3, {"ppo_steps": 3, "score": 1.0, "kl": 0.5}).startswith("last of 3 PPO steps")
