@@ -29,6 +29,7 @@ from dschat.losses import pair_accuracy
 from dschat.models.forward import ranking_of
 from dschat.models.loading import create_critic_model
 from dschat.supervised.evaluations import DeepSpeedEngine, EvalLoader, sum_over_batches
+from dschat.supervised.pair_report import PairReport
 from dschat.supervised.run import Objective, SupervisedRun
 
 
@@ -40,11 +41,13 @@ def main(args: RewardArguments, context: RunContext) -> None:
     loaders = run.build_loaders(data, collate_pairs)
     checkpoints, loaders = run.begin(loaders)
     engine = run.build_engine(create_critic_model, loaders)  # the backbone with a fresh head
+    report = PairReport(data, run.tokenizer, f"Reward model {args.run.output_dir}")
     objective = Objective(
         "reward",
         partial(loss_and_metrics, options=args.reward),
-        partial(evaluate, options=args.reward),
+        partial(evaluate, options=args.reward, report=report),
         verdict_of=reward_verdict,
+        report=report,
     )
     run.train(engine, loaders, checkpoints, objective)
 
@@ -66,12 +69,18 @@ def loss_and_metrics(
 
 
 def evaluation_sums(
-    engine: DeepSpeedEngine, batch: PairBatch, *, options: RewardOptions, accuracies: MeanOverRanks
+    engine: DeepSpeedEngine,
+    batch: PairBatch,
+    *,
+    options: RewardOptions,
+    accuracies: MeanOverRanks,
+    report: PairReport,
 ) -> dict[str, Tensor]:
-    """The sums that `evaluate` needs of a batch; `accuracies` take in each pair's."""
+    """The sums that `evaluate` needs of a batch; `accuracies` and `report` take in each pair's."""
     ranked = rank_answers(engine, batch, options, denominator=1.0)
     chosen, rejected = ranked["chosen_mean_scores"].double(), ranked["rejected_mean_scores"].double()
     right = pair_accuracy(chosen, rejected)
+    report.add(chosen, rejected)
     accuracies.add(right, groups=batch.groups, mask=batch.pair_mask)
     columns = {
         "pairs": torch.ones_like(chosen),
@@ -84,12 +93,16 @@ def evaluation_sums(
     return {**sums, "loss": ranked["loss"], "weight": batch.weights.sum()}
 
 
-def evaluate(engine: DeepSpeedEngine, loader: EvalLoader, *, options: RewardOptions) -> dict[str, float]:
+def evaluate(
+    engine: DeepSpeedEngine, loader: EvalLoader, *, options: RewardOptions, report: PairReport
+) -> dict[str, float]:
     """Loss, accuracy with its standard error, and the scores' statistics, over all pairs of all ranks."""
     accuracies = MeanOverRanks()
-    sums_of = partial(evaluation_sums, options=options, accuracies=accuracies)
+    report.begin()
+    sums_of = partial(evaluation_sums, options=options, accuracies=accuracies, report=report)
     if not (totals := sum_over_batches(engine, loader, sums_of)):
         return {}
+    report.end(loader)
     num_pairs, chosen, rejected = totals["pairs"], totals["chosen"], totals["rejected"]
     stderr, eval_pairs, eval_prompts = accuracies.error_and_counts()
     mean = (chosen + rejected) / (2 * num_pairs)

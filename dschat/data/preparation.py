@@ -50,7 +50,7 @@ from dschat.data.truncation import NOT_FOR_LENGTH
 from dschat.errors import UserError
 from dschat.fingerprint import fingerprint
 
-FORMAT = 7
+FORMAT = 8
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
 
@@ -66,6 +66,8 @@ class SplitData:
     """The fingerprint of all that shaped the rows and their order."""
     columns: tuple[str, ...] = ()
     """The columns of the data rows, where those are kept."""
+    sources: tuple[str, ...] = ()
+    """The names of the data sets, by the numbers in the column source of pairs."""
 
 
 def sft_data(
@@ -189,7 +191,8 @@ def _prepare(
     messages.info(describe(report, task, sources.all, folder))
     counts = zip(sources.all, report["sources"], strict=True)
     num_rows = {source.name: count["rows"] for source, count in counts}
-    return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())))
+    names = tuple(source.name for source in sources.all)
+    return SplitData(train, evaluation, num_rows, key, tuple(report.get("columns", ())), names)
 
 
 def _build(
@@ -255,7 +258,7 @@ def _tokenized(
     if task.step != 2:
         return task.tokenize(rows, **how)
     _, group = np.unique(index.keys[chosen], return_inverse=True)
-    return task.tokenize(rows, groups=group, **how)
+    return task.tokenize(rows, groups=group, sources=index.sources[chosen], **how)
 
 
 @contextmanager

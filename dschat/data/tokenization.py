@@ -40,6 +40,7 @@ PAIR_COLUMNS = {
     "rejected_ids": Tokens(Value("int32")),
     "prompt_length": Value("int32"),
     "group": Value("int32"),
+    "source": Value("int32"),
     "margin": Value("float32"),
 }
 PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
@@ -93,19 +94,23 @@ def tokenize_pairs(
     *,
     max_seq_len: int,
     groups: np.ndarray | None = None,
+    sources: np.ndarray | None = None,
     num_proc: int = 1,
     mark_refused: bool = False,
 ) -> Tokenized:
     """Columns chosen_ids, rejected_ids (the same prompt and an answer each), prompt_length (the tokens before
-    both answers), margin, length, of the longer one, group and weight: a row for every pair of answers.
+    both answers), margin, length, of the longer one, group, source and weight: a row for every pair of
+    answers.
 
     Shortened as in `tokenize_sft`; pairs whose answers are then equal are dropped. What is left of the pairs
-    of one group weighs 1 together; `groups` [N] numbers each row's from 0, by default a row is a group.
+    of one group weighs 1 together; `groups` [N] numbers each row's from 0, by default a row is a group, and
+    `sources` [N] its data set, by default 0.
     """
     groups = np.arange(len(rows)) if groups is None else groups
+    sources = np.zeros(len(rows), int) if sources is None else sources
     encoder = Encoder(tokenizer)
     encoder.check_answers()
-    encode = partial(_pair_batch, encoder=encoder, max_seq_len=max_seq_len, groups=groups)
+    encode = partial(_pair_batch, encoder=encoder, max_seq_len=max_seq_len, groups=groups, sources=sources)
     return _tokenize(rows, encode, PAIR_COLUMNS, "--max_seq_len", num_proc, mark_refused, with_indices=True)
 
 
@@ -316,7 +321,12 @@ def _sft_row(row: EncodedRow) -> tuple[list[int], list[bool]]:
 
 
 def _pair_batch(
-    batch: Columns, indices: list[int], encoder: Encoder, max_seq_len: int, groups: np.ndarray
+    batch: Columns,
+    indices: list[int],
+    encoder: Encoder,
+    max_seq_len: int,
+    groups: np.ndarray,
+    sources: np.ndarray,
 ) -> Columns:
     prompts = [unpack_prompt(packed) for packed in batch["prompt"]]
     texts = _answers_of(batch)
@@ -342,6 +352,7 @@ def _pair_batch(
             unshown = encoder.unshown(prompts[i], [answers[better], answers[worse]])
             values = (
                 int(groups[indices[i]]),
+                int(sources[indices[i]]),
                 batch["margin"][i],
                 length,
                 len(row.prompt),

@@ -1,6 +1,6 @@
 """Export: models on disk, in the form that transformers loads anywhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,15 @@ def export_model(
     *,
     parameters: Mapping[str, Tensor] | None = None,
     provenance: Provenance | None = None,
+    write_report: Callable[[Path], None] | None = None,
 ) -> None:
     """Write model, configuration and tokenizer into `output_dir`, from any ZeRO stage. Every rank calls it.
 
     A language model then loads with AutoModelForCausalLM, and a `RewardModel` loads with equal scores with
     AutoModelForSequenceClassification. `parameters` of rank 0 replace the model's by name: whole tensors in
     any precision, which are written in the model's. LoRA's adapters are merged into copies of the weights and
-    also written alone, into adapter/. With a `provenance` the folder gets a manifest and a model card. Files
+    also written alone, into adapter/. With a `provenance` the folder gets a manifest and a model card, and on
+    rank 0 `write_report` is given the folder to add what it writes of the model. Files
     of an older export are replaced, other files stay. config.json is written last, so that a folder with one
     is complete. Raises `UserError` on all ranks where the disk is full or broken.
     """
@@ -71,6 +73,8 @@ def export_model(
                 manifest.write(folder)
                 card = model_card(provenance, manifest.head, str(output_dir))
                 (folder / CARD).write_text(card, encoding="utf-8")
+            if write_report is not None:
+                write_report(folder)
 
     problem = first_error_across_ranks(lambda: write() if is_main_process() else None, axis="world")
     if problem:

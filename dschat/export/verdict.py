@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GOOD = "better than chance"
-USEFUL = 0.6
-"""A reward model that is right this often is of use to PPO: fewer pairs than can rule it out are too few."""
-Z = 2.0
-"""Standard errors on either side: 95 %."""
+from dschat.reports.reward_model import GOOD, against_chance
+from dschat.reports.statistics import cautious_interval
+
 RISE = 1.05
 """An evaluation loss this many times the lowest one has risen."""
 
@@ -28,7 +26,7 @@ class Evaluation:
 def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
     """The verdict on a reward model by the evaluations up to its own, in order: words, a colon, the numbers.
 
-    The words are `GOOD`, worse than chance, not better than chance or too few pairs to say, by the 95 %
+    The words are `GOOD`, worse than chance, no better than chance or too few pairs to say, by the 95 %
     interval of the accuracy (Agresti and Coull 1998, which holds for few pairs and at 0 and 1 too), and
     overfitted where the evaluation loss is above the lowest before while the training loss has fallen.
     Without evaluation data: not evaluated; with a loss that is not finite: not finite.
@@ -39,7 +37,7 @@ def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
     if not math.isfinite(last.loss):
         return f"not finite: the evaluation loss is {last.loss} at step {last.step}"
     low, high = accuracy_interval(last)
-    words, numbers = [_against_chance(low, high)], [_accuracy(last, low, high)]
+    words, numbers = [against_chance(low, high)], [_accuracy(last, low, high)]
     best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluation: evaluation.loss)
     if last.train_loss is not None and last.train_loss < first.loss and last.loss > RISE * best.loss:
         words.append("overfitted")
@@ -62,20 +60,9 @@ def accuracy_interval(evaluated: Evaluation) -> tuple[float, float]:
     Pairs of one prompt are alike, so they count as so many independent ones as have this standard error.
     """
     found = evaluated.figures
-    p, error = found["eval_accuracy"], found["eval_accuracy_stderr"]
-    independent = p * (1 - p) / error**2 if error > 0 else float(found["eval_prompts"])
-    n = min(max(independent, 1.0), float(found["eval_pairs"])) + Z**2
-    centre = (p * (n - Z**2) + Z**2 / 2) / n
-    half = Z * math.sqrt(centre * (1 - centre) / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def _against_chance(low: float, high: float) -> str:
-    if low > 0.5:
-        return GOOD
-    if high < 0.5:
-        return "worse than chance"
-    return "not better than chance" if high < USEFUL else "too few pairs to say"
+    return cautious_interval(
+        found["eval_accuracy"], found["eval_accuracy_stderr"], found["eval_pairs"], found["eval_prompts"]
+    )
 
 
 def _accuracy(evaluated: Evaluation, low: float, high: float) -> str:

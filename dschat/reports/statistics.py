@@ -17,7 +17,7 @@ from dschat.distributed.statistics import standard_error
 
 Z = 1.959964
 """Standard errors on either side of a mean, for 95 %."""
-NUM_RESAMPLED = 1000
+NUM_RESAMPLED = 400
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,38 @@ def wilson(value: float, number: float) -> Estimate:
     return Estimate(value, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
+def agresti_coull(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """As `rate`, with the interval of `cautious_interval`."""
+    value, error, num_groups = float(values.mean()), _error(values, groups), len(np.unique(groups))
+    return Estimate(value, *cautious_interval(value, error, len(values), num_groups))
+
+
+def cautious_interval(value: float, error: float, number: float, num_groups: float) -> tuple[float, float]:
+    """The 95 % interval of a rate that has this standard error over `number` values of `num_groups` groups.
+
+    By Agresti and Coull 1998, with z = 2, which holds for few values and at 0 and 1 too. The values count as
+    so many independent ones as have this error.
+    """
+    independent = value * (1 - value) / error**2 if error > 0 else num_groups
+    n = min(max(independent, 1.0), number) + 4
+    centre = (value * (n - 4) + 2) / n
+    half = 2 * math.sqrt(centre * (1 - centre) / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
 def bootstrapped(
     statistic: Callable[..., float], columns: Sequence[np.ndarray], groups: np.ndarray, seed: int = 0
 ) -> Estimate:
     """Any statistic of columns [N], with the percentile interval of groups drawn again with replacement."""
     random = np.random.default_rng(seed)
-    order = np.argsort(groups, kind="stable")
-    _, starts = np.unique(groups[order], return_index=True)
-    members = np.split(order, starts[1:])
+    names, places = np.unique(groups, return_inverse=True)
     found = []
-    for _ in range(NUM_RESAMPLED if len(members) > 1 else 0):
-        rows = np.concatenate([members[place] for place in random.integers(0, len(members), len(members))])
+    for _ in range(NUM_RESAMPLED if len(names) > 1 else 0):
+        times = np.bincount(random.integers(0, len(names), len(names)), minlength=len(names))
+        rows = np.repeat(np.arange(len(groups)), times[places])
         found.append(statistic(*(column[rows] for column in columns)))
-    low, high = np.nanpercentile(found, [2.5, 97.5]) if found else (math.nan, math.nan)
+    known = np.array(found)[~np.isnan(found)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
     return Estimate(statistic(*columns), float(low), float(high))
 
 
@@ -98,7 +117,7 @@ def calibration_curve(probabilities: np.ndarray, right: np.ndarray, num_bins: in
 
     `probabilities` are those of the answer that was taken for the better one, so at least 0.5.
     """
-    places = np.clip(((probabilities - 0.5) * 2 * num_bins).astype(int), 0, num_bins - 1)
+    places = _bins(probabilities, num_bins)
     rows = [np.flatnonzero(places == place) for place in range(num_bins)]
     return [Bin(float(probabilities[r].mean()), float(right[r].mean()), len(r), r) for r in rows if len(r)]
 
@@ -106,8 +125,8 @@ def calibration_curve(probabilities: np.ndarray, right: np.ndarray, num_bins: in
 def calibration_error(probabilities: np.ndarray, right: np.ndarray, num_bins: int = 10) -> float:
     """The expected calibration error, https://arxiv.org/abs/1706.04599: the mean over all predictions of how
     far the share that is right in their bin is from the mean probability there."""
-    bins = calibration_curve(probabilities, right, num_bins)
-    return sum(b.number * abs(b.confidence - b.share) for b in bins) / len(probabilities)
+    off = np.bincount(_bins(probabilities, num_bins), weights=probabilities - right)
+    return float(np.abs(off).sum()) / len(probabilities)
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -115,6 +134,34 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
     first, second = first - first.mean(), second - second.mean()
     scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / scale if scale > 0 else math.nan
+
+
+def lapse_rate(lead: np.ndarray, groups: np.ndarray) -> Estimate:
+    """How often labels are the other way round whatever the scores: e of P = e + (1 - 2e) sigmoid(b lead).
+
+    `lead` [N] is by how much the labelled answer's score is higher. Maximum likelihood over a grid of e and
+    of the scale b; the interval is that of the likelihood ratio, over as many values as are independent.
+    """
+    scale = float(np.abs(lead).mean())
+    if scale == 0 or not np.isfinite(scale):
+        return Estimate(math.nan, math.nan, math.nan)
+    right = (lead > 0).astype(float)
+    some = lead[:: max(1, len(lead) // 4000)]  # more would change nothing but the time
+    value, error = float(right.mean()), _error(right, groups)
+    independent = value * (1 - value) / error**2 if error > 0 else float(len(np.unique(groups)))
+    weight = min(independent, len(lead)) / len(some)
+    rates = np.linspace(0, 0.5, 51)[:-1]
+    best = np.full(len(rates), -math.inf)
+    for b in np.geomspace(0.05, 50, 31) / scale:
+        share = 1 / (1 + np.exp(-np.clip(b * some, -500, 500)))
+        probability = rates[:, None] + (1 - 2 * rates[:, None]) * share
+        best = np.maximum(best, np.log(np.maximum(probability, 1e-300)).sum(axis=1))
+    inside = rates[weight * (best.max() - best) <= Z**2 / 2]
+    return Estimate(float(rates[best.argmax()]), float(inside.min()), float(inside.max()))
+
+
+def _bins(probabilities: np.ndarray, number: int) -> np.ndarray:
+    return np.clip(((probabilities - 0.5) * 2 * number).astype(int), 0, number - 1)
 
 
 def _error(values: np.ndarray, groups: np.ndarray) -> float:

@@ -55,17 +55,22 @@ class Evaluations:
 
     def make(self, step: int, moment: str, *, is_short: bool = False) -> None:
         """Evaluate after so many optimiser steps, log the metrics and print them; nothing without data."""
+        loss = None
+        if self._short and not is_short and len(self._short.order) < len(self._whole.order):
+            loss = self._measure(self._short)["eval_loss"]  # first, so that reports are of the whole
         metrics = self._measure(self._short if is_short and self._short is not None else self._whole)
         if not metrics:
             return
         self._metrics.log(step, show=(), **metrics)
         messages.info(f"{moment}: " + ", ".join(map(_shown, metrics.items())))
-        loss = metrics["eval_loss"]
-        if self._short and not is_short and len(self._short.order) < len(self._whole.order):
-            loss = self._measure(self._short)["eval_loss"]
+        loss = metrics["eval_loss"] if loss is None else loss
         train_loss = self._loss_sum / self._num_losses if self._num_losses else None
         self._loss_sum, self._num_losses = 0.0, 0
         self.all.append(Evaluation(step, metrics, loss, train_loss))
+
+    def repeat(self) -> None:
+        """Evaluate on all examples again and log nothing: for a report on what an earlier start evaluated."""
+        self._measure(self._whole)
 
     @phase(PhaseKind.EVALUATING)
     @torch.no_grad()

@@ -16,6 +16,7 @@ from dschat.export.export import export_model
 from dschat.export.provenance import Provenance, step_provenance
 from dschat.export.verdict import Evaluation, is_good
 from dschat.runs.output_folder import write_summary
+from dschat.supervised.pair_report import PairReport, announce_report
 from dschat.supervised.settings import SupervisedSettings
 
 VerdictOf = Callable[[Sequence[Evaluation]], str]
@@ -25,7 +26,7 @@ class ModelExports:
     """Writes a model into --output_dir, if there is one. Every rank must make the same calls.
 
     The best is the one of the lowest evaluation loss, the model before training left out. `verdict_of` says
-    in words what the evaluations up to that of a model tell of it.
+    in words what the evaluations up to that of a model tell of it; `report` is written beside it.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class ModelExports:
         data: SplitData,
         *,
         verdict_of: VerdictOf | None = None,
+        report: PairReport | None = None,
     ) -> None:
         self._settings, self._engine, self._tokenizer, self._data = settings, engine, tokenizer, data
-        self._verdict_of = verdict_of
+        self._verdict_of, self._report = verdict_of, report
         self._best = BestModel(settings.run.output_dir, target="", unit="step")
 
     def offer(self, evaluations: Sequence[Evaluation]) -> None:
@@ -73,6 +75,8 @@ class ModelExports:
         if provenance.verdict:
             warning = "" if is_good(provenance.verdict) else "WARNING: "
             messages.info(f"{warning}verdict on the reward model: {provenance.verdict}")
+        if self._report and self._settings.run.output_dir and is_main_process():
+            announce_report(Path(self._settings.run.output_dir))
         if is_main_process():
             counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
             verdict = {"verdict": provenance.verdict} if provenance.verdict else {}
@@ -81,7 +85,8 @@ class ModelExports:
 
     def _export(self, folder: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
         provenance = self._provenance(step, evaluations)
-        export_model(self._engine, self._tokenizer, folder, provenance=provenance)
+        write_report = self._report.writer() if self._report else None
+        export_model(self._engine, self._tokenizer, folder, provenance=provenance, write_report=write_report)
 
     def _provenance(self, step: int, evaluations: Sequence[Evaluation]) -> Provenance:
         """That of the model after so many steps, with the figures of the first and the last evaluation."""

@@ -20,6 +20,7 @@ from dschat.runs.metrics import MetricsLogger
 from dschat.supervised.batches import Loaders
 from dschat.supervised.evaluations import Evaluate, Evaluations
 from dschat.supervised.exports import ModelExports, VerdictOf
+from dschat.supervised.pair_report import PairReport
 from dschat.supervised.settings import SupervisedSettings
 from dschat.supervised.speed import Speed
 
@@ -42,6 +43,8 @@ class Objective:
     """The metrics of an evaluation, "eval_loss" among them; none where there are no evaluation data."""
     verdict_of: VerdictOf | None = None
     """What the evaluations up to that of a model tell of it, in words."""
+    report: PairReport | None = None
+    """What is told of a reward model with its export; `evaluate` gives it the scores."""
     print_loss: bool = False
     """Whether the loss of every optimiser step is printed."""
 
@@ -111,6 +114,8 @@ def train_epochs(
         profiler.after_step(step, figures)
         speed.end_of("saving")
         speed.print_now_and_then(step, is_last=step == num_steps)
+    if objective.report is not None and not objective.report.has_scores:
+        evaluations.repeat()
     profiler.close(num_steps)
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)

@@ -174,7 +174,12 @@ class SupervisedRun:
     ) -> None:
         """Train and export the model, as `train_epochs` and `ModelExports` do."""
         exports = ModelExports(
-            self.settings, engine, self.tokenizer, loaders.data, verdict_of=objective.verdict_of
+            self.settings,
+            engine,
+            self.tokenizer,
+            loaders.data,
+            verdict_of=objective.verdict_of,
+            report=objective.report,
         )
         train_epochs(engine, loaders, self.settings, objective, checkpoints, exports)
         for plan in self.plans:

@@ -350,7 +350,8 @@ def test_the_pairs_of_a_group_weigh_1_together_across_rows_and_drops():
 
 def test_no_pairs_are_no_rows_of_the_same_columns():
     rows = comparison_rows(ranked(("2", "3")), ranked(("5", "5")))
-    columns = {"chosen_ids", "rejected_ids", "prompt_length", "group", "weight", "margin", "length"}
+    columns = {"chosen_ids", "rejected_ids", "prompt_length", "group", "source", "weight", "margin"}
+    columns |= {"length"}
     for some in ([0], [1], []):
         tokenized = tokenize_pairs(rows.select(some), chat(), max_seq_len=16)
         assert len(tokenized.rows) == (some == [0])

@@ -222,7 +222,7 @@ def test_step_3_refuses_a_reward_model_that_is_not_what_step_2_wrote(sabotage, s
     assert seconds < 30
 
 
-@pytest.mark.parametrize("verdict", ["not better than chance: 0.45", "too few pairs to say: 0.9", None])
+@pytest.mark.parametrize("verdict", ["no better than chance: 0.45", "too few pairs to say: 0.9", None])
 def test_a_bad_verdict_on_a_reward_model_is_repeated(verdict, copy, capsys):
     path = copy / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": verdict}))

@@ -58,9 +58,9 @@ def test_the_interval_by_hand(accuracy, num_pairs, interval):
         (1.00, 1, "too few pairs to say"),
         (0.55, 100, "too few pairs to say"),
         (0.50, 10, "too few pairs to say"),
-        (0.50, 1000, "not better than chance"),
-        (0.53, 200, "not better than chance"),
-        (0.35, 20, "not better than chance"),  # 9 / 24 + 2 sqrt(0.375 x 0.625 / 24) = 0.573
+        (0.50, 1000, "no better than chance"),
+        (0.53, 200, "no better than chance"),
+        (0.35, 20, "no better than chance"),  # 9 / 24 + 2 sqrt(0.375 x 0.625 / 24) = 0.573
         (0.30, 100, "worse than chance"),
         (0.00, 20, "worse than chance"),
     ],
@@ -100,7 +100,7 @@ def test_the_case_of_a_small_set_that_got_no_verdict():
         evaluated(0.35, 20, step=5, loss=0.95, train_loss=0.6),
     )
     told = reward_verdict([start, last])
-    assert told.startswith("not better than chance, overfitted: 0.350 +- 0.107 of 20 held-out pairs")
+    assert told.startswith("no better than chance, overfitted: 0.350 +- 0.107 of 20 held-out pairs")
     assert "rose from 0.710 at the start to 0.950 at step 5" in told
 
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from dschat.reports.statistics import (
+    agresti_coull,
     bootstrapped,
     calibration_curve,
     calibration_error,
+    cautious_interval,
     correlation,
+    lapse_rate,
     mean,
     rate,
     wilson,
@@ -90,3 +93,34 @@ def test_nothing_is_known_of_one_group():
     found = bootstrapped(lambda column: float(column.mean()), [np.arange(4.0)], np.zeros(4, int))
     assert found.value == 1.5
     assert math.isnan(found.low)
+
+
+def test_the_interval_of_agresti_and_coull_by_hand():
+    # of 16 of 20 with z = 2: 18 / 24, and 2 sqrt(0.75 x 0.25 / 24) = 0.1768; s / sqrt(20) has 19, so by that
+    values = np.array([1.0] * 16 + [0.0] * 4)
+    assert cautious_interval(0.8, math.sqrt(0.8 * 0.2 / 20), 20, 20) == pytest.approx(
+        (0.5732, 0.9268), abs=1e-4
+    )
+    found = agresti_coull(values, np.arange(20))  # (15.2 + 2) / 23 and 2 sqrt(0.7478 x 0.2522 / 23) = 0.1811
+    assert (found.low, found.high) == pytest.approx((0.5667, 0.9289), abs=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.15, 0.3])
+def test_the_lapse_rate_finds_the_labels_that_were_turned_round(noise):
+    random = np.random.default_rng(5)
+    lead = random.normal(size=3000) * 3
+    right = random.random(3000) < 1 / (1 + np.exp(-2 * lead))
+    turned = random.random(3000) < noise
+    lead = np.where(right ^ turned, lead, -lead)
+    found = lapse_rate(lead, np.arange(3000))
+    assert found.low <= noise <= found.high
+    assert found.value == pytest.approx(noise, abs=0.03)
+    assert found.high - found.low < 0.1
+
+
+def test_a_weak_model_tells_little_of_the_labels():
+    random = np.random.default_rng(5)
+    lead = random.normal(size=300) + 0.2
+    found = lapse_rate(lead, np.arange(300))
+    assert found.high - found.low > 0.3
+    assert math.isnan(lapse_rate(np.zeros(10), np.arange(10)).value)

@@ -160,6 +160,26 @@ def test_the_verdict_on_the_reward_model_travels_with_it(one_rank):
     assert f"## Verdict\n\n{result['verdict']}" in (one_rank / "reward" / "README.md").read_text()
 
 
+def report(folder: Path) -> dict:
+    return json.loads((folder / "reward_report.json").read_text())
+
+
+@pytest.mark.slow
+def test_step_2_reports_on_all_its_held_out_pairs(one_rank):
+    """Also where evaluations between are of some pairs only, which the last was not."""
+    found, result = report(one_rank / "reward"), summary(one_rank / "reward")
+    assert (found["pairs"], found["prompts"]) == (result["eval_pairs"], result["eval_prompts"])
+    assert found["accuracy"]["value"] == pytest.approx(result["eval_accuracy"])
+    assert found["data"] == [str(one_rank / "pairs.jsonl")]
+    html = (one_rank / "reward" / "reward_report.html").read_text()
+    assert f"<b>{found['verdict']}</b>" in html
+    assert "Count on from" in html or not found["mistakes"]
+    exported = json.loads((one_rank / "reward" / ".export.json").read_text())["files"]
+    assert {"reward_report.html", "reward_report.json"} <= set(exported)  # so it leaves with the model
+    log = (one_rank / "reward" / "log.txt").read_text()
+    assert f"report on the reward model: {found['verdict']} ({one_rank / 'reward'}/reward_report.html)" in log
+
+
 @pytest.mark.slow
 def test_ppo_writes_every_promised_metric_each_step_and_all_are_finite(one_rank):
     before, *steps = lines(one_rank / "ppo")
@@ -266,6 +286,12 @@ def test_two_ranks_at_stage_three_give_the_numbers_of_one_in_every_step(one_rank
     python(REWARD, *supervised(one_rank, "reward2", split, "--zero_stage=3", *half), ranks=2)
     names = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_accuracy_stderr", "chosen_mean_score")
     assert_close(lines(one_rank / "reward2"), lines(one_rank / "reward"), names)
+    ours, theirs = report(one_rank / "reward2"), report(one_rank / "reward")
+    assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+    assert ours["overconfidence"] == pytest.approx(theirs["overconfidence"], abs=1e-4)
+    assert [wrong["prompt"] for wrong in ours["mistakes"]] == [
+        wrong["prompt"] for wrong in theirs["mistakes"]
+    ]
     assert summary(one_rank / "reward2")["model_step"] == summary(one_rank / "reward")["model_step"]
     zero3 = ["--actor_zero_stage=3", "--critic_zero_stage=3"]
     python(PPO, *ppo(one_rank, "ppo2", "sft", "reward", *ppo_batch(4), *zero3), ranks=2)

@@ -1,0 +1,75 @@
+"""The report that step 2 writes beside its reward model: which scores are whose."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import comparison_rows, tiny_tokenizer
+
+from dschat.data.collate import collate_pairs
+from dschat.data.comparisons import Comparison
+from dschat.data.loaders import build_eval_loader
+from dschat.data.preparation import SplitData
+from dschat.data.tokenization import tokenize_pairs
+from dschat.supervised.pair_report import PairReport
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    """Five pairs of four prompts, of different lengths so that a loader puts them in another order."""
+    comparisons = [
+        Comparison(prompt=f"\n\nHuman: {n} {'so ' * n}\n\nAssistant:", answers=("yes " * (n + 1), "no"))
+        for n in (1, 4, 2, 3, 3)
+    ]
+    settings = {"groups": np.array([0, 1, 2, 3, 3]), "sources": np.array([0, 1, 0, 1, 1]), "max_seq_len": 99}
+    return tokenize_pairs(comparison_rows(*comparisons), TOKENIZER, **settings).rows
+
+
+def report_of(rows: Dataset, names: tuple[str, ...] = ("a", "b")) -> PairReport:
+    return PairReport(SplitData(rows, rows, {}, "", sources=names), TOKENIZER, "a model")
+
+
+def test_scores_find_their_pairs_whatever_the_order_of_the_batches(rows, tmp_path):
+    """The score of an answer is its length here, but for one pair, which is the mistake that is shown."""
+    report = report_of(rows)
+    loader = build_eval_loader(
+        rows, lambda *some: collate_pairs(*some, pad_id=0), batch_size=2, rank=0, world_size=1
+    )
+    assert list(loader.order) != list(range(5))
+    report.begin()
+    for batch in loader:
+        lengths = batch.tokens.attention_mask.sum(dim=1).float()
+        chosen, rejected = lengths.chunk(2)
+        report.add(torch.where(batch.groups == 2, -chosen, chosen), rejected)
+    report.end(loader)
+    report.writer()(tmp_path)
+    found = json.loads((tmp_path / "reward_report.json").read_text())
+    assert (found["pairs"], found["prompts"], found["accuracy"]["value"]) == (5, 4, 0.8)
+    assert found["longer_answer_accuracy"]["value"] == 1.0
+    assert [(group["name"], group["pairs"]) for group in found["by_source"]] == [("a", 2), ("b", 3)]
+    (wrong,) = found["mistakes"]
+    assert wrong["prompt"].startswith("\n\nHuman: 2 so so")
+    assert wrong["chosen"].strip().startswith("yes yes yes")
+    assert wrong["chosen_score"] == -len(rows[2]["chosen_ids"])
+    assert wrong["chosen_length"] == len(rows[2]["chosen_ids"]) - rows[2]["prompt_length"]
+    html = (tmp_path / "reward_report.html").read_text()
+    assert "yes yes yes" in html
+    assert "5 held-out pairs of a, b" in html
+
+
+def test_without_held_out_pairs_there_is_no_report(rows):
+    report = report_of(rows)
+    report.begin()
+    assert report.writer() is None
+
+
+def test_a_report_that_fails_costs_no_model(rows, tmp_path, capsys):
+    report = report_of(rows)
+    report.begin()
+    report._table = [[77.0, 1.0, 0.0]]  # a row that is not there
+    report.writer()(tmp_path)
+    assert "WARNING: the report on the reward model could not be made: " in capsys.readouterr().out
