@@ -53,6 +53,9 @@ TOOLS = {
     ),
     "chat": Program("scripts/chat.py", "talk to a model"),
     "compare": Program("scripts/compare.py", "answers of several models side by side"),
+    "replay": Program(
+        "scripts/replay.py", "a PPO step again, bit by bit, token by token, or as it would have been"
+    ),
     "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
     "migrate": Program("scripts/migrate.py", "a launch script of another project as a command of ours"),
     "merge-adapter": Program("scripts/merge_adapter.py", "an adapter and its base to a whole model"),

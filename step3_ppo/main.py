@@ -19,9 +19,8 @@ if __name__ == "__main__":
     run_step("rlhf", __file__)  # reads the flags, and only then imports the rest of this file
 
 
-from dschat.data.loaders import PromptLoader, build_prompt_loader
-from dschat.data.preparation import SplitData, prompt_data
-from dschat.data.tokenization import column
+from dschat.data.loaders import build_prompt_loader
+from dschat.data.preparation import prompt_data
 from dschat.distributed.device import current_device
 from dschat.export.provenance import step_provenance
 from dschat.planning.run_plan import RunPlan
@@ -38,13 +37,47 @@ from dschat.rlhf.rollout.choice import build_backend
 from dschat.rlhf.speed import PpoSpeed
 from dschat.rlhf.text_loader import build_text_loader
 from dschat.rlhf.tokenizers import load_rlhf_tokenizers
-from dschat.rlhf.train import train_ppo
+from dschat.rlhf.train import Assembly, train_ppo
 from dschat.rlhf.upstream import check_adapters, check_positions, verify_models
 from dschat.runs.output_folder import write_summary
 
 
 def main(args: RlhfArguments, context: RunContext) -> None:
     """The step from flags to the saved actor and critic."""
+    run = assemble(args, context)
+    tokenizer, output_dir = run.tokenizers.actor, args.run.output_dir
+    trainer = run.trainer_of(args)
+    monitor = TrainingMonitor(
+        run.evaluator_of(args),
+        Guard(args.guard, kl_target=args.ppo.kl_target),
+        Exports(
+            run.engine,
+            tokenizer,
+            partial(step_provenance, args.description, data=run.data),
+            output_dir=output_dir,
+            export_actor=args.guard.export_actor,
+        ),
+        args.guard.eval_interval,
+    )
+    num_done, metrics, seconds = train_ppo(
+        trainer,
+        run.prompts,
+        monitor,
+        run=args.run,
+        rollout=args.rollout,
+        speed=PpoSpeed(trainer, args, run.checkpoints.choices),
+        num_ppo_steps=run.num_ppo_steps,
+        tokenizer=tokenizer,
+        checkpoints=run.checkpoints,
+    )
+    metrics |= monitor.exports.finish(num_done, metrics) | monitor.guard.verdict()
+    run.plan.finish()
+    if mesh().is_main_process:
+        write_summary(output_dir, {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds})
+
+
+def assemble(args: RlhfArguments, context: RunContext) -> Assembly:
+    """Everything that the flags name, read, checked and loaded. Every rank calls it."""
     specs = engine_specs(args)
     received = verify_models(specs)
     check_adapters(specs)
@@ -60,9 +93,20 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         reward_tokenizer=tokenizers.reward_tokenizer,
         keep_rows=args.rewards.has_sources,
     )
-    longest = longest_prompt(data) + args.rollout.max_answer_seq_len
+    longest = data.longest + args.rollout.max_answer_seq_len
     check_positions(specs, tokenizers, longest)
-    prompt_loader = build_loader(args, data, tokenizers.actor.pad_token_id)
+    prompts = build_prompt_loader(
+        data.train,
+        pad_id=tokenizers.actor.pad_token_id,
+        batch_size=args.rollout.per_device_generation_batch_size,
+        batches_per_step=args.rollout.generation_batches,
+        rank=mesh().data.rank,
+        world_size=mesh().data.size,
+        seed=args.run.seed,
+        num_epochs=args.optimizer.num_train_epochs,
+        samples_per_prompt=args.rollout.num_samples_per_prompt,
+        multiple_of=args.widths.multiple_of(current_device().type),
+    )
     texts = build_text_loader(
         args.text,
         args.rollout,
@@ -76,75 +120,23 @@ def main(args: RlhfArguments, context: RunContext) -> None:
     rewards = build_rewards(args.rewards, args.reward_weights, tokenizers.actor, data.columns, score_scale)
 
     checkpoints = context.begin(data.key, received.all)
-    layout = choose_ways_and_layout(args, specs, data.train, checkpoints.choices, longest=longest)
-    num_ppo_steps, choices = steps_of(args, prompt_loader), checkpoints.choices
-    plan = RunPlan.begin(args, specs, choices, longest=longest, steps=num_ppo_steps)
+    choices = checkpoints.choices
+    layout = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
+    steps = min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
+    plan = RunPlan.begin(args, specs, choices, longest=longest, steps=steps)
+    updates = args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(
         specs,
         tokenizers,
         optimizer=args.optimizer,
         ppo=args.ppo,
         run=args.run,
-        num_training_steps=num_training_steps(
-            args.ppo, num_ppo_steps=num_ppo_steps, updates_per_ppo_step=args.updates_per_ppo_step
-        ),
+        num_training_steps=num_training_steps(args.ppo, num_ppo_steps=steps, updates_per_ppo_step=updates),
     )
     received.check_outputs(specs, engine.by_role)
     backend = build_backend(args.rollout, engine.actor, tokenizers.actor, longest=longest, choices=choices)
-    models = (args, engine, tokenizers, backend)
+    models = {"engine": engine, "tokenizers": tokenizers, "backend": backend}
     scores = {"score_scale": score_scale, "rewards": rewards, "layout": layout}
-    trainer = build_trainer(*models, prompts=data.train, texts=texts, **scores)
-    monitor = TrainingMonitor(
-        build_evaluator(*models, data.evaluation, **scores),
-        Guard(args.guard, kl_target=args.ppo.kl_target),
-        Exports(
-            engine,
-            tokenizers.actor,
-            partial(step_provenance, args.description, data=data),
-            output_dir=args.run.output_dir,
-            export_actor=args.guard.export_actor,
-        ),
-        args.guard.eval_interval,
-    )
-    num_done, metrics, seconds = train_ppo(
-        trainer,
-        prompt_loader,
-        monitor,
-        run=args.run,
-        rollout=args.rollout,
-        speed=PpoSpeed(trainer, args, checkpoints.choices),
-        num_ppo_steps=num_ppo_steps,
-        tokenizer=tokenizers.actor,
-        checkpoints=checkpoints,
-    )
-    metrics |= monitor.exports.finish(num_done, metrics) | monitor.guard.verdict()
-    plan.finish()
-    if mesh().is_main_process:
-        summary = {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds}
-        write_summary(args.run.output_dir, summary)
-
-
-def steps_of(args: RlhfArguments, prompts: PromptLoader) -> int:
-    """The number of PPO steps."""
-    return min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
-
-
-def longest_prompt(data: SplitData) -> int:
-    """The length of the longest prompt in tokens."""
-    return max(column(part, "length").max(initial=0) for part in (data.train, data.evaluation))
-
-
-def build_loader(args: RlhfArguments, data: SplitData, pad_id: int) -> PromptLoader:
-    """The prompts of each PPO step."""
-    return build_prompt_loader(
-        data.train,
-        pad_id=pad_id,
-        batch_size=args.rollout.per_device_generation_batch_size,
-        batches_per_step=args.rollout.generation_batches,
-        rank=mesh().data.rank,
-        world_size=mesh().data.size,
-        seed=args.run.seed,
-        num_epochs=args.optimizer.num_train_epochs,
-        samples_per_prompt=args.rollout.num_samples_per_prompt,
-        multiple_of=args.widths.multiple_of(current_device().type),
-    )
+    trainer_of = partial(build_trainer, **models, **scores, prompts=data.train, texts=texts)
+    evaluator_of = partial(build_evaluator, **models, **scores, prompts=data.evaluation)
+    return Assembly(data, tokenizers, prompts, steps, engine, trainer_of, evaluator_of, checkpoints, plan)

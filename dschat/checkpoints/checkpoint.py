@@ -120,6 +120,11 @@ class Checkpoints:
             shared=load_file(shared) if shared.is_file() else {},
         )
 
+    def rewind(self) -> None:
+        """Let the next `load` restore the newest checkpoint, and signals end the program as usual again."""
+        self._chosen = self._newest
+        self._requests.release()
+
     def _load_resharded(self, engine: DeepSpeedEngine, folder: Path) -> None:
         assert self._root is not None, "a run without an output folder goes on from no checkpoint"
         scratch = self._root / f".resharded-{folder.parent.name}"

@@ -40,6 +40,7 @@ from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.source_set import SourceSet
 from dschat.data.tokenization import (
     Tokenized,
+    column,
     default_num_proc,
     tokenize_pairs,
     tokenize_prompts,
@@ -68,6 +69,11 @@ class SplitData:
     """The columns of the data rows, where those are kept."""
     sources: tuple[str, ...] = ()
     """The names of the data sets, by the numbers in the column source of pairs."""
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest row of either part, in tokens."""
+        return max(column(part, "length").max(initial=0) for part in (self.train, self.evaluation))
 
 
 def sft_data(

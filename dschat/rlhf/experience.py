@@ -167,6 +167,8 @@ class MicroBatch:
     """Of the tokens' policy losses, with --rollout_correction."""
     layout: RowLayout = PADDED
     """That of the rows that models read."""
+    rows: Tensor | None = None
+    """Their numbers in the rollout batch. [B]"""
 
     @cached_property
     def tokens(self) -> TokenBatch:
@@ -283,6 +285,7 @@ class Experience:
             returns=self.returns[rows, :width],
             weights=None if self.weights is None else self.weights[rows, :width],
             layout=self.minibatch_sampler.layout,
+            rows=rows,
         )
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:

@@ -66,7 +66,7 @@ class PPOTrainer:
         """What the present or the last PPO step learns from."""
         self._ppo, self._sampler, self._backend = ppo, sampler, backend
         self._minibatch_sampler, self._score_scale = minibatch_sampler, score_scale
-        self._updates, self._times = updates, times
+        self.updates, self._times = updates, times
         self._kl = KlController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._nonfinite_scores = NonFiniteScores()
         self._resumed: AnalyzedRollout | None = None  # that of a PPO step which a checkpoint goes on inside
@@ -103,7 +103,7 @@ class PPOTrainer:
     def _sample_and_analyze(self, prompts: Sequence[PromptBatch], ppo_step: int) -> AnalyzedRollout:
         """Items 1, 2 and 5, and the raw scores of item 3."""
         self._times.reset()
-        self._updates.begin_ppo_step()
+        self.updates.begin_ppo_step()
         rollout, analysis = self._sampler.sample_and_analyze(prompts, ppo_step=ppo_step)
         analysis, num_bad = self._nonfinite_scores.replaced(analysis, ppo_step=ppo_step + 1)
         self.position.begin_ppo_step(ppo_step)
@@ -128,7 +128,7 @@ class PPOTrainer:
         with self._times.measured("training"):
             assert self.experience is not None, "a minibatch is a part of the experience"
             trains_actor = self._trains_actor(self.experience.ppo_step)
-            self._updates.step(minibatch, self.position, trains_actor=trains_actor)
+            self.updates.step(minibatch, self.position, trains_actor=trains_actor)
 
     def _trains_actor(self, ppo_step: int) -> bool:
         """Whether the PPO step is past --critic_warmup_steps."""
@@ -137,7 +137,7 @@ class PPOTrainer:
     def _metrics(self, experience: Experience) -> Metrics:
         return {
             **experience.metrics(),
-            **self._updates.metrics(self.position),
+            **self.updates.metrics(self.position),
             **self._times.metrics(int(experience.rollout.attention_mask.sum())),
             "peak_memory_gib": peak_memory_gib(),
         }
@@ -163,7 +163,7 @@ class PPOTrainer:
         average: dict[str, Stateful] = {"average": self.engine.ema} if self.engine.ema else {}
         return {
             **average,
-            "statistics": self._updates.statistics,
+            "statistics": self.updates.statistics,
             "rollout": self._kept_rollout,
             "judgement": self._kept_analysis,
             "trainer": self,
@@ -189,7 +189,7 @@ class PPOTrainer:
             "scores": self._score_scale.state(),
             "gradient_norms": {name: gradient_norm(engine) for name, engine in engines.items()},
             "seconds": self._times.seconds,
-            "skipped": self._updates.skipped.state_dict(),
+            "skipped": self.updates.skipped.state_dict(),
             "experience": self.experience.settings if self.experience and self.is_inside_ppo_step else None,
         }
 
@@ -199,11 +199,11 @@ class PPOTrainer:
         self._kl.coef = state_dict["kl_coef"]
         self._backend.uses_cache = state_dict["rollout_uses_cache"]
         self._score_scale.load_state(state_dict["scores"])
-        self._updates.resume(self.position)
+        self.updates.resume(self.position)
         for name, engine in self.engine.by_name.items():
             set_gradient_norm(engine, state_dict["gradient_norms"][name])
         self._times.seconds.update(state_dict["seconds"])
-        self._updates.skipped.load_state_dict(state_dict["skipped"])
+        self.updates.skipped.load_state_dict(state_dict["skipped"])
         settings = state_dict["experience"]
         if settings:
             self._kl.coef = settings["kl_coef"]  # steered at the end of the PPO step

@@ -1,19 +1,26 @@
 """The loop of step 3: PPO steps, what is logged of each, what watches over them, and what is kept."""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import RolloutArguments, RunArguments
+from dschat.arguments import RlhfArguments, RolloutArguments, RunArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.console import messages
 from dschat.data.loaders import PromptLoader
+from dschat.data.preparation import SplitData
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.profile import StepProfiler
+from dschat.planning.run_plan import RunPlan
+from dschat.rlhf.monitoring.evaluation import Evaluator
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import Metrics, PPOTrainer
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.speed import PpoSpeed
+from dschat.rlhf.tokenizers import RlhfTokenizers
 from dschat.runs.metrics import MetricsLogger
 
 SHOWN = ("score", "kl", "answer_length", "value_loss")
@@ -21,6 +28,21 @@ SHOWN = ("score", "kl", "answer_length", "value_loss")
 
 
 NUM_PRINTED_ANSWERS = 3
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run that is ready for its first PPO step, or to go on from a checkpoint."""
+
+    data: SplitData
+    tokenizers: RlhfTokenizers
+    prompts: PromptLoader
+    num_ppo_steps: int
+    engine: DeepSpeedRLHFEngine
+    trainer_of: Callable[[RlhfArguments], PPOTrainer]
+    evaluator_of: Callable[[RlhfArguments], Evaluator | None]
+    checkpoints: Checkpoints
+    plan: RunPlan
 
 
 def train_ppo(

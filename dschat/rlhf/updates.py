@@ -1,5 +1,6 @@
 """One optimiser step of actor and critic on a minibatch, items 8 and 9 of docs/ppo.md, and what it did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
@@ -64,6 +65,9 @@ class ActorCriticUpdates:
         self.skipped = skipped
         self.statistics = UpdateStatistics()
         """What the optimiser steps of the present PPO step did."""
+        self.watch: Callable[[str, MicroBatch, Tensor], None] = lambda role, batch, output: None
+        """Called with what "actor" and "critic" say of the rows that they learn from: log-probabilities or
+        values [B, T] before the optimiser step, without gradient."""
         self._engine, self._settings = engine, settings
         self._texts, self._text_steps = texts, iter(texts or ())
         self._first_pass = first_pass or FirstPass()
@@ -152,6 +156,7 @@ class ActorCriticUpdates:
             total = total + self._settings.unsup_coef * unsup_loss
             self.statistics.add(unsup_loss=unsup_loss)
         self._train_on(self._engine.actor, total)
+        self.watch("actor", batch, loss.logprobs)
         moved = self._record_ratio(loss.logprobs, batch, is_first=minibatch.is_first)
         self.statistics.add(**loss.terms)
         return moved
@@ -190,6 +195,7 @@ class ActorCriticUpdates:
         loss = clipped_value_loss(
             values, batch.values, batch.returns, mask, value_clip=clip, denominator=minibatch.num_tokens
         )
+        self.watch("critic", batch, values.detach())
         self._train_on(self._engine.critic, loss)
         moved = ((values.detach() - batch.values).abs() > clip) & mask
         self.statistics.add(value_loss=loss, value_clip_fraction=moved.sum())
