@@ -71,8 +71,7 @@ def export_model(
             if provenance is not None:
                 manifest = _manifest(folder, provenance)
                 manifest.write(folder)
-                card = model_card(provenance, manifest.head, str(output_dir))
-                (folder / CARD).write_text(card, encoding="utf-8")
+                _write_card(folder, provenance, manifest.head, str(output_dir), tokenizer)
             if write_report is not None:
                 write_report(folder)
 
@@ -93,13 +92,21 @@ def move_export(source: Path, target: Path, provenance: Provenance) -> None:
             link_export(source, folder)
             (folder / CARD).unlink(missing_ok=True)  # a link to that in `source`
             head = provenance.head or _promised_head(source)
-            card = model_card(provenance, head, str(target))
-            (folder / CARD).write_text(card, encoding="utf-8")
+            _write_card(folder, provenance, head, str(target), load_tokenizer(str(source)))
         remove_export(source)
 
     problem = first_error_across_ranks(lambda: move() if is_main_process() else None, axis="world")
     if problem:
         raise UserError(f"{source} could not be moved to {target}: {problem}. {STORAGE_REMEDY}")
+
+
+def _write_card(
+    place: Path, provenance: Provenance, head: Head, folder: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the card of the model whose files are in `place` and which will be in `folder`."""
+    has_adapter = (place / ADAPTER_FOLDER).is_dir()
+    card = model_card(provenance, head, folder, tokenizer, has_adapter=has_adapter)
+    (place / CARD).write_text(card, encoding="utf-8")
 
 
 def _promised_head(folder: Path) -> Head:

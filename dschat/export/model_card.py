@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedTokenizerBase
 
 from dschat.export.manifest import Head
 from dschat.export.provenance import Provenance
+from dschat.export.snippets import adapter_snippet, snippet
 
 CARD = "README.md"
 """The name of the file in a model's folder."""
@@ -27,25 +29,24 @@ TITLES = {
 }
 """The steps in words, by their names in a `Provenance`."""
 
-KINDS: dict[Head, tuple[str, str, str]] = {
-    "language_model": ("A causal language model", "AutoModelForCausalLM", "text-generation"),
-    "score": (
-        "A reward model: one score for a prompt with its answer",
-        "AutoModelForSequenceClassification",
-        "text-classification",
-    ),
-    "value": (
-        "The critic of PPO: the value of what has been written so far",
-        "AutoModelForSequenceClassification",
-        "text-classification",
-    ),
+KINDS: dict[Head, tuple[str, str]] = {
+    "language_model": ("A causal language model", "text-generation"),
+    "score": ("A reward model: one score for a prompt with its answer", "text-classification"),
+    "value": ("The critic of PPO: the value of what has been written so far", "text-classification"),
 }
-"""By head: a model in words, the class of transformers that loads it, and its task on the hub."""
+"""By head: a model in words, and its task on the hub."""
 
 
-def model_card(provenance: Provenance, head: Head, folder: str) -> str:
+def model_card(
+    provenance: Provenance,
+    head: Head,
+    folder: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    has_adapter: bool = False,
+) -> str:
     """The card of a model in `folder`: Markdown under the YAML that the hub reads."""
-    kind, auto_class, task = KINDS[head]
+    kind, task = KINDS[head]
     is_on_hub = not Path(provenance.base_model).exists() and provenance.base_model.count("/") <= 1
     data = ModelCardData(
         library_name="transformers",
@@ -58,7 +59,11 @@ def model_card(provenance: Provenance, head: Head, folder: str) -> str:
     sections = [
         f"# {name}\n\n{kind}, made by {TITLES[provenance.step]} from `{provenance.base_model}` "
         f"with dschat on {datetime.now(UTC).date()}.",
-        f'```python\nmodel = transformers.{auto_class}.from_pretrained({folder!r}, dtype="auto")\n```',
+        f"```python\n{snippet(head, folder, tokenizer)}\n```",
+        f"## The adapter alone\n\n`adapter/` holds what LoRA trained. In place of the line of `model` above:"
+        f"\n\n```python\n{adapter_snippet(head, provenance.base_model)}\n```"
+        if has_adapter
+        else "",
         f"## Verdict\n\n{provenance.verdict}" if provenance.verdict else "",
         _table("Data", ("source", "rows"), provenance.num_rows) + (f"\n\nOf these: {used}." if used else ""),
         _table("Flags that are not at their defaults", ("flag", "value"), _named(provenance.flags)),
