@@ -210,7 +210,7 @@ def _build(
     comparisons = sources.comparisons(form, findings)
     bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
-    first = _assign(index, sources, data, seed)
+    first = assign_parts(index, sources, data, seed)
     sources.check(index, findings)
     _check_share(first, task, data)
     parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
@@ -279,7 +279,7 @@ def _without_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _assign(index: ComparisonIndex, sources: SourceSet, data: DataArguments, seed: int) -> np.ndarray:
+def assign_parts(index: ComparisonIndex, sources: SourceSet, data: DataArguments, seed: int) -> np.ndarray:
     """The part of each comparison, as `splits.assign` numbers them.
 
     The other steps do not know step 1's own sources, so they must not change the split of the shared ones:

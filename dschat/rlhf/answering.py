@@ -21,8 +21,9 @@ from dschat.data.tokenization import content_key
 from dschat.errors import UserError
 from dschat.models.adapter_folder import is_adapter, merged_model
 from dschat.models.forward import token_logprobs_of
-from dschat.models.loading import create_hf_model
+from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.model_folder import check_model_path
+from dschat.models.reward_model import RewardModel
 from dschat.models.tokenizer import load_tokenizer
 from dschat.models.vocabulary import configure_tokens
 from dschat.rlhf.monitoring.evaluation import EVALUATION
@@ -35,16 +36,16 @@ from dschat.runs.measured_choices import MeasuredChoices
 
 @dataclass(frozen=True)
 class AskedModel:
-    """A causal LM, in the place of an engine, and its tokenizer."""
+    """A causal LM or a reward model, in the place of an engine, and its tokenizer."""
 
-    module: PreTrainedModel
+    module: PreTrainedModel | RewardModel
     tokenizer: PreTrainedTokenizerBase
     training: bool = False
 
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self.module.device
+        return next(self.module.parameters()).device
 
     def eval(self) -> None:
         """It is never trained."""
@@ -96,6 +97,16 @@ def load(path: str, flag: str) -> AskedModel:
         model = create_hf_model(AutoModelForCausalLM, path, tokenizer, config)
     model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # transformers' decorator loses its self
     return AskedModel(model.eval(), tokenizer)
+
+
+def load_reward_model(path: str, flag: str) -> AskedModel:
+    """A reward model and its tokenizer, likewise."""
+    check_model_path(path, flag)
+    tokenizer = load_tokenizer(path)
+    gpu = torch.cuda.is_available()
+    config = {"bf16": {"enabled": gpu}, "zero_optimization": {"stage": 0}}
+    model = create_critic_model(path, tokenizer, config, rlhf_training=True)
+    return AskedModel(model.to("cuda" if gpu else "cpu").eval(), tokenizer)
 
 
 def answer(

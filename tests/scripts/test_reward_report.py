@@ -1,0 +1,102 @@
+"""The words for reward models whose fault is known, from models on disk; and what cannot be reported on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import Browser, needs_browser
+from tiny import save_reward_model, save_tiny_model
+
+from dschat.errors import UserError
+from dschat.export.export import export_model
+from dschat.models.loading import create_critic_model
+from dschat.models.tokenizer import load_tokenizer
+from scripts import reward_report
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_reward_model(save_tiny_model(folder / "base"), folder / "random")
+    return folder
+
+
+def write_pairs(path: Path, *, chosen_is_longer: float, number: int = 300) -> Path:
+    """Random words: which of two answers is the better one tells nothing, but for its length."""
+    random = np.random.default_rng(1)
+    words = ["alpha", "beta", "gamma", "delta"]
+    lines = []
+    for row in range(number):
+        short, long = (" ".join(random.choice(words, size)) for size in (4, 12))
+        pair = (long, short) if random.random() < chosen_is_longer else (short, long)
+        lines.append(json.dumps({"prompt": f"Question {row}?", "chosen": pair[0], "rejected": pair[1]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def verdict(model: Path, data: Path, capsys) -> dict:
+    reward_report.main([str(model), "--data", str(data), "--output-dir", str(data.parent)])
+    found = json.loads((data.parent / "reward_report.json").read_text())
+    assert f"report on the reward model: {found['verdict']} (" in capsys.readouterr().out.splitlines()[-1]
+    return found
+
+
+def test_a_random_model_is_no_better_than_chance_and_one_by_length_no_better_than_length(
+    models, tmp_path, capsys
+):
+    """The second learns to score length, and nothing else."""
+    data = write_pairs(tmp_path / "even.jsonl", chosen_is_longer=0.5)
+    assert verdict(models / "random", data, capsys)["verdict"] == "no better than chance"
+    learned = models / "by_length"
+    train_on_length(models / "base", learned)
+    found = verdict(learned, write_pairs(tmp_path / "longer.jsonl", chosen_is_longer=0.7), capsys)
+    assert found["verdict"].startswith("no better than length")
+    assert found["accuracy"]["value"] == pytest.approx(found["longer_answer_accuracy"]["value"], abs=0.02)
+    assert found["length_correlation"]["value"] > 0.6
+    swapped = verdict(learned, write_pairs(tmp_path / "shorter.jsonl", chosen_is_longer=0.2), capsys)
+    assert swapped["verdict"] == "worse than chance"
+    assert swapped["mistakes"][0]["prompt"].count("Question")
+
+
+def train_on_length(base: Path, folder: Path) -> None:
+    """A reward model whose score is trained to rise with the number of tokens."""
+    tokenizer = load_tokenizer(str(base))
+    torch.manual_seed(0)
+    model = create_critic_model(str(base), tokenizer, None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(60):
+        rows = [f"Question {step * 8 + n}? " + "beta " * (2 + (7 * n + step) % 14) for n in range(8)]
+        batch = tokenizer(rows, return_tensors="pt", padding=True)
+        lengths = batch["attention_mask"].sum(dim=1)
+        values = model.forward_value(batch["input_ids"], batch["attention_mask"], return_value_only=True)
+        scores = values[torch.arange(8), lengths - 1]
+        loss = (scores - (lengths - lengths.float().mean()) / 4).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    export_model(model, tokenizer, folder)
+
+
+@needs_browser
+def test_the_page_in_a_browser(models, tmp_path, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl", chosen_is_longer=0.6, number=60)
+    verdict(models / "random", data, capsys)
+    with Browser(width=390) as browser:
+        browser.open((tmp_path / "reward_report.html").as_uri())
+        assert browser.requests() == [(tmp_path / "reward_report.html").as_uri()]
+        assert (browser.problems(), browser.overflow()) == ([], 0)
+        assert browser.evaluate("document.querySelectorAll('svg').length") == 3
+
+
+def test_what_cannot_be_reported_on_is_said_before_a_model_is_loaded(models, tmp_path):
+    with pytest.raises(UserError, match=r"random has no arguments.json that says .* held out; give --data"):
+        reward_report.main([str(models / "random")])
+    with pytest.raises(UserError, match="--batch-size must be at least 1, got 0"):
+        reward_report.parse(["m", "--batch-size", "0"])
+    with pytest.raises(UserError, match=r"--output-dir .*nowhere is no folder"):
+        reward_report.parse(["m", "--output-dir", str(tmp_path / "nowhere")])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="there are no pairs to score; give other --data"):
+        reward_report.main([str(models / "random"), "--data", str(tmp_path / "prompts.jsonl")])
