@@ -35,6 +35,8 @@ class DecodeMode:
 
     is_traced: bool = False
     """Whether the pass is recorded once and then repeated without Python."""
+    in_fp32: bool = False
+    """Whether a model in bf16 computes in fp32, with copies of its weights that are made for each batch."""
 
     def mask(self, attention_mask: Tensor, capacity: int) -> Tensor:
         """The mask of the prompts [B, P] with room for answers."""
@@ -52,6 +54,7 @@ class DecodeMode:
 
 
 MODES = {
+    "traced in fp32": DecodeMode(decode_attention.NAME, ready_mask=True, is_traced=True, in_fp32=True),
     "traced": DecodeMode(decode_attention.NAME, ready_mask=True, is_traced=True),
     "matmul": DecodeMode(decode_attention.NAME, ready_mask=True),
     "sdpa": DecodeMode(ready_mask=True),
@@ -73,15 +76,17 @@ class Decoding:
     ) -> None:
         """Read the prompts, each distinct one once: `logits` [B, V] predict the first tokens of answers.
 
-        `traced` is a pass of the model, for modes that are.
+        `traced` is a pass of the model, for modes that are, in the mode's precision.
         """
         ids, mask = prompts.input_ids, prompts.attention_mask.long()
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         num_layers = model.config.get_text_config().num_hidden_layers
         self._model, self._mode, self._traced = model, mode, traced
+        self._weights = traced.weights() if mode.is_traced else []
         self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device)
         first, prompt_of_row = distinct_rows(ids.masked_fill(mask == 0, -1))
-        logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)
+        with traced.replaced(self._weights) if mode.in_fp32 else contextlib.nullcontext():
+            logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)
         self.logits = logits[prompt_of_row]
         self._cache.spread(prompt_of_row)
         self._mask = mode.mask(mask, self._cache.capacity)
@@ -94,7 +99,7 @@ class Decoding:
         mask = self._mask[..., : cache.width]
         with attention_named(self._model.config, mode.attention):
             if mode.is_traced:
-                self.logits = self._traced(tokens[:, None], mask, self._positions, cache)
+                self.logits = self._traced(tokens[:, None], mask, self._positions, cache, self._weights)
             else:
                 self.logits = self._pass(tokens[:, None], mask, self._positions)
         cache.advance()
@@ -160,7 +165,12 @@ def agreeing_modes(
         return []
     window = getattr(config, "sliding_window", None)
     is_recordable = can_be_traced(config) and not with_python_hooks
-    candidates = [name for name, mode in MODES.items() if is_recordable or not mode.is_traced]
+    is_bf16_on_cpu = model.device.type == "cpu" and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    candidates = [
+        name
+        for name, mode in MODES.items()
+        if (is_recordable or not mode.is_traced) and (is_bf16_on_cpu or not mode.in_fp32)
+    ]
     if window is not None and window < longest:
         candidates = ["model"]  # it knows which layers have the window
     return [name for name in candidates if _agrees(model, MODES[name], num_tokens)]
@@ -185,7 +195,7 @@ def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
     )
     expected = logits_of(model, whole, num_tokens=num_tokens, every_position=True)
     try:
-        decoding = Decoding(model, prompts, mode, 3, TracedPass(model))
+        decoding = Decoding(model, prompts, mode, 3, TracedPass(model, in_fp32=mode.in_fp32))
         found = [decoding.logits]
         for column in (length, length + 1):
             decoding.read(ids[:, column])

@@ -37,7 +37,9 @@ class StaticDecoding:
         self.mode: str | None = None
         """The name in MODES of how passes are called; None where `plain` answers."""
         self._plain, self._longest = plain, longest
-        self._traced = TracedPass(plain.engine.module)
+        self._traced = {
+            in_fp32: TracedPass(plain.engine.module, in_fp32=in_fp32) for in_fp32 in (False, True)
+        }
         self._agreeing: list[str] | None = None
 
     @contextlib.contextmanager
@@ -75,7 +77,8 @@ class StaticDecoding:
         logprobs = torch.zeros(uniforms.shape, device=device) if sampling.with_logprobs else None
         rows = torch.arange(len(answers), device=device)  # which answers those in the batch are
         ended = torch.zeros_like(rows, dtype=torch.bool)
-        mode, traced = MODES[self.mode], self._traced
+        mode = MODES[self.mode]
+        traced = self._traced[mode.in_fp32]
         decoding = Decoding(plain.engine.module, prompts, mode, sampling.max_answer_length, traced)
         for length in range(1, sampling.max_answer_length + 1):
             tokens, drawn = draw(decoding.logits, uniforms[:, length - 1])

@@ -28,14 +28,21 @@ def can_be_traced(config: Any) -> bool:
 class TracedPass:
     """`__call__` records the pass when it is first made, and from then on repeats it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, in_fp32: bool = False) -> None:
+        """With `in_fp32` a model in bf16 computes in fp32, with copies of its weights."""
+        self._model, self._in_fp32 = model, in_fp32
         self._parameters = list(model.parameters())
         self._recorded: Callable[..., Tensor] | None = None
 
-    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
+    def weights(self) -> list[Tensor]:
+        """The parameters, or copies of them in fp32: what a batch of answers is computed with."""
+        return [p.detach().float() for p in self._parameters] if self._in_fp32 else [*self._parameters]
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache, weights: Sequence[Tensor]
+    ) -> Tensor:
         """The logits that follow one token per row: [B, 1], mask [B, 1, 1, W], [B, 1] -> [B, V]."""
-        inputs = (ids, mask, positions, cache.column, *cache.states, *self._parameters)
+        inputs = (ids, mask, positions, cache.column, *cache.states, *weights)
         if self._recorded is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes that become numbers; the trial sees what matters
@@ -52,11 +59,11 @@ class TracedPass:
             "past_key_values": cache,
             "use_cache": True,
         }
-        with self._replaced(others[num_states:]):
+        with self.replaced(others[num_states:]):
             return self._model(**options).logits[:, -1]
 
     @contextlib.contextmanager
-    def _replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Tensors in the place of the parameters; torch's functional_call is not to be had in a record."""
         number = {id(parameter): n for n, parameter in enumerate(self._parameters)}
         places = [

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny import tiny_config
@@ -45,6 +47,19 @@ def test_a_record_computes_with_the_weights_of_the_day_and_leaves_their_gradient
         assert not torch.equal(after, before)
         assert torch.equal(after, decoded(model, traced, "matmul", 2, 5))
         before = after
+
+
+def test_a_model_in_bf16_computed_in_fp32_is_the_model_with_its_weights_in_fp32(model):
+    narrow = copy.deepcopy(model).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    traced = TracedPass(narrow, in_fp32=True)
+    for change in (0, 0.5):
+        with torch.no_grad():
+            for one in (narrow, wide):
+                one.model.layers[0].input_layernorm.weight.add_(change)
+        found = decoded(narrow, traced, "traced in fp32", 2, 5)
+        assert torch.equal(found, decoded(wide, TracedPass(wide), "traced", 2, 5))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
 
 
 def test_rotary_positions_that_depend_on_a_row_s_length_are_not_recorded(model):
