@@ -9,6 +9,8 @@ from typing import Any
 SHAPES: dict[str, dict[str, Any]] = {
     "6m": {"hidden_size": 256, "num_hidden_layers": 6, "ffn_dim": 1024, "num_attention_heads": 4,
            "max_position_embeddings": 1024, "vocab_size": 4096},
+    "27m": {"hidden_size": 512, "num_hidden_layers": 8, "ffn_dim": 2048, "num_attention_heads": 8,
+            "max_position_embeddings": 1024, "vocab_size": 4096},
     "89m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,
             "max_position_embeddings": 1024, "vocab_size": 4096},
     "opt-350m": {"hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16,

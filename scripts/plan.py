@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.arguments import PROGRAMS, RlhfArguments, TrainingStep, complete, parse_arguments
+from dschat.arguments import PROGRAMS, ReadableParser, RlhfArguments, TrainingStep, parse_arguments
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
     from dschat.planning.hardware import Hardware
     from dschat.planning.models import Spec
-    from dschat.planning.rates import Rates
+    from dschat.planning.slices import Slices
 
 STEPS = ("sft", "reward", "dpo", "rlhf")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this program, and those of the step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """The flags of this program, and the words for the step, whose parser knows whether it has them."""
+    parser = ReadableParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS, help="The step to plan.")
     parser.add_argument(
         "--gpus", type=int, help="GPUs of all hosts; without it the plan is for this machine."
@@ -47,8 +45,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--allow_lora", action="store_true", help="Let --fit train adapters alone.")
     parser.add_argument("--steps", type=int, help="Optimiser steps (step 3: PPO steps) of the run.")
     parser.add_argument("--price_per_hour", type=float, default=0.0, help="Price of one device per hour.")
-    complete(parser)
-    args, rest = parser.parse_known_args(argv)
+    own, rest = parser.own_words(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}.")
     return args, rest
@@ -70,29 +68,25 @@ def hardware_of(args: argparse.Namespace) -> "Hardware":
     )
 
 
-def specs_of(step: TrainingStep) -> "Sequence[Spec]":
+def specs_of(step: Any) -> "Sequence[Spec]":
     """The models of a step."""
     from dschat.planning.models import supervised_specs
     from dschat.rlhf.roles import engine_specs
 
-    if isinstance(step, RlhfArguments):
-        return engine_specs(step)
-    settings: Any = step
-    return supervised_specs(step.step, settings.model, step.run)
+    return engine_specs(step) if isinstance(step, RlhfArguments) else supervised_specs(step)
 
 
-def rates_for(step: TrainingStep, hardware: "Hardware") -> "Rates | None":
-    """The speed of this machine's device, measured now or remembered; None for devices of another kind."""
+def slices_for(step: TrainingStep, hardware: "Hardware") -> "Slices | None":
+    """What times few layers on this machine's device; None where the plan is for devices of another kind."""
     from dschat.distributed.device import device_type
-    from dschat.models.config import read_config
-    from dschat.planning.rates import rates_of
-    from dschat.runs.measured_choices import MeasuredChoices
+    from dschat.distributed.process_group import init_process_group
+    from dschat.planning.slices import Slices
+    from dschat.rlhf.rollout.slice_decoding import decode
 
     if device_type() != hardware.device:
         return None
-    sizes, config = step.pass_sizes, read_config(specs_of(step)[0].path, dropout=None)
-    tokens = sizes.train_rows * sizes.length
-    return rates_of(config, step.run.dtype, num_tokens=tokens, choices=MeasuredChoices(), measures=True)
+    init_process_group()
+    return Slices(step.optimizer, step.run, decode)
 
 
 def command(step: TrainingStep, words: Sequence[str], flags: dict[str, Any], gpus: int, per_host: int) -> str:
@@ -119,17 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan and print."""
     own, words = parse(argv)
     step: Any = parse_arguments(own.step, words)
-    from dschat.engines.memory_remedies import memory_flags
     from dschat.planning.plan import Plan, plan_of
-    from dschat.planning.savings import cut_most, fitting, savings_line
+    from dschat.planning.savings import cut_most, fitting, savings_lines
+    from dschat.runs.measured_choices import MeasuredChoices
 
     hardware = hardware_of(own)
-    rates = rates_for(step, hardware)
 
-    def planned(step: TrainingStep) -> Plan:
-        return plan_of(step, specs_of(step), hardware, rates=rates, steps=own.steps)
+    def planned(step: TrainingStep, **options: Any) -> Plan:
+        return plan_of(step, specs_of(step), hardware, steps=own.steps, **options)
 
-    plan = planned(step)
+    slices = slices_for(step, hardware)
+    timed = {"choices": MeasuredChoices(), "slices": slices} if slices else {}
+    plan = planned(step, **timed)
     if own.fit is not None:
         prefixes = ("actor_", "critic_") if own.step == "rlhf" else ("",)
         found = fitting(step, prefixes, planned, with_lora=own.allow_lora)
@@ -142,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
         return 0
     print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
-    if saving := cut_most(step, plan, memory_flags(step), planned):
-        print(savings_line(saving))
+    print(*savings_lines(cut_most(step, plan, planned)), sep="\n")
     if plan.fits is False:
         print("plan: does not fit")
     return int(plan.fits is False)

@@ -121,9 +121,9 @@ def assemble(args: RlhfArguments, context: RunContext) -> Assembly:
 
     checkpoints = context.begin(data.key, received.all)
     choices = checkpoints.choices
-    layout = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
+    layout, mean = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
     steps = min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
-    plan = RunPlan.begin(args, specs, choices, longest=longest, steps=steps)
+    plan = RunPlan.begin(args, engine_specs, choices, longest=longest, mean_length=mean, steps=steps)
     updates = args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(
         specs,

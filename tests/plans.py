@@ -19,6 +19,17 @@ MODELS = {
 }
 
 
+class Remembered:
+    """A machine that remembers the same seconds of every model."""
+
+    def __init__(self, seconds: dict[str, float] | None) -> None:
+        self._seconds = seconds
+
+    def kept_seconds(self, name: str, measure: Any, *, key: Any) -> dict[str, float] | None:
+        """Those seconds."""
+        return self._seconds
+
+
 def arguments(step: str, *flags: str) -> Any:
     """The arguments of a step with tiny models in fp32."""
     return parse_arguments(step, [*MODELS[step], "--data_path=d", "--dtype=fp32", *flags])
@@ -28,7 +39,7 @@ def specs_of(args: Any) -> Any:
     """The models of the step."""
     if args.step == "rlhf":
         return engine_specs(args)
-    return supervised_specs(args.step, args.model, args.run)
+    return supervised_specs(args)
 
 
 def planned(args: Any, *, device: str = "cuda", ranks: int = 1, memory: float = 0.0, **options: Any) -> Plan:

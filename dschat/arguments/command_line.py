@@ -139,6 +139,22 @@ class ReadableParser(argparse.ArgumentParser):
                 found += words_of(file, flag, value, is_switch=action.nargs == 0)
         return found
 
+    def own_words(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words that are this parser's, and the others, for a program that passes them to another parser.
+
+        Its own are --help, its flags with their values, and the first word where it takes one by place;
+        --config is among the others.
+        """
+        own: list[str] = []
+        others: list[str] = []
+        for before, word in zip(["", *words], words, strict=False):
+            action = self._option_string_actions.get(word.partition("=")[0])
+            is_own = action is not None and action.dest != "config"
+            is_value = bool(own) and own[-1] is before and "=" not in before and self._takes_value(before)
+            is_first = not own and not others and not word.startswith("-")
+            (own if is_own or is_value or is_first else others).append(word)
+        return own, others
+
     def explain(self, name: str) -> str | None:
         """What to write in place of a flag (its name without hyphens before it) that is not there."""
         for spelt in (name, name.lower(), name.lower().replace("-", "_"), name.lower().replace("_", "-")):

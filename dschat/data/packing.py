@@ -5,6 +5,7 @@ where no token looks, and a causal model needs no mask for it. Widths are multip
 processor computes matrix products of round shapes faster and prepares a kernel for each new shape.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,10 @@ class RowLayout:
         """The tokens of all rows of sequences of such lengths, padding included."""
         rows, width = self.rows_and_width(lengths)
         return len(rows) * width
+
+    def tokens_per_sequence(self, batches: Sequence[np.ndarray]) -> float:
+        """The tokens of rows, padding included, that a sequence takes on average in batches of lengths."""
+        return sum(map(self.num_places, batches)) / max(sum(map(len, batches)), 1)
 
 
 PADDED = RowLayout()

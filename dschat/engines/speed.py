@@ -105,9 +105,8 @@ class SpeedReport:
 
 
 def measured_peak(config: Any, dtype: str, *, num_tokens: int, choices: MeasuredChoices) -> float:
-    """`peak_of`, measured where the machine does not remember it, and said in one line."""
+    """`peak_of`, said in one line."""
     peak = peak_of(config, dtype, num_tokens=num_tokens, choices=choices)
-    assert peak is not None, "it is measured"
     rows, width, wide = _product(config, num_tokens)
     messages.info(
         f"peak: {peak / 1e12:.3g} TFLOP/s on this machine, in {dtype} products of {rows} x {width} x {wide}"
@@ -115,21 +114,16 @@ def measured_peak(config: Any, dtype: str, *, num_tokens: int, choices: Measured
     return peak
 
 
-def peak_of(
-    config: Any, dtype: str, *, num_tokens: int, choices: MeasuredChoices, measures: bool = True
-) -> float | None:
+def peak_of(config: Any, dtype: str, *, num_tokens: int, choices: MeasuredChoices) -> float:
     """FLOP/s of this machine in the largest product of the model's layers with about `num_tokens` tokens.
 
-    Measured once per machine, shape and precision; None where it was not and `measures` is False. `config` is
-    the model's, `dtype` as in --dtype. Every rank must call it.
+    Measured once per machine, shape and precision. `config` is the model's, `dtype` as in --dtype. Every rank
+    must call it.
     """
     device, (rows, width, wide) = current_device(), _product(config, num_tokens)
     operations = 2 * rows * width * wide
     times = max(1, int(OPERATIONS_TIMED.get(device.type, 1e10) / operations))
     key = {"rows": rows, "width": width, "wide": wide, "dtype": dtype, "times": times}
-    if not measures:
-        seconds = choices.remembered_seconds(PRODUCT, key=key)
-        return None if seconds is None else times * operations / seconds
     generator = torch.Generator(device).manual_seed(0)  # the run's own generator is left as it is
     a, b = (
         torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])

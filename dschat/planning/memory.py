@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dschat.arguments import PassSizes
 from dschat.planning.hardware import Hardware
-from dschat.planning.meta_pass import PassCost, Rows
+from dschat.planning.meta_pass import Rows
 from dschat.planning.models import PlannedModel
 
 BUCKET = 5e8
@@ -235,18 +235,14 @@ class MemoryModel:
             parts.append(Part("moving average", "weights", average * share))
         return tuple(parts)
 
-    def cost_of(self, model: PlannedModel, rows: Rows, *, trains: bool) -> PassCost:
-        """The cost of a model's pass over rows; without gradients nothing is recomputed."""
-        passing = model if trains else _frozen(model)
-        return passing.cost(rows, way=model.way(rows.length), trains=trains)
-
     def _pass(self, model: PlannedModel, rows: Rows, *, trains: bool) -> Moment:
-        cost, ranks = self.cost_of(model, rows, trains=trains), model.tensor_ranks
+        shape, ranks = model.shape(rows, trains=trains), model.tensor_ranks
+        logits = (2 if trains else 1) * shape.logits.size(rows) if shape.logits else 0.0
         # Of a tensor-parallel layer the parts between its two products are shared out, about half of it.
         share = 1.0 if ranks == 1 else (1 + 1 / ranks) / 2
         return (
-            Part(model.spec.name, "activations", (cost.peak - cost.logits) * share),
-            Part(model.spec.name, "logits", cost.logits),
+            Part(model.spec.name, "activations", max(shape.peak(rows) - logits, 0.0) * share),
+            Part(model.spec.name, "logits", logits),
         )
 
     def _rows(self, number: int) -> Rows:
@@ -301,7 +297,7 @@ class MemoryModel:
         rows = self._rows(self.sizes.train_rows)
         held: Moment = ()
         if self.sizes.holds_both and len(trained) > 1:
-            saved = self.cost_of(trained[1], rows, trains=True).saved
+            saved = trained[1].shape(rows, trains=True).kept(rows)
             held = (Part(trained[1].spec.name, "activations", saved),)
         for model in trained:
             engine = self._engine(model)
@@ -334,8 +330,3 @@ class MemoryModel:
             for model in self.models
             if model.spec.trained
         ]
-
-
-def _frozen(model: PlannedModel) -> PlannedModel:
-    """The model as it makes passes without gradients."""
-    return replace(model, recomputes=False)

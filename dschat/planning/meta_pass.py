@@ -1,115 +1,161 @@
-"""What a pass over rows of tokens holds and does, found by making it on the meta device, without weights.
+"""What a pass over rows of tokens holds, found by making one on the meta device, without weights.
 
-A pass through the real modules of a model of one layer and of one of two tells what each further layer adds.
-So every family, attention and precision is counted as it is, and nothing is allocated. In the place of
-attention that computes in blocks stands a function that keeps queries, keys, values, output and a number per
-row.
+One pass of a model of two layers over a row of a prime number of tokens tells it all: whether a block of
+memory grows with the tokens is whether the prime divides its size, and each further layer adds what the
+second one did. So every family, attention and precision is counted as it is, and nothing is allocated.
+In the place of attention that computes in blocks stands a function that keeps queries, keys, values, output
+and a number per row; in that of the experts' grouped products one that has only their sizes.
 """
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from dschat.models.attention import WAYS
 
 BLOCKWISE = "dschat_planned"
 """The name in transformers' table of the attention that stands in for those that compute in blocks."""
+NUM_LAYERS = 2
+COLUMNS = 251
+"""Tokens of the row, a prime."""
+SOME = 127
+"""How many of them have logits where not all do, another prime."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Operations one after the other, as `(floating-point operations, bytes read and written)`."""
+class Rows:
+    """What a pass reads."""
 
-    parts: tuple[tuple[float, float], ...] = ()
+    rows: int
+    length: int
+    """Tokens per row."""
+    outputs: int
+    """Positions per row whose logits are computed."""
 
     @property
-    def flops(self) -> float:
-        """All floating-point operations."""
-        return sum(flops for flops, _ in self.parts)
-
-    def seconds(self, *, flops_per_second: float, bytes_per_second: float, overhead: float) -> float:
-        """Each part takes the longer of computing and moving, and `overhead` seconds to start."""
-        return sum(max(f / flops_per_second, b / bytes_per_second) + overhead for f, b in self.parts)
+    def all_have_logits(self) -> bool:
+        """Whether logits are computed at every position."""
+        return self.outputs == self.length
 
 
 @dataclass(frozen=True)
-class PassCost:
-    """Bytes and work of one forward pass, or of one forward and backward pass."""
+class Block:
+    """Memory of one storage, in bytes per token (power 1), per pair of tokens of a row (2) or output (0)."""
 
-    saved: float
-    """Bytes that the forward pass leaves for the backward pass, logits among them."""
-    peak: float
-    """Bytes at the worst moment beside weights and gradients."""
-    logits: float
-    """Bytes of the logits and their gradient at that moment."""
-    first: Work
-    """The work of a model of one layer."""
-    layer: Work
-    """What each further layer adds."""
+    bytes: float
+    power: int
+
+    def size(self, rows: Rows) -> float:
+        """Bytes for these rows."""
+        of_row = rows.outputs if self.power == 0 else rows.length**self.power
+        return self.bytes * rows.rows * of_row
+
+
+Blocks = Counter[Block]
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """The blocks of a forward pass, or of a forward and a backward pass, beside weights and gradients."""
+
+    saved: Blocks
+    """What the forward pass of `NUM_LAYERS` leaves for the backward pass."""
+    layer: Blocks
+    """What each further layer leaves."""
+    moments: tuple[Blocks, Blocks]
+    """What is there when all blocks together are largest, and when those of tokens are."""
+    logits: Block | None
+    """The logits; None of a model without."""
     num_layers: int
 
-    def seconds(self, **rates: float) -> float:
-        """Seconds at the rates of `Work.seconds`."""
-        return self.first.seconds(**rates) + (self.num_layers - 1) * self.layer.seconds(**rates)
+    def peak(self, rows: Rows) -> float:
+        """Bytes at the worst moment."""
+        return max(_bytes_of(moment, rows) for moment in (*self.moments, self.saved)) + self._further(rows)
 
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of the pass."""
-        return self.first.flops + (self.num_layers - 1) * self.layer.flops
+    def kept(self, rows: Rows) -> float:
+        """Bytes that the forward pass leaves for the backward pass, logits among them."""
+        return _bytes_of(self.saved, rows) + self._further(rows)
+
+    def _further(self, rows: Rows) -> float:
+        return (self.num_layers - NUM_LAYERS) * _bytes_of(self.layer, rows)
+
+
+def _bytes_of(blocks: Blocks, rows: Rows) -> float:
+    return sum(number * block.size(rows) for block, number in blocks.items())
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the bytes of storages that live, and the work of every operation, while it is on."""
+    """Follows the storages that live while it is on, and whose size is that of tokens."""
 
-    def __init__(self, known: nn.Module) -> None:
+    def __init__(self, known: nn.Module, columns: int, outputs: int) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.parts: list[tuple[float, float]] = []
+        self.now: Blocks = Counter()
+        self.moments: list[Blocks] = [Counter(), Counter()]
+        self._columns, self._outputs = columns, outputs
+        self._most = [0.0, 0.0]
+        self._bytes = [0.0, 0.0]
         self._alive = {t.untyped_storage()._cdata for t in (*known.parameters(), *known.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        results = [x for x in (output if isinstance(output, tuple | list) else [output]) if is_tensor(x)]
-        for result in results:
-            self._note(result.untyped_storage())
-        if not (func.is_view or "empty" in func.__name__ or "detach" in func.__name__):
-            flops = flop_registry.get(func.overloadpacket, lambda *a, **k: 0)
-            moved = sum(_bytes(x) for x in (*args, *results) if is_tensor(x))
-            self.parts.append((flops(*args, **(kwargs or {}), out_val=output), moved))
+        grouped = func is torch.ops.aten._grouped_mm.default
+        output = _grouped_product(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
+        for result in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(result, Tensor):
+                self._note(result)
         return output
 
-    def _note(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         if key in self._alive:
             return
+        block = self._block(storage.nbytes(), tensor.element_size())
+        if block is None:  # a gradient of weights, which is counted with them, by how it is sharded
+            return
         self._alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
+        self.now[block] += 1
+        self._bytes = [
+            self._bytes[0] + storage.nbytes(),
+            self._bytes[1] + storage.nbytes() * bool(block.power),
+        ]
+        for i, most in enumerate(self._most):
+            if self._bytes[i] > most:
+                self._most[i], self.moments[i] = self._bytes[i], Counter(self.now)
+        weakref.finalize(storage, self._free, key, block, storage.nbytes())
 
-    def _free(self, key: int, size: int) -> None:
+    def _block(self, size: int, element: int) -> Block | None:
+        columns, numbers = self._columns, size // element
+        if numbers % columns**2 == 0:
+            return Block(size / columns**2, 2)
+        if numbers % columns == 0:
+            return Block(size / columns, 1)
+        return Block(size / self._outputs, 0) if numbers % self._outputs == 0 else None
+
+    def _free(self, key: int, block: Block, size: int) -> None:
         self._alive.discard(key)
-        self.now -= size
+        self.now[block] -= 1
+        self._bytes = [self._bytes[0] - size, self._bytes[1] - size * bool(block.power)]
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor."""
-    return isinstance(value, Tensor)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _grouped_product(
+    first: Tensor, second: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
+    """The empty result of torch's product by groups, which has a meta version for 16 bits alone."""
+    groups = [] if offs is None or first.dim() != 2 or second.dim() != 2 else [len(offs)]
+    groups = [len(first)] if first.dim() == second.dim() == 3 else groups
+    return first.new_empty(*groups, first.shape[-2], second.shape[-1], dtype=out_dtype or first.dtype)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -119,22 +165,11 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums)
-        _note_attention(query, key, products=2)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        _note_attention(query, key, products=5)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _note_attention(query: Tensor, key: Tensor, *, products: int) -> None:
-    """Add the products of causal attention, each over half of the square, to the recorder that is on."""
-    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
-    if isinstance(mode, Recorder):
-        flops = products * query.numel() * key.shape[2]
-        mode.parts.append((flops, 2 * (_bytes(query) + _bytes(key))))
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 def _blockwise(
@@ -173,106 +208,110 @@ def _attention(config: PretrainedConfig, way: str, dtype: torch.dtype) -> Iterat
         config._attn_implementation = before
 
 
-def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+def with_layers(config: PretrainedConfig, num_layers: int = NUM_LAYERS) -> PretrainedConfig:
     """The same model with so many layers."""
     config = copy.deepcopy(config)
     whole = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:  # one entry per layer, such as layer_types
-            setattr(config, name, value[:num_layers])
+            setattr(config, name, (value * num_layers)[:num_layers])
     config.num_hidden_layers = num_layers
     return config
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a pass reads."""
-
-    rows: int
-    length: int
-    """Tokens per row."""
-    outputs: int
-    """Positions per row whose logits are computed."""
+def layers_of(model: nn.Module, num_layers: int = NUM_LAYERS) -> nn.ModuleList:
+    """The decoder layers of a model that has so many. Raises `LookupError` where they are no list."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise LookupError(f"{type(model).__name__} has no list of {num_layers} layers")
 
 
-def pass_cost(
-    build: Callable[[PretrainedConfig], nn.Module],
-    config: PretrainedConfig,
-    rows: Rows,
+def columns_of(model: nn.Module, way: str, length: int) -> int:
+    """Tokens of the row that stands for rows of `length` tokens: as many where attention is quadratic."""
+    return COLUMNS if way != "eager" and _goes_by_tables(model) else _prime_from(length)
+
+
+def pass_shape(
+    model: Any,
+    num_layers: int,
     *,
+    columns: int,
+    all_have_logits: bool,
     dtype: torch.dtype,
-    way: str = "sdpa",
+    way: str,
     trains: bool,
-) -> PassCost:
-    """The cost of a pass over `rows`, forward and with `trains` backward.
+) -> PassShape:
+    """The shape of a pass over a row of `columns` tokens, forward and with `trains` backward.
 
-    `build` makes a model of a configuration on the meta device, in the mode in which it makes passes. `way`
-    names the attention.
+    `model` has `NUM_LAYERS` on the meta device and stands for one of `num_layers`; `way` names its attention.
     """
-    traces = []
-    for num_layers in (1, 2):
-        few = with_layers(config, num_layers)
-        try:
-            with _attention(few, way, dtype):
-                traces.append(_trace(build(few), rows, trains=trains))
-        except KeyError:  # GPT-J and Falcon look their attention up in tables of their own
-            few._attn_implementation = "eager"
-            traces.append(_trace(build(few), rows, trains=trains))
-    first, second = traces
-    num_layers = config.num_hidden_layers
-    more = num_layers - 1
-    size = len(first[3])
-    return PassCost(
-        saved=first[0] + more * (second[0] - first[0]),
-        peak=first[1] + more * (second[1] - first[1]),
-        logits=first[2],
-        first=Work(tuple(first[3])),
-        layer=Work(tuple(_difference(first[3], second[3]))) if size else Work(),
-        num_layers=num_layers,
-    )
+    outputs = columns if all_have_logits else SOME
+    model.train(trains)
+    with _attention(model.config, way, dtype) if _goes_by_tables(model) else nullcontext():
+        return _trace(model, num_layers, columns, outputs, trains=trains)
 
 
-def _difference(
-    first: list[tuple[float, float]], second: list[tuple[float, float]]
-) -> list[tuple[float, float]]:
-    """The operations of `second` that are not among those of `first`."""
-    left: dict[tuple[float, float], int] = {}
-    for part in first:
-        left[part] = left.get(part, 0) + 1
-    found = []
-    for part in second:
-        if left.get(part, 0):
-            left[part] -= 1
-        else:
-            found.append(part)
-    return found
+def _goes_by_tables(model: nn.Module) -> bool:
+    """Whether attention is looked up by name; GPT-J and Falcon have classes of their own."""
+    decoder: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return bool(decoder._supports_attention_backend)
 
 
-def _trace(
-    model: nn.Module, rows: Rows, *, trains: bool
-) -> tuple[float, float, float, list[tuple[float, float]]]:
-    """Bytes after the forward pass, at the worst moment, of logits; and the operations."""
+def _prime_from(number: int) -> int:
+    """The first prime of at least `number`, and of more than `SOME`."""
+    number = max(number, SOME + 1) | 1
+    while any(number % divisor == 0 for divisor in range(3, isqrt(number) + 1, 2)):
+        number += 2
+    return number
+
+
+@contextmanager
+def _hooked(model: nn.Module, ends: list[Blocks], recorder: Recorder) -> Iterator[None]:
+    """Keep what is there after each layer, and drop gradients of weights."""
 
     def drop(parameter: Tensor) -> None:
-        parameter.grad = None  # gradients are counted with the weights, by how they are sharded
+        parameter.grad = None
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(drop)
-    ids = torch.zeros(rows.rows, rows.length, dtype=torch.long, device="meta")
-    mask = torch.ones_like(ids)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    def note(*_: Any) -> None:
+        ends.append(Counter(recorder.now))
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks: Iterable[Any] = [
+        *(parameter.register_post_accumulate_grad_hook(drop) for parameter in trained),
+        *(layer.register_forward_hook(note) for layer in layers_of(model)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _trace(model: Any, num_layers: int, columns: int, outputs: int, *, trains: bool) -> PassShape:
+    ids = torch.zeros(1, columns, dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     is_language_model = hasattr(model, "get_output_embeddings")
     if is_language_model:
-        inputs["logits_to_keep"] = torch.arange(rows.outputs, device="meta")
+        inputs["logits_to_keep"] = torch.arange(outputs, device="meta")
     else:
         inputs["return_values"] = True
-    with Recorder(model) as recorder, torch.set_grad_enabled(trains):
-        outputs = model(**inputs)
-        outputs = outputs.logits if is_language_model else outputs
-        loss, logits = _Loss.apply(outputs), float(_bytes(outputs)) if is_language_model else 0.0
-        del outputs
-        saved = recorder.now
+    ends: list[Blocks] = []
+    recorder = Recorder(model, columns, outputs)
+    with recorder, torch.set_grad_enabled(trains), _hooked(model, ends, recorder):
+        result = model(**inputs)
+        result = result.logits if is_language_model else result
+        size = result.untyped_storage().nbytes()
+        loss = _Loss.apply(result)
+        del result
+        saved = Counter(recorder.now)
         if trains:
             loss.backward()
-    return saved, recorder.peak, logits * (2 if trains else 1), recorder.parts
+    power = 1 if outputs == columns else 0
+    return PassShape(
+        saved=+saved,
+        layer=ends[1] - ends[0] if trains else Counter(),
+        moments=(+recorder.moments[0], +recorder.moments[1]),
+        logits=Block(size / outputs, power) if is_language_model else None,
+        num_layers=num_layers,
+    )

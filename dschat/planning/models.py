@@ -1,22 +1,29 @@
 """The models of a run as a plan sees them: how many weights each has, and what its passes cost."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dschat.arguments import ModelArguments, RunArguments
+from dschat.arguments import DpoArguments, ModelArguments, RunArguments
 from dschat.distributed.device import DTYPES
-from dschat.fingerprint import fingerprint
 from dschat.models.attention import way_of
 from dschat.models.config import head_width, read_config
 from dschat.models.lora import adapted_layers
 from dschat.models.preflight import SCORES, meta_model_of
-from dschat.models.reward_model import enable_gradient_checkpointing
-from dschat.planning.meta_pass import PassCost, Rows, pass_cost, with_layers
+from dschat.models.reward_model import disable_gradient_checkpointing, enable_gradient_checkpointing
+from dschat.planning.meta_pass import (
+    NUM_LAYERS,
+    PassShape,
+    Rows,
+    columns_of,
+    layers_of,
+    pass_shape,
+    with_layers,
+)
 
 PERSISTENT = 10_000
 """Weights of the largest parameter that ZeRO-3 leaves whole: stage3_param_persistence_threshold."""
@@ -91,6 +98,19 @@ class Counts:
     """Of those in small parameters, which ZeRO-3 does not shard."""
 
 
+class Mode(NamedTuple):
+    """How a model makes passes."""
+
+    trained: bool
+    whole: bool
+    """Whether all weights are trained; else adapters and the head of scores."""
+    recomputes: bool
+    """Whether the backward pass computes activations again."""
+
+
+FROZEN = Mode(trained=False, whole=False, recomputes=False)
+
+
 class _Adapted(nn.Module):
     """A linear layer with an adapter, as PEFT computes it."""
 
@@ -116,24 +136,24 @@ class PlannedModel:
     config: PretrainedConfig
     only_adapters: bool
     """Whether adapters alone are trained, by --only_optimize_lora."""
-    recomputes: bool = True
-    """Whether --gradient_checkpointing is obeyed: passes without gradients recompute nothing."""
 
     @cached_property
-    def key(self) -> tuple[object, ...]:
-        """What weights and passes depend on."""
+    def structure(self) -> "Structure":
+        """Its modules, which models of one configuration share, whether they are trained or not."""
         s = self.settings
-        adapters = (s.lora_dim, s.lora_module_name, s.lora_config) if self.spec.trained else ()
-        return (
-            *(self.config.to_json_string(use_diff=False), self.spec.head, self.spec.dtype, self.spec.trained),
-            *(self.only_adapters, self.recomputes and s.gradient_checkpointing, *adapters),
-        )
+        adapters = (s.lora_dim, s.lora_module_name, s.lora_config) if self._has_adapters else ()
+        config = self.config.to_json_string(use_diff=False)
+        return Structure((config, self.spec.head, self.spec.dtype, *map(str, adapters)), self)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PlannedModel) and self.key == other.key
+    @property
+    def mode(self) -> Mode:
+        """How it makes passes."""
+        recomputes = self.spec.trained and self.settings.gradient_checkpointing
+        return Mode(self.spec.trained, not self.trains_adapters_only, recomputes)
 
-    def __hash__(self) -> int:
-        return int(fingerprint({"model": [str(part) for part in self.key]})[:12], 16)
+    @property
+    def _has_adapters(self) -> bool:
+        return self.spec.trained and self.settings.uses_lora
 
     @property
     def settings(self) -> ModelArguments:
@@ -143,59 +163,42 @@ class PlannedModel:
     @property
     def trains_adapters_only(self) -> bool:
         """Whether the model is trained, and nothing but its adapters are."""
-        return self.spec.trained and self.settings.uses_lora and self.only_adapters
+        return self._has_adapters and self.only_adapters
 
     @property
     def tensor_ranks(self) -> int:
         """Ranks that share each layer."""
-        return getattr(self.settings, "tensor_parallel_size", 1) if self.spec.trained else 1
+        return self.settings.tensor_parallel_size if self.spec.trained else 1
 
     @property
     def element(self) -> int:
         """Bytes of a number in the model's precision."""
         return DTYPES[self.spec.dtype].itemsize
 
-    def build(self, config: PretrainedConfig) -> nn.Module:
-        """The model of this configuration on the meta device, as it makes passes."""
+    def build(self) -> nn.Module:
+        """The model with few layers on the meta device."""
+        config, dtype = with_layers(self.config), DTYPES[self.spec.dtype]
         is_reward_model = self.spec.head != "language_model"
-        model: Any = meta_model_of(config, is_reward_model=is_reward_model, dtype=DTYPES[self.spec.dtype])
-        model.eval().requires_grad_(False)
-        if not self.spec.trained:
-            return model
-        has_adapters = self.settings.uses_lora
-        model.train().requires_grad_(not (has_adapters and self.only_adapters))
-        if has_adapters:
+        model = meta_model_of(config, is_reward_model=is_reward_model, dtype=dtype)
+        if self._has_adapters:
             self._adapt(model)
-        if self.recomputes and self.settings.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
         return model
 
     def _adapt(self, model: Any) -> None:
         layers, rank = adapted_layers(model, replace(self.settings, model_name_or_path=self.spec.path))
         for name, layer in layers.items():
-            layer.weight.requires_grad_(False)
             model.set_submodule(name, _Adapted(layer, rank))
-        if hasattr(model, "v_head"):
-            model.v_head.requires_grad_(True)
 
     @property
     def counts(self) -> Counts:
         """How many weights."""
-        return _counts(self)
+        return _counts(self.structure, self.mode)
 
-    def count(self) -> Counts:
-        """How many weights, from models of one and of two layers."""
-        few = [_count(self.build(with_layers(self.config, number))) for number in (1, 2)]
-        more = self.config.num_hidden_layers - 1
-        grown = {
-            name: getattr(few[0], name) + more * (getattr(few[1], name) - getattr(few[0], name))
-            for name in ("whole", "trained", "packed", "persistent")
-        }
-        return Counts(**grown)
-
-    def cost(self, rows: Rows, *, way: str, trains: bool) -> PassCost:
-        """The cost of a pass of this model; it is computed once. `way` names the attention."""
-        return _cost(self, rows, way, trains)
+    def shape(self, rows: Rows, *, trains: bool) -> PassShape:
+        """What a pass over such rows holds; it is found once."""
+        way = self.way(rows.length)
+        columns = columns_of(_few_layers(self.structure), way, rows.length)
+        return _shape(self.structure, self.mode if trains else FROZEN, columns, rows.all_have_logits, way)
 
     def way(self, length: int) -> str:
         """The attention of rows of so many tokens, by the names of `models.attention.WAYS`."""
@@ -208,14 +211,50 @@ class PlannedModel:
         return 2 * self.config.num_hidden_layers * heads * head_width(self.config)
 
 
-@cache
-def _counts(model: PlannedModel) -> Counts:
-    return model.count()
+@dataclass(frozen=True)
+class Structure:
+    """The modules of a model."""
+
+    key: tuple[str, ...]
+    """What they depend on."""
+    model: PlannedModel = field(compare=False)
+
+    def prepared(self, mode: Mode) -> nn.Module:
+        """The model with few layers, as it makes passes; there is one, whose mode the next call changes."""
+        model: Any = _few_layers(self)
+        for name, parameter in model.named_parameters():
+            is_own = ".lora_" in name or name.startswith("v_head")
+            others = mode.whole and not name.endswith(".base_layer.weight")
+            parameter.requires_grad_(mode.trained and (is_own or others))
+        (enable_gradient_checkpointing if mode.recomputes else disable_gradient_checkpointing)(model)
+        return model
 
 
 @cache
-def _cost(model: PlannedModel, rows: Rows, way: str, trains: bool) -> PassCost:
-    return pass_cost(model.build, model.config, rows, dtype=DTYPES[model.spec.dtype], way=way, trains=trains)
+def _few_layers(structure: Structure) -> nn.Module:
+    return structure.model.build()
+
+
+@cache
+def _counts(structure: Structure, mode: Mode) -> Counts:
+    """How many weights: each further layer has those of the last."""
+    few = structure.prepared(mode)
+    whole, layer = _count(few), _count(layers_of(few)[-1])
+    more = structure.model.config.num_hidden_layers - NUM_LAYERS
+    return Counts(**{name: value + more * getattr(layer, name) for name, value in vars(whole).items()})
+
+
+@cache
+def _shape(structure: Structure, mode: Mode, columns: int, all_have_logits: bool, way: str) -> PassShape:
+    return pass_shape(
+        structure.prepared(mode),
+        structure.model.config.num_hidden_layers,
+        columns=columns,
+        all_have_logits=all_have_logits,
+        dtype=DTYPES[structure.model.spec.dtype],
+        way=way,
+        trains=mode.trained,
+    )
 
 
 def _count(model: nn.Module) -> Counts:
@@ -257,13 +296,13 @@ def planned_models(
     return list(found.values())
 
 
-def supervised_specs(
-    step: str, model: ModelArguments, run: RunArguments, *, offload_reference: bool = False
-) -> list[Spec]:
-    """The models of steps 1 and 2 and of DPO."""
-    head = "score" if step == "reward" else "language_model"
+def supervised_specs(args: Any) -> list[Spec]:
+    """The models of the arguments of step 1, of step 2 or of DPO."""
+    model: ModelArguments = args.model
+    run: RunArguments = args.run
+    head = "score" if args.step == "reward" else "language_model"
     trained = ModelSpec(settings=model, head=head, dtype=run.dtype, offload=run.offload)
-    if step != "dpo":
+    if not isinstance(args, DpoArguments):
         return [trained]
     reference = ModelSpec(
         role="reference",
@@ -271,7 +310,7 @@ def supervised_specs(
         settings=model,
         head=head,
         dtype=run.dtype,
-        offload=offload_reference,
+        offload=args.dpo.offload_reference_model,
         trained=False,
         without_adapters_of="model",
     )

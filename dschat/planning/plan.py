@@ -11,8 +11,9 @@ from dschat.arguments import PassSizes, TrainingStep
 from dschat.planning.hardware import Hardware
 from dschat.planning.memory import MemoryModel, Moment, total
 from dschat.planning.models import Spec, planned_models
-from dschat.planning.rates import Rates
+from dschat.planning.slices import Slices
 from dschat.planning.timing import Timing
+from dschat.runs.measured_choices import MeasuredChoices
 
 GB = 1e9
 
@@ -130,21 +131,33 @@ def plan_of(
     *,
     sizes: PassSizes | None = None,
     configs: dict[str, PretrainedConfig] | None = None,
-    rates: Rates | None = None,
+    choices: MeasuredChoices | None = None,
+    slices: Slices | None = None,
+    mean_length: float | None = None,
     steps: int | None = None,
 ) -> Plan:
     """The plan of a step with these models. `sizes` replace those that the flags tell.
 
-    `configs` are by path, for models without a folder.
+    `configs` are by path, for models without a folder. The plan tells seconds where `choices` remember those
+    of the flags, or with `slices` measures them; for rows of `mean_length` tokens, padding included, if that
+    is given.
     """
     models = planned_models(specs, only_adapters=args.optimizer.only_optimize_lora, configs=configs)
-    sizes, shares = sizes or args.pass_sizes, args.parallel_sizes.get("sequence", 1)
+    shares = args.parallel_sizes.get("sequence", 1)
+    timed, sizes = (
+        replace(found, length=-(-found.length // shares))
+        for found in (args.pass_sizes, sizes or args.pass_sizes)
+    )
     memory = MemoryModel(
         models,
-        replace(sizes, length=-(-sizes.length // shares)),
+        sizes,
         hardware,
         data_ranks=max(1, hardware.ranks // prod(args.parallel_sizes.values())),
         stages=args.parallel_sizes.get("pipeline", 1),
     )
-    seconds = None if rates is None else Timing(memory, rates).step_seconds()
+    timing = None
+    if choices is not None:
+        mean = None if mean_length is None else mean_length / shares
+        timing = Timing.of(memory, timed, args.run, choices, mean_length=mean, slices=slices)
+    seconds = None if timing is None else timing.step_seconds()
     return Plan(hardware=hardware, phases=memory.phases(), seconds=seconds, steps=steps)

@@ -1,7 +1,8 @@
 """The plan of a run: printed before its models are loaded, and at its end beside what was measured."""
 
+import ctypes
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,10 @@ from dschat.distributed.collectives import max_across_ranks
 from dschat.distributed.device import current_device, device_type, peak_memory_gib
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.speed import SECONDS
-from dschat.models.config import read_config
 from dschat.planning.hardware import this_hardware
 from dschat.planning.models import Spec
 from dschat.planning.plan import GB, Plan, plan_of
-from dschat.planning.rates import rates_of
+from dschat.planning.savings import cut_most, savings_lines
 from dschat.runs.atomic_folder import write_json
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS
@@ -42,36 +42,41 @@ class RunPlan:
     @staticmethod
     def begin(
         args: TrainingStep,
-        specs: Sequence[Spec],
+        specs_of: Callable[[Any], Sequence[Spec]],
         choices: MeasuredChoices,
         *,
         longest: int,
         steps: int,
+        mean_length: float | None = None,
     ) -> "RunPlan":
-        """Print the plan and write it to plan.json in the run's folder.
+        """Print the plan, with what would cut most, and write it to plan.json in the run's folder.
 
-        `longest` is the length of the longest row in tokens, `steps` how many optimiser steps (step 3: PPO
-        steps) the run has. Nothing is measured: seconds are told where this machine was measured before, as
-        `scripts/plan.py` does it.
+        `specs_of` tells the models of arguments, `longest` is the length of the longest row in tokens,
+        `mean_length` that of all rows, padding included, and `steps` how many optimiser steps (step 3: PPO
+        steps) the run has. Nothing is measured: seconds are told where `scripts/plan.py` has measured this
+        machine for these flags.
         """
         folder = Path(args.run.output_dir) if args.run.output_dir and is_main_process() else None
-        baseline = float(psutil.Process().memory_info().rss) if device_type() == "cpu" else 0.0
-        hardware, sizes = this_hardware(), replace(args.pass_sizes, length=int(longest))
-        config, tokens = read_config(specs[0].path, dropout=None), sizes.train_rows * sizes.length
-        rates = rates_of(config, args.run.dtype, num_tokens=tokens, choices=choices, measures=False)
+        baseline, hardware = resident_memory() if device_type() == "cpu" else 0.0, this_hardware()
+
+        def planned(changed: TrainingStep, **options: Any) -> Plan:
+            sizes = changed.pass_sizes
+            fewer = args.pass_sizes.answer_length - sizes.answer_length
+            sizes = replace(sizes, length=min(int(longest) - fewer, sizes.length))
+            return plan_of(changed, specs_of(changed), hardware, sizes=sizes, **options)
+
         try:
             with torch.random.fork_rng(devices=[]):
-                plan = plan_of(args, specs, hardware, sizes=sizes, rates=rates, steps=steps)
+                plan = planned(args, choices=choices, mean_length=mean_length, steps=steps)
+                saving = cut_most(args, plan, planned)
         except Exception as error:  # the code of a family may do anything on the meta device
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             messages.note(f"no plan of memory and time: no pass without weights ({reason}).")
             return RunPlan(None, None, baseline)
-        for line in plan.lines():
+        for line in [*plan.lines(), *savings_lines(saving)]:
             messages.info(line)
         if plan.fits is False:
-            messages.warning(
-                "by the plan the run does not fit this machine; scripts/plan.py names flags that cut most."
-            )
+            messages.warning("by the plan the run does not fit this machine.")
         if folder is not None:
             write_json(folder / PLAN, plan.as_json())
         return RunPlan(plan, folder, baseline)
@@ -105,3 +110,10 @@ def measured_seconds(folder: Path) -> dict[str, float]:
             found += [phases] if phases else []
     kept = found[1:] or found
     return {name: sum(step.get(name) or 0.0 for step in kept) / len(kept) for name in (kept or [{}])[0]}
+
+
+def resident_memory() -> float:
+    """Bytes that this process holds, without what malloc keeps for later and the run would use first."""
+    with suppress(OSError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    return float(psutil.Process().memory_info().rss)

@@ -6,7 +6,7 @@ from io import StringIO
 from typing import Any
 
 from dschat.arguments import TrainingStep
-from dschat.engines.memory_remedies import Change, MemoryFlags, Phase, PhaseKind, changes
+from dschat.engines.memory_remedies import Change, Phase, PhaseKind, changes, memory_flags
 from dschat.errors import UserError
 from dschat.planning.plan import GB, Plan
 
@@ -35,16 +35,14 @@ def changed(args: TrainingStep, flags: Mapping[str, Any]) -> TrainingStep | None
         return None
 
 
-def cut_most(
-    args: TrainingStep, plan: Plan, flags: MemoryFlags, plan_of: PlanOf
-) -> list[tuple[Change, float]]:
-    """The changes that lower the peak most, with the bytes that each saves, the best first.
+def cut_most(args: Any, plan: Plan, plan_of: PlanOf) -> list[tuple[Change, float]]:
+    """The changes of a step's arguments that lower the peak most and the bytes that each saves, best first.
 
     They are those that a message would name where memory ran out in the plan's worst phase.
     """
     ranks, on_cpu = plan.hardware.ranks, plan.hardware.is_cpu
     found = []
-    for change in changes(Phase(KINDS[plan.worst]), flags, ranks=ranks, on_cpu=on_cpu):
+    for change in changes(Phase(KINDS[plan.worst]), memory_flags(args), ranks=ranks, on_cpu=on_cpu):
         other = changed(args, change.flags)
         saved = 0.0 if other is None else plan.peak - plan_of(other).peak
         if saved > LEAST * plan.peak:
@@ -52,11 +50,10 @@ def cut_most(
     return sorted(found, key=lambda pair: -pair[1])[:NUM_SHOWN]
 
 
-def savings_line(found: Iterable[tuple[Change, float]]) -> str:
-    """One line of the changes."""
-    return "plan: would cut most: " + "; ".join(
-        f"{change.text} (-{saved / GB:.2f} GB)" for change, saved in found
-    )
+def savings_lines(found: Iterable[tuple[Change, float]]) -> list[str]:
+    """One line of the changes; none where there are none."""
+    texts = [f"{change.text} (-{saved / GB:.2f} GB)" for change, saved in found]
+    return [f"plan: would cut most: {'; '.join(texts)}"] if texts else []
 
 
 def cheaper_first(

@@ -1,14 +1,18 @@
-"""Seconds of a run by phase, from what its passes compute and move and how fast the device does both."""
+"""Seconds of a run by phase, from those of its models' passes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from dschat.arguments import PassSizes, RunArguments
 from dschat.planning.memory import MemoryModel
-from dschat.planning.meta_pass import PassCost, Rows
+from dschat.planning.meta_pass import Rows
 from dschat.planning.models import PlannedModel
-from dschat.planning.rates import Rates
+from dschat.planning.slices import Seconds, Slices, key_of
+from dschat.runs.measured_choices import MeasuredChoices
 
-MADE_TWICE = 3
-"""AdamW reads and writes about as much per weight as three passes over the weights of ZeRO's copies."""
+WRITTEN = 8
+"""Tokens that a slice writes."""
 
 
 @dataclass(frozen=True)
@@ -16,56 +20,82 @@ class Timing:
     """The times of one device, which does its share of every phase."""
 
     memory: MemoryModel
-    rates: Rates
+    of_models: Mapping[str, Seconds]
+    """Those of `Slices.seconds`, by the models' names."""
+    share: float
+    """Tokens of a row of the run for each one of the rows that were timed."""
+    prompts: int
+    """Tokens of the prompts that were timed."""
 
-    def step_seconds(self) -> dict[str, float]:
+    @staticmethod
+    def of(
+        memory: MemoryModel,
+        timed: PassSizes,
+        run: RunArguments,
+        choices: MeasuredChoices,
+        *,
+        mean_length: float | None,
+        slices: Slices | None,
+    ) -> "Timing | None":
+        """The times of passes over rows of `timed`, as the machine remembers them, or as `slices` finds them.
+
+        `mean_length` is that of the run's rows in tokens, padding included, where it is known. None where
+        something is not remembered and there are no slices. Every rank must call it.
+        """
+        rows = Rows(timed.train_rows, timed.length, timed.num_outputs)
+        # Tokens follow in the middle of the answers, where the cache has its mean width.
+        middle = timed.length - timed.answer_length // 2
+        found: dict[str, Seconds] = {}
+        for model in memory.models:
+            alike = _trained_like(model, memory)
+            if alike.spec.name not in found:
+                samples = alike is memory.models[0] and timed.answer_length
+                prompts = Rows(timed.generation_rows, middle, WRITTEN) if samples else None
+                seconds = choices.kept_seconds(
+                    "seconds of a slice",
+                    None if slices is None else partial(slices.seconds, alike, rows, prompts),
+                    key=key_of(alike, rows, prompts, run),
+                )
+                if seconds is None:
+                    return None
+                found[alike.spec.name] = seconds
+            found[model.spec.name] = found[alike.spec.name]
+        share = (mean_length or timed.length) / timed.length
+        return Timing(memory, found, share, middle)
+
+    def step_seconds(self) -> Seconds:
         """Seconds of an optimiser step, of step 3 of a PPO step, by phase."""
         memory, sizes = self.memory, self.memory.sizes
         trained = [model for model in memory.models if model.spec.trained]
+        stepping = sum(map(self._optimizer, trained))
+        learning = sum(self._pass(model, "forward_backward") for model in trained)
         if not sizes.answer_length:
             turns = (sizes.accumulation + memory.stages - 1) / memory.stages
-            passes = turns * self._pass(trained[0], trains=True)
-            return {"forward_backward": passes, "optimizer": self._optimizer(trained[0])}
+            return {"forward_backward": turns * learning, "optimizer": stepping}
         micro_batches = sizes.rollout_rows / sizes.train_rows
-        reading = sum(self._pass(model, trains=False) for model in memory.models)
-        learning = sum(self._pass(model, trains=True) for model in trained)
+        reading = sum(self._pass(model, "forward") for model in memory.models)
         updates = sizes.passes * micro_batches / sizes.accumulation
-        stepping = sum(map(self._optimizer, trained))
+        actor = self.of_models[memory.models[0].spec.name]
+        writing = sizes.answer_length * actor["writing"] / memory.models[0].tensor_ranks
+        prompt = (sizes.length - sizes.answer_length) / self.prompts
+        read = prompt * actor["reading"] / memory.models[0].tensor_ranks
         return {
-            "generation": sizes.rollout_rows / sizes.generation_rows * self._generation(memory.models[0]),
+            "generation": sizes.rollout_rows / sizes.generation_rows * (read + writing),
             "experience": micro_batches * reading,
             "training": sizes.passes * micro_batches * learning + updates * stepping,
         }
 
-    def _seconds(self, cost: PassCost, model: PlannedModel) -> float:
-        rates = self.rates
-        return cost.seconds(
-            flops_per_second=rates.flops_per_second * model.tensor_ranks,
-            bytes_per_second=rates.bytes_per_second * model.tensor_ranks,
-            overhead=rates.overhead,
-        )
-
-    def _pass(self, model: PlannedModel, *, trains: bool) -> float:
-        sizes = self.memory.sizes
-        rows = Rows(sizes.train_rows, sizes.length, sizes.num_outputs)
-        return self._seconds(self.memory.cost_of(model, rows, trains=trains), model)
+    def _pass(self, model: PlannedModel, phase: str) -> float:
+        return self.share * self.of_models[model.spec.name][phase] / model.tensor_ranks
 
     def _optimizer(self, model: PlannedModel) -> float:
-        """A step of AdamW over this rank's share."""
+        """A step over this rank's share."""
         share = 1 / self.memory.data_ranks if model.spec.zero_stage else 1.0
-        trained = model.counts.trained / model.tensor_ranks / self.memory.stages
-        return trained * (
-            self.rates.seconds_per_weight * share + 4 * MADE_TWICE / self.rates.bytes_per_second
-        )
+        seconds = self.of_models[model.spec.name]["optimizer"]
+        return seconds * share / model.tensor_ranks / self.memory.stages
 
-    def _generation(self, model: PlannedModel) -> float:
-        """One batch of answers: prompts are read once, then a token of every answer at a time."""
-        sizes = self.memory.sizes
-        prompt = max(sizes.length - sizes.answer_length, 1)
-        rows = sizes.generation_rows
-        reading = self.memory.cost_of(model, Rows(rows, prompt, 1), trains=False)
-        token = self.memory.cost_of(model, Rows(rows, 1, 1), trains=False)
-        columns = prompt + sizes.answer_length / 2
-        cache = rows * columns * model.cache_width * model.element / model.tensor_ranks
-        each = self._seconds(token, model) + cache / self.rates.bytes_per_second
-        return self._seconds(reading, model) + sizes.answer_length * each
+
+def _trained_like(model: PlannedModel, memory: MemoryModel) -> PlannedModel:
+    """A trained model of the same modules, whose passes without gradients take as long; else the model."""
+    same = (m for m in memory.models if m.spec.trained and m.structure == model.structure)
+    return next(same, model)

@@ -16,7 +16,7 @@ from dschat.rlhf.rlhf_engine import choose_ways
 from dschat.rlhf.roles import EngineSpec
 from dschat.runs.measured_choices import MeasuredChoices
 
-NUM_TRIED = 2
+NUM_TRIED, NUM_MEASURED = 2, 8
 """Micro-batches that are tried in several layouts."""
 
 
@@ -27,8 +27,10 @@ def choose_ways_and_layout(
     choices: MeasuredChoices,
     *,
     longest: int,
-) -> RowLayout:
+) -> tuple[RowLayout, float]:
     """`choose_ways` of the models, and `choose_row_layout` for all together: they read the same rows.
+
+    The number is of the tokens in rows, padding included, that a prompt takes with the longest answer.
 
     No answers are known yet: the trial's are of any length up to --max_answer_seq_len. `longest` is the
     longest prompt with the longest answer, in tokens. Every rank must call it.
@@ -47,7 +49,7 @@ def choose_ways_and_layout(
         generator.choice(known, size) + generator.integers(1, args.rollout.max_answer_seq_len + 1, size)
         for _ in range(NUM_TRIED)
     ]
-    return choose_row_layout(
+    layout = choose_row_layout(
         args.widths,
         configs,
         choices,
@@ -56,3 +58,6 @@ def choose_ways_and_layout(
         limit=min((limit for limit in limits if limit is not None), default=None),
         lengths=lengths,
     )
+    longest_answers = known[: NUM_MEASURED * size] + args.rollout.max_answer_seq_len
+    batches = [longest_answers[i : i + size] for i in range(0, len(longest_answers), size)]
+    return layout, layout.tokens_per_sequence(batches)

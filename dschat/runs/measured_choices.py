@@ -89,11 +89,19 @@ class MeasuredChoices:
         """The least seconds of a call of `run`, measured once per machine and `key`; nothing is chosen."""
         return float(self._found(name, {name: run}, key, rounds, time.perf_counter)["seconds"][name])
 
-    def remembered_seconds(self, name: str, *, key: Mapping[str, Any]) -> float | None:
-        """What `seconds_of` measured on this machine before; None where it did not. Nothing is measured."""
-        path = self._path(name, [name], key)
+    def kept_seconds(
+        self, name: str, measure: Callable[[], Mapping[str, float]] | None, *, key: Mapping[str, Any]
+    ) -> dict[str, float] | None:
+        """Seconds by phase as `measure` returns them, called once per machine and `key`; nothing is chosen.
+
+        None where the machine does not remember them and `measure` is None.
+        """
+        path = self._path(name, [], key)
         found = broadcast_from_rank_0(lambda: _remembered(path))
-        return None if found is None else float(found["seconds"][name])
+        if found is None and measure is not None:
+            seconds = measure()
+            found = broadcast_from_rank_0(lambda: _first_kept(path, _decision(name, seconds, key)))
+        return None if found is None else dict(found["seconds"])
 
     def _path(self, name: str, ways: Iterable[str], key: Mapping[str, Any] | None) -> Path:
         """The file in which the machine remembers what it measured of these ways."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dschat.arguments import SupervisedArguments, TrainingStep
+from dschat.arguments import SupervisedArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
 from dschat.data.packing import PACKED_WIDTH
@@ -40,7 +40,7 @@ from dschat.supervised.exports import ModelExports
 from dschat.supervised.loop import Objective, train_epochs
 from dschat.supervised.settings import SupervisedSettings
 
-NUM_TRIED = 2
+NUM_TRIED, NUM_MEASURED = 2, 8
 """Micro-batches whose lengths are tried in several layouts of rows."""
 
 
@@ -53,7 +53,7 @@ class SupervisedRun:
     base: UpstreamModel
     """The model that training starts from."""
     tokenizer: PreTrainedTokenizerBase
-    args: TrainingStep
+    args: SupervisedArguments
     plans: list[RunPlan] = field(default_factory=list)
     """What the run was expected to take, from `begin` on."""
 
@@ -119,22 +119,26 @@ class SupervisedRun:
         choose_products(settings.run.dtype, checkpoints.choices)
         if mesh().sequence.size > 1:
             try_sequence_parallel(self.base.path, current_device())
+        laid_out, mean_length = self._lay_out(loaders, checkpoints)
         self.plans.append(
             RunPlan.begin(
                 self.args,
-                supervised_specs(self.args.step, settings.model, settings.run),
+                supervised_specs,
                 checkpoints.choices,
                 longest=loaders.longest_row,
+                mean_length=mean_length,
                 steps=loaders.train.num_steps_of(settings.optimizer.num_train_epochs),
             )
         )
-        return checkpoints, self._lay_out(loaders, checkpoints)
+        return checkpoints, laid_out
 
-    def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> Loaders:
+    def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> tuple[Loaders, float]:
+        """The loaders with the layout of rows, and the tokens that a sequence takes in them on average."""
         path, model = self.base.path, self.settings.model
         config = read_config(path, model.dropout)
         set_attention(config, model.attn_implementation)
-        micro_batches = islice(loaders.train, NUM_TRIED)
+        micro_batches = islice(loaders.train, NUM_MEASURED)
+        lengths = [batch.tokens.attention_mask.sum(dim=1).numpy() for batch in micro_batches]
         layout = choose_row_layout(
             self.settings.widths,
             {"model": config},
@@ -142,9 +146,9 @@ class SupervisedRun:
             dtype=self.settings.run.dtype,
             device=current_device(),
             limit=learned_positions(path),
-            lengths=[batch.tokens.attention_mask.sum(dim=1).numpy() for batch in micro_batches],
+            lengths=lengths[:NUM_TRIED],
         )
-        return loaders.laid_out(layout)
+        return loaders.laid_out(layout), layout.tokens_per_sequence(lengths)
 
     def build_language_model(self, loaders: Loaders) -> DeepSpeedEngine:
         """The language model to be trained, in its engine; checked against the outputs promised with it."""

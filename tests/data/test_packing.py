@@ -73,6 +73,7 @@ def test_the_places_of_all_rows_are_counted():
     lengths = np.array([200, 50, 40, 30])  # 200 50 | 40 30 where they share rows
     assert RowLayout(16).num_places(lengths) == 4 * 208
     assert RowLayout(16, separated_by="mask").num_places(lengths) == 2 * 256
+    assert RowLayout(16).tokens_per_sequence([lengths, lengths[1:]]) == (4 * 208 + 3 * 64) / 7
     assert RowLayout(16, separated_by="positions", in_one_row=True).num_places(lengths) == 320
 
 

@@ -2,15 +2,14 @@
 
 import json
 
-from plans import arguments, planned
+from plans import Remembered, arguments, planned
 
-from dschat.planning.rates import Rates
-
-RATES = Rates(flops_per_second=1e10, bytes_per_second=1e10, overhead=1e-6, seconds_per_weight=1e-9)
+SECONDS = {"forward": 1.0, "forward_backward": 3.0, "optimizer": 0.5, "reading": 1.0, "writing": 0.25}
+TIMED = {"choices": Remembered(SECONDS)}
 
 
 def test_a_plan_tells_memory_time_and_money():
-    plan = planned(arguments("rlhf"), ranks=2, memory=80e9, rates=RATES, steps=3600)
+    plan = planned(arguments("rlhf"), ranks=2, memory=80e9, **TIMED, steps=3600)
     assert plan.fits
     assert plan.hours is not None
     assert plan.step_seconds is not None
@@ -34,7 +33,7 @@ def test_what_is_too_large_does_not_fit():
 
 
 def test_a_plan_is_json():
-    written = json.loads(json.dumps(planned(arguments("reward"), rates=RATES, steps=5).as_json()))
+    written = json.loads(json.dumps(planned(arguments("reward"), **TIMED, steps=5).as_json()))
     assert written["device_peak"] == max(phase["device"] for phase in written["phases"].values())
     assert {part["kind"] for part in written["phases"]["train"]["parts"]} >= {"weights", "activations"}
     assert written["seconds"]["forward_backward"] > written["seconds"]["optimizer"] > 0

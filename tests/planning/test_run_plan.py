@@ -15,7 +15,7 @@ def run_plan(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "m")
     args = arguments("sft", f"--model_name_or_path={model}", f"--output_dir={tmp_path}")
     choices = MeasuredChoices(folder=tmp_path / "choices")
-    return RunPlan.begin(args, specs_of(args), choices, longest=32, steps=7)
+    return RunPlan.begin(args, specs_of, choices, longest=32, steps=7)
 
 
 def test_a_run_says_what_was_predicted_and_what_was_measured(run_plan, tmp_path, capsys):

@@ -4,20 +4,21 @@ from functools import partial
 
 from plans import arguments, planned
 
-from dschat.engines.memory_remedies import memory_flags
-from dschat.planning.savings import cheaper_first, cut_most, fitting, savings_line
+from dschat.planning.savings import cheaper_first, cut_most, fitting, savings_lines
 
 
 def test_the_changes_that_cut_most_are_those_of_messages_about_memory():
     args = arguments("sft", "--zero_stage=0")
     plan_of = partial(planned, ranks=4)
     plan = plan_of(args)
-    found = cut_most(args, plan, memory_flags(args), plan_of)
+    found = cut_most(args, plan, plan_of)
     assert 1 <= len(found) <= 3
     assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
     for change, saved in found:
         assert saved == plan.peak - plan_of(args.with_flags(change.flags)).peak
-    assert "--max_seq_len 512 -> 256" in savings_line(found)
+    (line,) = savings_lines(found)
+    assert "--max_seq_len 512 -> 256" in line
+    assert savings_lines([]) == []
 
 
 def test_cheaper_settings_come_first_and_keep_the_batch():

@@ -1,5 +1,7 @@
 """The rows that the models of step 3 read together."""
 
+from typing import Any
+
 import pytest
 from datasets import Dataset
 from tiny import save_tiny_model
@@ -13,8 +15,11 @@ from dschat.runs.measured_choices import MeasuredChoices
 PROMPTS = Dataset.from_dict({"length": [5, 9, 7]})
 
 
-def layout_of(tmp_path, actor: str, reward: str, *flags: str) -> RowLayout:
-    """The layout for an actor and a critic of these families, of which only the configurations are read."""
+def layout_and_mean(tmp_path, actor: str, reward: str, *flags: str) -> tuple[RowLayout, float]:
+    """`choose_ways_and_layout` for an actor and a critic of these families.
+
+    Only their configurations are read.
+    """
     paths = [save_tiny_model(tmp_path / "actor", actor), save_tiny_model(tmp_path / "reward", reward)]
     models = (f"--actor_model_name_or_path={paths[0]}", f"--critic_model_name_or_path={paths[1]}")
     args = parse_arguments("rlhf", [*models, "--max_answer_seq_len=8", "--dtype=fp32", *flags])
@@ -22,9 +27,16 @@ def layout_of(tmp_path, actor: str, reward: str, *flags: str) -> RowLayout:
     return choose_ways_and_layout(args, engine_specs(args), PROMPTS, choices, longest=17)
 
 
+def layout_of(*args: Any) -> RowLayout:
+    """The layout alone."""
+    return layout_and_mean(*args)[0]
+
+
 def test_rows_are_padded_to_the_multiple_that_is_asked_for(tmp_path):
-    layout = layout_of(tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8")
+    layout, mean = layout_and_mean(tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8")
     assert layout == RowLayout(multiple_of=8)
+    longest = max(PROMPTS["length"])
+    assert mean == layout.rounded(longest + 8)
 
 
 def test_the_fewest_learned_positions_of_all_models_bound_the_width(tmp_path):

@@ -1,0 +1,324 @@
+"""Planned against measured memory and time of whole runs, from random weights and random text.
+
+python benchmarks/planner.py --output benchmarks/results/planner.md
+python benchmarks/planner.py --device cuda
+
+Each run is a program of a step as it is, in processes of its own (forked from one that has imported the
+libraries, whose import takes longer than a small run), after `scripts/plan.py` has measured the
+device for its flags. Both numbers are those of the run's plan.json: what it predicted before its models were
+loaded, and what it measured. On a CPU every process has one thread, and seconds are processor time, which
+other programs move less than the clock; waiting for other ranks is not among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import runpy
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+PROGRAMS = {"sft": "step1_sft/main.py", "reward": "step2_reward/main.py", "rlhf": "step3_ppo/main.py"}
+SIZES = {"cpu": ("6m", "27m", "89m"), "cuda": ("opt-350m", "opt-1.3b")}
+WITHIN = {"memory": 0.15, "seconds": 0.25}
+"""How far a prediction may be off."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run."""
+
+    step: str
+    size: str
+    flags: str = ""
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.step} {self.size} {self.ranks} {self.flags}"
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return "".join(c if c.isalnum() else "_" for c in str(self))
+
+    def models(self, folder: Path) -> list[str]:
+        """The flags that name its models."""
+        model = str(folder / self.size)
+        if self.step != "rlhf":
+            return [f"--model_name_or_path={model}"]
+        return [f"--actor_model_name_or_path={model}", f"--critic_model_name_or_path={model}-scores"]
+
+
+LORA = "--lora_dim 8 --only_optimize_lora"
+BOTH = "--actor_zero_stage {0} --critic_zero_stage {0}"
+
+
+def cases(device: str) -> Iterator[Case]:
+    """What is run: every way to shard one size, and some of them with the others."""
+    if device == "cuda":
+        for flags in ("", "--zero_stage 2", "--zero_stage 3", LORA, "--gradient_checkpointing"):
+            yield Case("sft", "opt-350m", flags)
+        yield Case("sft", "opt-1.3b", "--zero_stage 2 --offload --gradient_checkpointing")
+        yield Case("reward", "opt-350m")
+        yield Case("rlhf", "opt-350m")
+        return
+    small, middle, large = SIZES["cpu"]
+    for ranks in (1, 2):
+        for stage in range(4):
+            yield Case("sft", middle, f"--zero_stage {stage}", ranks)
+    for stage in (1, 2, 3):
+        yield Case("sft", middle, f"--zero_stage {stage} --offload")
+    yield Case("sft", middle, "--zero_stage 2 --offload", 2)
+    yield Case("sft", middle, "--tensor_parallel_size 2", 2)
+    for flags in (LORA, "--gradient_checkpointing", "--dtype bf16", "--gradient_accumulation_steps 2"):
+        yield Case("sft", middle, flags)
+    for size in (small, large):
+        for flags in ("--zero_stage 0", "--zero_stage 2", "--zero_stage 3", LORA):
+            yield Case("sft", size, flags)
+    yield Case("reward", small)
+    yield Case("reward", middle)
+    yield Case("rlhf", small)
+    yield Case("rlhf", middle)
+    yield Case("rlhf", middle, BOTH.format(2), 2)
+    yield Case("rlhf", middle, BOTH.format(3), 2)
+    yield Case("rlhf", middle, "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora")
+
+
+def flags_of(case: Case, folder: Path, device: str) -> list[str]:
+    """The flags of a run's step."""
+    rows, length = (4, 128) if device == "cpu" else (16, 512)
+    found = [
+        *case.models(folder), "--data_path", str(folder / "pairs.jsonl"), "--chat_template", "none",
+        "--eval_fraction", "0", "--data_output_path", str(folder / "cache"),
+        "--output_dir", str(folder / case.folder),
+        "--data_split", {"sft": "1,0,0", "reward": "0,1,0", "rlhf": "0,0,1"}[case.step],
+    ]  # fmt: skip
+    if case.step == "rlhf":
+        found += [
+            "--enable_test_mode", "--test_stop_step", "4", "--max_prompt_seq_len", str(length // 2),
+            "--max_answer_seq_len", str(length // 2), "--per_device_generation_batch_size", str(2 * rows),
+            "--per_device_training_batch_size", str(2 * rows),
+        ]  # fmt: skip
+    else:
+        steps = 5 if device == "cpu" else 12
+        number = steps * rows * case.ranks * (2 if "accumulation" in case.flags else 1)
+        found += [
+            "--per_device_train_batch_size", str(rows), "--max_seq_len", str(length),
+            "--max_train_samples", str(number),
+        ]  # fmt: skip
+    dtype = ["--dtype", "bf16" if device == "cuda" else "fp32"] if "--dtype" not in case.flags else []
+    return [*found, *dtype, *case.flags.split()]
+
+
+def prepare(folder: Path, device: str) -> None:
+    """Models of random weights and pairs of random words."""
+    import torch
+    from random_models import SHAPES, save_random_model, word_tokenizer
+
+    length, chance = 128 if device == "cpu" else 512, random.Random(0)
+    for size in SIZES[device]:
+        tokenizer = word_tokenizer(SHAPES[size]["vocab_size"])
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        for name, scores in ((size, False), (f"{size}-scores", True)):
+            save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
+
+    def words(most: int) -> str:
+        number = chance.randint(most // 2, most)
+        return " ".join(f"w{chance.randrange(1, 4000)}" for _ in range(number))
+
+    half = length // 2
+    rows = [
+        {"prompt": words(half - 4), "chosen": words(half - 4), "rejected": words(half - 4)}
+        for _ in range(400)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """The plan.json of a run, or why there is none."""
+    flags, written = flags_of(case, folder, device), folder / case.folder / "plan.json"
+    log = folder / f"{case.folder}.txt"
+    written.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    for ranks, words in (
+        (1, ["scripts/plan.py", case.step, *flags]),
+        (case.ranks, [PROGRAMS[case.step], *flags, "--overwrite_output_dir"]),
+    ):
+        with closing(socket.socket()) as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        sizes = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        of_ranks = [{**sizes, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
+        children = [forked(words, log, device, environment) for environment in of_ranks]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes) and (words[0] != "scripts/plan.py" or not log.read_text().count("plan:")):
+            return {"failed": f"{words[0]} ended with {codes}: see {log.name}"}
+    return json.loads(written.read_text())
+
+
+def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, Any]) -> int:
+    """A child of this process, which has imported the libraries, with a program in it. -> its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with log.open("a") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        if device == "cpu":
+            time.perf_counter = time.process_time
+        program = ROOT / words[0]
+        sys.argv = [str(program), *words[1:]]
+        sys.path.insert(0, str(program.parent))
+        runpy.run_path(str(program), run_name="__main__")
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(end.code if isinstance(end.code, int) else int(bool(end.code)))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def error(predicted: float, measured: float) -> float:
+    """How far a prediction is above what was measured, as a share of that."""
+    return predicted / measured - 1 if measured else 0.0
+
+
+def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
+    """A row of the table, and what is further off than it may be."""
+    if "failed" in plan:
+        return f"| {case.step} | {case.size} | {case.ranks} | `{case.flags}` | {plan['failed']} |", [
+            str(case)
+        ]
+    measured, off = plan["measured"], []
+    memory = error(plan["device_peak"], measured["device_peak"])
+    worst = max(plan["phases"], key=lambda name: plan["phases"][name]["device"])
+    cells = [
+        *(case.step, case.size, str(case.ranks), f"`{case.flags}`" if case.flags else "", worst),
+        *(f"{plan['device_peak'] / 1e6:,.0f}", f"{measured['device_peak'] / 1e6:,.0f}", f"{memory:+.0%}"),
+    ]
+    if abs(memory) > WITHIN["memory"]:
+        off.append(f"memory of {case}: {memory:+.0%}")
+    predicted, found = plan["seconds"] or {}, measured.get("seconds", {})
+    phases = []
+    for name, seconds in predicted.items():
+        if found.get(name):
+            phases.append(f"{name} {seconds:.3g} / {found[name]:.3g}")
+    whole = sum(found.get(name, 0.0) for name in predicted)
+    seconds = error(sum(predicted.values()), whole)
+    if predicted and abs(seconds) > WITHIN["seconds"]:
+        off.append(f"seconds of {case}: {seconds:+.0%}")
+    cells += [f"{sum(predicted.values()):.3g}", f"{whole:.3g}", f"{seconds:+.0%}", "; ".join(phases)]
+    return f"| {' | '.join(cells)} |", off
+
+
+def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> str:
+    """Markdown."""
+    import torch
+    import versus_report
+
+    rows, off = [], []
+    for case, plan in found.items():
+        line, more = row(case, plan)
+        rows.append(line)
+        off += more
+    clock = "processor time of one thread" if device == "cpu" else "by the clock"
+    card = f" {torch.cuda.get_device_name()};" if device == "cuda" else ""
+    return "\n".join(
+        [
+            f"# Planned against measured memory and time, {device}",
+            "",
+            f"`python benchmarks/planner.py --device {device}`;{card} {versus_report.machine()}; torch "
+            f"{torch.__version__}; {minutes:.0f} minutes in all. OPT's layout with random weights. Predicted "
+            "is what a run printed before it loaded its models, measured what it found at its end: memory in "
+            "MB, on a CPU the largest resident memory of a rank less what it held before its models; seconds "
+            f"are of an optimiser step (PPO: a PPO step), {clock}. The plan's constants were not changed "
+            "after this run.",
+            "",
+            "| step | model | ranks | flags | worst phase | MB planned | measured | error "
+            "| s a step planned | measured | error | by phase, planned / measured |",
+            "|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---|",
+            *rows,
+            "",
+            f"Off by more than {WITHIN['memory']:.0%} in memory or {WITHIN['seconds']:.0%} in seconds: "
+            f"{'; '.join(off) or 'none'}.",
+            "",
+        ]
+    )
+
+
+def import_libraries(folder: Path) -> None:
+    """What every run imports, once, with the environment that it is to see."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    machine = folder / "machine"  # so that times stay out of the user's own folder
+    machine.mkdir(parents=True, exist_ok=True)
+    if not (machine / "torch_extensions").exists():
+        (machine / "torch_extensions").symlink_to(get_default_build_root())
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        XDG_CACHE_HOME=str(machine),
+        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # torch.cuda.is_available() leaves CUDA alone, for children
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    )
+    for name in (
+        "dschat.supervised.run",
+        "dschat.rlhf.train",
+        "dschat.rlhf.rlhf_engine",
+        "dschat.planning.plan",
+    ):
+        importlib.import_module(name)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--device", choices=tuple(SIZES), default="cpu", help="Where to train (default cpu).")
+    add("--folder", type=Path, default=Path("output/planner"), help="Models, text and runs.")
+    add("--output", type=Path, help="Markdown file to write beside what is printed.")
+    add("--only", default="", help="Cases that contain this text alone, as in 'sft 6m'.")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every case, print the table."""
+    args = parse(arguments)
+    folder, start, found = args.folder.resolve(), time.monotonic(), {}
+    import_libraries(folder)
+    prepare(folder, args.device)
+    for case in cases(args.device):
+        if args.only in str(case):
+            found[case] = run(case, folder, args.device)
+            print(row(case, found[case])[0], file=sys.stderr, flush=True)
+    text = report(found, args.device, (time.monotonic() - start) / 60)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

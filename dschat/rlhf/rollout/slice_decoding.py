@@ -1,0 +1,37 @@
+"""The decoding loop on a model without an engine, for `planning/slices.py`."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from dschat.data.collate import PromptBatch
+from dschat.planning.meta_pass import Rows
+from dschat.rlhf.rollout.decode_modes import MODES, Decoding
+from dschat.rlhf.rollout.keyed_sampling import TokenDraw
+from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
+
+
+@torch.no_grad()
+def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
+    """Answer prompts of `rows` with `rows.outputs` tokens, as `StaticDecoding` does; see `slices.Decode`."""
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(rows.rows * rows.length, device=model.device).view(rows.rows, -1) % vocabulary
+    zeros = torch.zeros(rows.rows, dtype=torch.long, device=model.device)
+    prompts = PromptBatch(ids, torch.ones_like(ids), zeros, zeros, zeros)
+    mode = MODES["traced" if can_be_traced(model.config.get_text_config()) else "matmul"]
+    draw = TokenDraw(num_tokens=vocabulary, with_logprobs=True)
+    uniforms = torch.full((rows.rows,), 0.5, dtype=torch.float64, device=model.device)
+    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _traced(model))
+    end_of("reading")
+    for _ in range(rows.outputs):
+        decoding.read(draw(decoding.logits, uniforms)[0])
+    end_of("writing")
+
+
+@lru_cache(maxsize=1)
+def _traced(model: Any) -> TracedPass:
+    """One record for all batches, as in a run."""
+    return TracedPass(model)
