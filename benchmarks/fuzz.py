@@ -628,7 +628,7 @@ def program_arguments(chance: random.Random, folder: Path) -> None:
     names = (
         "model data-path prompt num-prompts num-shown max-answer-seq-len batch-size greedy temperature seed"
     )
-    names += " reference demo-task output"
+    names += " reference demo-task output html top-p top-k reward-model reward-function judge judge-model"
     args = compare.parse(odd_flags(chance, names.split(), ["--model", "A=a", "--prompt", "Name a tea."]))
     assert 0 < args.temperature < float("inf"), f"{args.temperature} was accepted"
     for value in (args.seed, args.num_prompts, args.num_shown, args.batch_size):

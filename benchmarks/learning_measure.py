@@ -35,7 +35,7 @@ def measure(actor: Path, sft: Path, reward: Path, data: Path) -> dict[str, float
         ["--model", f"actor={actor}", "--data-path", str(data), "--batch-size", str(BATCH_SIZE),
          "--max-answer-seq-len", str(MAX_ANSWER_TOKENS)]
     )  # fmt: skip
-    prompts = compare.read_prompts(args)
+    prompts = compare.read_prompts(args).prompts
     model = load(str(actor), "actor")
     said = compare.ask(model, prompts, args)
     pairs = list(zip(prompts, said.texts, strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,14 +21,14 @@ from dschat.data.encoder import Encoder
 from dschat.data.tokenization import content_key
 from dschat.errors import UserError
 from dschat.models.adapter_folder import is_adapter, merged_model
-from dschat.models.forward import token_logprobs_of
+from dschat.models.forward import scores_of, token_logprobs_of
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.model_folder import check_model_path
 from dschat.models.reward_model import RewardModel
-from dschat.models.tokenizer import load_tokenizer
+from dschat.models.tokenizer import load_tokenizer, reads_otherwise
 from dschat.models.vocabulary import configure_tokens
 from dschat.rlhf.monitoring.evaluation import EVALUATION
-from dschat.rlhf.rewards.retokenize import answer_texts
+from dschat.rlhf.rewards.retokenize import Retokenizer, answer_texts
 from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.choice import build_backend
@@ -72,6 +73,10 @@ class Answers:
         lengths = torch.cat([batch.answer_lengths for batch in self.batches])
         ended = torch.cat([batch.ended for batch in self.batches])
         return {"answer_length": lengths.double().mean().item(), "eos_share": ended.double().mean().item()}
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Values [N] in the batches' order, in the prompts' order."""
+        return values[torch.cat([batch.prompt_rows for batch in self.batches]).argsort().to(values.device)]
 
     @property
     def token_ids(self) -> list[list[int]]:
@@ -139,6 +144,24 @@ def answer(
             batches.append(backend.generate(asked.to(model.device), sampling))
     texts = [text for batch in batches for text in answer_texts(batch, model.tokenizer)]
     return Answers([texts[place] for place in np.argsort(order)], batches)
+
+
+def reward_scores(reward: AskedModel, asked: AskedModel, prompts: list[Prompt], answers: Answers) -> Tensor:
+    """A reward model's score of each answer as step 3 has it, in the prompts' order. fp32 [N].
+
+    A reward model that reads other tokens, or in another template, than the model that answered reads text.
+    """
+    retokenizer = None
+    if reads_otherwise(asked.tokenizer, reward.tokenizer):
+        reread = Dataset.from_dict({"reader_ids": Encoder(reward.tokenizer).prompts(prompts)})
+        limit = getattr(reward.module.config, "max_position_embeddings", None)
+        retokenizer = Retokenizer(reread, asked.tokenizer, reward.tokenizer, max_tokens=limit)
+    scores = torch.empty(len(prompts))
+    with torch.no_grad():
+        for batch in answers.batches:
+            read = retokenizer.read(batch) if retokenizer else batch
+            scores[batch.prompt_rows.cpu()] = scores_of(reward, read.tokens).float().cpu()
+    return scores
 
 
 def log_likelihoods(model: AskedModel, answers: Answers, temperature: float) -> Tensor:

@@ -39,8 +39,11 @@ def test_inspect_data(terminal):
 
 def test_compare(terminal):
     args = SimpleNamespace(num_shown=1, demo_task=False, reference=None)
-    compare.show(args, [HOSTILE], {"[b]one": [HOSTILE]}, {"[b]one": {"answer_length": 1.0}})
-    assert terminal.getvalue().count(SHOWN) == 2
+    asked = compare.Asked([HOSTILE], "", [{}])
+    found = compare.Comparison(asked, {"[b]one": [HOSTILE]}, {"[b]one": {"answer_length": 1.0}})
+    found.notes.append(HOSTILE)
+    compare.show(args, found)
+    assert terminal.getvalue().count(SHOWN) == 3
     assert "[b]one" in terminal.getvalue()
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import ssl
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -38,7 +39,15 @@ def proxy_of(url: str) -> Proxy | None:
     return Proxy(found, next((name for name in names if os.environ.get(name)), names[0]))
 
 
-def post(url: str, body: bytes, proxy: Proxy | None, *, seconds: float, longest: int) -> bytes:
+def post(
+    url: str,
+    body: bytes,
+    proxy: Proxy | None,
+    *,
+    seconds: float,
+    longest: int,
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
     """The body of the reply to a POST of JSON, of at most `longest` bytes. No redirection is followed.
 
     A user and password in the URL are sent as HTTP's basic authentication.
@@ -46,12 +55,14 @@ def post(url: str, body: bytes, proxy: Proxy | None, *, seconds: float, longest:
     Raises `TimeoutError` without a whole reply after so many seconds, whatever trickles in; `TooLong`;
     `httpx2.HTTPStatusError` for a status that is not 2xx; and what else `httpx2` raises.
     """
-    return asyncio.run(_post(url, body, proxy, seconds, longest))
+    return asyncio.run(_post(url, body, proxy, seconds, longest, headers or {}))
 
 
-async def _post(url: str, body: bytes, proxy: Proxy | None, seconds: float, longest: int) -> bytes:
+async def _post(
+    url: str, body: bytes, proxy: Proxy | None, seconds: float, longest: int, further: Mapping[str, str]
+) -> bytes:
     # `longest` bounds what is unpacked, too.
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **further}
     through = _proxy_url(proxy) if proxy else None
     reply = bytearray()
     try:
