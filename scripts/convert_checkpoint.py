@@ -1,20 +1,28 @@
-"""Turn what DeepSpeed-Chat wrote into a folder of ours, or a folder of ours into what DeepSpeed-Chat reads.
+"""Turn what DeepSpeed-Chat or TRL wrote into folders of ours, or a folder of ours into DeepSpeed-Chat's.
 
     python scripts/convert_checkpoint.py --from deepspeed-chat old/reward output/reward
     python scripts/convert_checkpoint.py --from dschat output/reward old/reward
+    python scripts/convert_checkpoint.py --from trl-valuehead old/ppo output/from_trl
 
 Language models and reward models are told apart by their weights; step 3's critic is taken for a reward
 model. DeepSpeed-Chat keeps both kinds in pytorch_model.bin, a reward model's backbone as rwtransformer.* and
 its head as v_head.weight. Ours are safetensors that transformers loads by itself, with a manifest whose
 golden outputs the next step verifies.
+
+TRL keeps a language model and its value head (AutoModelForCausalLMWithValueHead) in one folder. OUTPUT/actor
+gets the language model and OUTPUT/critic a copy of its layers with the head, for step 3's
+--actor_model_name_or_path and --critic_model_name_or_path; --reward_model_name_or_path names the scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +30,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dschat.export.manifest import Head
     from dschat.models.reward_model import RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.arguments import ReadableParser
+from dschat.console import messages
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
 THEIR_WEIGHTS = "pytorch_model.bin"
-FORMATS = ("deepspeed-chat", "dschat")
+TRL_HEAD = "v_head.summary."
+FORMATS = ("deepspeed-chat", "dschat", "trl-valuehead")
 GOLDEN_TEXTS = (
     "\n\nHuman: What is the capital of France?\n\nAssistant: The capital of France is Paris.",
     "\n\nHuman: Please count to five.\n\nAssistant: One, two, three, four, five.",
@@ -47,7 +58,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--from", dest="source", required=True, choices=FORMATS, help="What wrote INPUT; OUTPUT is the other."
+        "--from",
+        dest="source",
+        required=True,
+        choices=FORMATS,
+        help="What wrote INPUT. OUTPUT is ours, or of ours DeepSpeed-Chat's.",
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="Folder of the model to convert.")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="Folder to write.")
@@ -72,6 +87,8 @@ def convert(args: argparse.Namespace) -> None:
     check(args)
     if args.source == "dschat":
         to_deepspeed_chat(args.input, args.output)
+    elif args.source == "trl-valuehead":
+        from_trl(args.input, args.output)
     else:
         from_deepspeed_chat(args.input, args.output)
     print(f"{args.input} ({args.source}) -> {args.output}")
@@ -79,17 +96,104 @@ def convert(args: argparse.Namespace) -> None:
 
 def from_deepspeed_chat(folder: Path, output: Path) -> None:
     """Write DeepSpeed-Chat's model in `folder` as `export_model` does, in its own precision."""
-    from dschat.export.export import export_model
-    from dschat.export.provenance import GOLDEN_TOKENS, Provenance
     from dschat.models.weights import BACKBONE_NAMES
 
     tensors = _their_tensors(folder)
     is_reward = any(name.startswith((*BACKBONE_NAMES, "v_head.")) for name in tensors)
+    _export(folder, output, tensors, step="deepspeed-chat", base_model=folder, is_reward=is_reward)
+
+
+def _export(
+    folder: Path,
+    output: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    step: str,
+    base_model: Path,
+    is_reward: bool,
+    head: Head | None = None,
+) -> None:
+    """Write the model in `folder`, with its `tensors`, into `output` in the precision of most of them."""
+    from dschat.export.export import export_model
+    from dschat.export.provenance import GOLDEN_TOKENS, Provenance
+
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     model, tokenizer = _load(folder, is_reward=is_reward, dtype=max(set(dtypes), key=dtypes.count))
     rows = [tokenizer(text)["input_ids"][-GOLDEN_TOKENS:] for text in GOLDEN_TEXTS]
-    provenance = Provenance(step="deepspeed-chat", base_model=str(folder), golden_inputs=rows)
+    provenance = Provenance(step=step, base_model=str(base_model), golden_inputs=rows, head=head)
     export_model(model, tokenizer, output, provenance=provenance)
+
+
+def from_trl(folder: Path, output: Path) -> None:
+    """Write the language model and the critic of TRL's value-head model in `folder` as two models of ours."""
+    from dschat.models.weights import HEAD, OUTPUT_LAYERS
+
+    state = _trl_state(folder)
+    head = {name: state.pop(TRL_HEAD + name, None) for name in ("weight", "bias")}
+    if head["weight"] is None:
+        raise UserError(f"INPUT {folder} has no value head ({TRL_HEAD}weight): it is a model as it is.")
+    backbone = {name: tensor for name, tensor in state.items() if not name.startswith(OUTPUT_LAYERS)}
+    for name, tensors in (("actor", state), ("critic", backbone | {HEAD: head["weight"]})):
+        with _as_folder(folder, tensors) as place:
+            is_reward, kind = name == "critic", "value" if name == "critic" else None
+            _export(
+                place,
+                output / name,
+                tensors,
+                step=FORMATS[2],
+                base_model=folder,
+                is_reward=is_reward,
+                head=kind,
+            )
+    if head["bias"] is not None and head["bias"].item() != 0:
+        messages.note(
+            f"the bias of the value head, {head['bias'].item():.4g}, is left out, as heads have none here: "
+            "every value of the critic is lower by it until PPO has trained it."
+        )
+
+
+def _trl_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in TRL's folder by the names of the language model, and its head's. Raises `UserError`."""
+    from safetensors import SafetensorError
+    from transformers.modeling_utils import load_state_dict
+
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"INPUT {folder} holds an adapter, and a value head in {THEIR_WEIGHTS}: scripts/merge_adapter.py "
+            "makes an actor of the adapter and its base; the head is not converted."
+        )
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"INPUT {folder} holds no model*.safetensors and no pytorch_model*.bin.")
+    state = {}
+    for path in files:
+        try:
+            state |= load_state_dict(str(path), map_location="cpu", weights_only=True)
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            raise UserError(f"{path} cannot be read as a file of weights alone: {error}") from error
+    return {name.removeprefix("pretrained_model."): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def _as_folder(source: Path, state: Mapping[str, torch.Tensor]) -> Iterator[Path]:
+    """A folder with these weights and all that `source` has beside weights, until the block ends."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as place:
+        for path in source.iterdir():
+            if path.is_file() and not path.name.endswith((".safetensors", ".bin", ".index.json")):
+                shutil.copy(path, place)
+        # Tied weights are there twice: copies, as the format has no two names for one tensor.
+        copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        save_file(copies, Path(place, "model.safetensors"), metadata={"format": "pt"})
+        yield Path(place)
 
 
 def _their_tensors(folder: Path) -> dict[str, torch.Tensor]:

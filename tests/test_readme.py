@@ -64,7 +64,7 @@ def test_the_flags_of_the_scripts_exist():
     sources = [
         convert_checkpoint.parse(flags).source for flags in flags_after("scripts/convert_checkpoint.py")
     ]
-    assert set(sources) == set(convert_checkpoint.FORMATS)
+    assert {*sources, "trl-valuehead"} == set(convert_checkpoint.FORMATS)  # no command here writes one of TRL
     calls = flags_after("scripts/e2e_rlhf.py")
     assert calls
     for flags in calls:

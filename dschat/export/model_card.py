@@ -26,6 +26,7 @@ TITLES = {
     "dpo": "direct preference optimisation (DPO)",
     "rlhf": "PPO (step 3)",
     "deepspeed-chat": "conversion from DeepSpeed-Chat",
+    "trl-valuehead": "conversion from TRL",
 }
 """The steps in words, by their names in a `Provenance`."""
 

@@ -1,6 +1,7 @@
 """Conversion from DeepSpeed-Chat and back: the same tensors, and messages for what is no model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,76 @@ def test_a_file_that_is_no_weights_and_a_head_without_its_backbone_are_errors(tm
     torch.save({name: t for name, t in state.items() if "layers.1." not in name}, weights)
     with pytest.raises(UserError, match=r"missing: .*layers\.1\."):
         convert("deepspeed-chat", tmp_path / "theirs", tmp_path / "out")
+
+
+def save_trls(folder: Path, base: Path, bias: float, *, prefix: str = "") -> tuple[Any, torch.nn.Linear]:
+    """A model with a value head, in a folder with the names that TRL gives its weights."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    head = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(head.bias, bias)
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"v_head.summary.{name}": tensor for name, tensor in head.state_dict().items()}
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+    return model, head
+
+
+ROW = torch.tensor([[5, 80, 90, 11, 7, 60]])
+
+
+def critic_values(folder: Path) -> torch.Tensor:
+    """The values of a converted critic at every token of ROW."""
+    critic = create_critic_model(str(folder), tiny_tokenizer(), None, rlhf_training=True).eval()
+    with torch.no_grad():
+        return critic.forward_value(ROW, return_value_only=True)
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("llama", ""), ("opt", "pretrained_model."), ("gpt2", "")])
+def test_trls_model_with_a_value_head_becomes_an_actor_and_a_critic(family, prefix, tmp_path, capsys):
+    base = save_tiny_model(tmp_path / "base", family)
+    model, head = save_trls(tmp_path / "trl", base, 0.25, prefix=prefix)
+    convert("trl-valuehead", tmp_path / "trl", tmp_path / "out")
+    assert "the bias of the value head, 0.25, is left out" in capsys.readouterr().out
+    actor = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "actor")
+    with torch.no_grad():
+        expected = model(ROW, output_hidden_states=True)
+        torch.testing.assert_close(actor(ROW).logits, expected.logits)
+        values = head(expected.hidden_states[-1]).squeeze(-1) - 0.25
+    torch.testing.assert_close(critic_values(tmp_path / "out" / "critic"), values)
+    for name, heads in {"actor": ("language_model",), "critic": ("value",)}.items():
+        assert verify_model(str(tmp_path / "out" / name), "--flag", *heads).manifest.step == "trl-valuehead"
+
+
+def test_a_folder_of_trls_own_class_gives_its_logits_and_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    ppo = pytest.importorskip("trl.experimental.ppo", reason="pip install trl==1.12 brings TRL's PPO")
+    base = save_tiny_model(tmp_path / "base")
+    torch.manual_seed(4)
+    theirs = ppo.AutoModelForCausalLMWithValueHead.from_pretrained(str(base)).eval()
+    theirs.save_pretrained(str(tmp_path / "trl"))
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "trl")
+    convert("trl-valuehead", tmp_path / "trl", tmp_path / "out")
+    actor = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "actor")
+    with torch.no_grad():
+        logits, _, values = theirs(ROW)
+        torch.testing.assert_close(actor(ROW).logits, logits)
+    torch.testing.assert_close(
+        critic_values(tmp_path / "out" / "critic"), values - theirs.v_head.summary.bias.item()
+    )
+
+
+def test_what_is_no_value_head_model_is_an_error_that_says_so(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    with pytest.raises(UserError, match=r"no value head \(v_head\.summary\.weight\): it is a model as it is"):
+        convert("trl-valuehead", base, tmp_path / "out")
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"no model\*\.safetensors and no pytorch_model\*\.bin"):
+        convert("trl-valuehead", tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter.*scripts/merge_adapter\.py"):
+        convert("trl-valuehead", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_the_program_ends_in_one_message(tmp_path):
