@@ -57,7 +57,9 @@ TOOLS = {
         "scripts/replay.py", "a PPO step again, bit by bit, token by token, or as it would have been"
     ),
     "reward-report": Program("scripts/reward_report.py", "whether a reward model can be trusted"),
-    "convert": Program("scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back"),
+    "convert": Program(
+        "scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back, TRL's to ours"
+    ),
     "migrate": Program("scripts/migrate.py", "a launch script of another project as a command of ours"),
     "merge-adapter": Program("scripts/merge_adapter.py", "an adapter and its base to a whole model"),
     "launch": Program("scripts/launch.py", "deepspeed's launcher, safe for the shells of other hosts", False),

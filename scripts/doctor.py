@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 
 from dschat.arguments import ReadableParser
+from dschat.data.user_cache import user_cache
 from dschat.distributed.rendezvous import DEFAULT_PORT
 from dschat.program import readable_errors
 
@@ -266,7 +267,7 @@ def shared_memory(folder: Path) -> Finding:
 
 def folders(output_dir: Path) -> Iterator[tuple[str, Path, str]]:
     """What a run writes, where, and the setting that names another place."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = user_cache()
     hub_cache = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     operators = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     yield "output", output_dir, "--output_dir"

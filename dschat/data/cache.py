@@ -1,7 +1,6 @@
 """A folder of results, each under a fingerprint of all that shaped it: built once, read by every rank."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dschat.data.files import user_path
+from dschat.data.user_cache import user_cache
 from dschat.errors import UserError
 
 MANIFEST = "files.json"
@@ -19,10 +19,9 @@ MANIFEST = "files.json"
 def cache_folder(data_output_path: str | None) -> Path:
     """The folder of results, made where it is missing, for its owner's eyes only.
 
-    Default: dschat below `XDG_CACHE_HOME`, else below ~/.cache. Raises `UserError` where it is not writable.
+    Default: dschat below `user_cache()`. Raises `UserError` where it is not writable.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = user_path(data_output_path) if data_output_path else base / "dschat"
+    folder = user_path(data_output_path) if data_output_path else user_cache() / "dschat"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

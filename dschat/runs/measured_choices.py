@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dschat.console import messages
+from dschat.data.user_cache import user_cache
 from dschat.distributed.collectives import broadcast_from_rank_0
 from dschat.distributed.device import device_type, one_thread, synchronize
 from dschat.fingerprint import fingerprint
@@ -126,9 +127,8 @@ class MeasuredChoices:
 
 
 def machine_folder() -> Path:
-    """Where this machine's user remembers choices: dschat/choices below `XDG_CACHE_HOME`, else ~/.cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dschat" / "choices"
+    """Where this machine's user remembers choices."""
+    return user_cache() / "dschat" / "choices"
 
 
 def machine() -> dict[str, Any]:
