@@ -14,14 +14,14 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris."
 CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 PLAIN_PROMPT = f"\n\nHuman: {QUESTION}\n\nAssistant:"
 ASKED = "prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)"
-ANSWERED = "text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()"
+EXCHANGE = "text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()"
 GENERATE = """\
 answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64)[0, ids.shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
 def snippet(head: Head, folder: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Import, tokenizer, model; then an answer, a score or a value, from the tokens a step would make."""
+    """Import, tokenizer, model; then an answer, a score or a value, from the tokens that steps make of it."""
     auto_class = auto_class_of(head)
     loading = f"""\
 import torch
@@ -34,7 +34,7 @@ model = {auto_class}.from_pretrained(folder, dtype="auto")
     try:
         if head == "language_model":
             return f"{loading}\n{prompt_ids(tokenizer)}\n{GENERATE}"
-        return f'{loading}\n{answered_ids(tokenizer)}\nprint("{head}:", model(ids).logits[0, 0].item())'
+        return f'{loading}\n{scored_ids(tokenizer)}\nprint("{head}:", model(ids).logits[0, 0].item())'
     except (UserError, TemplateError):  # the model learned from tokens, and its template shows no such chat
         return loading
 
@@ -62,13 +62,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{asked}\nids = torch.tensor([{_start(tokenizer, prompt)}{rows}])"
 
 
-def answered_ids(tokenizer: PreTrainedTokenizerBase) -> str:
+def scored_ids(tokenizer: PreTrainedTokenizerBase) -> str:
     """Lines that make `ids` [1, T] of a question with its answer."""
     prompt, text = _shown(tokenizer, CHAT[:1]), _shown(tokenizer, CHAT).rstrip()
     (row,) = Encoder(tokenizer).rows([(Turn("user", QUESTION),)], [[ANSWER]])
     answer = tokenizer(text.removeprefix(prompt), add_special_tokens=False)["input_ids"]
     end = "" if answer == row.answers[0] else " + tokenizer.eos_token"
-    lines = [f"chat = {CHAT}", ASKED, ANSWERED, f"answer = text.removeprefix(prompt){end}"]
+    lines = [f"chat = {CHAT}", ASKED, EXCHANGE, f"answer = text.removeprefix(prompt){end}"]
     start = _start(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not own_template(tokenizer) or not text.startswith(prompt):
         shown = tokenizer.decode(row.answers[0])

@@ -15,8 +15,8 @@ from dschat.runs.output_folder import read_summary
 
 UNASKED = "DSCHAT_NEXT_UNASKED"
 """Set by programs that start the steps in a row: then no next command is printed."""
-COMMANDS = {"sft": "sft", "reward": "reward", "dpo": "dpo", "rlhf": "ppo", "compare": "compare"}
-"""What follows `dschat` for the programs of `PROGRAMS`, and for scripts/compare.py."""
+COMMANDS = {"sft": "sft", "reward": "reward", "dpo": "dpo", "rlhf": "ppo"}
+"""What follows `dschat` for a step; a tool's name is its file's in scripts/."""
 OF_DATA = (
     *("data_path", "eval_data_path", "data_format", "prompt_key", "chosen_key", "rejected_key"),
     *("messages_key", "on_bad_row", "data_split", "eval_fraction", "max_train_samples", "data_output_path"),
@@ -109,11 +109,13 @@ def next_commands(description: RunDescription) -> Iterator[tuple[str, str]]:
             "next, its answers beside those of the model it was",
             _line("compare", {"model": asked, **questions}),
         )
+        scores = flags.get("reward_model_name_or_path") or flags.get("critic_model_name_or_path")
+        yield "or talk to it", _line("chat", {"reward_model": scores} if scores else {}, str(made))
 
 
-def _line(program: str, flags: Mapping[str, Any]) -> str:
+def _line(program: str, flags: Mapping[str, Any], *first: str) -> str:
     """A command line that a shell takes as it is."""
-    words = [*_start(program)]
+    words = [*_start(program), *first]
     for name, value in flags.items():
         if name == "model":  # one flag for each
             words += [word for entry in value for word in ("--model", entry)]
@@ -127,7 +129,7 @@ def _line(program: str, flags: Mapping[str, Any]) -> str:
 def _start(program: str) -> list[str]:
     """How a program is started as this one was: by dschat or by its file, on as many ranks."""
     beside = Path(sys.executable).parent
-    name = COMMANDS[program]
+    name = COMMANDS.get(program, program)
 
     def on_path(word: str) -> bool:
         return (found := shutil.which(word)) is not None and Path(found).parent == beside
@@ -135,12 +137,12 @@ def _start(program: str) -> list[str]:
     python = "python" if on_path("python") else _shown(Path(sys.executable))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     launcher = ["torchrun"] if on_path("torchrun") else [python, "-m", "torch.distributed.run"]
-    launcher = [*launcher, "--nproc_per_node", str(ranks)] if ranks > 1 and program != "compare" else []
+    launcher = [*launcher, "--nproc_per_node", str(ranks)] if ranks > 1 and program in COMMANDS else []
     if ReadableParser.command:
         if launcher:
             return [*launcher, "-m", "dschat", name]
         return ["dschat", name] if on_path("dschat") else [python, "-m", "dschat", name]
-    file = Path(sys.argv[0]).resolve().parents[1] / PROGRAMS.get(program, "scripts/compare.py")
+    file = Path(sys.argv[0]).resolve().parents[1] / PROGRAMS.get(program, f"scripts/{program}.py")
     return [*(launcher or [python]), _shown(file)]
 
 

@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 
 from dschat.data.comparisons import Turn
 from dschat.data.encoder import Encoder
-from dschat.export.snippets import ANSWER, QUESTION, answered_ids, prompt_ids, snippet
+from dschat.export.snippets import ANSWER, QUESTION, prompt_ids, scored_ids, snippet
 
 
 def ids_of(code: str, tokenizer) -> list[int]:
@@ -20,7 +20,7 @@ def ids_of(code: str, tokenizer) -> list[int]:
 def assert_equal_to_a_steps(tokenizer) -> None:
     (row,) = Encoder(tokenizer).rows([(Turn("user", QUESTION),)], [[ANSWER]])
     assert ids_of(prompt_ids(tokenizer), tokenizer) == row.prompt
-    assert ids_of(answered_ids(tokenizer), tokenizer) == [*row.prompt, *row.answers[0]]
+    assert ids_of(scored_ids(tokenizer), tokenizer) == [*row.prompt, *row.answers[0]]
 
 
 @EACH
@@ -44,4 +44,4 @@ def test_of_a_template_that_shows_no_conversation_the_loading_is_told(head):
 
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 def test_the_templates_way_is_shown(name):
-    assert "chat = [{'role': 'user'" in answered_ids(tokenizer_of(name))
+    assert "chat = [{'role': 'user'" in scored_ids(tokenizer_of(name))

@@ -11,6 +11,7 @@ from tiny import save_counting_pairs, save_tiny_model
 
 from dschat.arguments import parse_arguments
 from dschat.runs.last_lines import achieved, next_commands, print_last_lines
+from scripts import chat
 
 STEPS = ("step1_sft", "step2_reward", "step3_ppo")
 
@@ -98,9 +99,14 @@ def test_the_printed_commands_run_one_after_the_other(tmp_path):
         said = python(*words, cwd=tmp_path).stdout
         seen.append(words[0])
         lines = said.partition("\ndone: ")[2].splitlines()
-        words = shlex.split(next(line for line in lines if line.startswith("    ")))[1:]
+        words, *others = [shlex.split(line)[1:] for line in lines if line.startswith("    ")]
         assert lines[-1].startswith("    ")  # nothing comes after it
     assert [os.path.relpath(path, ROOT) for path in seen] == [f"{name}/main.py" for name in STEPS]
     told = python(*words, cwd=tmp_path).stdout
     assert "before" in told
     assert "after" in told
+    (program, *flags) = others[0]
+    assert program == str(ROOT / "scripts" / "chat.py")
+    assert vars(chat.parse(flags)) | {"model": "runs/ppo/actor", "reward_model": "runs/reward"} == vars(
+        chat.parse(flags)
+    )
