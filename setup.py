@@ -16,6 +16,6 @@ tree = {f"dschat.tree.{'.'.join(folder.parts)}": str(folder) for folder in folde
 setup(
     packages=[*find_namespace_packages(include=["dschat*"]), *tree],
     package_dir=tree,
-    package_data={"": ["*.sh", "*.jinja", "*.sbatch", "*.yaml"]},
+    package_data={"": ["*.sh", "*.jinja", "*.js", "*.sbatch", "*.yaml"]},
     exclude_package_data={"dschat.tree.scripts": ["setup.sh", "test.sh", "quickstart.sh"]},  # of a checkout
 )

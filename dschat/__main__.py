@@ -52,6 +52,7 @@ TOOLS = {
         "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
     ),
     "chat": Program("scripts/chat.py", "talk to a model"),
+    "serve": Program("scripts/serve.py", "a model for OpenAI's clients and a browser, or two with votes"),
     "compare": Program("scripts/compare.py", "answers of several models side by side"),
     "replay": Program(
         "scripts/replay.py", "a PPO step again, bit by bit, token by token, or as it would have been"

@@ -105,7 +105,7 @@ class Chat:
         self._write("\n")
         facts = [ENDS[answer.end]] if answer.end in ENDS else []
         if self._scorer is not None and answer.ids:
-            facts.append(self._scorer.told(prompt, ids, answer))
+            facts.append(self._scorer.described(prompt, ids, answer))
         self._keep(question, answer, sample)
         if facts:
             self._tell(", ".join(facts))
@@ -154,7 +154,7 @@ class Chat:
     def save(self, file: str) -> None:
         """FILE adds the conversation to a file of JSON lines, which step 1 reads"""
         if not self.conversation.exchanges or not file:
-            raise UserError("/save FILE keeps a conversation once something was answer.")
+            raise UserError("/save FILE keeps a conversation once something was said.")
         try:
             append_line(Path(file), {"messages": self.conversation.messages})
         except OSError as error:

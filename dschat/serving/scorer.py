@@ -30,7 +30,7 @@ class Scorer:
         self._device = speaker.model.device
         self._encoder = Encoder(tokenizer) if reads_otherwise(speaker.tokenizer, tokenizer) else None
 
-    def told(self, prompt: Prompt, ids: list[int], answer: SpokenAnswer) -> str:
+    def described(self, prompt: Prompt, ids: list[int], answer: SpokenAnswer) -> str:
         """The score in words."""
         tokens = self._tokens(prompt, ids, answer)
         if self._positions is not None and len(tokens) > self._positions:

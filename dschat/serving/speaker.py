@@ -19,6 +19,7 @@ from dschat.data.comparisons import Prompt
 from dschat.data.encoder import Encoder
 from dschat.data.templates import ChatTemplate
 from dschat.data.tokenization import content_key
+from dschat.data.tokenizer_fingerprint import start_tokens
 from dschat.data.truncation import Truncation
 from dschat.models.config import num_positions
 from dschat.rlhf.answering import load
@@ -51,8 +52,7 @@ class SpokenAnswer:
 class AnswerText(BaseStreamer):
     """The text of an answer whose tokens `generate` gives one by one, in the pieces that `on_text` is given.
 
-    The pieces together are the text, without the white space around it, the end token, and what begins at one
-    of the `stops`.
+    The pieces together are the text, without the end token and what begins at one of the `stops`.
     """
 
     def __init__(
@@ -62,9 +62,11 @@ class AnswerText(BaseStreamer):
         on_text: Callable[[str], None],
         *,
         stops: Sequence[str] = (),
+        content: Callable[[str], str] | None = None,
     ) -> None:
+        """`content` is what is shown of a text that the model wrote, by default all of it."""
         self._tokenizer, self._end_ids, self._stops = tokenizer, end_ids, stops
-        self._template, self._on_text = ChatTemplate(tokenizer), on_text
+        self._content, self._on_text = content or str, on_text
         self._has_read_prompt = False
         self._shown = ""
         self.ids: list[int] = []
@@ -75,12 +77,12 @@ class AnswerText(BaseStreamer):
         """All of it so far."""
         text = self._written()
         places = [place for place in map(text.find, self._stops) if place >= 0]
-        return text[: min(places)].rstrip() if places else text
+        return self._content(text[: min(places)]) if places else text
 
     def _written(self) -> str:
         """What the model wrote, stop texts and all."""
         ids = self.ids[:-1] if self.ids and self.ids[-1] in self._end_ids else self.ids
-        return self._template.content(exact_text(self._tokenizer, ids))
+        return self._content(exact_text(self._tokenizer, ids))
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then one token at a time. Raises `Interrupted` where the answer is to end."""
@@ -98,7 +100,7 @@ class AnswerText(BaseStreamer):
             self.end()
             raise Interrupted
         held = [n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        self._show(text[: len(text) - max(held, default=0)].rstrip(INCOMPLETE).rstrip())
+        self._show(self._content(text[: len(text) - max(held, default=0)].rstrip(INCOMPLETE)))
 
     def end(self) -> None:
         """Show what was held back."""
@@ -123,9 +125,11 @@ class Speaker:
         self.positions = num_positions(self.model.module.config)
         """The most tokens of a prompt with its answer; None where the model does not say."""
         engine: Any = self.model
+        self._template = ChatTemplate(self.tokenizer)
         self._backend = HuggingFaceGenerate(engine, self.tokenizer)
         # Encoding borrows a tokenizer from the threads that decode with it, and theirs would fail.
-        self._encoder, self._lock = Encoder(copy.deepcopy(self.tokenizer)), threading.Lock()
+        self._reading, self._lock = copy.deepcopy(self.tokenizer), threading.Lock()
+        self._encoder = Encoder(self._reading)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -151,6 +155,13 @@ class Speaker:
         fits = row.truncation == Truncation.FEWER_TURNS
         return (row.prompt if fits else whole), fits
 
+    def read_text(self, text: str) -> list[int]:
+        """The tokens of a text as it stands, after the tokenizer's start tokens; at least one."""
+        with self._lock:
+            tokenizer = self._reading
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return [*start_tokens(tokenizer), *ids] or [tokenizer.eos_token_id]
+
     def answer(
         self,
         ids: list[int],
@@ -159,9 +170,11 @@ class Speaker:
         *,
         sample: int = 0,
         stops: Sequence[str] = (),
+        as_written: bool = False,
     ) -> SpokenAnswer:
         """The answer to a prompt of these tokens; `on_text` is given its text in pieces, some of them empty.
 
+        With `as_written` the text is all that the model wrote, the template's marks and white space with it.
         `sample` numbers the answers to one prompt. Where `on_text` raises `Interrupted`, or the user presses
         Ctrl-C, the answer is what there is by then.
         """
@@ -169,7 +182,8 @@ class Speaker:
         row = torch.tensor([ids], device=device)
         key, place, number = (torch.tensor([n], device=device) for n in (content_key(ids), 0, sample))
         prompts = PromptBatch(row, torch.ones_like(row), keys=key, rows=place, samples=number)
-        heard = AnswerText(self.tokenizer, self._backend.end_ids, on_text, stops=stops)
+        content = None if as_written else self._template.content
+        heard = AnswerText(self.tokenizer, self._backend.end_ids, on_text, stops=stops, content=content)
         try:
             with self._backend.session():
                 self._backend.generate(prompts, replace(sampling, ppo_step=EVALUATION), heard)

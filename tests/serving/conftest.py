@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import serving
 from tiny import save_tiny_model
 
+from dschat.serving.server import Server
 from dschat.serving.speaker import Speaker
 
 
@@ -14,3 +17,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="package")
 def speaker(folder) -> Speaker:
     return Speaker(str(folder), "MODEL")
+
+
+@pytest.fixture(scope="package")
+def server(speaker) -> Iterator[Server]:
+    with serving(speaker, tokens=300) as server:
+        yield server

@@ -30,7 +30,7 @@ class Written:
 
 
 class OneScore:
-    def told(self, prompt, ids, said):
+    def described(self, prompt, ids, said):
         return f"score of {prompt[-1].content} {said.text}"
 
 

@@ -31,9 +31,9 @@ def test_a_reward_model_of_the_same_tokens_scores_what_was_sampled(speaker, fold
     scorer = Scorer(str(reward_model), "--reward_model", speaker)
     expected = expected_score(reward_model, [*ids, *answer.ids])
     assert scorer.score(PROMPT, ids, answer) == pytest.approx(expected, abs=1e-5)
-    assert scorer.told(PROMPT, ids, answer) == f"score {scorer.score(PROMPT, ids, answer):.4g}"
+    assert scorer.described(PROMPT, ids, answer) == f"score {scorer.score(PROMPT, ids, answer):.4g}"
     endless = replace(answer, ids=answer.ids * 100)
-    assert scorer.told(PROMPT, ids, endless) == "no score, for the reward model has 512 positions"
+    assert scorer.described(PROMPT, ids, endless) == "no score, for the reward model has 512 positions"
 
 
 def test_a_reward_model_of_another_template_reads_the_text(speaker, tmp_path, said):

@@ -74,11 +74,11 @@ def test_a_listener_ends_an_answer(speaker):
     assert (said.ids, said.end) == (whole.ids[:5], "interrupted")
 
 
-def heard(words, *, stops=(), end_ids=(0,)):
+def heard(words, *, stops=(), end_ids=(0,), content=str.strip):
     """The answer of these words, token by token: its pieces and what was heard."""
     tokenizer = tiny_tokenizer()
     pieces = []
-    text = AnswerText(tokenizer, end_ids, pieces.append, stops=stops)
+    text = AnswerText(tokenizer, end_ids, pieces.append, stops=stops, content=content)
     text.put(torch.tensor([[1, 2, 3]]))  # the prompt
     try:
         for token in [*tokenizer(words)["input_ids"], *end_ids]:
@@ -109,3 +109,11 @@ def test_first_exchanges_give_way_where_a_conversation_is_too_long(speaker):
     assert speaker.read(CONVERSATION, max_tokens=len(whole) - 1) == (speaker.read(shorter)[0], True)
     # A question alone cannot be shortened.
     assert speaker.read("Name a tea.", max_tokens=3) == (speaker.read("Name a tea.")[0], False)
+
+
+def test_text_goes_on_as_it_stands(speaker):
+    tokenizer = speaker.tokenizer
+    assert speaker.read_text("Count to") == tokenizer("Count to", add_special_tokens=False)["input_ids"]
+    assert speaker.read_text("") == [tokenizer.eos_token_id]
+    pieces, text = heard(" one two \n", content=None)
+    assert "".join(pieces) == text.text == " one two \n"
