@@ -41,10 +41,10 @@ def test_without_a_length_an_answer_gets_the_room_there_is():
     app = app_of(Scripted("tea"), length=100, settings={"max_tokens": 99})
     asked = app.post("/v1/chat/completions", BODY, Client())
     assert asked["choices"][0]["message"]["content"] == "tea"
+    messages = [{"role": "system", "content": "Be brief."}, *BODY["messages"]]
     with pytest.raises(
         ApiError, match="the prompt has 2 tokens and 99 for the answer; there is room for 100"
     ):
-        messages = [{"role": "system", "content": "Be brief."}, *BODY["messages"]]
         app.post("/v1/chat/completions", {"messages": messages, "max_tokens": 99}, Client())
 
 
