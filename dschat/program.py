@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dschat.arguments import InspectArguments, RunDescription, StepArguments, parse_arguments
 from dschat.console import messages
-from dschat.console.streams import take_over
+from dschat.console.chatter import quieten_loggers
+from dschat.console.streams import log_of_streams, speak, take_over
 from dschat.distributed.process_end import errors_end_ranks
 from dschat.distributed.watchdog import report_lost_peers
 from dschat.errors import EXIT_TRY_AGAIN, STORAGE_REMEDY, Stopped, UserError
 from dschat.runs.last_lines import print_last_lines
-from dschat.runs.output_folder import check_free, check_run_folder
+from dschat.runs.output_folder import LOG, check_free, check_run_folder
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
     from dschat.checkpoints.checkpoint import Checkpoints
@@ -53,7 +54,15 @@ class RunContext:
         init_process_group(run.local_rank, host_timeout=run.host_timeout)
         checkpoints = begin_run(self.description, data=data, models=models)
         seed_everything(run.seed)
+        _open_log_beside_rank_0(run.output_dir)
         return checkpoints
+
+
+def _open_log_beside_rank_0(output_dir: str | None) -> None:
+    """Let the other ranks of rank 0's machine, which are silent on the console, add to the log too."""
+    rank, log = os.environ.get("RANK", "0"), log_of_streams()
+    if output_dir and log and rank != "0" and rank == os.environ.get("LOCAL_RANK"):
+        log.open(Path(output_dir) / LOG)
 
 
 def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoReturn:
@@ -131,8 +140,13 @@ def readable_errors(debug: bool = False) -> Iterator[None]:
     over each other before the process.
     """
     take_over()
-    with errors_end_ranks(), _errors_reported(debug):
-        yield
+    quieten_loggers()
+    try:
+        with errors_end_ranks(), _errors_reported(debug):
+            yield
+    except BaseException:
+        speak()  # on any rank: the interpreter prints the traceback
+        raise
 
 
 @contextmanager

@@ -26,7 +26,8 @@ value that is not finite is null. In PPO, step 0 is the evaluation before the fi
 PPO step are of the policy before its update, an evaluation is of the policy after it.
 
 Healthy values are those of usual runs: a metric outside of them is a reason to look, not an error. The guard
-([ppo.md](ppo.md)) ends PPO runs by its own limits; [performance.md](performance.md) has more on speed.
+([ppo.md](ppo.md)) ends PPO runs by its own limits; [performance.md](performance.md) has more on speed, and
+[trackers.md](trackers.md) on TensorBoard, Weights & Biases, MLflow and trackio.
 """
 GROUPS = {
     "train": "training",

@@ -63,7 +63,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         trainer,
         run.prompts,
         monitor,
-        run=args.run,
+        description=args.description,
         rollout=args.rollout,
         speed=PpoSpeed(trainer, args, run.checkpoints.choices),
         num_ppo_steps=run.num_ppo_steps,

@@ -4,7 +4,7 @@ The texts of a flag stand in the order in which they are tried: the first one wh
 """
 
 NO_STEPS = "not there: every optimiser step is logged, in metrics.jsonl and TensorBoard"
-NO_TRACKER = "not there: figures go to metrics.jsonl and TensorBoard, see --enable_tensorboard"
+NO_TRACKER = "not there: --report_to names trackers, whose own environment variables name project and run"
 NO_VLLM = "not there: answers are sampled by the model that trains"
 NO_GROUPING = "not there: batches always hold rows of similar length"
 CHECKPOINTS = "--save_interval, in optimiser steps"
@@ -52,11 +52,10 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "log_level": ("not there: --debug shows the traceback of an error in the input",),
     "logging_dir": ("--tensorboard_path",),
     "log_dir": ("--tensorboard_path",),
-    "report_to": (NO_TRACKER,),
-    "log_with": (NO_TRACKER,),
+    "log_with": ("--report_to",),
     "run_name": (NO_TRACKER,),
-    "use_wandb": (NO_TRACKER,),
-    "wandb": (NO_TRACKER,),
+    "use_wandb": ("--report_to",),
+    "wandb": ("--report_to",),
     "use_tensorboard": ("--enable_tensorboard",),
     "save_steps": (CHECKPOINTS,),
     "save_strategy": (CHECKPOINTS,),

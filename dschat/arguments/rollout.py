@@ -48,8 +48,16 @@ class RolloutArguments:
         "Beyond that tolerance: end the run, generate without a KV cache (slow), or go on.",
         at_resume="free",
     )
-    print_answers: bool = flag(False, "Print some prompts and answers.", at_resume="free")
-    print_answers_interval: int = flag(1, "PPO steps between printed answers.", at_resume="free")
+    print_answers: bool = flag(
+        False,
+        "Print samples of prompts and answers, as a table with scores, KL and lengths.",
+        at_resume="free",
+    )
+    print_answers_interval: int = flag(
+        1,
+        "PPO steps between samples, which samples.jsonl and trackers have also where they are not printed.",
+        at_resume="free",
+    )
 
     def __post_init__(self) -> None:
         positive = ("per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len",

@@ -7,6 +7,9 @@ from typing import Literal
 from dschat.arguments.engine import EngineArguments
 from dschat.arguments.flags import flag, require, require_at_least
 
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Of --report_to: names that are those of the packages, and of our extras."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunArguments(EngineArguments):
@@ -27,6 +30,12 @@ class RunArguments(EngineArguments):
     )
     tensorboard_path: str | None = flag(
         None, "Folder of the TensorBoard logs; default: tensorboard/ in --output_dir.", at_resume="free"
+    )
+    report_to: list[str] = flag(
+        [],
+        "Trackers that get the metrics too: wandb, mlflow, trackio, each an extra of pip (dschat[wandb]). "
+        "tensorboard is there without it (--enable_tensorboard).",
+        at_resume="free",
     )
     deterministic: bool = flag(
         False,
@@ -103,6 +112,16 @@ class RunArguments(EngineArguments):
                 not getattr(self, name) or self.output_dir is not None,
                 f"--{name} {getattr(self, name)} needs --output_dir, below which checkpoints are.",
             )
+        known = ("tensorboard", *TRACKERS)
+        for name in self.report_to:
+            require(
+                name in known,
+                f"--report_to {name}: choose from {', '.join(known)}; without the flag nothing is sent.",
+            )
+        require(
+            self.enable_tensorboard or "tensorboard" not in self.report_to,
+            "--report_to tensorboard and --no_enable_tensorboard exclude each other; give one of them.",
+        )
         first, last = self.profiled_steps or (1, 1)
         require(
             1 <= first <= last,
@@ -112,6 +131,11 @@ class RunArguments(EngineArguments):
             self.profile is None or self.output_dir is not None,
             f"--profile {self.profile} needs --output_dir, in which profile/ is written.",
         )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers of --report_to beside TensorBoard, each once."""
+        return tuple(name for name in TRACKERS if name in self.report_to)
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The log file of a run: what its rank 0 printed."""
+"""The log file of a run: what rank 0 printed, and what its libraries and the ranks beside it would have."""
 
 import io
 import os
@@ -15,7 +15,9 @@ NUM_EARLY_LINES = 10_000
 class Log:
     """The lines of both streams in a file, in UTF-8, also those printed before the file was known."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        """`prefix` stands before every line of a rank other than 0."""
+        self._prefix = prefix
         self._early: deque[str] = deque(maxlen=NUM_EARLY_LINES)
         self._file: io.FileIO | None = None
 
@@ -41,4 +43,19 @@ class Log:
             self._early.append(line)
             return
         with suppress(OSError):  # the console has the line
-            self._file.write((line.rstrip() + "\n").encode("utf-8", errors="backslashreplace"))
+            line = f"{self._prefix}{line.rstrip()}\n"
+            self._file.write(line.encode("utf-8", errors="backslashreplace"))
+
+
+class Lines:
+    """Text in pieces, added to a log as whole lines as they stand in the end: of a bar, its last state."""
+
+    def __init__(self, log: Log) -> None:
+        self._log, self._line = log, ""
+
+    def add(self, text: str) -> None:
+        """A piece."""
+        *ended, last = (self._line + text).split("\n")
+        for line in ended:
+            self._log.add(line.rstrip("\r").rpartition("\r")[2])
+        self._line = last.rpartition("\r")[2]

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TextIO
 
+from dschat.console.streams import heard
+
 
 def info(message: str, *, every_rank: bool = False) -> None:
     """Print a message without a level. Only rank 0 does, unless `every_rank`."""
@@ -32,5 +34,6 @@ def to_stderr(message: str) -> None:
 def _write(message: str, stream: TextIO) -> None:
     from tqdm import tqdm  # not before a program has something to print: --help is to answer at once
 
-    tqdm.write(message, file=stream)
-    stream.flush()
+    with heard(stream):
+        tqdm.write(message, file=stream)
+        stream.flush()

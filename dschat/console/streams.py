@@ -2,7 +2,7 @@
 
 `take_over` puts a `Console` in the place of stdout and stderr, so print, tqdm, rich, logging and warnings all
 write through it. It escapes what the encoding lacks and what moves a terminal's cursor, drops what can no
-longer be written, and keeps the lines for the run's log file.
+longer be written, and keeps the lines for the run's log file. On other ranks than 0 it keeps them alone.
 """
 
 import io
@@ -10,11 +10,13 @@ import os
 import re
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EBADF, EIO, EPIPE
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from dschat.console.log_file import Log
+from dschat.console.log_file import Lines, Log
 from dschat.console.text import printable
 
 if TYPE_CHECKING:
@@ -76,21 +78,40 @@ class Console(io.TextIOWrapper):
             line_buffering=like.line_buffering if like else True,
             write_through=like.write_through if like else False,
         )
-        self._line = ""
+        self.is_silent = _is_other_rank()
+        self._lines = Lines(log)
 
     def write(self, text: str) -> int:
-        """As a stream's; colours are left out where there is no terminal."""
+        """As a stream's; colours are left out where there is no terminal, all of it while it is silent."""
         shown = HARMFUL.sub(r"\\x1b", printable(text, "\n\t\r\x1b"))
-        self._note(HARMLESS.sub("", shown))
-        super().write(shown if self.isatty() else HARMLESS.sub("", shown))
+        self._lines.add(HARMLESS.sub("", shown))
+        if not self.is_silent:
+            super().write(shown if self.isatty() else HARMLESS.sub("", shown))
         return len(text)
 
-    def _note(self, text: str) -> None:
-        """Keep whole lines as they stand in the end: of a progress bar, its last state."""
-        *ended, last = (self._line + text).split("\n")
-        for line in ended:
-            self.log.add(line.rstrip("\r").rpartition("\r")[2])
-        self._line = last.rpartition("\r")[2]
+
+def _is_other_rank() -> bool:
+    return os.environ.get("RANK", "").strip() not in ("", "0")
+
+
+@contextmanager
+def heard(stream: TextIO) -> Iterator[None]:
+    """What is printed inside is on the console on any rank; else rank 0 alone prints, and others log."""
+    if not isinstance(stream, Console):
+        yield
+        return
+    silent, stream.is_silent = stream.is_silent, False
+    try:
+        yield
+    finally:
+        stream.is_silent = silent
+
+
+def speak() -> None:
+    """Let this rank print from here on, whichever it is: its program ends with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Console):
+            stream.is_silent = False
 
 
 def _start_in_utf8() -> None:
@@ -122,7 +143,7 @@ def take_over() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: the next file to be opened would get the number, and what is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    log = log_of_streams() or Log()
+    log = log_of_streams() or Log(f"[rank {os.environ['RANK']}] " if _is_other_rank() else "")
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
         if original is None:  # closed at the start; transformers puts a file of its own there

@@ -1,6 +1,7 @@
 """Text from data and models, made safe for a terminal."""
 
 import re
+from typing import Any
 
 PLAIN = {"markup": False, "emoji": False, "highlight": False}
 """For rich's Console: text from data and models is text, also where it reads like rich's markup."""
@@ -20,3 +21,16 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a table in Markdown, in which their text is text."""
+    cells = [[_cell(value) for value in row.values()] for row in ({name: name for name in rows[0]}, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    shown = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    escaped = re.sub(r"([\\|`*_<>\[\]#])", r"\\\1", shown)
+    return escaped.replace("\n", "<br>")

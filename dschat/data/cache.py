@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
+from dschat.console.streams import heard
 from dschat.data.files import user_path
 from dschat.data.user_cache import user_cache
 from dschat.errors import UserError
@@ -50,7 +52,8 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(left_behind, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}.unfinished-"))
         try:
-            build(unfinished)
+            with heard(sys.stderr):  # the bars of whichever rank builds
+                build(unfinished)
             (unfinished / MANIFEST).write_text(json.dumps(_sizes(unfinished)))
             unfinished.replace(target)
         finally:

@@ -4,6 +4,7 @@ Called on every rank before the process group exists; the first to come does the
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,11 @@ from datasets import (
     enable_progress_bars,
     load_from_disk,
 )
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import DataArguments
 from dschat.console import messages
+from dschat.console.progress import Progress
 from dschat.data import splits
 from dschat.data.cache import cache_folder, cached
 from dschat.data.cells import BadRow
@@ -53,6 +54,9 @@ from dschat.fingerprint import fingerprint
 
 FORMAT = 8
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
+
+MANY_ROWS = 10_000
+"""So many take a while to tokenise, which is said where no bar shows it."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def _build(
     text = folder / "comparisons.arrow"
     findings = [Findings() for _ in sources.all]
     comparisons = sources.comparisons(form, findings)
-    bar = tqdm(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
+    bar = Progress(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
     first = assign_parts(index, sources, data, seed)
     sources.check(index, findings)
@@ -257,19 +261,24 @@ def _build(
 def _tokenized(
     rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: Task, data: DataArguments
 ) -> Tokenized:
-    how = {
+    how: dict[str, Any] = {
         "num_proc": data.preprocessing_num_workers or default_num_proc(),
         "mark_refused": data.on_bad_row == "drop",
     }
-    if task.step != 2:
+    if task.step == 2:
+        groups = np.unique(index.keys[chosen], return_inverse=True)[1]
+        how |= {"groups": groups, "sources": index.sources[chosen]}
+    if sys.stderr.isatty():
         return task.tokenize(rows, **how)
-    _, group = np.unique(index.keys[chosen], return_inverse=True)
-    return task.tokenize(rows, groups=group, sources=index.sources[chosen], **how)
+    if len(rows) >= MANY_ROWS:
+        messages.info(f"tokenising {len(rows):,} rows", every_rank=True)
+    with _without_progress_bar():
+        return task.tokenize(rows, **how)
 
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """For work that is quick beside tokenisation, which has a bar."""
+    """For work that is quick beside tokenisation, which has a bar on a terminal."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

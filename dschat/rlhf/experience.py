@@ -14,10 +14,8 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import OptimizerArguments, PpoArguments, RunArguments
-from dschat.console.text import printable
 from dschat.data.packing import PADDED, RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.mesh import mesh
@@ -287,20 +285,6 @@ class Experience:
             layout=self.minibatch_sampler.layout,
             rows=rows,
         )
-
-    def examples(self, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-        """The first prompts with their answers and raw scores, for people."""
-        lines = []
-        for row in range(min(count, len(self.analysis.scores))):
-            one = self.rollout.rows(torch.tensor([row], device=self.returns.device))
-            prompt, answer = one.input_ids[0].split([one.prompt_length, one.answer_mask.shape[1]])
-            score = self.analysis.scores[row]
-            prompt_text, answer_text = tokenizer.decode(prompt), tokenizer.decode(answer)
-            assert isinstance(prompt_text, str)
-            assert isinstance(answer_text, str)
-            lines.append(f"--- prompt: {printable(prompt_text)}")
-            lines.append(f"--- answer (score {score:.3f}): {printable(answer_text)}")
-        return "\n".join(lines)
 
     @property
     def kl(self) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import RlhfArguments, RolloutArguments, RunArguments
+from dschat.arguments import RlhfArguments, RolloutArguments, RunDescription
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.console import messages
 from dschat.data.loaders import PromptLoader
@@ -19,15 +19,10 @@ from dschat.rlhf.monitoring.evaluation import Evaluator
 from dschat.rlhf.monitoring.monitor import TrainingMonitor
 from dschat.rlhf.ppo_trainer import Metrics, PPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.samples import distributions, samples_of, samples_table
 from dschat.rlhf.speed import PpoSpeed
 from dschat.rlhf.tokenizers import RlhfTokenizers
 from dschat.runs.metrics import MetricsLogger
-
-SHOWN = ("score", "kl", "answer_length", "value_loss")
-"""Metrics beside the progress bar."""
-
-
-NUM_PRINTED_ANSWERS = 3
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ def train_ppo(
     prompt_loader: PromptLoader,
     monitor: TrainingMonitor,
     *,
-    run: RunArguments,
+    description: RunDescription,
     rollout: RolloutArguments,
     speed: PpoSpeed,
     num_ppo_steps: int,
@@ -66,10 +61,9 @@ def train_ppo(
     restored.restore({**trainer.parts, "watch": monitor})
     done = trainer.num_ppo_steps_done
     logger = MetricsLogger(
-        run,
-        "rlhf",
+        description,
         total_steps=num_ppo_steps,
-        description="PPO",
+        title="PPO",
         is_main_process=is_main_process(),
         steps_done=done if restored.step else None,
     )
@@ -88,7 +82,7 @@ def train_ppo(
         if trainer.is_inside_ppo_step:  # else it is saved with the metrics of the PPO step
             save_if_due()
 
-    profiler = StepProfiler(run)
+    profiler = StepProfiler(description.run)
     profiler.after_step(done)
     steps = range(done + 1, num_ppo_steps + 1) if not monitor.guard.stopped_by else ()
     for step, prompts in zip(steps, prompt_loader.steps_after(done), strict=False):
@@ -97,9 +91,7 @@ def train_ppo(
         metrics_of_step |= speed.figures(metrics_of_step)
         metrics = _monitored(step, metrics_of_step, monitor, logger, is_last=step == num_ppo_steps)
         logger.advance()
-        if rollout.print_answers and step % rollout.print_answers_interval == 0:
-            assert trainer.experience is not None, "a PPO step has experience"
-            messages.info(trainer.experience.examples(tokenizer, NUM_PRINTED_ANSWERS))
+        _show(step, trainer, logger, rollout, tokenizer)
         is_last = step == num_ppo_steps or monitor.guard.stopped_by is not None
         with speed.saving():
             save_if_due(is_last=is_last)
@@ -112,13 +104,33 @@ def train_ppo(
     return trainer.num_ppo_steps_done, metrics, time.perf_counter() - start
 
 
+def _show(
+    step: int,
+    trainer: PPOTrainer,
+    logger: MetricsLogger,
+    rollout: RolloutArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Histograms of a PPO step, and samples where they are due."""
+    experience = trainer.experience
+    assert experience is not None, "a PPO step has experience"
+    if not is_main_process():
+        return
+    logger.histograms(step, distributions(experience))
+    if step % rollout.print_answers_interval == 0:
+        rows = samples_of(experience, tokenizer)
+        logger.samples(step, rows)
+        if rollout.print_answers:
+            messages.info(samples_table(step, rows))
+
+
 def _monitored(
     step: int, metrics: Metrics, monitor: TrainingMonitor, logger: MetricsLogger, *, is_last: bool = False
 ) -> Metrics:
     """The metrics after a PPO step with those of an evaluation, logged, and the guard's warnings printed."""
     values, lines = monitor.after_step(step, metrics, is_last=is_last)
     if values:
-        logger.log(step, show=SHOWN, **values)
+        logger.log(step, values)
     for line in lines:
         messages.info(line)
     return values

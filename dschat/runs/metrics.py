@@ -1,111 +1,97 @@
-"""Where numbers go: the console, `metrics.jsonl` and TensorBoard on rank 0, nowhere on other ranks."""
+"""Where numbers go on rank 0: the console, `metrics.jsonl`, `samples.jsonl`, trackers. Nowhere on others."""
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import numpy as np
 
-from dschat.arguments import RunArguments
+from dschat.arguments import RunDescription
 from dschat.console import messages
-from dschat.runs.output_folder import METRICS, tensorboard_folder, without_infinities
+from dschat.console.progress import Progress
+from dschat.runs.output_folder import METRICS, SAMPLES, without_infinities
 from dschat.runs.registry import metric
-
-
-def _quiet_about_storage(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread dies of a full disk with a traceback; `MetricsLogger.log` says it in a line."""
-    if not (isinstance(args.exc_value, OSError) and isinstance(args.thread, _AsyncWriterThread)):
-        threading.__excepthook__(args)
+from dschat.runs.trackers import Tracker, build_trackers
 
 
 class MetricsLogger:
-    """One JSON object a line in `metrics.jsonl`, the same numbers in TensorBoard, and a progress bar.
+    """One JSON object a line in `metrics.jsonl`, the same numbers in trackers, and a progress bar.
 
     On ranks other than 0 every method does nothing, so that callers need not know their rank.
     """
 
     def __init__(
         self,
-        run: RunArguments,
-        step: str,
+        description: RunDescription,
         *,
         total_steps: int,
-        description: str,
+        title: str,
         is_main_process: bool,
         steps_done: int | None = None,
     ) -> None:
-        """`step` is the training step's name in the registry of metrics.
-
-        With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step.
-        """
-        self._step = step
-        self._lines: FileIO | None = None
-        self._unwritten = b""
-        self._writer: SummaryWriter | None = None
-        self._bar = tqdm(
-            total=total_steps,
-            initial=steps_done or 0,
-            desc=description,
-            disable=not is_main_process,
-            dynamic_ncols=True,
+        """With `steps_done`, 0 among them, the lines and curves of a resumed run go on after that step."""
+        self._step = description.step
+        self._lines: LinesOnDisk | None = None
+        self._samples: LinesOnDisk | None = None
+        self._trackers: list[Tracker] = []
+        self._bar = Progress(
+            total=total_steps, initial=steps_done or 0, desc=title, disable=not is_main_process
         )
         if not is_main_process:
             return
-        if run.output_dir:
-            self._lines = FileIO(Path(run.output_dir) / METRICS, "w" if steps_done is None else "a")
-        folder = tensorboard_folder(run)
-        if folder:
-            purge_step = None if steps_done is None else steps_done + 1
-            threading.excepthook = _quiet_about_storage
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        if description.run.output_dir:
+            folder, mode = Path(description.run.output_dir), "w" if steps_done is None else "a"
+            self._lines = LinesOnDisk(folder / METRICS, mode)
+            _keep_samples(folder / SAMPLES, steps_done)
+            self._samples = LinesOnDisk(folder / SAMPLES, "a")
+        self._trackers = build_trackers(description, steps_done)
 
-    def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
-        """Record the values of a step; those named in `show` stand beside the progress bar.
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the metrics of a step; the main ones stand beside the progress bar.
 
         JSON has no infinities: a value that is not finite is written as null. What finds no room on the disk
-        is kept and tried again; TensorBoard is given up then. Raises `KeyError` for what the registry of
+        is kept and tried again; a tracker that fails is given up. Raises `KeyError` for what the registry of
         metrics lacks.
         """
-        tags = {name: metric(name, self._step).tag for name in values}
+        entries = {name: metric(name, self._step) for name in values}
         if self._lines:
-            self._write(json.dumps({"step": step, **without_infinities(values)}) + "\n")
-        with self._gives_up_curves():
-            if self._writer:
-                for name, value in values.items():
-                    self._writer.add_scalar(tags[name], value, step)
-        if show:
-            self._bar.set_postfix(
-                {name: f"{values[name]:.4g}" for name in show if name in values}, refresh=False
-            )
+            self._lines.add({"step": step, **without_infinities(dict(values))})
+        tagged = {entries[name].tag: value for name, value in values.items()}
+        self._track(lambda tracker: tracker.scalars(step, tagged))
+        shown = [name for name, entry in entries.items() if entry.is_main and entry.group != "eval"]
+        if shown:
+            postfix = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in shown)
+            self._bar.set_postfix_str(postfix, refresh=False)
 
-    @contextmanager
-    def _gives_up_curves(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            messages.warning(f"no more curves for TensorBoard: {error}.")
-            self._writer = None
+    def histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Show how the numbers of a step are distributed, in the trackers that can."""
+        finite = {tag: array[np.isfinite(array)] for tag, array in arrays.items()}
+        filled = {tag: array for tag, array in finite.items() if array.size}
+        self._track(lambda tracker: tracker.histograms(step, filled))
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Add samples of a step to `samples.jsonl`, and show them in the trackers that can."""
+        if self._samples:
+            for row in rows:
+                self._samples.add({"step": step, **without_infinities(row)})
+        self._track(lambda tracker: tracker.samples(step, rows))
+
+    def _track(self, give: Callable[[Tracker], None]) -> None:
+        """Give each tracker something; one that fails gets no more, and the run goes on."""
+        for tracker in list(self._trackers):
+            try:
+                give(tracker)
+            except Exception as error:  # a network, a server, a disk: whatever its library raises
+                messages.warning(f"{tracker.name} gets no more metrics: {type(error).__name__}: {error}.")
+                self._trackers.remove(tracker)
 
     def flush(self) -> None:
         """Try again to write the lines that found no room."""
-        self._write("")
-
-    def _write(self, lines: str) -> None:
-        if self._lines is None:
-            return
-        had_room = not self._unwritten
-        self._unwritten += lines.encode()
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
-        except OSError as error:
-            if had_room:
-                messages.warning(f"{METRICS} cannot be written: {error}; its lines are kept until it can.")
+        for lines in (self._lines, self._samples):
+            if lines:
+                lines.flush()
 
     def advance(self) -> None:
         """One optimiser step (step 3: one PPO step) is done."""
@@ -114,9 +100,44 @@ class MetricsLogger:
     def close(self) -> None:
         """Finish the bar and the files."""
         self.flush()
-        if self._lines:
-            self._lines.close()
-        with self._gives_up_curves():
-            if self._writer:
-                self._writer.close()
+        for lines in (self._lines, self._samples):
+            if lines:
+                lines.file.close()
+        self._track(lambda tracker: tracker.close())
         self._bar.close()
+
+
+class LinesOnDisk:
+    """A file of JSON objects, one a line; those that find no room are kept until there is some."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self.file, self._name, self._unwritten = FileIO(path, mode), path.name, b""
+
+    def add(self, value: dict[str, Any]) -> None:
+        """Write a line."""
+        self._write(json.dumps(value) + "\n")
+
+    def flush(self) -> None:
+        """Try again to write what found no room."""
+        self._write("")
+
+    def _write(self, lines: str) -> None:
+        had_room = not self._unwritten
+        self._unwritten += lines.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+        except OSError as error:
+            if had_room:
+                messages.warning(f"{self._name} cannot be written: {error}; its lines are kept until it can.")
+
+
+def _keep_samples(path: Path, steps_done: int | None) -> None:
+    """Leave the samples of the steps that a resumed run has done; the later ones it makes again."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True) if steps_done is not None else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= (steps_done or 0)]
+    temporary = path.with_name(f".{path.name}.kept")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)

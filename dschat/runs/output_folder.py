@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -29,6 +30,12 @@ ARGUMENTS = "arguments.json"
 
 METRICS = "metrics.jsonl"
 """The metrics of every step, one JSON object per line."""
+
+SAMPLES = "samples.jsonl"
+"""Prompts and answers now and then, one JSON object per line."""
+
+TRACKERS = "trackers.json"
+"""The names under which the trackers of --report_to know the run."""
 
 PROFILE = "profile"
 """The subfolder of --profile."""
@@ -96,15 +103,26 @@ def newest_checkpoint(run: RunArguments) -> Path | None:
 
 
 def check_free(run: RunArguments) -> None:
-    """Raise `UserError` where a finished run would be overwritten, or where a live run writes.
+    """Raise `UserError` where a finished run would be overwritten, a live one writes, a tracker lacks.
 
     These are the checks that need neither torch nor models and data; `check_run_folder` makes the others. A
     finished run that is resumed ends the program.
     """
     check_finished(run)
+    _check_trackers(run)
     if run.output_dir and Path(run.output_dir, LOCK).exists() and int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError):  # of which `check_run_folder` says more
             claim(Path(run.output_dir))
+
+
+def _check_trackers(run: RunArguments) -> None:
+    """Raise `UserError` for a package of --report_to that is missing, by the extra that brings it."""
+    for name in run.trackers:
+        if find_spec(name) is None:
+            raise UserError(
+                f"--report_to {name}: the package {name} is not installed; pip install 'dschat[{name}]' "
+                "brings it."
+            )
 
 
 def check_finished(run: RunArguments) -> None:
@@ -200,7 +218,7 @@ def _check_content(description: RunDescription, folder: Path) -> None:
 def _foreign(description: RunDescription, folder: Path) -> Iterator[str]:
     """The files in `folder` that no run wrote and that the run would replace or remove, with the reason."""
     if not _is_of_a_run(folder):
-        for name in (ARGUMENTS, METRICS, SUMMARY, BEST):
+        for name in (ARGUMENTS, METRICS, SAMPLES, TRACKERS, SUMMARY, BEST):
             if os.path.lexists(folder / name):
                 yield f"{name} (no run wrote it)"
     checkpoints = folder / "checkpoints"
@@ -272,7 +290,7 @@ def _clear_results(folder: Path) -> None:
     for name in EXPORTS:
         remove_export(folder / name)
     if _is_of_a_run(folder):
-        for name in (BEST, METRICS):
+        for name in (BEST, METRICS, SAMPLES, TRACKERS):
             (folder / name).unlink(missing_ok=True)
         curves = folder / "tensorboard"
         for old_curve in () if curves.is_symlink() else curves.glob("events.out.tfevents.*"):

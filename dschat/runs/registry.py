@@ -30,6 +30,8 @@ class Metric:
     low: float = -math.inf
     high: float = math.inf
     steps: tuple[str, ...] = ("rlhf",)
+    is_main: bool = False
+    """Whether the console has it: of training beside the progress bar, of an evaluation in its line."""
 
     @property
     def tag(self) -> str:
@@ -63,31 +65,31 @@ _SUPERVISED = (
            "falls quickly at first, then slowly; 1 to 3 for a pretrained model on text",
            "rises or jumps: lower --learning_rate, lengthen --num_warmup_steps; flat from the start: look "
            "at what is learned (scripts/inspect_data.py); near 0: the model repeats its rows, fewer "
-           "--num_train_epochs", low=0, steps=("sft",)),
+           "--num_train_epochs", low=0, steps=("sft",), is_main=True),
     Metric("loss", "train", "nats per pair",
            "ranking loss: -log sigmoid of the chosen answer's score less the rejected one's",
            "from 0.69, which is chance, to 0.3 to 0.65",
            "stays at 0.69: see `accuracy`; far above it: lower --learning_rate; near 0 while `eval_loss` "
-           "rises: overfitted, fewer --num_train_epochs", low=0, high=0.75, steps=("reward",)),
+           "rises: overfitted, fewer --num_train_epochs", low=0, high=0.75, steps=("reward",), is_main=True),
     Metric("loss", "train", "nats per pair", "the loss that --loss_type names",
            "sigmoid: exactly 0.693 at the first step, then down to 0.3 to 0.65",
            "stays at 0.693: raise --learning_rate; near 0 while `eval_loss` rises: overfitted, one epoch "
-           "is usual", low=0, steps=("dpo",)),
+           "is usual", low=0, steps=("dpo",), is_main=True),
     Metric("accuracy", "train", "share of pairs",
            "pairs whose chosen answer has the higher score; a tie counts half",
            "0.6 to 0.8 on human preferences",
            "stays at 0.5: answers that --max_seq_len cuts, labels that are noise, a --learning_rate too "
            "low for the new head, or answers that differ in length alone; near 1: overfitted, or pairs "
-           "that are told apart by a detail", low=0.5, steps=("reward",)),
+           "that are told apart by a detail", low=0.5, steps=("reward",), is_main=True),
     Metric("accuracy", "train", "share of pairs",
            "pairs whose chosen answer has the larger implicit reward: --beta times the log-ratio to the "
            "reference model; a tie counts half",
            "0.6 to 0.8 on human preferences, after 0.5 at the first step",
            "stays at 0.5: raise --learning_rate, look at the pairs (scripts/inspect_data.py)", low=0.5,
-           steps=("dpo",)),
+           steps=("dpo",), is_main=True),
     Metric("reward_margin", "train", "nats", "the chosen answer's implicit reward less the rejected one's",
            "rises from 0", "falls below 0: chosen and rejected may be the wrong way round", low=0,
-           steps=("dpo",)),
+           steps=("dpo",), is_main=True),
     Metric("chosen_reward", "train", "nats", "implicit reward of the chosen answer", "near 0 or above",
            "falls: see `chosen_logprob`", steps=("dpo",)),
     Metric("rejected_reward", "train", "nats", "implicit reward of the rejected answer", "falls",
@@ -108,13 +110,14 @@ _SUPERVISED = (
            steps=SUPERVISED),
     Metric("eval_loss", "eval", "as `loss`", "`loss` over the held-out rows", "falls, then stays",
            "rises while `loss` falls: overfitted; fewer --num_train_epochs, a lower --learning_rate, or "
-           "--export_model best", low=0, steps=SUPERVISED),
+           "--export_model best", low=0, steps=SUPERVISED, is_main=True),
     Metric("eval_perplexity", "eval", "tokens", "exp of `eval_loss`", "falls, then stays",
-           "rises: see `eval_loss`", low=1, steps=("sft",)),
+           "rises: see `eval_loss`", low=1, steps=("sft",), is_main=True),
     Metric("eval_accuracy", "eval", "share of pairs", "`accuracy` over the held-out pairs",
            "0.6 to 0.75 on human preferences",
            "within two standard errors of 0.5: see `accuracy`; below that: chosen and rejected may be the "
-           "wrong way round; 0.05 and more under `accuracy`: overfitted", low=0.5, steps=("reward", "dpo")),
+           "wrong way round; 0.05 and more under `accuracy`: overfitted", low=0.5, steps=("reward", "dpo"),
+           is_main=True),
     Metric("eval_accuracy_stderr", "eval", "share of pairs",
            "standard error of `eval_accuracy`, the pairs of one prompt taken together", "0.02 or less",
            "larger: too few held-out pairs to tell models apart; --eval_fraction, --eval_data_path", low=0,
@@ -142,7 +145,7 @@ _PPO = (
            "mean raw score of the answers: the reward model's, or the weighted sum over all sources",
            "rises",
            "flat: raise --actor_learning_rate, lower --kl_coef; rises with `kl` while answers get worse: "
-           "the policy exploits the reward model, see `kl`"),
+           "the policy exploits the reward model, see `kl`", is_main=True),
     Metric("score_std", "rollout", "score", "standard deviation of the raw scores", "well above 0",
            "near 0: all answers score alike and nothing is learned from them; look at answers "
            "(--print_answers)", low=0),
@@ -161,7 +164,7 @@ _PPO = (
     Metric("answer_length", "rollout", "tokens", "mean length of an answer, its end token included",
            "about that of the start; within --max_length_ratio",
            "look at answers (--print_answers), raise --kl_coef, balance lengths in the reward model's "
-           "data; where long answers are wanted, raise --max_length_ratio", low=1),
+           "data; where long answers are wanted, raise --max_length_ratio", low=1, is_main=True),
     Metric("eos_share", "rollout", "share of answers", "answers that end before the length limit",
            "above 0.5; within --min_eos_ratio of the start",
            "set --missing_eos_penalty, raise --kl_coef, look at answers (--print_answers); where long "
@@ -188,7 +191,8 @@ _PPO = (
     Metric("kl", "actor", "nats per answer",
            "KL to the reference model: the log-ratios (k1) summed over an answer, the mean over answers; "
            "may be below 0", "rises slowly, to 1 to 10; within --max_kl",
-           "raise --kl_coef, give a --kl_target, or lower --actor_learning_rate or --ppo_epochs"),
+           "raise --kl_coef, give a --kl_target, or lower --actor_learning_rate or --ppo_epochs",
+           is_main=True),
     Metric("k3", "actor", "nats per answer", "the same KL by the estimator that is never below 0", "as `kl`",
            "far above `kl`: a few tokens have become far less likely; see `kl`", low=0),
     Metric("kl_coef", "actor", "score per nat",
@@ -198,7 +202,8 @@ _PPO = (
            "falls while `score` rises: the KL costs more than the score gains; lower --actor_learning_rate"),
     Metric("entropy", "actor", "nats per token", "entropy of the policy",
            "falls slowly; within --min_entropy_ratio",
-           "raise --kl_coef, set --entropy_coef (0.01), or lower --actor_learning_rate", low=0),
+           "raise --kl_coef, set --entropy_coef (0.01), or lower --actor_learning_rate", low=0,
+           is_main=True),
     Metric("policy_loss", "actor", "", "clipped policy loss, the mean over the optimiser steps",
            "near 0: its size says nothing"),
     Metric("kl_loss", "actor", "nats per token", "KL term with --kl_in loss, before its coefficient",
@@ -231,7 +236,7 @@ _PPO = (
     Metric("value_loss", "critic", "score\u00b2", "clipped value loss, the mean over the optimiser steps",
            "falls",
            "rises: lower --critic_learning_rate, or bring scores to one scale (--score_normalization)",
-           low=0),
+           low=0, is_main=True),
     Metric("value_clip_fraction", "critic", "share of tokens", "values that moved beyond --value_clip",
            "below 0.3",
            "larger: lower --critic_learning_rate, or bring scores to one scale (--score_normalization)",
@@ -298,7 +303,7 @@ _SPEED = (
            "steady after the first steps", "grows: please report it", low=0),
 )
 
-METRICS = (
+METRICS: tuple[Metric, ...] = (
     *_SUPERVISED, *_PPO,
     *(  # what an evaluation measures as a rollout does
         replace(entry, name=f"eval_{entry.name}", group="eval", meaning=f"`{entry.name}` of an evaluation")

@@ -17,6 +17,7 @@ from dschat.engines.pipeline import of_last_stage, results_of
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.verdict import Evaluation
 from dschat.runs.metrics import MetricsLogger
+from dschat.runs.registry import metric
 
 Metrics = dict[str, float]
 Evaluate = Callable[[DeepSpeedEngine, EvalLoader], Metrics]
@@ -61,8 +62,8 @@ class Evaluations:
         metrics = self._measure(self._short if is_short and self._short is not None else self._whole)
         if not metrics:
             return
-        self._metrics.log(step, show=(), **metrics)
-        messages.info(f"{moment}: " + ", ".join(map(_shown, metrics.items())))
+        self._metrics.log(step, metrics)
+        messages.info(f"{moment}: {main_metrics(metrics)}")
         loss = metrics["eval_loss"] if loss is None else loss
         train_loss = self._loss_sum / self._num_losses if self._num_losses else None
         self._loss_sum, self._num_losses = 0.0, 0
@@ -108,6 +109,11 @@ def sum_over_batches(
     return dict(zip(names, sum_across_ranks(total, axis="data").tolist(), strict=True)) if names else {}
 
 
-def _shown(item: tuple[str, float]) -> str:
-    name, value = item
-    return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}"
+def main_metrics(metrics: Metrics) -> str:
+    """The main ones of an evaluation for the console, each with its standard error where there is one."""
+    shown = []
+    for name in metrics:
+        if metric(name).is_main:
+            error = metrics.get(f"{name}_stderr")
+            shown.append(f"{name} {metrics[name]:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    return ", ".join(shown)

@@ -18,6 +18,7 @@ from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import DeepSpeedEngine, gradient_norm, learning_rate, train_step
 from dschat.runs.metrics import MetricsLogger
 from dschat.supervised.batches import Loaders
+from dschat.supervised.chance import ChanceWatch
 from dschat.supervised.evaluations import Evaluate, Evaluations
 from dschat.supervised.exports import ModelExports, VerdictOf
 from dschat.supervised.pair_report import PairReport
@@ -26,9 +27,6 @@ from dschat.supervised.speed import Speed
 
 ENGINE = "model"
 """The engine's name in checkpoints."""
-
-NUM_SHOWN = 3
-"""Metrics that fit beside the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,9 @@ def train_epochs(
     seed_ranks_apart(settings.run.seed)
     restored = checkpoints.load({ENGINE: engine})
     metrics = MetricsLogger(
-        settings.run,
-        settings.description.step,
+        settings.description,
         total_steps=num_steps,
-        description=objective.title,
+        title=objective.title,
         is_main_process=is_main_process(),
         steps_done=restored.step or None,
     )
@@ -76,6 +73,7 @@ def train_epochs(
     skipped = SkippedSteps(settings.run)
     start = time.perf_counter() - restored.values.get("seconds", 0.0)
     parts: dict[str, Stateful] = {"evaluations": evaluations, "exports": exports, "skipped": skipped}
+    parts["chance"] = chance = ChanceWatch(settings, loaders.data, is_on=objective.report is not None)
     restored.restore(parts)
     if not restored.step:
         evaluations.make(0, "before training")
@@ -94,9 +92,10 @@ def train_epochs(
             "grad_norm": gradient_norm(engine),
             "skipped_steps": skipped.note(engine, step=step),
         }
-        metrics.log(step, show=tuple(trained)[:NUM_SHOWN], **trained, **values, **figures)
+        metrics.log(step, {**trained, **values, **figures})
         metrics.advance()
         evaluations.take_in(trained["loss"])
+        chance.take_in(step, trained)
         if objective.print_loss:
             messages.info(f"step {step}: loss {trained['loss']:.4f}")
         if step % steps_per_epoch == 0 or step == num_steps:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.console import messages
+from dschat.console.progress import Progress
 from dschat.data.cache import cache_folder, cached, lookup
 from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
 from dschat.data.loaders import EvalLoader, TrainLoader
@@ -170,8 +170,8 @@ def logprob_table(engine: DeepSpeedEngine, loaders: Loaders) -> Tensor:
 def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tensor:
     """This rank's rows of the loader's data set, 0 in those of other ranks. -> fp32 [N, 2]."""
     table = torch.zeros(len(loader.dataset), len(REFERENCE_COLUMNS), device=engine.device)
-    shown: dict[str, Any] = {"desc": "reference", "disable": not is_main_process(), "dynamic_ncols": True}
-    found, taken = tee(tqdm(loader.indexed_batches(), total=len(loader), **shown))
+    shown: dict[str, Any] = {"desc": "reference", "disable": not is_main_process()}
+    found, taken = tee(Progress(loader.indexed_batches(), total=len(loader), **shown))
     batches = (batch.to(engine.device) for _, batch in taken)
     for logprobs in results_of(engine, batches, partial(answer_logprobs, engine)):
         indices, _ = next(found)

@@ -257,7 +257,7 @@ def test_harmless_differences_are_said(tmp_path, capsys):
 # Everything else decides what is learned.
 FREE = {
     *("data_output_path", "preprocessing_num_workers", "gradient_checkpointing", "output_dir", "debug"),
-    *("enable_tensorboard", "tensorboard_path", "local_rank", "deepspeed", "compute_fp32_loss"),
+    *("enable_tensorboard", "tensorboard_path", "report_to", "local_rank", "deepspeed", "compute_fp32_loss"),
     *(
         "save_interval",
         "save_minutes",

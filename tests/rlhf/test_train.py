@@ -1,12 +1,16 @@
 """The loop around PPO steps, with everything around it made up."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from dschat.arguments import parse_arguments
 from dschat.checkpoints.state import Progress
+from dschat.rlhf import train
 from dschat.rlhf.position import Position
 from dschat.rlhf.train import train_ppo
 
@@ -19,7 +23,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.engine, self.parts, self.parts_to_keep = SimpleNamespace(by_name={}), {}, {}
-        self.position, self.steps, self.experience = Position(), [], None
+        self.position, self.steps, self.experience = Position(), [], "experience"
 
     @property
     def is_inside_ppo_step(self) -> bool:
@@ -94,9 +98,17 @@ class Loader:
         return iter([[]] * (5 - num_done))
 
 
-def trained(tmp_path: Path, begun: Progress, *, stops_at: int = 99, done: int = 0):
+@pytest.fixture(autouse=True)
+def samples(monkeypatch):
+    """In place of those of an experience."""
+    monkeypatch.setattr(train, "distributions", lambda experience: {})
+    monkeypatch.setattr(train, "samples_of", lambda experience, tokenizer: [{"answer": experience}])
+    monkeypatch.setattr(train, "samples_table", lambda step, rows: f"table of {step}: {rows}")
+
+
+def trained(tmp_path: Path, begun: Progress, *flags: str, stops_at: int = 99, done: int = 0):
     models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
-    args = parse_arguments("rlhf", [*models, f"--output_dir={tmp_path}"])
+    args = parse_arguments("rlhf", [*models, f"--output_dir={tmp_path}", *flags])
     trainer, checkpoints, monitor = Trainer(), Checkpoints(begun), Monitor(stops_at)
     if done:
         trainer.position = Position(done, minibatches_done=UPDATES)
@@ -104,7 +116,7 @@ def trained(tmp_path: Path, begun: Progress, *, stops_at: int = 99, done: int = 
         trainer,
         Loader(),
         monitor,
-        run=args.run,
+        description=args.description,
         rollout=args.rollout,
         speed=Speed(),
         num_ppo_steps=3,
@@ -120,6 +132,14 @@ def test_a_run_is_monitored_before_the_first_step_and_after_each(tmp_path, capsy
     assert [number for number, _ in trainer.steps] == [0, 1, 2]
     assert monitor.seen == [(0, False), (1, False), (2, False), (3, True)]
     assert "line of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_printed", [True, False])
+def test_samples_are_taken_at_their_interval_and_printed_if_asked_for(is_printed, tmp_path, capsys):
+    trained(tmp_path, Progress(), "--print_answers_interval=2", *["--print_answers"] * is_printed)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 2, "answer": "experience"}]
+    assert capsys.readouterr().out.count("table of 2: ") == is_printed
 
 
 def test_checkpoints_inside_a_step_have_the_metrics_of_the_step_before(tmp_path):

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import rich.console
-import torch
 
-from dschat.console.text import PLAIN
-from dschat.rlhf.experience import Experience
+from dschat.console.text import PLAIN, markdown_table
+from dschat.rlhf.samples import samples_table
 from scripts import compare, inspect_data
 
 HOSTILE = "[red]x[/] [/] :smile: \x1b[2J\x1b]0;title\x07\x08\r\x9b31m\u202e end"
@@ -47,13 +46,9 @@ def test_compare(terminal):
     assert "[b]one" in terminal.getvalue()
 
 
-def test_print_answers():
-    rollout = SimpleNamespace(
-        input_ids=torch.zeros(1, 4, dtype=torch.long), prompt_length=2, answer_mask=torch.ones(1, 2)
-    )
-    rollout.rows = lambda rows: rollout
-    analysis = SimpleNamespace(scores=torch.ones(1))
-    experience = SimpleNamespace(rollout=rollout, analysis=analysis, returns=torch.ones(1))
-    tokenizer = SimpleNamespace(decode=lambda ids: HOSTILE)
-    shown = Experience.examples(experience, tokenizer, 1)
-    assert shown == f"--- prompt: {SHOWN}\n--- answer (score 1.000): {SHOWN}"
+def test_samples():
+    row = {"prompt": HOSTILE, "answer": HOSTILE, "score": 1.0, "kl": 0.5, "length": 2}
+    shown = samples_table(1, [row])
+    assert shown.count("\\x1b") == 4
+    assert "\x1b" not in shown
+    assert "\x1b" not in markdown_table([row])

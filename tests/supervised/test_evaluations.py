@@ -24,7 +24,7 @@ class Log:
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict]] = []
 
-    def log(self, step: int, *, show: tuple[str, ...] = (), **values: float) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         self.logged.append((step, values))
 
 
@@ -32,6 +32,7 @@ def loader(name: str, num_rows: int) -> SimpleNamespace:
     return SimpleNamespace(name=name, order=range(num_rows))
 
 
+FIGURES = {"eval_accuracy": 0.75, "eval_accuracy_stderr": 0.1, "eval_pairs": 4}
 LOSSES = {"whole": 2.0, "short": 3.0}
 
 
@@ -39,7 +40,7 @@ def evaluations(*, short: int | None, whole: int = 8) -> Evaluations:
     def evaluate(engine: Engine, rows: SimpleNamespace) -> dict[str, float]:
         assert not engine.is_training
         assert not torch.is_grad_enabled()
-        return {"eval_loss": LOSSES[rows.name], "eval_pairs": 4} if rows.order else {}
+        return {"eval_loss": LOSSES[rows.name], **FIGURES} if rows.order else {}
 
     part = None if short is None else loader("short", short)
     return Evaluations(Engine(), evaluate, Log(), whole=loader("whole", whole), short=part)
@@ -52,11 +53,11 @@ def test_an_evaluation_is_logged_printed_and_kept_with_the_mean_training_loss_be
     for loss in (1.0, 4.0):
         made.take_in(loss)
     made.make(2, "epoch 1")
-    figures = {"eval_loss": 2.0, "eval_pairs": 4}
+    figures = {"eval_loss": 2.0, **FIGURES}
     assert made.all == [Evaluation(0, figures, 2.0, None), Evaluation(2, figures, 2.0, 2.5)]
     assert made.last_step == 2
     assert made._metrics.logged == [(0, figures), (2, figures)]
-    assert "epoch 1: eval_loss 2.0000, eval_pairs 4" in capsys.readouterr().out
+    assert "epoch 1: eval_loss 2.0000, eval_accuracy 0.7500 +- 0.1000\n" in capsys.readouterr().out
 
 
 def test_where_some_are_short_all_are_compared_by_the_short_part():

@@ -77,7 +77,7 @@ class Run:
         return step == self.due
 
     def save(self, step: int, *, engines: dict[str, Any], parts: dict[str, Any]) -> None:
-        assert sorted(parts) == ["evaluations", "exports", "seconds", "skipped"]
+        assert sorted(parts) == ["chance", "evaluations", "exports", "seconds", "skipped"]
         assert parts["seconds"] >= self.begun.values.get("seconds", 0)
         self.calls.append(f"save {step}")
 
