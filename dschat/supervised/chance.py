@@ -9,7 +9,8 @@ import numpy as np
 from dschat.console import messages
 from dschat.data.preparation import SplitData
 from dschat.data.token_budget import SEQUENCES
-from dschat.export.verdict import USEFUL, Z
+from dschat.reports.reward_model import USEFUL
+from dschat.reports.statistics import Z
 from dschat.supervised.settings import SupervisedSettings
 
 NUM_STEPS = 200

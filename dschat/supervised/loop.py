@@ -87,12 +87,7 @@ def train_epochs(
         micro_batches = optimizer_step.micro_batches
         trained = train_step(engine, micro_batches, loss_and_metrics, end_of=speed.end_of)
         figures = speed.figures(trained)
-        values = {
-            "learning_rate": learning_rate(engine),
-            "grad_norm": gradient_norm(engine),
-            "skipped_steps": skipped.note(engine, step=step),
-        }
-        metrics.log(step, {**trained, **values, **figures})
+        metrics.log(step, {**trained, **_of_update(engine, skipped, step), **figures})
         metrics.advance()
         evaluations.take_in(trained["loss"])
         chance.take_in(step, trained)
@@ -118,3 +113,12 @@ def train_epochs(
     profiler.close(num_steps)
     metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)
+
+
+def _of_update(engine: DeepSpeedEngine, skipped: SkippedSteps, step: int) -> dict[str, float]:
+    """What the engine says of the optimiser step that it has taken, or skipped."""
+    return {
+        "learning_rate": learning_rate(engine),
+        "grad_norm": gradient_norm(engine),
+        "skipped_steps": skipped.note(engine, step=step),
+    }

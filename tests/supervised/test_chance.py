@@ -1,4 +1,4 @@
-"""A reward model that learns nothing is told of once, with the usual causes; one that learns is not."""
+"""A reward model that learns nothing is named once, with the usual causes; one that learns is not."""
 
 import math
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def steps(share_right: float, *, pairs: int = 8, number: int = NUM_STEPS, loss: 
     return [{"accuracy": float(accuracy), "loss": loss} for accuracy in right]
 
 
-def told(watch: ChanceWatch, metrics: list, capsys, *, first: int = 1) -> str:
+def warnings_of(watch: ChanceWatch, metrics: list, capsys, *, first: int = 1) -> str:
     for step, values in enumerate(metrics, first):
         watch.take_in(step, values)
     return capsys.readouterr().out
@@ -34,46 +34,46 @@ def told(watch: ChanceWatch, metrics: list, capsys, *, first: int = 1) -> str:
 @pytest.mark.parametrize("pairs", [8, 64])
 def test_random_labels_are_told_of_after_200_steps_and_once(pairs, capsys):
     at_chance = watch()
-    assert told(at_chance, steps(0.5, pairs=pairs, number=NUM_STEPS - 1), capsys) == ""
-    said = told(at_chance, steps(0.5, pairs=pairs, number=1), capsys, first=NUM_STEPS)
+    assert warnings_of(at_chance, steps(0.5, pairs=pairs, number=NUM_STEPS - 1), capsys) == ""
+    said = warnings_of(at_chance, steps(0.5, pairs=pairs, number=1), capsys, first=NUM_STEPS)
     assert said.startswith("WARNING: step 200: the reward model ranks its training pairs as chance does")
-    assert told(at_chance, steps(0.5, pairs=pairs, number=3 * NUM_STEPS), capsys) == ""
+    assert warnings_of(at_chance, steps(0.5, pairs=pairs, number=3 * NUM_STEPS), capsys) == ""
 
 
 @pytest.mark.parametrize(("share_right", "pairs"), [(0.55, 16), (0.6, 4), (0.65, 1), (1.0, 8), (0.3, 8)])
 def test_it_is_silent_where_something_is_learned_or_the_labels_are_the_wrong_way_round(
     share_right, pairs, capsys
 ):
-    said = told(watch(), steps(share_right, pairs=pairs, number=3 * NUM_STEPS), capsys)
+    said = warnings_of(watch(), steps(share_right, pairs=pairs, number=3 * NUM_STEPS), capsys)
     assert (said == "") == (share_right > 0.5)
 
 
 def test_with_few_pairs_a_step_more_steps_are_taken_in_until_they_tell(capsys):
-    said = told(watch(), steps(0.5, pairs=1, number=5 * NUM_STEPS), capsys)
+    said = warnings_of(watch(), steps(0.5, pairs=1, number=5 * NUM_STEPS), capsys)
     assert "over the last 400 optimiser steps" in said
 
 
 def test_it_is_silent_in_other_steps(capsys):
-    assert told(watch(is_on=False), steps(0.5), capsys) == ""
+    assert warnings_of(watch(is_on=False), steps(0.5), capsys) == ""
 
 
 def test_the_likeliest_cause_comes_first_with_the_numbers_of_the_run(capsys):
-    flat = told(watch(), steps(0.5), capsys)
+    flat = warnings_of(watch(), steps(0.5), capsys)
     assert (
         "What usually is the cause: a learning rate too low for the new head: --learning_rate 1e-09" in flat
     )
     assert "the chosen one is the longer one in 75% of the pairs" in flat
-    noisy = told(watch(), steps(0.5, loss=0.8), capsys)
+    noisy = warnings_of(watch(), steps(0.5, loss=0.8), capsys)
     assert "What usually is the cause: labels that are noise" in noisy
-    cut = told(watch(limit=6), steps(0.5), capsys)
+    cut = warnings_of(watch(limit=6), steps(0.5), capsys)
     assert "cause: answers that --max_seq_len 6 cuts: 100% of the training pairs reach it" in cut
 
 
 def test_a_resumed_run_goes_on_counting(capsys):
     first, second = watch(), watch()
-    told(first, steps(0.5, number=150), capsys)
+    warnings_of(first, steps(0.5, number=150), capsys)
     second.load_state_dict(first.state_dict())
-    assert "step 200" in told(second, steps(0.5, number=50), capsys, first=151)
+    assert "step 200" in warnings_of(second, steps(0.5, number=50), capsys, first=151)
     third = watch()
     third.load_state_dict(second.state_dict())
-    assert told(third, steps(0.5), capsys) == ""
+    assert warnings_of(third, steps(0.5), capsys) == ""
