@@ -1,17 +1,26 @@
 """The commands of README and docs: their flags exist, and those that need no hub run in an empty folder."""
 
+import importlib
 import itertools
+import os
 import re
 import shlex
 import subprocess
 import sys
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 from processes import environment
 
-from dschat.arguments import parse_arguments
+from dschat.__main__ import COMMANDS as PROGRAMS
+from dschat.arguments import TrainRmCall, flags_of, parse_arguments
+from dschat.data.findings import Findings
+from dschat.data.reading import Format, read_comparisons
+from dschat.data.sources import open_source
 from dschat.errors import UserError
+from dschat.runs.output_folder import check_free
 from scripts import compare, convert_checkpoint, e2e_rlhf, merge_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +118,98 @@ def test_every_flag_that_the_text_names_exists(capsys):
         named |= set(re.findall(flag, fences.sub(lambda block: block[2] if block[1] else "", text)))
     assert named - launchers <= known
     assert len(named & known) > 80
+
+
+COMMAND = re.compile(
+    r"(?:\S+=\S+ )*(?:.* \| )?(?:python|torchrun|deepspeed|dschat|bash|sbatch) .*", re.DOTALL
+)
+"""A command line, after variables or a pipe."""
+
+
+def shown_commands(page: Path) -> list[list[str]]:
+    """Every command that a page shows: in bash blocks, indented, or in a line of text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks += ["\n".join(re.findall(r"^ {4}(.*)$", text, re.MULTILINE))]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    return [shlex.split(line, comments=True) for line in lines if COMMAND.fullmatch(line)]
+
+
+def program_and_flags(words: list[str]) -> tuple[str, set[str]]:
+    """The program that a command starts, and its flags; "" for what is none of ours."""
+    for place, word in enumerate(words):
+        if word == "dschat" and words[place + 1 : place + 2]:
+            name = words[place + 1]
+            return PROGRAMS[name].file if re.match(r"[a-z]", name) else "", flag_names(words[place + 2 :])
+        if word.endswith(".py") and word != "scripts/launch.py":
+            return word, flag_names(words[place + 1 :])
+    return "", set()
+
+
+def flag_names(words: list[str]) -> set[str]:
+    return {match[0].replace("-", "_") for word in words if (match := re.match(r"--\w[\w-]*(?!.* )", word))}
+
+
+def help_of(file: str, monkeypatch, capsys) -> str:
+    parsers = {path: partial(parse_arguments, step) for path, step in STEPS.items()}
+    parsers["step2_reward/train_rm.py"] = TrainRmCall.parse
+    parse = parsers.get(file) or importlib.import_module(file.removesuffix(".py").replace("/", ".")).parse
+    monkeypatch.setattr(sys, "argv", [file, "--help"])
+    with pytest.raises(SystemExit):
+        parse()
+    return capsys.readouterr().out
+
+
+def test_every_command_of_every_page_names_a_program_and_its_flags(monkeypatch, capsys):
+    by_name = {path.name: str(path.relative_to(ROOT)) for path in ROOT.glob("s*/*.py")}
+    shown: dict[str, set[str]] = {}
+    for page in [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for words in shown_commands(page):
+            program, flags = program_and_flags(words)
+            program = by_name.get(program, program)
+            assert (ROOT / program).exists(), f"{page.name}: {shlex.join(words)}"
+            if flags:
+                shown.setdefault(program, set()).update(flags)
+    assert {"scripts/chat.py", "scripts/compare.py", "step1_sft/main.py"} <= shown.keys()
+    shown["scripts/plan.py"] -= {f"__{name}" for step in STEPS.values() for name in flags_of(step)}
+    for program, flags in shown.items():
+        known = {
+            name.replace("-", "_")
+            for name in re.findall(r"--\w[\w-]*", help_of(program, monkeypatch, capsys))
+        }
+        assert flags - known == set(), program
+
+
+def test_the_errors_in_the_readme_are_what_the_programs_print(tmp_path, monkeypatch):
+    """The three are caused here as a user would, and compared word by word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "d", "chosen": "e"}\n'
+    )
+    finished = tmp_path / "output" / "sft"
+    finished.mkdir(parents=True)
+    (finished / "arguments.json").write_text('{"run": {}, "data": {}}')
+    (finished / "summary.json").write_text("{}")
+    at = datetime(2026, 11, 27, 3, 52).timestamp()
+    os.utime(finished / "summary.json", (at, at))
+    sft = ["--model_name_or_path", "m", "--output_dir", "output/sft"]
+    causes = (
+        lambda: parse_arguments("sft", ["--lr", "1e-5"]),
+        lambda: list(
+            read_comparisons(
+                open_source("pairs.jsonl"), open_source("pairs.jsonl").training, Format(), Findings()
+            )
+        ),
+        lambda: check_free(parse_arguments("sft", sft).run),
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = re.search(r"What a mistake looks like:\n\n```\n(.*?)```", readme, re.DOTALL)[1].splitlines()
+    for cause, line in zip(causes, quoted, strict=True):
+        with pytest.raises(UserError) as error:
+            cause()
+        assert f"error: {error.value}" == line
 
 
 def headings(page: Path) -> set[str]:
