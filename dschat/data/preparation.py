@@ -55,9 +55,6 @@ from dschat.fingerprint import fingerprint
 FORMAT = 8
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
-MANY_ROWS = 10_000
-"""So many take a while to tokenise, which is said where no bar shows it."""
-
 
 @dataclass(frozen=True)
 class SplitData:
@@ -270,8 +267,7 @@ def _tokenized(
         how |= {"groups": groups, "sources": index.sources[chosen]}
     if sys.stderr.isatty():
         return task.tokenize(rows, **how)
-    if len(rows) >= MANY_ROWS:
-        messages.info(f"tokenising {len(rows):,} rows", every_rank=True)
+    messages.info(f"tokenising {len(rows):,} rows", every_rank=True)  # of whichever rank does it
     with _without_progress_bar():
         return task.tokenize(rows, **how)
 

@@ -218,7 +218,7 @@ def test_step_3_refuses_a_reward_model_that_is_not_what_step_2_wrote(sabotage, s
     print(f"{seconds:.1f} s: {message}")
     assert FLAG in message
     assert SABOTAGE[sabotage] in message
-    assert ("Loading weights" in result.stderr) is (sabotage is forged)
+    assert ("loading the actor" in result.stdout) is (sabotage is forged)
     assert seconds < 30
 
 
