@@ -34,6 +34,6 @@ def to_stderr(message: str) -> None:
 def _write(message: str, stream: TextIO) -> None:
     from tqdm import tqdm  # not before a program has something to print: --help is to answer at once
 
-    with heard(stream):
-        tqdm.write(message, file=stream)
-        stream.flush()
+    with heard(stream), tqdm.external_write_mode(file=stream):
+        stream.write(f"{message}\n")
+        stream.flush()  # before the bars are drawn again

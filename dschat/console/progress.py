@@ -17,11 +17,11 @@ class Progress(tqdm):
 
     def __init__(self, iterable: Any = None, **settings: Any) -> None:
         self._is_plain = not sys.stderr.isatty()
-        super().__init__(iterable, dynamic_ncols=True, **settings)
+        has_end = settings.get("total") is not None or hasattr(iterable, "__len__")
+        form = (LINE if self._is_plain else BAR) if has_end else WITHOUT_TOTAL
+        super().__init__(iterable, dynamic_ncols=True, bar_format=form, **settings)
         if self.disable:
             return
-        form = LINE if self._is_plain else BAR
-        self.bar_format = form if self.total is not None else WITHOUT_TOTAL
         self._last_line = (self.initial, time.monotonic())
 
     def update(self, n: float | None = 1) -> bool | None:

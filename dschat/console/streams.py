@@ -75,7 +75,8 @@ class Console(io.TextIOWrapper):
             io.BufferedWriter(_LastingOutput(descriptor, log)),
             encoding=like.encoding if like else "utf-8",
             errors="backslashreplace",
-            line_buffering=like.line_buffering if like else True,
+            # Unbuffered text (PYTHONUNBUFFERED) would still wait in the buffer below it.
+            line_buffering=like.line_buffering or like.write_through if like else True,
             write_through=like.write_through if like else False,
         )
         self.is_silent = _is_other_rank()

@@ -44,3 +44,13 @@ def test_a_message_stands_on_a_line_of_its_own_beside_a_progress_bar(monkeypatch
     messages.info("beside it")
     bar.close()
     assert "beside it" in shown.getvalue().replace("\r", "\n").splitlines()
+
+
+def test_a_message_is_out_before_the_bar_is_drawn_again(monkeypatch):
+    """Also where stdout has a buffer of its own."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(shown)))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, write_through=True))
+    with tqdm(total=2, file=sys.stderr, desc="bar"):
+        messages.info("beside it")
+    assert "beside it" in shown.getvalue().decode().replace("\r", "\n").splitlines()
