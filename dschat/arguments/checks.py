@@ -20,11 +20,6 @@ def check_engines(run: RunArguments, *models: ModelArguments) -> None:
     )
     for model in models:
         require(
-            not run.torch_compile or model.tensor_parallel_size == 1,
-            f"--torch_compile cannot be combined with --{model.prefix}tensor_parallel_size: layers that "
-            "ranks share call collectives of DeepSpeed's own; leave one of them out.",
-        )
-        require(
             not run.offload or model.zero_stage > 0,
             f"--offload needs --{model.prefix}zero_stage 1, 2 or 3, got 0; add --{model.prefix}zero_stage 2.",
         )

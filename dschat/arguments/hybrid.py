@@ -61,11 +61,6 @@ class HybridArguments:
     def check(self, actor: ModelArguments, rollout: RolloutArguments) -> None:
         """Raise `UserError` for flags of the actor and of rollouts that the Hybrid Engine does not take."""
         require(
-            not self.enable_hybrid_engine or actor.tensor_parallel_size == 1,
-            f"--enable_hybrid_engine cannot be combined with --actor_tensor_parallel_size "
-            f"{actor.tensor_parallel_size}: its phases are for whole layers; leave one of them out.",
-        )
-        require(
             self.inference_tp_size == 1 or actor.zero_stage == 3,
             f"--inference_tp_size {self.inference_tp_size} splits layers as ZeRO-3 gathers them and "
             f"needs --actor_zero_stage 3, got {actor.zero_stage}.",

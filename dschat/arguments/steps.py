@@ -126,11 +126,6 @@ class SupervisedStep(TrainingStep):
         check_lora(self.optimizer.only_optimize_lora, self.model)
         check_4bit(self.run, self.optimizer.only_optimize_lora, self.model)
         self.parallel.check(self.model, self.run, self.parallel_sizes)
-        require(
-            self.parallel.sequence_parallel_size == 1 or not self.run.torch_compile,
-            "--torch_compile cannot be combined with --sequence_parallel_size: attention calls collectives "
-            "of DeepSpeed's own; leave one of them out.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +273,8 @@ class RlhfArguments(TrainingStep):
             return f"--rollout_backend {self.rollout.rollout_backend} was given"
         if self.actor.load_in_4bit:
             return "they read no weights in 4 bits"
+        if self.actor.tensor_parallel_size > 1:
+            return "tensor ranks share the layers"
         return "they read no adapters of PEFT" if self.actor.uses_lora else ""
 
     @property

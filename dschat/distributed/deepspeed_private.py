@@ -93,7 +93,6 @@ SOURCES = (
     Source("shard_layers", _AUTO_TP, 212, "def __init__(self,"),
     Source("shard_layers", _AUTO_TP, 395, "def set_tensor_parallel_config(self, mp_size, mp_group)"),
     Source("shard_layers", _AUTO_TP, 408, 'if getattr(child, "replaced", False) == True:'),
-    Source("shard_layers", _AUTO_TP, 512, "def _gather_zero3_params(self, module)"),
     Source("shard_layers", _AUTO_TP, 931, "def register_replicated_grad_hooks(self, model)"),
     Source("shard_layers", _AUTO_TP, 962, "param._ds_grad_allreduce_registered = True"),
     Source("shard_layers", _AUTO_TP, 1001, "def update_linear_policies(self)"),
@@ -365,8 +364,6 @@ def shard_layers(
         autotp._replace_module(layer, name)
         layer.replaced = True  # type: ignore[assignment]  # modules declare tensors and modules alone
     autotp._replace_module(model)
-    for module in model.modules():
-        autotp._gather_zero3_params(module)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter._ds_grad_allreduce_registered = True  # type: ignore[attr-defined]  # no hook for it

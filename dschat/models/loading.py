@@ -21,6 +21,7 @@ from dschat.models.model_folder import check_model_path
 from dschat.models.quantization import forget_4bit, four_bit_options
 from dschat.models.reward_model import RewardModel, draw_head
 from dschat.models.stage import finish_stage
+from dschat.models.tensor_parallel import await_turn_to_load
 from dschat.models.vocabulary import configure_tokens, grow_vocabulary
 from dschat.models.weights import check_weights, quiet_transformers, reward_model_loader, weights_loader
 
@@ -131,12 +132,14 @@ def _load(
 def _construction(ds_config: dict[str, Any] | None, stage: int) -> Iterator[None]:
     """Shard models that are built inside the block at once if `stage` is 3.
 
-    A model that is whole on every tensor rank of the run is left to its engine, which shards it over the data
-    ranks alone; here it would be over all.
+    In a run with tensor ranks that is left to the engines, which shard over the data ranks alone; here it
+    would be over all. Where the ranks share the model's layers, those of a machine load it in turn, each
+    until it has cut the layers (`dschat.models.tensor_parallel`): the machine never holds a copy per rank.
     """
-    is_left = mesh().tensor.size > 1 and "tensor_parallel" not in (ds_config or {})
+    if mesh().tensor.size > 1 and "tensor_parallel" in (ds_config or {}):
+        await_turn_to_load()
     with quiet_transformers(progress=is_main_process()):
-        if stage < 3 or is_left:
+        if stage < 3 or mesh().tensor.size > 1:
             yield
             return
         ds_config = ds_config or {}

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from dschat.arguments import ModelArguments
-from dschat.distributed.deepspeed_private import shard_layers
+from dschat.distributed.collectives import barrier
+from dschat.distributed.deepspeed_private import shard_layers, tensor_groups
+from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
 from dschat.models.config import read_config
 from dschat.models.lora import lora_config
@@ -66,12 +68,22 @@ def check_tensor_parallel(model_name_or_path: str, args: ModelArguments) -> None
             )
 
 
-def shard_over_tensor_ranks(model: Any, size: int) -> None:
-    """Leave each of `size` ranks its share of the layers' weights, in place. Every rank must call it.
+def await_turn_to_load() -> None:
+    """Wait until the ranks of this machine before this one have loaded a model and cut its layers.
 
-    `model` is one of transformers or a `RewardModel`, with the same weights on every rank, under ZeRO-3 or
-    not, and has its adapters already. Of an adapter on a column B is shared, on a row A is; so its output has
-    the layer's shape.
+    Every rank calls it before it loads the model, and `shard_over_tensor_ranks` after that ends its turn; in
+    between it calls no collective.
+    """
+    tensor_groups(mesh().tensor.size)
+    for _ in range(mesh().machine.rank):
+        barrier(axis="world")
+
+
+def shard_over_tensor_ranks(model: Any, size: int) -> None:
+    """Leave each of `size` ranks its share of the layers' weights, in place, and let the next rank load.
+
+    `model` is one of transformers or a `RewardModel`, with the same weights on every rank and its adapters.
+    Of an adapter on a column B is shared, on a row A is; so its output has the layer's shape.
     """
     plan = _plan(model.config)
     assert plan is not None, "check_tensor_parallel lets no other model through"
@@ -87,6 +99,8 @@ def shard_over_tensor_ranks(model: Any, size: int) -> None:
     if lora_config(model) is not None:
         adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
     shard_layers(model, patterns, adapted, size=size)
+    for _ in range(mesh().machine.rank, mesh().world.size):  # no machine has more ranks
+        barrier(axis="world")
 
 
 def _plan(config: PretrainedConfig) -> dict[str, str] | None:

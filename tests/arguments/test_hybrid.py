@@ -15,7 +15,6 @@ ON = "--enable_hybrid_engine"
         (["--unpin_actor_parameters"], ["--unpin_actor_parameters needs --enable_hybrid_engine"]),
         ([ON, "--inference_tp_size=0"], ["--inference_tp_size must be at least 1, got 0"]),
         ([ON, "--inference_tp_size=2"], ["--inference_tp_size 2", "needs --actor_zero_stage 3, got 0"]),
-        ([ON, "--actor_tensor_parallel_size=2"], ["cannot be combined with --actor_tensor_parallel_size 2"]),
         ([ON, "--unpin_actor_parameters", "--rollout_gather=always"], ["leave one of them out"]),
     ],
 )
@@ -45,6 +44,7 @@ def test_deepspeed_gets_what_the_flags_of_deepspeed_chat_say():
         (["--rollout_backend=hf"], ""),
         (["--rollout_backend=static"], "--rollout_backend static was given"),
         (["--actor_lora_dim=4"], "they read no adapters of PEFT"),
+        (["--actor_tensor_parallel_size=2"], "tensor ranks share the layers"),
     ],
 )
 def test_flags_that_leave_no_room_for_kernels(argv, reason):

@@ -26,13 +26,6 @@ def test_ranks_share_tokens_or_weights():
     assert_refused(flags, ["--tensor_parallel_size 4 and --sequence_parallel_size 2"], "reward")
 
 
-@pytest.mark.parametrize("axis", ["tensor", "sequence"])
-def test_layers_that_call_collectives_are_not_compiled(axis):
-    assert_refused(
-        ["--torch_compile", f"--{axis}_parallel_size=2"], ["--torch_compile cannot be combined"], "sft"
-    )
-
-
 def test_ranks_share_tokens_or_layers():
     flags = ["--sequence_parallel_size=2", "--pipeline_parallel_size=2"]
     assert_refused(flags, ["--sequence_parallel_size 2 and --pipeline_parallel_size 2 cannot"], "sft")

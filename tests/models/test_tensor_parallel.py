@@ -9,8 +9,9 @@ import torch
 from processes import ROOT, python
 from safetensors.torch import load_file
 from tensor_parallel import EPSILON, LEARNING_RATE, MAX_NORM, ROWS, STEPS, arguments, load, loss_of
-from tiny import FAMILIES, save_tiny_model
+from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dschat.arguments import ModelArguments
 from dschat.errors import UserError
@@ -114,3 +115,27 @@ def test_layers_that_two_ranks_share_learn_what_whole_ones_do(models, tmp_path):
 def test_every_family_stage_and_kind(models, tmp_path, ranks):
     cases = product(SHARED, "0123", ("lm", "rm", "lmlora", "rmlora"))
     compare(models, tmp_path, *("-".join(case) for case in cases), ranks=ranks)
+
+
+@pytest.mark.matrix
+def test_a_machine_holds_one_copy_while_its_ranks_load_in_turn(tmp_path):
+    """Beside the ranks' shares: the file that all map, and one rank's copy where its precision is another."""
+    shape = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 16000}
+    model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=2048))
+    save_tiny_model(tmp_path / "small")
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        model.to(dtype).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    whole, replicated = (
+        sum(p.numel() for p in m.parameters()) / 2**20 for m in (model, model.get_input_embeddings())
+    )
+    precisions = (("fp32", "fp32"), ("fp16", "bf16"))
+    cases = [f"{file}-{stage}-{run}" for file, run in precisions for stage in range(4)]
+    worker, output = WORKER.with_name("loading_peaks.py"), tmp_path / "peaks.json"
+    python(worker, tmp_path, output, *cases, ranks=4)
+    peaks = json.loads(output.read_text())
+    print(f"{whole:.0f} million parameters on 4 ranks, MiB:", peaks)
+    for case, found in peaks.items():
+        size, copies = (4, 1) if case.startswith("fp32") else (2, 2)
+        shares = whole - replicated + 4 * replicated
+        assert found["peak"] < (copies * whole + shares) * size * 1.2, case

@@ -50,7 +50,7 @@ def runs_of(folder: Path, cases: dict, stopped: dict, *, ranks: int, size: int) 
             *("--num_train_epochs=1.5", "--data_split=1,1,1", "--save_interval=2", "--eval_fraction=0.2"),
             *("--dtype=fp32", "--preprocessing_num_workers=1", "--no_enable_tensorboard", *more),
         ]
-        output = f"--output_dir={folder / f'{case}_on_{ranks}'}"
+        output = f"--output_dir={folder / f'{case}_on_{ranks}_{size}'}"
         runs.append({"program": step, "flags": [*flags, output]})
         if case in stopped:
             output += "_stopped"
@@ -63,17 +63,17 @@ def run(folder: Path, cases: dict, stopped: dict, *, ranks: int, size: int, time
     """What the runs print, all of them in one process a rank."""
     if not (folder / "pairs.jsonl").exists():
         save_counting_pairs(folder / "pairs.jsonl")
-    file = folder / f"on_{ranks}.json"
+    file = folder / f"on_{ranks}_{size}.json"
     file.write_text(json.dumps(runs_of(folder, cases, stopped, ranks=ranks, size=size)))
     return python(WORKER, file, ranks=ranks, timeout=timeout).stdout
 
 
-def assert_equal_to_one_process(folder: Path, case: str, ranks: int) -> None:
-    alone, shared = (timeless_lines(folder / f"{case}_on_{number}") for number in (1, ranks))
+def assert_equal_to_one_process(folder: Path, case: str, grid: str) -> None:
+    alone, shared = (timeless_lines(folder / f"{case}_on_{place}") for place in ("1_1", grid))
     assert len(alone) > 4
     for ours, theirs in zip(shared, alone, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
-    assert_equal_weights(folder, f"{case}_on_{ranks}", f"{case}_on_1", 1e-6)
+    assert_equal_weights(folder, f"{case}_on_{grid}", f"{case}_on_1_1", 1e-6)
 
 
 def assert_equal_weights(folder: Path, one: str, other: str, difference: float) -> None:
@@ -83,8 +83,8 @@ def assert_equal_weights(folder: Path, one: str, other: str, difference: float) 
         assert (weights[name] - tensor).abs().max() <= difference, name
 
 
-def assert_same_after_resuming(folder: Path, case: str, ranks: int) -> None:
-    names = (f"{case}_on_{ranks}", f"{case}_on_{ranks}_stopped")
+def assert_same_after_resuming(folder: Path, case: str, grid: str) -> None:
+    names = (f"{case}_on_{grid}", f"{case}_on_{grid}_stopped")
     whole, resumed = (timeless_lines(folder / name) for name in names)
     assert resumed == whole
     assert_equal_weights(folder, *names, 0)
@@ -101,14 +101,14 @@ def told(tmp_path_factory) -> tuple[Path, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_that_share_rows_do_what_one_process_does(case, told):
-    assert_equal_to_one_process(told[0], case, 2)
+    assert_equal_to_one_process(told[0], case, "2_2")
 
 
 @pytest.mark.slow
 def test_a_run_on_shared_rows_goes_on_bit_by_bit(told):
     folder, text = told
     assert "_stopped Died" in text
-    assert_same_after_resuming(folder, "sft", 2)
+    assert_same_after_resuming(folder, "sft", "2_2")
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_rows_that_ranks_share_are_not_packed(told):
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
-    for ranks, size in ((1, 1), (2, 2), (4, 2)):
+    for ranks, size in ((1, 1), (2, 2), (4, 2), (4, 4)):
         stopped = {case: {"die_in": 3} for case in MATRIX if ranks > 1 and "gpt_neox" in case}
         run(folder, MATRIX, stopped, ranks=ranks, size=size, timeout=6000)
     return folder
@@ -127,9 +127,9 @@ def matrix(tmp_path_factory) -> Path:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(9000)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("grid", ["2_2", "4_2", "4_4"], ids=lambda grid: f"ranks_and_size_{grid}")
 @pytest.mark.parametrize("case", MATRIX)
-def test_every_family_and_stage_does_what_one_process_does(case, ranks, matrix):
-    assert_equal_to_one_process(matrix, case, ranks)
+def test_every_family_and_stage_does_what_one_process_does(case, grid, matrix):
+    assert_equal_to_one_process(matrix, case, grid)
     if "gpt_neox" in case:
-        assert_same_after_resuming(matrix, case, ranks)
+        assert_same_after_resuming(matrix, case, grid)

@@ -30,6 +30,7 @@ SUPERVISED = {
     "dpo 3": ("dpo", "opt", "--zero_stage=3"),
 }
 ACTOR, CRITIC = {"actor_tensor_parallel_size": 2}, {"critic_tensor_parallel_size": 2}
+HYBRID = {"enable_hybrid_engine": True}
 PPO = {
     "average": (STEERED, ACTOR | CRITIC),
     "average 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3, **STEERED}, ACTOR | CRITIC),
@@ -37,6 +38,9 @@ PPO = {
     "actor alone": ({"actor_zero_stage": 1, "critic_zero_stage": 2}, ACTOR),
     "critic alone": ({"actor_zero_stage": 3, "enable_ema": True}, CRITIC),
     "generate()": ({"rollout_backend": "hf", "actor_zero_stage": 2}, ACTOR | CRITIC),
+    "hybrid": (STEERED, ACTOR | CRITIC | HYBRID),
+    "hybrid 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3}, ACTOR | HYBRID),
+    "hybrid adapters": ({"actor_lora_dim": 4, "only_optimize_lora": True}, ACTOR | HYBRID),
 }
 EPSILON = 1e-3
 """Adam's: with its own default rounding in a gradient that ought to be 0, such as a key's bias has, is a step
