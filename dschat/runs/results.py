@@ -6,10 +6,10 @@ from dschat.distributed.collectives import broadcast_from_rank_0
 from dschat.distributed.mesh import is_main_process
 from dschat.distributed.storage import fetch, storage_of
 from dschat.errors import STORAGE_REMEDY, UserError
-from dschat.runs.output_folder import LOG, PROFILE, SUMMARY
+from dschat.runs.output_folder import LOG, PROFILE, SUMMARY, TRACKERS
 
-OF_ONE_HOST = ("checkpoints", "tensorboard", PROFILE, LOG)
-"""What stays where it is: checkpoints, curves, traces and the console of rank 0."""
+OF_ONE_HOST = ("checkpoints", "tensorboard", "wandb", "mlruns", TRACKERS, PROFILE, LOG)
+"""What stays where it is: checkpoints, trackers' files, traces and the console of rank 0."""
 
 
 def copy_results(output_dir: str | None) -> None:

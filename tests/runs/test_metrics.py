@@ -12,9 +12,9 @@ from dschat.arguments import parse_arguments
 from dschat.runs.metrics import MetricsLogger
 
 
-def logger(folder, *, is_main_process=True, steps_done=None, step="sft") -> MetricsLogger:
+def logger(folder, *flags, is_main_process=True, steps_done=None, step="sft") -> MetricsLogger:
     models = ["--model_name_or_path=m"] if step == "sft" else STEP3
-    description = parse_arguments(step, [*models, f"--output_dir={folder}"]).description
+    description = parse_arguments(step, [*models, f"--output_dir={folder}", *flags]).description
     return MetricsLogger(
         description, total_steps=2, title="test", is_main_process=is_main_process, steps_done=steps_done
     )
@@ -140,8 +140,10 @@ def test_a_run_that_starts_anew_has_no_samples_of_an_older_one(tmp_path):
 
 
 def test_hyperparameters_are_beside_the_curves(tmp_path):
-    logger(tmp_path).close()
+    logger(tmp_path, "--reward_endpoint=http://me:secret@host/score", step="rlhf").close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"host/score" in content
+    assert b"secret" not in content
     assert b"learning_rate" in content
     assert b"model_name_or_path" in content
