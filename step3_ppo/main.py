@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from dschat.data.loaders import build_prompt_loader
 from dschat.data.preparation import prompt_data
 from dschat.distributed.device import current_device
+from dschat.export.eval_command import EvalCommand
 from dschat.export.provenance import step_provenance
 from dschat.planning.run_plan import RunPlan
 from dschat.rlhf.layout import choose_ways_and_layout
@@ -56,6 +57,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
             partial(step_provenance, args.description, data=run.data),
             output_dir=output_dir,
             export_actor=args.guard.export_actor,
+            command=EvalCommand.of(args.run),
         ),
         args.guard.eval_interval,
     )

@@ -81,6 +81,15 @@ class RunArguments(EngineArguments):
         nargs="?",
         const="3-5",
     )
+    eval_command: str | None = flag(
+        None,
+        "Command to run on each best model and on the model that the run ends with: {model} becomes its "
+        "folder, and the numbers of its last line of JSON go to metrics.jsonl and summary.json.",
+        at_resume="free",
+    )
+    eval_command_timeout: float = flag(
+        3600.0, "Seconds after which --eval_command is ended, with a warning.", at_resume="free"
+    )
     host_timeout: float = flag(
         300.0,
         "Seconds after which one of several hosts that does not answer is lost, and the run ends; 0: never.",
@@ -121,6 +130,18 @@ class RunArguments(EngineArguments):
         require(
             self.enable_tensorboard or "tensorboard" not in self.report_to,
             "--report_to tensorboard and --no_enable_tensorboard exclude each other; give one of them.",
+        )
+        require(
+            self.eval_command is None or "{model}" in self.eval_command,
+            f"--eval_command {self.eval_command} has no {{model}} for the folder to be measured.",
+        )
+        require(
+            self.eval_command is None or self.output_dir is not None,
+            "--eval_command needs --output_dir, in which the models are.",
+        )
+        require(
+            0 < self.eval_command_timeout < 1e7,
+            f"--eval_command_timeout must lie in (0, 1e7) seconds, got {self.eval_command_timeout}.",
         )
         first, last = self.profiled_steps or (1, 1)
         require(

@@ -9,6 +9,7 @@ from dschat.console import messages
 from dschat.distributed.collectives import broadcast_from_rank_0
 from dschat.distributed.mesh import is_main_process
 from dschat.errors import UserError
+from dschat.export.eval_command import EvalCommand
 from dschat.export.export import move_export
 from dschat.export.manifest import MANIFEST, Manifest, changed_files
 from dschat.export.provenance import Provenance
@@ -17,6 +18,8 @@ from dschat.runs.atomic_folder import write_json
 from dschat.runs.export_files import remove_export
 from dschat.runs.output_folder import BEST
 
+COMMAND = "eval_command"
+"""Among the facts: what the command found of the model."""
 FOLDER = "best"
 """The folder below a run's output folder."""
 
@@ -28,7 +31,11 @@ class BestModel:
     a step in messages.
     """
 
-    def __init__(self, output_dir: str | None, *, target: str, unit: str) -> None:
+    def __init__(
+        self, output_dir: str | None, *, target: str, unit: str, command: EvalCommand | None = None
+    ) -> None:
+        """`command` measures each best model, and that of the end."""
+        self._command = command
         self._folder = Path(output_dir) if output_dir else None
         self._target, self._unit = target, unit
         self._manifest: str | None = None  # fingerprint of the model's manifest, which has its checksums
@@ -53,6 +60,21 @@ class BestModel:
         if self._folder and is_main_process():
             self._manifest = files_fingerprint([self._folder / FOLDER / MANIFEST])
             write_json(self._folder / BEST, self.state_dict())
+        if self._folder and self._command:
+            self.facts[COMMAND] = self._command.run(self._folder / FOLDER, step)
+            if is_main_process():
+                write_json(self._folder / BEST, self.state_dict())
+
+    def measured(self, step: int, *, takes_best: bool) -> dict[str, float]:
+        """What the command finds of the model of `step`, with which the run ends, in the target.
+
+        Where that is the best it is known, unless the run was killed. Every rank must call it.
+        """
+        if self._folder is None or self._command is None:
+            return {}
+        if takes_best and COMMAND in self.facts:
+            return self.facts[COMMAND]
+        return self._command.run(self._folder / self._target, step)
 
     def is_there(self) -> bool:
         """Whether there is a best model with intact weights. Rank 0 prints a warning where they are gone."""

@@ -111,7 +111,10 @@ class LinesOnDisk:
     """A file of JSON objects, one a line; those that find no room are kept until there is some."""
 
     def __init__(self, path: Path, mode: str) -> None:
-        self.file, self._name, self._unwritten = FileIO(path, mode), path.name, b""
+        """With "w" the file is emptied first. Others, such as --eval_command, may add lines too."""
+        if mode == "w":
+            path.write_bytes(b"")
+        self.file, self._name, self._unwritten = FileIO(path, "a"), path.name, b""
 
     def add(self, value: dict[str, Any]) -> None:
         """Write a line."""

@@ -305,6 +305,7 @@ _SPEED = (
 
 METRICS: tuple[Metric, ...] = (
     *_SUPERVISED, *_PPO,
+    Metric("eval/NAME", "eval", "", "a number of --eval_command, in a line of its own", steps=STEPS),
     *(  # what an evaluation measures as a rollout does
         replace(entry, name=f"eval_{entry.name}", group="eval", meaning=f"`{entry.name}` of an evaluation")
         for entry in _PPO

@@ -12,6 +12,7 @@ from dschat.data.preparation import SplitData
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.step import DeepSpeedEngine
 from dschat.export.best_model import BestModel
+from dschat.export.eval_command import EvalCommand
 from dschat.export.export import export_model
 from dschat.export.provenance import Provenance, step_provenance
 from dschat.export.verdict import Evaluation, is_good
@@ -41,7 +42,9 @@ class ModelExports:
     ) -> None:
         self._settings, self._engine, self._tokenizer, self._data = settings, engine, tokenizer, data
         self._verdict_of, self._report = verdict_of, report
-        self._best = BestModel(settings.run.output_dir, target="", unit="step")
+        self._best = BestModel(
+            settings.run.output_dir, target="", unit="step", command=EvalCommand.of(settings.run)
+        )
 
     def offer(self, evaluations: Sequence[Evaluation]) -> None:
         """Write the model into best/ where --export_model wants it and the last evaluation is the best."""
@@ -60,6 +63,7 @@ class ModelExports:
             self._best.move(provenance)
         elif self._settings.run.output_dir:
             self._export(Path(self._settings.run.output_dir), step, until)
+        measured = self._best.measured(model_step, takes_best=takes_best)
         self._best.forget(weights=True)
         last: dict[str, Any] = {}
         if model_step != step:
@@ -80,7 +84,7 @@ class ModelExports:
         if is_main_process():
             counts = {"num_train_rows": len(self._data.train), "num_eval_rows": len(self._data.evaluation)}
             verdict = {"verdict": provenance.verdict} if provenance.verdict else {}
-            summary = {"step": provenance.step, **provenance.metrics, **last, **verdict, **counts}
+            summary = {"step": provenance.step, **provenance.metrics, **last, **measured, **verdict, **counts}
             write_summary(self._settings.run.output_dir, {**summary, "seconds": seconds})
 
     def _export(self, folder: Path, step: int, evaluations: Sequence[Evaluation]) -> None:

@@ -260,6 +260,8 @@ FREE = {
     *("enable_tensorboard", "tensorboard_path", "report_to", "local_rank", "deepspeed", "compute_fp32_loss"),
     *(
         "save_interval",
+        "eval_command",
+        "eval_command_timeout",
         "save_minutes",
         "save_total_limit",
         "host_timeout",

@@ -10,6 +10,7 @@ from exported_models import provenance, with_random_head
 
 from dschat.errors import UserError
 from dschat.export.best_model import BestModel
+from dschat.export.eval_command import EvalCommand
 from dschat.export.manifest import MANIFEST
 
 
@@ -107,3 +108,32 @@ def test_without_best_json_the_state_of_the_checkpoint_counts(reward, tmp_path):
     resumed = BestModel(str(tmp_path / "out"), target="actor", unit="PPO step")
     resumed.load_state_dict(best.state_dict())
     assert (resumed.step, resumed.facts) == (3, {"loss": 0.5})
+
+
+class Counting(EvalCommand):
+    """A command that finds how often it was run, and notes where."""
+
+    folders: list[str] = []  # noqa: RUF012
+
+    def run(self, folder, step):
+        self.folders.append(f"{folder.name} {step}")
+        return {"eval/runs": len(self.folders)}
+
+
+def test_a_command_measures_each_best_model_once_and_that_of_the_end(reward, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    command = Counting("", 1.0, output)
+    command.folders = []
+    best = BestModel(str(output), target="actor", unit="PPO step", command=command)
+    best.keep(3, {"loss": 0.5}, copied(reward))
+    assert json.loads((output / "best.json").read_text())["facts"]["eval_command"] == {"eval/runs": 1}
+    assert best.measured(3, takes_best=True) == {"eval/runs": 1}
+    assert best.measured(9, takes_best=False) == {"eval/runs": 2}
+    assert command.folders == ["best 3", "actor 9"]
+    # A run that was killed while the command ran on the best model.
+    again = BestModel(str(output), target="actor", unit="PPO step", command=command)
+    again.load_state_dict(best.state_dict() | {"facts": {"loss": 0.5}})
+    del again.facts["eval_command"]
+    assert again.measured(3, takes_best=True) == {"eval/runs": 3}
+    assert BestModel(None, target="", unit="step", command=command).measured(3, takes_best=True) == {}

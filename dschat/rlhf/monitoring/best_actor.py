@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.console import messages
 from dschat.export.best_model import BestModel
+from dschat.export.eval_command import EvalCommand
 from dschat.export.export import export_model
 from dschat.export.provenance import Provenance
 from dschat.rlhf.monitoring.gains import Answers, did_it_help, gained_objective, gained_score
@@ -34,12 +35,13 @@ class Exports:
         *,
         output_dir: str | None,
         export_actor: Literal["best", "last"],
+        command: EvalCommand | None = None,
     ) -> None:
         self._engine, self._tokenizer, self._provenance_of = engine, tokenizer, provenance_of
         self._actor, *self._others = (spec for spec in engine.specs if spec.trained)
         self._choice = export_actor
         self._folder = Path(output_dir) if output_dir else None
-        self._best = BestModel(output_dir, target="actor", unit="PPO step")
+        self._best = BestModel(output_dir, target="actor", unit="PPO step", command=command)
         self._start: Answers | None = None
         self._start_metrics: dict[str, float] = {}
         self._last: Answers | None = None
@@ -96,11 +98,16 @@ class Exports:
             self._export_actor(self._folder / "actor", provenance)
         if self._folder:
             self._export_others(self._folder, of_last)
+        measured = self._best.measured(actor_step, takes_best=takes_best)
         self._best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
         best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
         gained = {"verdict": verdict, **gains} if verdict else {}
-        return {"actor_step": actor_step} | ({"best_step": self.best_step, **best} if best else {}) | gained
+        return (
+            {"actor_step": actor_step, **measured}
+            | ({"best_step": self.best_step, **best} if best else {})
+            | gained
+        )
 
     def _takes_best(self, step: int) -> bool:
         """Whether actor/ is to be the best actor.
