@@ -58,6 +58,7 @@ TOOLS = {
         "scripts/replay.py", "a PPO step again, bit by bit, token by token, or as it would have been"
     ),
     "reward-report": Program("scripts/reward_report.py", "whether a reward model can be trusted"),
+    "report": Program("scripts/report.py", "what a run did, as one page"),
     "convert": Program(
         "scripts/convert_checkpoint.py", "DeepSpeed-Chat's folders to ours and back, TRL's to ours"
     ),

@@ -35,6 +35,7 @@ from dschat.runs.last_lines import achieved, print_next
 from dschat.runs.output_folder import read_summary
 from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
+from scripts.e2e_reports import compare_actors, report_on
 from scripts.e2e_step import FOLDERS, PARSER_NAMES, TITLES, Command, run
 
 TO_KNOW = (
@@ -104,6 +105,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Leave out steps that have finished also where they were made otherwise than this command says.",
     )
+    add(
+        "--compare-prompts",
+        type=int,
+        default=64,
+        help="Held-out prompts on which SFT and PPO are compared at the end (default 64); 0: none.",
+    )
     add("--resume", action="store_true", help="An interrupted step goes on from its newest checkpoint.")
     add(
         "--overwrite-output-dir",
@@ -117,6 +124,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.output_dir = args.output_dir.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # the second: ~name of nobody
         raise UserError(f"--output-dir {args.output_dir} is no path ({error}); give another.") from error
+    if args.compare_prompts < 0:
+        raise UserError(f"--compare-prompts must be at least 0, got {args.compare_prompts}; 0 is none.")
     if args.num_gpus is not None and args.num_gpus < 1:
         raise UserError(f"--num-gpus must be at least 1, got {args.num_gpus}; without it there is one a GPU.")
     if args.reward_model == "sft":
@@ -271,9 +280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("the same command with --resume goes on.", file=sys.stderr, flush=True)
             return EXIT_TRY_AGAIN
         if code != 0 or read_summary(command.folder) is None:
+            report_on(args.output_dir)
             print("\n" + failure(command.title, code, command.log, start=start), file=sys.stderr, flush=True)
             return 1
     print_table(args.output_dir, args.step)
+    if 3 in args.step and args.compare_prompts:
+        compare_actors(args.output_dir, args.compare_prompts)
+    report_on(args.output_dir)
     print_next(steps[-1].parsed().description)
     return 0
 

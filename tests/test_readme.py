@@ -21,12 +21,12 @@ from dschat.data.reading import Format, read_comparisons
 from dschat.data.sources import open_source
 from dschat.errors import UserError
 from dschat.runs.output_folder import check_free
-from scripts import compare, convert_checkpoint, e2e_rlhf, merge_adapter
+from scripts import compare, convert_checkpoint, e2e_rlhf, merge_adapter, report, reward_report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("steps", "dpo", "lora", "coming_from")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("steps", "reports", "dpo", "lora", "coming_from")),
 ]
 """The pages with commands that are run, in the order in which one reads what another wrote."""
 STEPS = {
@@ -105,7 +105,7 @@ def test_every_flag_that_the_text_names_exists(capsys):
     for step in STEPS.values():
         with pytest.raises(SystemExit):
             parse_arguments(step, ["--help"])
-    for program in (compare, convert_checkpoint, e2e_rlhf, merge_adapter):
+    for program in (compare, convert_checkpoint, e2e_rlhf, merge_adapter, report, reward_report):
         with pytest.raises(SystemExit):
             program.parse(["--help"])
     flag = r"--[a-z]\w+(?:-\w+)*"

@@ -334,7 +334,7 @@ def _plots(pairs: ScoredPairs) -> list[Plot]:
         plot(
             "Calibration",
             calibration,
-            x="probability of the answer that the model prefers",
+            x="probability of the preferred answer",
             y="share that is right",
             note="With 95 % intervals; below the dashed line the model is surer than it is right.",
         ),

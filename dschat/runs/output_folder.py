@@ -21,6 +21,7 @@ from dschat.errors import UserError
 from dschat.runs.atomic_folder import facts_of, write_json
 from dschat.runs.export_files import foreign_files, remove_export
 from dschat.runs.lock import LOCK, claim, has_begun_before, note_begun
+from dschat.runs.started import STARTED, how_started
 
 SUMMARY = "summary.json"
 """The final metrics of a step. It is written last: a folder with this file holds a finished run."""
@@ -268,6 +269,7 @@ def start_run(description: RunDescription, *, is_resumed: bool = False) -> None:
         _clear_results(folder)
         folder.mkdir(mode=0o700, exist_ok=True)  # where it held a model and nothing else
     description.write(folder / ARGUMENTS)
+    write_json(folder / STARTED, how_started())
     note_begun(folder)
 
 

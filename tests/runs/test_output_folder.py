@@ -111,7 +111,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(start, models, 
     check_run_folder(args)
     assert read_summary(tmp_path) is not None  # the input may still turn out to be bad
     start_run(args)
-    assert contents(tmp_path) == own | {"arguments.json"}
+    assert contents(tmp_path) == own | {"arguments.json", "started.json"}
     assert json.loads((tmp_path / "arguments.json").read_text())["run"]["seed"] == 7
 
 
@@ -201,7 +201,7 @@ def test_a_kill_on_the_way_leaves_a_finished_run_or_one_that_can_be_started_agai
                 break
         check_run_folder(again)
         start_run(again)
-        assert contents(folder) == {"arguments.json"}
+        assert contents(folder) == {"arguments.json", "started.json"}
     assert len(calls) > 5
 
 
