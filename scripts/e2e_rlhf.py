@@ -118,7 +118,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Run the steps anew, also those that have finished, and remove what they wrote.",
     )
-    args = parser.parse_args(argv)
+    return checked(parser.parse_args(argv))
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with their paths and steps in order. Raises `UserError` for what cannot work."""
     args.step = sorted(set(args.step))
     try:
         args.output_dir = args.output_dir.expanduser().resolve()

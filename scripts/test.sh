@@ -8,6 +8,12 @@ bash "$root/scripts/setup.sh"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
+# The tests of pages need a browser, and are skipped with that reason where there is none.
+if [[ ${CI:-} == true && $(id -u) == 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "note: chromium could not be installed; the tests of pages in a browser are skipped."
+fi
+
 shellcheck .ci/run scripts/*.sh scripts/slurm/*.sbatch step*/*.sh
 ruff check .
 ruff format --check .
