@@ -146,20 +146,21 @@ class Benchmark:
             prepare(self._args.hh_data, self._args.output / "preferences")
         if "d" in self._args.parts and self._args.trl_python:
             for seed in self._args.seeds:
-                write_prompts(self.home(seed), self._common(seed))
+                write_prompts(self.home(seed), self.common(seed))
 
-    def _common(self, seed: int) -> list[str]:
+    def common(self, seed: int) -> list[str]:
+        """The flags of data and seed."""
         cache = str(self._args.output / "cache")
         return ["--data_path", str(self._data), "--seed", str(seed), "--data_output_path", cache]
 
     def _prepare_sft(self, seed: int) -> None:
         base = str(self._args.output / "demo" / "base_model")
-        flags = ["--model_name_or_path", base, *self._common(seed), *demo_flags("sft"), *self._short("sft")]
+        flags = ["--model_name_or_path", base, *self.common(seed), *demo_flags("sft"), *self._short("sft")]
         self.step("step1_sft/main.py", self.home(seed) / "sft", flags)
 
     def _prepare_reward(self, seed: int, *, weak: bool) -> None:
         sft = str(self.home(seed) / "sft")
-        flags = ["--model_name_or_path", sft, *self._common(seed), *demo_flags("reward")]
+        flags = ["--model_name_or_path", sft, *self.common(seed), *demo_flags("reward")]
         flags += self._short("reward")
         if weak:
             pairs = json.loads((self.home(seed) / "reward" / "summary.json").read_text())["num_train_rows"]
@@ -260,13 +261,13 @@ class Benchmark:
             flags = [
                 "--model_name_or_path",
                 sft,
-                *self._common(seed),
+                *self.common(seed),
                 *step_flags(recipe),
                 *self._short("dpo"),
             ]
             return self.step("step2_reward/dpo.py", folder, flags)
         flags = ["--actor_model_name_or_path", sft, "--critic_model_name_or_path", reward]
-        flags += [*self._common(seed), *step_flags(recipe), *self._short("ppo")]
+        flags += [*self.common(seed), *step_flags(recipe), *self._short("ppo")]
         return self.step("benchmarks/learning_watch.py", folder, flags)
 
     def _short(self, trainer: str) -> list[str]:

@@ -54,6 +54,7 @@ TOOLS = {
     "chat": Program("scripts/chat.py", "talk to a model"),
     "serve": Program("scripts/serve.py", "a model for OpenAI's clients and a browser, or two with votes"),
     "compare": Program("scripts/compare.py", "answers of several models side by side"),
+    "forecast": Program("scripts/forecast.py", "whether a reward model is worth PPO, before PPO"),
     "replay": Program(
         "scripts/replay.py", "a PPO step again, bit by bit, token by token, or as it would have been"
     ),

@@ -15,6 +15,7 @@ The same command again leaves out the steps that have finished. Where steps make
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,20 +66,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="facebook/opt-350m",
         help="Folder or hub id that step 2 makes a reward model of; 'sft' takes what step 1 writes.",
     )
-    add(
-        "--actor-zero-stage",
-        type=int,
-        choices=range(4),
-        default=0,
-        help="ZeRO stage of step 1 and of the actor.",
-    )
-    add(
-        "--reward-zero-stage",
-        type=int,
-        choices=range(4),
-        default=0,
-        help="ZeRO stage of step 2 and of the critic.",
-    )
+    for name, models in (("actor", "step 1 and of the actor"), ("reward", "step 2 and of the critic")):
+        help = f"ZeRO stage of {models}."
+        add(f"--{name}-zero-stage", type=int, choices=range(4), default=0, help=help)
     add("--output-dir", type=Path, default=Path("output"), help="Folder of all three steps (default output).")
     add("--data-path", nargs="+", default=["Dahoas/rm-static"], help="Data sets, the same for every step.")
     add(
@@ -100,6 +90,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sft-args", default="", metavar="FLAGS", help="More flags of step 1, as one string.")
     add("--reward-args", default="", metavar="FLAGS", help="More flags of step 2, as one string.")
     add("--ppo-args", default="", metavar="FLAGS", help="More flags of step 3, as one string.")
+    add(
+        "--forecast",
+        metavar="FLAGS",
+        help="Before step 3, forecast whether its reward model is worth PPO, and leave step 3 out where not; "
+        "flags of scripts/forecast.py, as one string, such as '--gold_function check.py:right'.",
+    )
+    add("--force", action="store_true", help="Run step 3 whatever --forecast says.")
     add(
         "--skip-finished",
         action="store_true",
@@ -188,6 +185,29 @@ def commands(args: argparse.Namespace) -> list[Command]:
     return result
 
 
+def forecast_flags(args: argparse.Namespace, step3: Command) -> list[str]:
+    """The flags of scripts/forecast.py, with those of step 3."""
+    own = [*words("--forecast", args.forecast), "--output", str(args.output_dir / "forecast")]
+    return [*own, *(["--force"] if args.force else []), *step3.flags]
+
+
+def is_worth_it(args: argparse.Namespace, step3: Command) -> bool:
+    """Whether step 3 is to run: the forecast, where one is asked for, says so or --force does.
+
+    Raises `UserError` where there is no forecast.
+    """
+    if args.forecast is None:
+        return True
+    print(f"== the forecast before step 3: {args.output_dir / 'forecast'}", flush=True)
+    program = str(ROOT / "scripts" / "forecast.py")
+    code = subprocess.run([sys.executable, program, *forecast_flags(args, step3)], check=False).returncode
+    if code not in (0, 1):
+        raise UserError(
+            "there is no forecast, as the message above says; correct --forecast, or leave it out."
+        )
+    return code == 0
+
+
 def check(args: argparse.Namespace, todo: list[Command]) -> None:
     """Find what cannot work before anything starts. Raises `UserError`.
 
@@ -201,6 +221,10 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
         )
     for command in todo:
         command.parsed()
+        if command.step == 3 and args.forecast is not None:
+            _check_forecast(forecast_flags(args, command))
+    if args.forecast is None and args.force:
+        raise UserError("--force runs step 3 whatever --forecast says; give --forecast, or leave it out.")
     for entry in args.data_path:
         if user_path(parse_entry(entry, "--data-path").name).is_fifo():
             raise UserError(
@@ -218,6 +242,15 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
             folder = args.output_dir / FOLDERS[step]
             if str(folder) not in produced and not (folder / "config.json").is_file():
                 raise UserError(f"step 3 needs the model of step {step} in {folder}; add {step} to --step.")
+
+
+def _check_forecast(flags: list[str]) -> None:
+    from scripts import forecast
+
+    try:
+        forecast.parse(flags)
+    except UserError as error:
+        raise UserError(f"--forecast: {error}") from error
 
 
 def _check_model(flag: str, name: str) -> None:
@@ -279,6 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args, steps)
     for command in unfinished(args, steps):
         print(f"== step {command.step}, {TITLES[command.step]}: {command.folder}", flush=True)
+        if command.step == 3 and not is_worth_it(args, command):
+            print_table(args.output_dir, args.step)
+            report_on(args.output_dir)
+            print("step 3 is left out; --force runs it all the same.", file=sys.stderr, flush=True)
+            return 1
         code, is_stop, start = run(command)
         if is_stop:
             print("the same command with --resume goes on.", file=sys.stderr, flush=True)

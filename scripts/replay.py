@@ -38,7 +38,7 @@ from dschat.program import prepare, readable_errors
 from dschat.runs.atomic_folder import damage, write_json
 from dschat.runs.output_folder import ARGUMENTS, METRICS, finished_checkpoints
 
-NAME = "replay.json"
+NAME, PAGE = "replay.json", "replay.html"
 
 WHAT_IFS = (
     *("kl_coef", "kl_estimator", "kl_in", "ratio_clip", "ratio_clip_high", "dual_clip", "value_clip"),
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="Where replay.json goes (default: beside RUN, RUN_replay_STEP).",
+        help="Where replay.html and replay.json go (default: beside RUN, RUN_replay_STEP).",
     )
     args = parser.parse_args(argv)
     if args.step < 1:
@@ -314,7 +314,7 @@ def say(found: Mapping[str, Any], folder: Path) -> None:
         messages.info(f"  unchanged metrics: {', '.join(what_if['same_metrics']) or 'none'}")
         messages.info(f"  of the answers change: {', '.join(what_if['columns']) or 'no numbers'}")
         messages.info(f"  the same to the last bit: {', '.join(what_if['same_columns']) or 'none'}")
-    messages.info(f"token by token: {folder / NAME}")
+    messages.info(f"token by token: {folder / PAGE}, all numbers: {folder / NAME}")
 
 
 def _short(value: object) -> str:
@@ -333,7 +333,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first:
             shutil.rmtree(scratch, ignore_errors=True)
     if is_first:
+        from dschat.reports.page import write_page
+        from scripts.replay_page import replay_page
+
         write_json(folder / NAME, found)
+        write_page(folder / PAGE, replay_page(found), "--output")
         say(found, folder)
     return int(bool(found["different"]))
 

@@ -1,5 +1,6 @@
 """A PPO step of a finished run again: the logged metrics to the last bit, and what would have been."""
 
+import copy
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from tiny import save_reward_model, save_tiny_model
 
 from dschat.errors import UserError
 from scripts import replay
+from scripts.replay_page import replay_page
 
 WORKER = ROOT / "tests" / "workers" / "replays.py"
 FLAGS = {
@@ -199,3 +201,18 @@ def test_the_page_shows_commands_that_parse_and_names_what_the_file_has(replays)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) <= fields.keys()
     whatever = page.partition("act within one PPO step:")[2].partition(". A flag")[0]
     assert set(re.findall(r"`(\w+)`", whatever)) == set(replay.WHAT_IFS)
+
+
+def test_the_page_shows_every_token_of_both_versions_and_escapes_them(replays):
+    page = replay_page(replays[1])
+    both = [*replays[1]["answers"], *replays[1]["what_if"]["answers"]]
+    assert page.count('<span class="token') == sum(len(answer["tokens"]) for answer in both)
+    assert "--kl_coef 0.2 in place of 0.1" in page
+    assert "equal to the last bit" in page
+    spoilt = copy.deepcopy(replays[0])
+    spoilt["answers"][0]["tokens"][0]["text"] = "<script>"
+    spoilt["different"] = {"kl": [0.1, 0.2]}
+    page = replay_page(spoilt)
+    assert "<script>" not in page
+    assert "1 of " in page
+    assert "metrics are not the logged ones" in page
