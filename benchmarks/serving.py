@@ -20,6 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -100,7 +101,7 @@ def main() -> int:
     return 0 if same and quiet and growth < 0.05 else 1
 
 
-def output_of(file) -> str:
+def output_of(file: IO[str]) -> str:
     """What the server printed so far."""
     file.seek(0)
     return file.read()
