@@ -342,24 +342,14 @@ def _pair_batch(
         answers, ranks = texts[i], batch["ranks"][i]
         for better, worse in answer_pairs(list(range(len(answers))), ranks):
             chosen, rejected = fitted.answers[better], fitted.answers[worse]
-            truncation = (
-                Truncation.EQUAL_ANSWERS
-                if chosen == rejected and fitted.truncation.is_kept
-                else fitted.truncation
-            )
+            truncation = fitted.truncation
+            if chosen == rejected and truncation.is_kept:
+                truncation = Truncation.EQUAL_ANSWERS
             length = len(fitted.prompt) + max(len(chosen), len(rejected))
             pair = (fitted.prompt + chosen, fitted.prompt + rejected)
             unshown = encoder.unshown(prompts[i], [answers[better], answers[worse]])
-            values = (
-                int(groups[indices[i]]),
-                int(sources[indices[i]]),
-                batch["margin"][i],
-                length,
-                len(row.prompt),
-                unshown,
-                truncation,
-            )
-            table.append((*pair, len(fitted.prompt), *values))
+            numbers = (int(groups[indices[i]]), int(sources[indices[i]]), batch["margin"][i], length)
+            table.append((*pair, len(fitted.prompt), *numbers, len(row.prompt), unshown, truncation))
     return _columns(table, PAIR_COLUMNS)
 
 
