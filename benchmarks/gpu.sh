@@ -12,3 +12,4 @@ for decode in "32 128 128" "64 256 256"; do
         --batch "$batch" --prompt "$prompt" --answer "$answer" 2>"$out/rollout-$batch.err" | tee "$out/rollout-$batch.md"
 done
 timeout 300 python benchmarks/steps.py --device cuda --model opt-1.3b --folder "$out/steps" | tee "$out/steps.md"
+timeout 350 python benchmarks/planner.py --device cuda --folder "$out/planner" --output "$out/planner.md"

@@ -252,8 +252,7 @@ def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> st
             f"{torch.__version__}; {minutes:.0f} minutes in all. OPT's layout with random weights. Predicted "
             "is what a run printed before it loaded its models, measured what it found at its end: memory in "
             "MB, on a CPU the largest resident memory of a rank less what it held before its models; seconds "
-            f"are of an optimiser step (PPO: a PPO step), {clock}. The plan's constants were not changed "
-            "after this run.",
+            f"are of an optimiser step (PPO: a PPO step), {clock}.",
             "",
             "| step | model | ranks | flags | worst phase | MB planned | measured | error "
             "| s a step planned | measured | error | by phase, planned / measured |",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at o
     from dschat.planning.hardware import Hardware
     from dschat.planning.models import Spec
     from dschat.planning.slices import Slices
+    from dschat.runs.measured_choices import MeasuredChoices
 
 STEPS = ("sft", "reward", "dpo", "rlhf")
 
@@ -76,16 +77,24 @@ def specs_of(step: Any) -> "Sequence[Spec]":
     return engine_specs(step) if isinstance(step, RlhfArguments) else supervised_specs(step)
 
 
-def slices_for(step: TrainingStep, hardware: "Hardware") -> "Slices | None":
-    """What times few layers on this machine's device; None where the plan is for devices of another kind."""
+def slices_for(step: TrainingStep, hardware: "Hardware", choices: "MeasuredChoices") -> "Slices | None":
+    """What times few layers on this machine's device, computed in the ways that a run would choose.
+
+    None where the plan is for devices of another kind.
+    """
     from dschat.distributed.device import device_type
     from dschat.distributed.process_group import init_process_group
+    from dschat.models.attention import choose_attention
+    from dschat.models.products import choose_products
     from dschat.planning.slices import Slices
     from dschat.rlhf.rollout.slice_decoding import decode
 
     if device_type() != hardware.device:
         return None
     init_process_group()
+    models = [(spec.path, spec.settings) for spec in specs_of(step)]
+    choose_attention(models, dtype=step.run.dtype, longest=step.pass_sizes.length, choices=choices)
+    choose_products(step.run.dtype, choices)
     return Slices(step.optimizer, step.run, decode)
 
 
@@ -122,8 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def planned(step: TrainingStep, **options: Any) -> Plan:
         return plan_of(step, specs_of(step), hardware, steps=own.steps, **options)
 
-    slices = slices_for(step, hardware)
-    timed = {"choices": MeasuredChoices(), "slices": slices} if slices else {}
+    choices = MeasuredChoices()
+    slices = slices_for(step, hardware, choices)
+    timed = {"choices": choices, "slices": slices} if slices else {}
     plan = planned(step, **timed)
     if own.fit is not None:
         prefixes = ("actor_", "critic_") if own.step == "rlhf" else ("",)

@@ -36,7 +36,11 @@ class Part:
 
     model: str
     kind: str
-    """weights, gradients, optimiser, activations, logits, KV cache, gathered weights, buffers or freed."""
+    """weights, gradients, optimiser, activations, logits, KV cache, gathered weights, buffers, freed, holes.
+
+    Holes are what glibc's malloc leaves between activations on a CPU: an aligned block that was freed is too
+    small for the next aligned block of its size (glibc's bug 14581).
+    """
     bytes: float
     on_host: bool = False
 
@@ -93,6 +97,11 @@ class EngineMemory:
         """Bytes of all weights in the model's precision."""
         packed = self.model.counts.packed / self._sharers if self.model.spec.load_in_4bit else 0
         return self._weights * self.model.element - packed * (self.model.element - 0.53)
+
+    @property
+    def file_bytes(self) -> float:
+        """Bytes of the weights before tensor ranks share them, as they are read and written."""
+        return self.whole_bytes * self.model.tensor_ranks
 
     def standing(self, *, in_use: bool = True) -> Moment:
         """What is there from the first optimiser step on. A frozen model may rest on the host unless used."""
@@ -240,22 +249,36 @@ class MemoryModel:
         logits = (2 if trains else 1) * shape.logits.size(rows) if shape.logits else 0.0
         # Of a tensor-parallel layer the parts between its two products are shared out, about half of it.
         share = 1.0 if ranks == 1 else (1 + 1 / ranks) / 2
+        peak = shape.peak(rows)
+        holes = shape.asked_for(rows) - shape.kept(rows) if trains and self.hardware.is_cpu else 0.0
         return (
-            Part(model.spec.name, "activations", max(shape.peak(rows) - logits, 0.0) * share),
+            Part(model.spec.name, "activations", max(peak - logits, 0.0) * share),
+            Part(model.spec.name, "holes", holes * share),
             Part(model.spec.name, "logits", logits),
         )
 
     def _rows(self, number: int) -> Rows:
         return Rows(number, self.sizes.length, self.sizes.num_outputs)
 
+    @property
+    def _mapped_by(self) -> int:
+        """Ranks of a host that share what is there once; on a CPU the plan is that of rank 0."""
+        return 1 if self.hardware.is_cpu else min(self.hardware.ranks, self.hardware.ranks_per_host)
+
     def _loading(self) -> list[Moment]:
-        """Models come one after the other; on a CPU the file that is read is mapped beside its copy."""
+        """Models come one after the other; the file that is read is mapped, once per host, beside its copy.
+
+        At ZeRO-3 a GPU holds its shard from the start.
+        """
         found: list[Moment] = []
         before: Moment = ()
+        on_cpu = self.hardware.is_cpu
         for model in self.models:
             engine = self._engine(model)
-            read = Part(model.spec.name, "buffers", engine.whole_bytes, on_host=not self.hardware.is_cpu)
-            weights = Part(model.spec.name, "weights", engine.whole_bytes)
+            read = Part(model.spec.name, "buffers", engine.file_bytes / self._mapped_by, on_host=not on_cpu)
+            weights = Part(model.spec.name, "weights", engine.file_bytes)
+            if model.spec.zero_stage == 3 and not on_cpu:
+                weights = engine.standing()[0]
             found += [(*before, read, weights), (*before, *engine.building())]
             if self.sizes.answer_length:
                 before = (*before, *engine.standing(in_use=False))
@@ -325,7 +348,12 @@ class MemoryModel:
         return [
             (
                 *self._standing(),
-                Part(model.spec.name, "buffers", 2 * self._engine(model).whole_bytes, on_host),
+                Part(
+                    model.spec.name,
+                    "buffers",
+                    2 * self._engine(model).file_bytes * self.stages / self._mapped_by,
+                    on_host,
+                ),
             )
             for model in self.models
             if model.spec.trained

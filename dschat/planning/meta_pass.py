@@ -76,6 +76,10 @@ class PassShape:
     """What each further layer leaves."""
     moments: tuple[Blocks, Blocks]
     """What is there when all blocks together are largest, and when those of tokens are."""
+    allocated: Blocks
+    """All that the forward pass of `NUM_LAYERS` asks for, whether it keeps it or not."""
+    allocated_layer: Blocks
+    """What each further layer asks for."""
     logits: Block | None
     """The logits; None of a model without."""
     num_layers: int
@@ -87,6 +91,11 @@ class PassShape:
     def kept(self, rows: Rows) -> float:
         """Bytes that the forward pass leaves for the backward pass, logits among them."""
         return _bytes_of(self.saved, rows) + self._further(rows)
+
+    def asked_for(self, rows: Rows) -> float:
+        """Bytes of all that the forward pass allocates."""
+        further = (self.num_layers - NUM_LAYERS) * _bytes_of(self.allocated_layer, rows)
+        return _bytes_of(self.allocated, rows) + further
 
     def _further(self, rows: Rows) -> float:
         return (self.num_layers - NUM_LAYERS) * _bytes_of(self.layer, rows)
@@ -102,6 +111,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, known: nn.Module, columns: int, outputs: int) -> None:
         super().__init__()
         self.now: Blocks = Counter()
+        self.allocated: Blocks = Counter()
         self.moments: list[Blocks] = [Counter(), Counter()]
         self._columns, self._outputs = columns, outputs
         self._most = [0.0, 0.0]
@@ -126,6 +136,7 @@ class Recorder(TorchDispatchMode):
             return
         self._alive.add(key)
         self.now[block] += 1
+        self.allocated[block] += 1
         self._bytes = [
             self._bytes[0] + storage.nbytes(),
             self._bytes[1] + storage.nbytes() * bool(block.power),
@@ -267,14 +278,14 @@ def _prime_from(number: int) -> int:
 
 
 @contextmanager
-def _hooked(model: nn.Module, ends: list[Blocks], recorder: Recorder) -> Iterator[None]:
+def _hooked(model: nn.Module, ends: list[tuple[Blocks, Blocks]], recorder: Recorder) -> Iterator[None]:
     """Keep what is there after each layer, and drop gradients of weights."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
     def note(*_: Any) -> None:
-        ends.append(Counter(recorder.now))
+        ends.append((Counter(recorder.now), Counter(recorder.allocated)))
 
     trained = [p for p in model.parameters() if p.requires_grad]
     hooks: Iterable[Any] = [
@@ -296,7 +307,7 @@ def _trace(model: Any, num_layers: int, columns: int, outputs: int, *, trains: b
         inputs["logits_to_keep"] = torch.arange(outputs, device="meta")
     else:
         inputs["return_values"] = True
-    ends: list[Blocks] = []
+    ends: list[tuple[Blocks, Blocks]] = []
     recorder = Recorder(model, columns, outputs)
     with recorder, torch.set_grad_enabled(trains), _hooked(model, ends, recorder):
         result = model(**inputs)
@@ -304,13 +315,15 @@ def _trace(model: Any, num_layers: int, columns: int, outputs: int, *, trains: b
         size = result.untyped_storage().nbytes()
         loss = _Loss.apply(result)
         del result
-        saved = Counter(recorder.now)
+        saved, allocated = Counter(recorder.now), Counter(recorder.allocated)
         if trains:
             loss.backward()
     power = 1 if outputs == columns else 0
     return PassShape(
         saved=+saved,
-        layer=ends[1] - ends[0] if trains else Counter(),
+        layer=ends[1][0] - ends[0][0] if trains else Counter(),
+        allocated=allocated,
+        allocated_layer=ends[1][1] - ends[0][1],
         moments=(+recorder.moments[0], +recorder.moments[1]),
         logits=Block(size / outputs, power) if is_language_model else None,
         num_layers=num_layers,

@@ -291,7 +291,10 @@ def planned_models(
         if given is None:
             config = read_config(spec.path, 0.0, **scores)
         else:
-            config = type(given).from_dict({**given.to_dict(), **scores})
+            kept = {
+                name: value for name, value in given.to_dict().items() if not name.endswith(("2label", "2id"))
+            }
+            config = type(given).from_dict({**kept, **scores})
         found[spec.role] = PlannedModel(spec, config, only_adapters)
     return list(found.values())
 

@@ -32,6 +32,17 @@ def test_stages_of_a_pipeline_have_their_layers_and_ranks_of_data_alone():
     assert size(half, "activations") == size(whole, "activations")
 
 
+def test_a_gpu_holds_its_shard_from_the_start_at_stage_3():
+    whole, shard = (planned(arguments("sft", f"--zero_stage={n}"), ranks=4).phases["load"] for n in (2, 3))
+    assert size(shard, "weights") < 0.6 * size(whole, "weights")
+
+
+def test_on_a_cpu_malloc_leaves_holes_between_activations():
+    on_cpu, on_gpu = (planned(arguments("sft"), device=kind).phases["train"] for kind in ("cpu", "cuda"))
+    assert size(on_cpu, "holes") > 0 == size(on_gpu, "holes")
+    assert size(on_cpu, "activations") == size(on_gpu, "activations")
+
+
 def test_offloading_moves_states_to_the_host():
     there = planned(arguments("sft", "--zero_stage=2"), ranks=2).phases["train"]
     gone = planned(arguments("sft", "--zero_stage=2", "--offload"), ranks=2).phases["train"]

@@ -1,0 +1,28 @@
+"""benchmarks/planner.py: a row of its table, from a plan.json."""
+
+from benchmarks import planner
+
+PLAN = {
+    "device_peak": 900e6,
+    "phases": {"load": {"device": 300e6}, "train": {"device": 900e6}},
+    "seconds": {"forward_backward": 2.0, "optimizer": 0.5},
+    "measured": {"device_peak": 1000e6, "seconds": {"forward_backward": 1.5, "optimizer": 0.25, "data": 9.0}},
+}
+
+
+def test_a_row_has_what_was_planned_beside_what_was_measured_and_names_what_is_far_off():
+    line, off = planner.row(planner.Case("sft", "6m", "--zero_stage 2"), PLAN)
+    assert "| train | 900 | 1,000 | -10% | 2.5 | 1.75 | +43% |" in line
+    assert off == ["seconds of sft 6m 1 --zero_stage 2: +43%"]
+
+
+def test_a_run_that_failed_is_a_row_too():
+    line, off = planner.row(planner.Case("sft", "6m"), {"failed": "it ended with 1"})
+    assert "it ended with 1" in line
+    assert len(off) == 1
+
+
+def test_every_case_is_one_of_its_own():
+    for device in planner.SIZES:
+        found = [case.folder for case in planner.cases(device)]
+        assert len(found) == len(set(found))
