@@ -151,8 +151,8 @@ def _words(accuracy: Estimate, gain: Estimate, overconfidence: Estimate) -> list
         return [chance]
     words = []
     if not gain.low > 0:
-        is_told = gain.value <= 0 or gain.high < USEFUL_GAIN
-        words.append("no better than length" if is_told else "too few pairs to tell it from length")
+        is_sure = gain.value <= 0 or gain.high < USEFUL_GAIN
+        words.append("no better than length" if is_sure else "too few pairs to tell it from length")
     if overconfidence.low > OVERCONFIDENCE:
         words.append("overconfident")
     return words or ["good"]
