@@ -64,9 +64,9 @@ def watch(marks: Marks, logged: list[dict[str, Any]]) -> None:
     def wrap_metrics(module: Any) -> None:
         advance, log = module.MetricsLogger.advance, module.MetricsLogger.log
 
-        def log_and_note(self: Any, step: int, **values: Any) -> None:
-            log(self, step, **values)
-            logged.append({"step": step, **values})
+        def log_and_note(self: Any, step: int, *values: Any, **named: Any) -> None:
+            log(self, step, *values, **named)  # older checkouts name each value
+            logged.append({"step": step, **(values[0] if values else named)})
 
         def advance_and_note(self: Any) -> None:
             advance(self)

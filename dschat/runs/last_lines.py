@@ -136,8 +136,21 @@ def _start(program: str) -> list[str]:
 
     python = "python" if on_path("python") else _shown(Path(sys.executable))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = ["torchrun"] if on_path("torchrun") else [python, "-m", "torch.distributed.run"]
-    launcher = [*launcher, "--nproc_per_node", str(ranks)] if ranks > 1 and program in COMMANDS else []
+    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    launcher = []
+    if ranks > 1 and program in COMMANDS:
+        launcher = ["torchrun"] if on_path("torchrun") else [python, "-m", "torch.distributed.run"]
+        if ranks > of_host:
+            endpoint = f"{os.environ['MASTER_ADDR']}:29400"
+            launcher += [
+                "--nnodes",
+                str(ranks // of_host),
+                "--rdzv_backend",
+                "c10d",
+                "--rdzv_endpoint",
+                endpoint,
+            ]
+        launcher += ["--nproc_per_node", str(of_host)]
     if ReadableParser.command:
         if launcher:
             return [*launcher, "-m", "dschat", name]

@@ -36,7 +36,7 @@ class Metric:
     @property
     def tag(self) -> str:
         """The name in trackers, which says the group once: eval/loss, actor/grad_norm."""
-        return f"{self.group}/{self.name.removeprefix(self.group + '_')}"
+        return f"{self.group}/{self.name.removeprefix(f'{self.group}_').removeprefix(f'{self.group}/')}"
 
     def is_healthy(self, value: float) -> bool:
         """Whether a value is finite and within the bounds; without bounds any finite one is."""

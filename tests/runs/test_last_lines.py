@@ -88,6 +88,15 @@ def test_several_ranks_start_the_next_step_with_as_many(tmp_path, monkeypatch):
         assert words[words.index("--nproc_per_node") + 2].endswith(".py")
 
 
+def test_several_hosts_start_the_next_step_together(tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "10.0.0.1")):
+        monkeypatch.setenv(name, value)
+    for words in next_of("sft", "--model_name_or_path", "m", "--output_dir", str(tmp_path / "sft")):
+        given = flags_in(words)
+        assert (given["--nnodes"], given["--nproc_per_node"]) == ("2", "2")
+        assert given["--rdzv_endpoint"] == "10.0.0.1:29400"
+
+
 @pytest.mark.slow
 def test_the_printed_commands_run_one_after_the_other(tmp_path):
     save_counting_pairs(tmp_path / "pairs of mine.jsonl")

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def logger(run: dict[str, Any]) -> type[MetricsLogger]:
     is_last_rank = mesh().world.rank == mesh().world.size - 1
 
     class Ending(MetricsLogger):
-        def log(self, step: int, **values: Any) -> None:
+        def log(self, step: int, values: Mapping[str, float]) -> None:
             if "loss" in values and step == run.get("die_in"):
                 raise Died
             if "loss" in values and step == run.get("stop_after") and is_last_rank:
@@ -67,7 +68,7 @@ def logger(run: dict[str, Any]) -> type[MetricsLogger]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if is_last_rank:
                 engine_state.torch.save = no_room if step == run.get("full_after") else SAVE
-            super().log(step, **values)
+            super().log(step, values)
 
     return Ending
 
