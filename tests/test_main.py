@@ -65,7 +65,7 @@ def completed(line: str, folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_shell_completes_commands_flags_and_values_and_starts_nothing(tmp_path):
     pytest.importorskip("argcomplete", reason="pip install 'dschat[completion]' brings argcomplete")
-    assert completed("dschat re", tmp_path) == ["reward"]
+    assert completed("dschat rewar", tmp_path) == ["reward", "reward-report"]
     assert completed("dschat ppo --seed 1 --dtype ", tmp_path) == ["bf16", "fp16", "fp32"]
     (tmp_path / "pairs.jsonl").touch()
     assert completed("dschat sft --data_path pai", tmp_path) == ["pairs.jsonl"]

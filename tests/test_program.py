@@ -19,6 +19,8 @@ FOLDERS = ("step1_sft", "step2_reward", "step3_ppo", "scripts", "benchmarks")
 HAS_FLAGS = re.compile(r"run_step\(|parse_arguments\(|ArgumentParser\(|ReadableParser\(|--hostfile")
 OF_OTHER_ENVIRONMENTS = ("learning_trl.py", "versus_trl.py")
 """Programs for a Python that has a peer of this project, which they import first."""
+WITHOUT_FLAGS = ("write_hardware.py",)
+"""They parse command lines of steps and have none of their own."""
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "pandas")
 
 
@@ -114,7 +116,9 @@ def programs() -> list[Path]:
     """The files that are started and have flags."""
     files = (path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")))
     texts = {
-        path: path.read_text(encoding="utf-8") for path in files if path.name not in OF_OTHER_ENVIRONMENTS
+        path: path.read_text(encoding="utf-8")
+        for path in files
+        if path.name not in (*OF_OTHER_ENVIRONMENTS, *WITHOUT_FLAGS)
     }
     return [path for path, text in texts.items() if "__main__" in text and HAS_FLAGS.search(text)]
 

@@ -256,9 +256,12 @@ def _is_written(name: str, config: "LoraConfig") -> bool:
 def adapted_layers(
     model: PreTrainedModel | RewardModel, args: ModelArguments
 ) -> tuple[dict[str, nn.Module], int]:
-    """The layers that get adapters, by name, and the adapters' rank. Raises `UserError`."""
-    wanted = _wanted(args)
-    return _covered_layers(model, args, wanted), wanted.r
+    """The layers that get adapters, by name, and the adapters' rank. Raises `UserError`.
+
+    Without `--lora_config` PEFT, whose import takes half a second, is not asked.
+    """
+    wanted = None if args.lora_config is None else _wanted(args)
+    return _covered_layers(model, args, wanted), args.lora_dim if wanted is None else wanted.r
 
 
 def _wanted(args: ModelArguments) -> "LoraConfig":
@@ -277,7 +280,7 @@ def _wanted(args: ModelArguments) -> "LoraConfig":
 
 
 def _covered_layers(
-    model: PreTrainedModel | RewardModel, args: ModelArguments, wanted: "LoraConfig"
+    model: PreTrainedModel | RewardModel, args: ModelArguments, wanted: "LoraConfig | None"
 ) -> dict[str, nn.Module]:
     """The backbone's linear layers that get adapters: all, those of `lora_module_name`, those of the file."""
     backbone = model.rwtransformer if isinstance(model, RewardModel) else model.base_model
@@ -287,7 +290,7 @@ def _covered_layers(
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.Linear | Conv1D)
     }
-    if args.lora_config is not None:
+    if args.lora_config is not None and wanted is not None:
         own_name = functools.partial(_name_in_transformers, model)
         return _layers_of_file(layers, args, wanted, own_name)
     parts = [part.strip() for part in args.lora_module_name.split(",") if part.strip()]

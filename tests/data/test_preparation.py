@@ -105,11 +105,17 @@ def test_data_for_step_1_alone_is_used_whole_and_changes_nothing_else(tmp_path, 
 def test_a_second_start_reads_what_the_first_one_wrote(tmp_path, tokenizer, monkeypatch, capsys):
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
     first = sft_data(data, tokenizer, max_seq_len=64, seed=1)
-    told = capsys.readouterr().out
+    told = after_tokenising(capsys)
     monkeypatch.setattr("dschat.data.source_set.read_comparisons", None)
     second = sft_data(data, tokenizer, max_seq_len=64, seed=1)
     assert first.train.to_list() == second.train.to_list()
     assert capsys.readouterr().out == told
+
+
+def after_tokenising(capsys) -> str:
+    """What was printed, without the lines that tell of rows at work."""
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("tokenising "))
 
 
 @pytest.mark.parametrize(
@@ -798,7 +804,7 @@ def test_unpaired_feedback_teaches_good_answers_alone(tmp_path, tokenizer, capsy
     told, learned, asked = [], [], []
     for _ in range(2):  # the second time from the cache
         learned = prompts_of(tokenizer, prepared(data, tokenizer, 1).train)
-        told.append(capsys.readouterr().out)
+        told.append(after_tokenising(capsys))
     assert told[0] == told[1]
     assert "6 rows have answers labelled bad: no step learns those" in told[0]
     assert learned

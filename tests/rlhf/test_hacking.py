@@ -87,4 +87,4 @@ def test_the_best_actor_is_in_its_folder_and_no_second_copy(run):
     summary = json.loads((folder / "summary.json").read_text())
     card = (folder / "actor" / "README.md").read_text()
     assert f"| ppo_step | {summary['best_step']} |" in card
-    assert f"from_pretrained('{folder / 'actor'}'" in card
+    assert f"folder = {str(folder / 'actor')!r}" in card

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from figures import timeless_lines
+from alike_runs import EPSILON, assert_alike
 from processes import ROOT, python
-from safetensors.torch import load_file
 from test_ppo_resume import HALF_A_RANK, STEERED, flags_of
 from tiny import save_counting_pairs, save_reward_model, save_tiny_model
-from torch.testing import assert_close
 
 pytestmark = pytest.mark.matrix
 
@@ -42,9 +40,6 @@ PPO = {
     "hybrid 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3}, ACTOR | HYBRID),
     "hybrid adapters": ({"actor_lora_dim": 4, "only_optimize_lora": True}, ACTOR | HYBRID),
 }
-EPSILON = 1e-3
-"""Adam's: with its own default rounding in a gradient that ought to be 0, such as a key's bias has, is a step
-of the whole learning rate."""
 
 
 def supervised(folder: Path, name: str, output: str, *more: str, data_ranks: int = 1) -> dict:
@@ -70,22 +65,6 @@ def supervised(folder: Path, name: str, output: str, *more: str, data_ranks: int
 def start(worker: str, folder: Path, name: str, runs: list[dict], ranks: int) -> None:
     (folder / f"{name}.json").write_text(json.dumps(runs))
     python(WORKERS / worker, folder / f"{name}.json", ranks=ranks, timeout=1500)
-
-
-def assert_alike(one: Path, other: Path, *, exactly: bool) -> None:
-    """Two runs of the same figures and exports, to the last bit or to rounding."""
-    figures = [timeless_lines(folder) for folder in (one, other)]
-    if exactly:
-        assert figures[0] == figures[1]
-    for expected, found in zip(*figures, strict=True):
-        for figure in ("loss", "eval_loss", "score", "kl", "value_loss", "grad_norm", "actor_grad_norm"):
-            if figure in expected:
-                assert_close(found[figure], expected[figure], rtol=1e-4, atol=1e-4, msg=f"{other}: {figure}")
-    files = [path.relative_to(one) for path in one.rglob("*.safetensors") if "checkpoints" not in path.parts]
-    assert files
-    for file in files:
-        tolerance = 0 if exactly else 5e-6
-        assert_close(load_file(other / file), load_file(one / file), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

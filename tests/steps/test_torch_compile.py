@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from alike_runs import EPSILON, assert_alike
 from processes import ROOT, python
 from test_ppo_resume import flags_of
-from test_tensor_parallel import EPSILON, assert_alike
 from tiny import save_counting_pairs, save_reward_model, save_tiny_model
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(7200)]

@@ -118,8 +118,9 @@ def test_part_of_an_epoch_ends_with_an_evaluation(monkeypatch, capsys):
 def test_between_epochs_a_part_of_the_rows_is_evaluated(monkeypatch):
     run = Run("--eval_interval=2", "--eval_iters=1", "--per_device_eval_batch_size=2")
     short = "evaluate 2 rows"
-    # At an epoch's end the short part is evaluated too: by it evaluations are compared.
-    beginning, middle, end = [ALL, short], [1, 2, short, "offer 2"], [3, ALL, short, "offer 3", "finish 3"]
+    # At an epoch's end the short part is evaluated first: by it evaluations are compared, and a report
+    # is of the last one.
+    beginning, middle, end = [short, ALL], [1, 2, short, "offer 2"], [3, short, ALL, "offer 3", "finish 3"]
     assert run.train(monkeypatch) == [*beginning, *middle, *end]
 
 

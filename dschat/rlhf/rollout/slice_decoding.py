@@ -21,10 +21,12 @@ def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
     ids = torch.arange(rows.rows * rows.length, device=model.device).view(rows.rows, -1) % vocabulary
     zeros = torch.zeros(rows.rows, dtype=torch.long, device=model.device)
     prompts = PromptBatch(ids, torch.ones_like(ids), zeros, zeros, zeros)
-    mode = MODES["traced" if can_be_traced(model.config.get_text_config()) else "matmul"]
+    is_in_fp32 = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    traced = "traced in fp32" if is_in_fp32 else "traced"
+    mode = MODES[traced if can_be_traced(model.config.get_text_config()) else "matmul"]
     draw = TokenDraw(num_tokens=vocabulary, with_logprobs=True)
     uniforms = torch.full((rows.rows,), 0.5, dtype=torch.float64, device=model.device)
-    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _traced(model))
+    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _traced(model, mode.in_fp32))
     end_of("reading")
     for _ in range(rows.outputs):
         decoding.read(draw(decoding.logits, uniforms)[0])
@@ -32,6 +34,6 @@ def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _traced(model: Any) -> TracedPass:
+def _traced(model: Any, in_fp32: bool) -> TracedPass:
     """One record for all batches, as in a run."""
-    return TracedPass(model)
+    return TracedPass(model, in_fp32=in_fp32)
