@@ -50,6 +50,8 @@ TO_KNOW = (
 )
 REPEATED = 4
 """Tokens of a piece of an answer that counts as repeated where it stood there before."""
+CHECKED = "checked success"
+"""The score of the demo task: 1 for a right answer, else 0."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -280,11 +282,11 @@ def add_demo_task(found: Comparison) -> None:
     from demo_task import check_answer
 
     prompts = list(map(as_text, found.asked.prompts))
-    found.scores["checked success"] = {
+    found.scores[CHECKED] = {
         name: np.array([float(not check_answer(*pair)) for pair in zip(prompts, texts, strict=True)])
         for name, texts in found.answers.items()
     }
-    for name, right in found.scores["checked success"].items():
+    for name, right in found.scores[CHECKED].items():
         found.figures[name]["success"] = float(right.mean())
 
 
@@ -351,11 +353,13 @@ def repetition(answers: Answers) -> float:
 def headings(args: argparse.Namespace, found: Comparison) -> dict[str, tuple[str, str]]:
     """Of the figures that are known, heading and format, in the order of tables."""
     to = args.reference or found.first
-    known = {"success": ("checked success", "{:.1%}")}
+    known = {}
     for source in found.scores:
-        known |= {f"score by {source}": (f"score by {source}", "{:.3f}")}
-    for source in found.wins:
-        known |= {f"win rate by {source}": (f"win rate against {found.first} by {source}", "{:.1%}")}
+        is_share = source == CHECKED
+        heading, form = (source, "{:.1%}") if is_share else (f"score by {source}", "{:.3f}")
+        known[f"score by {source}"] = heading, form
+    for source in (one for one in found.wins if one != CHECKED):  # a share of 0 and 1 says it itself
+        known |= {f"win rate by {source}": (f"wins against {found.first} by {source}", "{:.1%}")}
     known |= {
         "kl": (f"KL to {to} (nats)", "{:.3f}"),
         "answer_length": ("answer length (tokens)", "{:.1f}"),
@@ -366,13 +370,15 @@ def headings(args: argparse.Namespace, found: Comparison) -> dict[str, tuple[str
     return {name: shown for name, shown in known.items() if name in has}
 
 
-def cells(values: dict[str, Any], shown: dict[str, tuple[str, str]]) -> list[str]:
-    """A model's figures for a table, with their intervals."""
+def cells(
+    values: dict[str, Any], shown: dict[str, tuple[str, str]], *, with_intervals: bool = True
+) -> list[str]:
+    """A model's figures for a table."""
     found = []
     for name, (_, form) in shown.items():
         cell = form.format(values[name]) if name in values else "-"
         interval = values.get(f"{name}_interval")
-        if interval and all(map(math.isfinite, interval)):
+        if with_intervals and interval and all(map(math.isfinite, interval)):
             cell += " ({} to {})".format(*map(form.format, interval))
         found.append(cell)
     return found
@@ -405,9 +411,10 @@ def show(args: argparse.Namespace, found: Comparison) -> None:
     for heading, _ in shown.values():
         table.add_column(heading, justify="right")
     for name, values in found.figures.items():
-        table.add_row(name, *cells(values, shown))
+        table.add_row(name, *cells(values, shown, with_intervals=False))  # JSON and the page have them
     console = Console(**PLAIN)
-    console.print(side_by_side)
+    if side_by_side.row_count:
+        console.print(side_by_side)
     console.print(table)
     for line in [*found.notes, *(sentence for sentence, _ in found.verdicts)]:
         console.print(printable(line))
