@@ -154,7 +154,7 @@ def curve(run: Run, name: str, all_curves: dict[str, tuple[list[float], list[flo
         series,
         x="PPO step" if run.step == "rlhf" else "optimiser step",
         y=known.unit,
-        note=f"{known.meaning}.{healthy}",
+        note=f"{known.meaning}.{healthy}".replace("`", ""),
         healthy=(bounds[0], bounds[1]),
     )
 

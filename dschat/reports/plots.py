@@ -48,6 +48,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+SPREAD = 50
+"""How many times as large as the least value the largest is on a logarithmic axis."""
 
 
 def plot(
@@ -89,11 +91,18 @@ def curves(
     note: str = "",
     healthy: tuple[float | None, float | None] = (None, None),
 ) -> Plot:
-    """Lines of (name, xs, ys), with the bounds of what is `healthy` where there are such within sight."""
+    """Lines of (name, xs, ys), with the bounds of what is `healthy` where there are such within sight.
+
+    The axis is logarithmic for positive values of very different size.
+    """
 
     def draw(axes: Axes) -> None:
         for name, xs, ys in series:
             axes.plot(xs, ys, label=label(name), marker="o" if len(xs) < 25 else "", markersize=3)
+        values = [y for _, _, ys in series for y in ys]
+        if values and 0 < SPREAD * min(values) < max(values):  # such as a perplexity that falls from 1,000
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         low, high = axes.get_ylim()
         for bound in healthy:
             if bound is not None and low <= bound <= high:

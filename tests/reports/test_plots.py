@@ -62,3 +62,11 @@ def test_matplotlib_is_imported_with_the_first_drawing_only():
     script = "import dschat.reports.plots, dschat.reports.page, sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_values_of_very_different_size_stand_on_a_logarithmic_axis():
+    def ticks(*values: float) -> set[str]:
+        return set(re.findall(r"<text[^>]*>([^<]*)</text>", curves("p", [("a", [0, 1, 2], values)]).svg))
+
+    assert {"10", "100"} < ticks(900, 30, 3)
+    assert {"200", "800"} < ticks(900, 300, 30)
