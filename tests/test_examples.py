@@ -1,8 +1,10 @@
 """The examples learn what they say."""
 
+import json
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from examples import ppo_minimal
 
@@ -20,3 +22,20 @@ def test_ppo_on_one_page_learns_to_count(monkeypatch, capsys):
 
 def test_it_is_one_page():
     assert len(Path(ppo_minimal.__file__).read_text(encoding="utf-8").splitlines()) < 150
+
+
+def cells() -> list[dict]:
+    """The notebook's cells of code."""
+    notebook = Path(ppo_minimal.__file__).with_name("quickstart.ipynb")
+    return [cell for cell in json.loads(notebook.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_notebook_runs(tmp_path):
+    """In a shortened setting, as one program."""
+    code = "\n".join("".join(cell["source"]) for cell in cells())
+    (tmp_path / "notebook.py").write_text(f"import matplotlib\nmatplotlib.use('agg')\n{code}\n")
+    said = python(tmp_path / "notebook.py", cwd=tmp_path, env={"DSCHAT_NOTEBOOK_SHORT": "1"}).stdout
+    assert "next, PPO:" in said
+    assert "checked success" in said
+    assert (tmp_path / "quickstart_notebook" / "ppo" / "actor" / "config.json").is_file()
