@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.arguments import RewardSourceArguments, RlhfArguments, complete, parse_arguments
+from dschat.arguments import ReadableParser, RewardSourceArguments, RlhfArguments, parse_arguments
 from dschat.console import messages
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
@@ -46,7 +46,7 @@ LEAST_PROMPTS = 20
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RlhfArguments]:
     """The flags of this program, and those of step 3. Raises `UserError`."""
-    parser = argparse.ArgumentParser(
+    parser = ReadableParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -65,8 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RlhfAr
     add("--num_prompts", type=int, default=200, help="Held-out prompts (default 200).")
     add("--output", type=Path, default=Path("forecast"), metavar="FOLDER", help="Default: forecast.")
     add("--force", action="store_true", help="Exit with 0 whatever the forecast says.")
-    complete(parser)
-    own, words = parser.parse_known_args(argv)
+    own_words, words = parser.own_words(sys.argv[1:] if argv is None else argv)
+    own = parser.parse_args(own_words)
     if not (own.gold_function or own.gold_reward_model):
         raise UserError(
             "nothing says what good answers are: give --gold_function FILE.py:NAME, a program that checks "

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, python
+from test_ppo_resume import FLAGS as ppo_flags
+from test_ppo_resume import STEERED
 from tiny import save_reward_model, save_tiny_model
 
 from dschat.errors import UserError
@@ -17,27 +19,7 @@ from scripts import replay
 from scripts.replay_page import replay_page
 
 WORKER = ROOT / "tests" / "workers" / "replays.py"
-FLAGS = {
-    "max_prompt_seq_len": 24,
-    "max_answer_seq_len": 8,
-    "per_device_generation_batch_size": 4,
-    "generation_batches": 2,
-    "per_device_training_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "ppo_epochs": 2,
-    "num_warmup_steps": 2,
-    "actor_learning_rate": 1e-3,
-    "critic_learning_rate": 1e-3,
-    "data_split": "0,0,1",
-    "eval_fraction": 0.1,
-    "eval_interval": 2,
-    "save_interval": 8,
-    "dtype": "fp32",
-    "score_normalization": "running",
-    "kl_target": 0.05,
-    "kl_horizon": 50,
-    "enable_ema": True,
-}
+FLAGS = ppo_flags | STEERED | {"eval_interval": 2, "save_interval": 8}
 """3 PPO steps of 4 optimiser steps; checkpoints after the second and the third."""
 MOVED_BY_BETA = {"kl_reward", "raw_advantage", "advantage", "return", "logprob", "new_value", "ratio"}
 
