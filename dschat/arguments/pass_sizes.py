@@ -1,6 +1,7 @@
 """How many tokens the passes of a step read at once, by its flags: what decides the memory of activations."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class PassSizes:
     """Answers that are sampled at once."""
     rollout_rows: int = 0
     """Answers of a PPO step."""
+    gather: Literal["auto", "always", "never"] = "auto"
+    """Whether weights that ZeRO-3 shards are gathered whole to sample them; auto: where there is room."""
     passes: int = 1
     """How often a PPO step learns from each of them."""
     keeps_average: bool = False

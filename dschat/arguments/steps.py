@@ -228,6 +228,7 @@ class RlhfArguments(TrainingStep):
             answer_length=self.rollout.max_answer_seq_len,
             generation_rows=self.rollout.per_device_generation_batch_size,
             rollout_rows=self.rollout_size,
+            gather="never" if self.hybrid.unpin_actor_parameters else self.rollout.rollout_gather,
             passes=self.ppo.ppo_epochs,
             keeps_average=self.ppo.enable_ema,
             holds_both=self.rlhf.reuse_first_pass == "both" and self.ppo.has_critic,

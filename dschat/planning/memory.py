@@ -202,8 +202,6 @@ class MemoryModel:
     sizes: PassSizes
     hardware: Hardware
     data_ranks: int
-    gathers: bool = True
-    """Whether a sharded actor is gathered to sample answers."""
     stages: int = 1
     """Ranks that share a model's layers. The first keeps as many micro-batches as there are stages, each of
     its layers alone: activations of one whole pass."""
@@ -295,7 +293,10 @@ class MemoryModel:
         gathered: Moment = ()
         if actor.spec.zero_stage == 3 and self.data_ranks > 1:
             whole = Part(actor.spec.name, "gathered weights", engine.whole_bytes)
-            gathered = (whole,) if self.gathers else engine.gathered()
+            needed = total((*self._standing(), whole, whole))  # twice, as rollout/hf_generate.py asks for
+            fits = not self.hardware.usable or needed <= self.hardware.usable
+            is_whole = fits if sizes.gather == "auto" else sizes.gather == "always"
+            gathered = (whole,) if is_whole else engine.gathered()
         standing = (*self._standing(), *gathered, Part(actor.spec.name, "KV cache", cache))
         read = Rows(rows, max(sizes.length - sizes.answer_length, 1), 1)
         return [

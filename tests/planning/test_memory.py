@@ -88,6 +88,19 @@ def test_a_gathered_actor_is_whole_while_it_generates():
     assert size(phases["generate"], "gathered weights", "actor") == size(whole, "weights", "actor")
 
 
+def test_an_actor_that_may_not_be_gathered_or_has_no_room_generates_layer_by_layer():
+    flags = ("--actor_zero_stage=3", "--critic_zero_stage=3")
+
+    def gathered(*more: str, memory: float = 0.0) -> float:
+        plan = planned(arguments("rlhf", *flags, *more), ranks=8, memory=memory)
+        return size(plan.phases["generate"], "gathered weights", "actor")
+
+    whole, tight = gathered(), 0.6e9 + 1000
+    assert gathered("--rollout_gather=never") == gathered(memory=tight) != whole
+    assert gathered("--enable_hybrid_engine", "--unpin_actor_parameters") == gathered(memory=tight)
+    assert gathered("--rollout_gather=always", memory=tight) == whole
+
+
 def test_frozen_models_rest_on_the_host_between_uses():
     phases = planned(arguments("rlhf", "--offload_reference_model")).phases
     there = [part for part in phases["train"] if part.model == "reference model" and part.kind == "weights"]
