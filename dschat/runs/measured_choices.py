@@ -25,6 +25,9 @@ from dschat.fingerprint import fingerprint
 MARGIN = 0.95
 """A way replaces the first one where it takes less than this share of its time: less is noise."""
 
+SECONDS_KEPT = 7 * 24 * 3600.0
+"""After so long what one thing takes is timed again: it may have been timed on a busy machine."""
+
 VERSIONED = ("torch", "transformers", "deepspeed")
 
 
@@ -85,10 +88,25 @@ class MeasuredChoices:
         return self.made[name]
 
     def seconds_of(
-        self, name: str, run: Callable[[], object], *, key: Mapping[str, Any], rounds: int = 5
+        self,
+        name: str,
+        run: Callable[[], object],
+        *,
+        key: Mapping[str, Any],
+        rounds: int = 10,
+        alone: bool = False,
     ) -> float:
-        """The least seconds of a call of `run`, measured once per machine and `key`; nothing is chosen."""
-        return float(self._found(name, {name: run}, key, rounds, time.perf_counter)["seconds"][name])
+        """The least seconds of a call of `run` that the machine has seen for this `key`; nothing is chosen.
+
+        It is timed where the machine has not done so for `SECONDS_KEPT`, or `alone`: now, by this rank.
+        """
+        path = self._path(name, [name], key)
+        found = None if alone else broadcast_from_rank_0(lambda: None if _is_old(path) else _remembered(path))
+        if found is None:
+            decision = _decision(name, _times({name: run}, rounds, time.perf_counter), key)
+            found = _least_kept(path, decision) if alone else None
+            found = found or broadcast_from_rank_0(lambda: _least_kept(path, decision))
+        return float(found["seconds"][name])
 
     def kept_seconds(
         self, name: str, measure: Callable[[], Mapping[str, float]] | None, *, key: Mapping[str, Any]
@@ -179,6 +197,23 @@ def _remembered(path: Path) -> dict[str, Any] | None:
         return decision if {"way", "seconds"} <= decision.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _is_old(path: Path) -> bool:
+    """Whether a file was written longer than `SECONDS_KEPT` ago; not where there is none."""
+    try:
+        return time.time() - path.stat().st_mtime > SECONDS_KEPT
+    except OSError:
+        return False
+
+
+def _least_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
+    """Keep a decision with the least seconds of it and of the one that it replaces."""
+    known = (_remembered(path) or decision)["seconds"]
+    least = {way: min(seconds, known.get(way, seconds)) for way, seconds in decision["seconds"].items()}
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return _first_kept(path, {**decision, "seconds": least})
 
 
 def _first_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dschat.arguments import PpoArguments, RolloutArguments, RunArguments
+from dschat.engines.speed import Peak
 from dschat.rlhf import speed
 from dschat.rlhf.speed import PpoSpeed
 
@@ -13,7 +14,7 @@ from dschat.rlhf.speed import PpoSpeed
 @pytest.fixture
 def trainer(monkeypatch):
     """A trainer that has sampled 10 tokens, of which a PPO step needs 600 operations."""
-    monkeypatch.setattr(speed, "measured_peak", lambda *args, **kwargs: 1000.0)
+    monkeypatch.setattr(speed, "measured_peak", lambda *args, **kwargs: Peak(1000.0))
     monkeypatch.setattr(
         speed, "PpoWork", lambda *args: SimpleNamespace(flops=lambda *args, **kwargs: 600.0 * share(kwargs))
     )

@@ -1,6 +1,7 @@
 """Choices by timing: what decides them, and that a machine and a checkpoint keep them."""
 
 import json
+import os
 import time
 
 import pytest
@@ -110,6 +111,16 @@ def test_the_time_of_one_thing_is_measured_once_per_machine(tmp_path):
     later = MeasuredChoices(folder=tmp_path, measures=False)
     assert later.seconds_of("product", run, key={"rows": 4}) == first
     assert not calls
+    # A rank may time it alone, and after a week it is timed again: the least is kept.
+    slower = ways(calls, product=0.02)["product"]
+    assert later.seconds_of("product", slower, key={"rows": 4}, alone=True) == first
+    assert calls
+    calls.clear()
+    (written,) = tmp_path.iterdir()
+    os.utime(written, (0, 0))
+    assert later.seconds_of("product", lambda: calls.append("fast"), key={"rows": 4}) < first
+    assert calls
+    assert written.stat().st_mtime > 0
     later.seconds_of("product", run, key={"rows": 8})
     assert calls
     assert later.made == {}

@@ -233,7 +233,7 @@ def test_the_reward_model_is_a_sequence_classifier_for_everyone(model, one_rank)
 def test_every_optimiser_step_says_how_fast_it_was(one_rank):
     for name in ("sft", "reward"):
         steps = [line for line in lines(one_rank / name) if "loss" in line]
-        assert [0 < line["peak_share"] < 1 for line in steps] == [True] * len(steps)
+        assert [0 < line["peak_share"] <= 1 for line in steps] == [True] * len(steps)
         for line in steps:
             phases = ("data", "forward_backward", "optimizer")
             spent = sum(line[f"seconds_{phase}"] for phase in phases)

@@ -8,6 +8,7 @@ import torch
 from dschat.arguments import BatchArguments, RunArguments
 from dschat.data.token_batch import TokenBatch
 from dschat.engines.model_work import ModelWork
+from dschat.engines.speed import Peak
 from dschat.supervised import speed
 from dschat.supervised.speed import Speed
 
@@ -15,7 +16,7 @@ from dschat.supervised.speed import Speed
 @pytest.fixture
 def meter(monkeypatch):
     """Of a model of 10 weights without a head and without attention, on a machine of 1,000 FLOP/s."""
-    monkeypatch.setattr(speed, "measured_peak", lambda *args, **kwargs: 1000.0)
+    monkeypatch.setattr(speed, "measured_peak", lambda *args, **kwargs: Peak(1000.0))
     sizes = ModelWork(body=10, trained_body=10, head=0, trained_head=0, attention=0)
     monkeypatch.setattr(speed.ModelWork, "of", staticmethod(lambda model: sizes))
     engine = SimpleNamespace(module=SimpleNamespace(config=None))
