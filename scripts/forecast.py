@@ -2,11 +2,13 @@
 
     python scripts/forecast.py --gold_function check.py:is_right FLAGS_OF_STEP_3...
     python scripts/forecast.py --gold_reward_model output/other_reward FLAGS_OF_STEP_3...
+    python scripts/forecast.py --judge http://localhost:8000/v1 --judge_model NAME FLAGS_OF_STEP_3...
 
 The SFT model (--actor_model_name_or_path) answers held-out prompts many times, and the reward model picks the
-best of n answers. What is believed of those ("gold"), by a function or by a second reward model that learned
-from other pairs, tells how far optimising the reward model helps: gold against KL, the KL at which it turns,
-and with that --kl_target and --max_kl for PPO. The prompts are those that step 3 holds out with these flags.
+best of n answers. What is believed of those ("gold"), by a function, by a second reward model that learned
+from other pairs, or by a judge, tells how far optimising the reward model helps: gold against KL, the KL at
+which it turns, and with that --kl_target and --max_kl for PPO. The prompts are those that step 3 holds out
+with these flags. A judge's gold is how often the best of n wins against one more answer of the SFT model.
 
 One process. Writes FOLDER/forecast.html and forecast.json. Exit code 1 where the reward model is not worth
 PPO, unless --force.
@@ -18,14 +20,20 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.arguments import ReadableParser, RewardSourceArguments, RlhfArguments, parse_arguments
+from dschat.arguments import (
+    ReadableParser,
+    RewardSourceArguments,
+    RlhfArguments,
+    parse_arguments,
+    without_secrets,
+)
 from dschat.console import messages
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
@@ -38,10 +46,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dschat.rlhf.rollout.batch import RolloutBatch
+    from scripts.judge import Judge
 
 NAME, PAGE = "forecast.json", "forecast.html"
 LEAST_PROMPTS = 20
 """Held-out prompts below which an interval over prompts means nothing."""
+JUDGED = (1, 2, 4, 8, 16, 32, 64, 128)
+"""The n of a judge's curve: each but the first costs two questions per prompt, or none where the best of n
+answers is that of half as many."""
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RlhfArguments]:
@@ -61,17 +73,28 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RlhfAr
         metavar="MODEL",
         help="What is believed: a reward model that learned from other pairs than the one in question.",
     )
+    gold.add_argument(
+        "--judge",
+        metavar="URL",
+        help="What is believed: an OpenAI-compatible API, such as http://localhost:8000/v1, whose model says "
+        "which of two answers is better; asked in both orders about at most 6 pairs per prompt (7 from "
+        "--num_answers 128 on).",
+    )
+    add("--judge_model", "--judge-model", metavar="NAME", help="The name of the judge's model there.")
     add("--num_answers", type=int, default=64, help="Answers to each prompt, the largest n (default 64).")
     add("--num_prompts", type=int, default=200, help="Held-out prompts (default 200).")
     add("--output", type=Path, default=Path("forecast"), metavar="FOLDER", help="Default: forecast.")
     add("--force", action="store_true", help="Exit with 0 whatever the forecast says.")
     own_words, words = parser.own_words(sys.argv[1:] if argv is None else argv)
     own = parser.parse_args(own_words)
-    if not (own.gold_function or own.gold_reward_model):
+    if not (own.gold_function or own.gold_reward_model or own.judge):
         raise UserError(
             "nothing says what good answers are: give --gold_function FILE.py:NAME, a program that checks "
-            "answers, or --gold_reward_model, a reward model that learned from other pairs."
+            "answers, --gold_reward_model, a reward model that learned from other pairs, or --judge URL, a "
+            "language model that compares them."
         )
+    if (own.judge is None) != (own.judge_model is None):
+        raise UserError("--judge and --judge_model go together: the URL of an API, and a model there.")
     if own.num_answers < 4:
         raise UserError(f"--num_answers must be at least 4, got {own.num_answers}; 64 is usual.")
     if own.num_prompts < LEAST_PROMPTS:
@@ -162,7 +185,7 @@ class Sampled:
         batches = build_eval_prompts(
             self._prompts,
             num_prompts=self._own.num_prompts,
-            samples_per_prompt=self._own.num_answers,
+            samples_per_prompt=self._own.num_answers + bool(self._own.judge),
             pad_id=self._tokenizers.actor.pad_token_id,
             batch_size=rollout.per_device_generation_batch_size,
             rank=0,
@@ -231,35 +254,109 @@ class Sampled:
         return found
 
 
+@dataclass(frozen=True)
+class Believed:
+    """Gold of the best of n answers to P prompts, for K sizes n, and of those that are taken for the best."""
+
+    sizes: tuple[int, ...]
+    by_n: np.ndarray
+    """[P, K]"""
+    taken: np.ndarray
+    """The answer that the reward model takes for the best of all, [P],"""
+    of_taken: np.ndarray
+    """its gold [P],"""
+    usual: np.ndarray
+    """and what is to be expected of an answer to that prompt, [P]."""
+    said: str = ""
+    """What is to be known of how gold was had."""
+
+
+def by_scores(shaped: np.ndarray, gold: np.ndarray) -> Believed:
+    """Gold by a score of every answer, [P, N] both."""
+    from dschat.reports.best_of_n import SIZES, best_of_n
+
+    sizes, taken = tuple(n for n in SIZES if n <= shaped.shape[1]), shaped.argmax(axis=1)
+    of_taken = gold[range(len(gold)), taken]
+    return Believed(sizes, best_of_n(shaped, gold, sizes), taken, of_taken, gold.mean(axis=1))
+
+
+def by_judge(judge: Judge, sampled: Sampled, batches: list[RolloutBatch], shaped: np.ndarray) -> Believed:
+    """Gold by a judge: the share of prompts where the best of the first n answers wins against the last.
+
+    `shaped` [P, N + 1]. The last answer to a prompt competes with none of the others for being the best, so
+    that a win rate of 1/2 is that of the SFT model, which n = 1 has without a question.
+    """
+    import numpy as np
+
+    num_prompts, width = shaped.shape
+    sizes = tuple(n for n in JUDGED if n < width)
+    best = np.stack([shaped[:, :n].argmax(axis=1) for n in sizes], axis=1)
+    pairs = sorted({(row, int(answer)) for row in range(num_prompts) for answer in best[row, 1:]})
+    messages.info(f"the judge is asked {2 * len(pairs)} questions: {len(pairs)} pairs, in both orders")
+    texts = sampled.texts(batches, [row * width + answer for row, answer in pairs])
+    others = sampled.texts(batches, [row * width + width - 1 for row in range(num_prompts)])
+    prompts, answers = zip(*texts, strict=True)
+    wins = judge.wins(prompts, answers, [others[row][1] for row, _ in pairs])
+    by_pair = dict(zip(pairs, wins, strict=True))
+    by_n = np.full(best.shape, 0.5)
+    for row in range(num_prompts):
+        by_n[row, 1:] = [by_pair[row, int(answer)] for answer in best[row, 1:]]
+    said = (
+        f"The judge was asked about {len(pairs)} pairs in both orders: in {judge.inconsistent} the place "
+        f"decided, which counts as a tie; {judge.unreadable} had a reply without a verdict."
+    )
+    return Believed(sizes, by_n, best[:, -1], by_n[:, -1], by_n[:, 0], said)
+
+
+def checked_judge(own: argparse.Namespace) -> Judge | None:
+    """The judge, having answered a trial question; None where gold is another. Raises `UserError`."""
+    if not own.judge:
+        return None
+    from scripts.judge import Judge
+
+    judge = Judge(own.judge, own.judge_model)
+    judge.wins(["Name a colour."], ["Blue."], ["No."])
+    return Judge(own.judge, own.judge_model)
+
+
 def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
     """Sample, score, forecast: the content of forecast.json."""
     import torch
 
-    from dschat.reports.best_of_n import forecast
+    from dschat.reports.best_of_n import best_of_n, curve_of
 
     sampled = Sampled(own, args)
+    judge = checked_judge(own)
     clock = [time.perf_counter()]
     batches = sampled.answers()
     clock.append(time.perf_counter())
     raw = sampled.by_model(batches, "reward")
-    clock.append(time.perf_counter())
-    gold = sampled.gold(batches)
-    clock.append(time.perf_counter())
     ended, rows = (torch.cat([getattr(b, name) for b in batches]) for name in ("ended", "prompt_rows"))
-    by_prompt = rows.view(-1, own.num_answers)
+    by_prompt = rows.view(-1, own.num_answers + bool(judge))
     assert (by_prompt == by_prompt[:, :1]).all(), "the answers to a prompt stand together"
-    if not (raw.isfinite().all() and gold.isfinite().all()):
-        raise UserError("not every score is finite, so nothing can be told; a reward model may need fp32.")
-    table = {
-        name: values.double().view(by_prompt.shape).cpu().numpy()
-        for name, values in (("shaped", sampled.shaped(raw, ended)), ("raw", raw), ("gold", gold))
-    }
-    found = forecast(table["shaped"], table["raw"], table["gold"])
+
+    def table(scores: Tensor) -> np.ndarray:
+        if not scores.isfinite().all():
+            raise UserError(
+                "not every score is finite, so nothing can be told; a reward model may need fp32."
+            )
+        return scores.double().view(by_prompt.shape).cpu().numpy()
+
+    shaped, shown = table(sampled.shaped(raw, ended)), table(raw)
+    clock.append(time.perf_counter())
+    if judge:
+        gold = by_judge(judge, sampled, batches, shaped)
+    else:
+        gold = by_scores(shaped, table(sampled.gold(batches)))
+    clock.append(time.perf_counter())
+    competing = slice(own.num_answers)
+    found = curve_of(gold.sizes, best_of_n(shaped[:, competing], shown[:, competing], gold.sizes), gold.by_n)
     seconds = dict(zip(("sampling", "scoring", "gold"), map(float.__sub__, clock[1:], clock), strict=True))
     return {
         "actor": args.actor.model_name_or_path,
         "reward_model": args.reward_path,
-        "gold": own.gold_function or own.gold_reward_model,
+        "gold": own.gold_function or own.gold_reward_model or judged_by(own),
+        "said": gold.said,
         "num_prompts": len(by_prompt),
         "num_answers": own.num_answers,
         "eos_share": ended.double().mean().item(),
@@ -269,28 +366,31 @@ def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
         **{name: asdict(getattr(found, name)) for name in ("turning_kl", "peak")},
         "points": [asdict(point) for point in found.points],
         "seconds": seconds,
-        "fooled": fooled(sampled, batches, table),
+        "fooled": fooled(sampled, batches, shown, gold),
     }
 
 
+def judged_by(own: argparse.Namespace) -> str:
+    """The judge in words, without what its URL has of secrets."""
+    return f"the win rate by the judge {own.judge_model} at {without_secrets(own.judge)}"
+
+
 def fooled(
-    sampled: Sampled, batches: list[RolloutBatch], table: dict[str, np.ndarray], count: int = 5
+    sampled: Sampled, batches: list[RolloutBatch], raw: np.ndarray, gold: Believed, count: int = 5
 ) -> list[dict[str, Any]]:
-    """Answers that the reward model takes for the best, with the least gold beside the prompt's others."""
-    taken = table["shaped"].argmax(axis=1)
-    gold = table["gold"]
-    lost = gold[range(len(gold)), taken] - gold.mean(axis=1)
+    """Answers that the reward model takes for the best, with the least gold beside what is usual."""
+    lost = gold.of_taken - gold.usual
     prompts = [int(place) for place in lost.argsort(kind="stable")[:count] if lost[place] < 0]
-    places = [place * gold.shape[1] + int(taken[place]) for place in prompts]
+    texts = sampled.texts(batches, [row * raw.shape[1] + int(gold.taken[row]) for row in prompts])
     return [
         {
             "prompt": prompt,
             "answer": answer,
-            "score": float(table["raw"][place, taken[place]]),
-            "gold": float(gold[place, taken[place]]),
-            "mean_gold": float(gold[place].mean()),
+            "score": float(raw[row, gold.taken[row]]),
+            "gold": float(gold.of_taken[row]),
+            "mean_gold": float(gold.usual[row]),
         }
-        for place, (prompt, answer) in zip(prompts, sampled.texts(batches, places), strict=True)
+        for row, (prompt, answer) in zip(prompts, texts, strict=True)
     ]
 
 
@@ -316,7 +416,8 @@ def say(found: dict[str, Any], folder: Path) -> None:
             f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})",
         )
     Console(**PLAIN).print(table)
-    messages.info(found["verdict"])
+    for line in filter(None, (found["said"], found["verdict"])):
+        messages.info(line)
     if found["kl_target"] is not None:
         messages.info(f"for PPO: --kl_target {found['kl_target']:.2g} --max_kl {found['max_kl']:.2g}")
     spent, answers = sum(found["seconds"].values()), found["num_prompts"] * found["num_answers"]

@@ -43,7 +43,7 @@ def forecast_page(found: Mapping[str, Any]) -> str:
             for number, one in enumerate(found["fooled"], 1)
         ]  # fmt: skip
         blocks.append(Section(title, samples))
-    blocks.append(Section("How the forecast is made", [Text(METHOD)], collapsed=True))
+    blocks.append(Section("How the forecast is made", [Text(f"{METHOD} {found['said']}")], collapsed=True))
     lead = (
         f"Reward model {found['reward_model']}, answers of {found['actor']}, gold by {found['gold']}; "
         f"{found['num_answers']} answers to each of {found['num_prompts']} held-out prompts in "

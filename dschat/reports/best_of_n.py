@@ -9,6 +9,7 @@ upper bound, Beirami et al., https://arxiv.org/abs/2401.01879). Its score and wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,17 +97,21 @@ class Forecast:
         return f"this reward model is not worth PPO: up to KL {last.kl:.2f} gold gains nothing beyond noise"
 
 
-def forecast(scores: np.ndarray, raw: np.ndarray, gold: np.ndarray, seed: int = 0) -> Forecast:
+def forecast(scores: np.ndarray, raw: np.ndarray, gold: np.ndarray) -> Forecast:
     """The forecast from N answers to each of P prompts, [P, N] each; answers are chosen by `scores`.
 
     `raw` is the score that is shown for them.
     """
     sizes = tuple(n for n in SIZES if n <= scores.shape[1])
-    by_n = [best_of_n(scores, values, sizes) for values in (raw, gold)]
-    random, num = np.random.default_rng(seed), len(scores)
+    return curve_of(sizes, best_of_n(scores, raw, sizes), best_of_n(scores, gold, sizes))
+
+
+def curve_of(sizes: Sequence[int], score: np.ndarray, gold: np.ndarray, seed: int = 0) -> Forecast:
+    """The forecast from score and gold of the best of each of K `sizes`, for P prompts; [P, K] each."""
+    random, num = np.random.default_rng(seed), len(score)
     times = random.multinomial(num, np.full(num, 1 / num), NUM_RESAMPLED) / num
-    shown, believed = (values.mean(axis=0) for values in by_n)
-    shown_again, believed_again = (times @ values for values in by_n)
+    shown, believed = (values.mean(axis=0) for values in (score, gold))
+    shown_again, believed_again = (times @ values for values in (score, gold))
     gains = believed_again - believed_again[:, :1]
     points = [
         Point(

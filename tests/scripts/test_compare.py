@@ -1,14 +1,12 @@
 import json
 import re
 import shutil
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+from fake_judge import FakeJudge, judging
 from tiny import comparison_rows, save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -218,38 +216,10 @@ def of_run(run, *flags):
     return compare.parse([*of_run_flags(run), *map(str, flags)])
 
 
-class FakeJudge(BaseHTTPRequestHandler):
-    """Prefers the longer answer; among answers that hold an x it prefers the first place, and of `?` it does
-    not speak as asked."""
-
-    requests: ClassVar[list[dict]] = []
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        text = body["messages"][0]["content"]
-        first, second = re.search(
-            r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nEnd with", text, re.DOTALL
-        ).groups()
-        better = "A" if "x" in first + second or len(first) > len(second) else "B"
-        content = "I like both." if "?" in first + second else f"So [[C]]? No: [[{better}]]"
-        reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeJudge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with judging() as url:
+        yield url
 
 
 def test_held_out_prompts_are_asked_and_every_source_gives_scores_and_win_rates(

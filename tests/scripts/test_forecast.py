@@ -5,7 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fake_judge import FakeJudge, judging
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
@@ -105,6 +107,72 @@ def test_a_function_that_fails_ends_the_forecast(folder, tmp_path):
     assert not (tmp_path / "forecast.json").exists()
 
 
+class Texts:
+    """In the place of what is sampled: answer 1 to prompt 0 of 5 is "01"."""
+
+    def texts(self, batches, places):
+        return [(f"prompt {place // 5}", f"{place // 5}{place % 5}") for place in places]
+
+
+class Beats:
+    """A judge by a list of the answers that win; all others lose."""
+
+    inconsistent = unreadable = 0
+
+    def __init__(self, *winners):
+        self.winners, self.asked = winners, []
+
+    def wins(self, prompts, answers, others):
+        self.asked += zip(prompts, answers, others, strict=True)
+        return [float(answer in self.winners) for answer in answers]
+
+
+def test_a_judge_compares_the_best_of_the_first_n_with_one_more_answer_and_each_pair_once():
+    judge = Beats("01", "03", "12")
+    # The best of 1, 2 and 4 answers to prompt 0 are answers 0, 1 and 3; to prompt 1 answers 0, 0 and 2. The
+    # last column, whose scores are the highest, competes with nothing.
+    shaped = np.array([[1.0, 2.0, 0.0, 5.0, 9.0], [3.0, 1.0, 4.0, 2.0, 9.0]])
+    found = forecast.by_judge(judge, Texts(), [], shaped)
+    assert found.sizes == (1, 2, 4)
+    assert judge.asked == [
+        ("prompt 0", "01", "04"),
+        ("prompt 0", "03", "04"),
+        ("prompt 1", "10", "14"),
+        ("prompt 1", "12", "14"),
+    ]
+    assert found.by_n.tolist() == [[0.5, 1.0, 1.0], [0.5, 0.0, 1.0]]
+    assert (found.taken.tolist(), found.of_taken.tolist()) == ([3, 2], [1.0, 1.0])
+
+
+def test_a_judge_is_gold_and_asked_no_more_than_is_said(folder, tmp_path):
+    FakeJudge.requests.clear()
+    with judging() as url:
+        secret = url.replace("//", "//me:hush@")
+        words = flags(folder, judge=secret, judge_model="fake", output=tmp_path)
+        said = python(PROGRAM, *words, "--force")
+    found = json.loads((tmp_path / "forecast.json").read_text())
+    assert [point["n"] for point in found["points"]] == [1, 2, 4, 8]
+    assert found["points"][0]["gold"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert all(0 <= point["gold"]["value"] <= 1 for point in found["points"])
+    assert found["gold"].startswith("the win rate by the judge fake at http://")
+    asked = int(re.search(r"the judge is asked (\d+) questions", said.stdout)[1])
+    assert 0 < asked <= 2 * 3 * 25
+    # Two more are the trial; equal answers are a tie without a question.
+    assert 2 < len(FakeJudge.requests) <= asked + 2
+    assert {request["model"] for request in FakeJudge.requests} == {"fake"}
+    page = (tmp_path / "forecast.html").read_text(encoding="utf-8")
+    assert found["said"] in page
+    assert "hush" not in page + said.stdout + json.dumps(found)
+
+
+def test_a_judge_that_does_not_serve_is_named_before_a_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("scripts.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(forecast.Sampled, "answers", lambda self: pytest.fail("models are loaded"))
+    own, args = forecast.parse(flags(folder, judge="http://127.0.0.1:9/v1", judge_model="fake"))
+    with pytest.raises(UserError, match=r"--judge http://127.0.0.1:9/v1: .*refused, 4 times"):
+        forecast.run(own, args)
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -112,6 +180,8 @@ def test_a_function_that_fails_ends_the_forecast(folder, tmp_path):
         (["--gold_reward_model", "c"], ["--gold_reward_model c is the reward model in question"]),
         (["--gold_reward_model", "g", "--num_answers", "3"], ["--num_answers must be at least 4, got 3"]),
         (["--gold_reward_model", "g", "--num_prompts", "5"], ["--num_prompts must be at least 20, got 5"]),
+        (["--judge", "http://x/v1"], ["--judge and --judge_model go together"]),
+        (["--judge", "u", "--gold_reward_model", "g"], ["not allowed with argument"]),
         (["--gold_reward_model", "g", "--kl_coeff", "1"], ["unknown flag --kl_coeff", "--kl_coef?"]),
         (
             ["--gold_function", "x.py:f", "--reward_function", "x.py:g"],
@@ -135,4 +205,5 @@ def test_the_page_shows_commands_that_parse():
     page = (ROOT / "docs" / "forecast.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in re.findall(r"^dschat forecast (.*)$", page, re.MULTILINE)]
     golds = [forecast.parse(words)[0] for words in commands]
-    assert [bool(own.gold_function) for own in golds] == [True, False]
+    assert [bool(own.gold_function) for own in golds] == [True, False, False]
+    assert golds[2].judge_model
