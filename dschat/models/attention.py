@@ -7,6 +7,7 @@ PPO's analysis and its first update, are equal to the last bit.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -229,12 +230,34 @@ def _sdpa_in_fp32(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA on fp32 copies: its backward pass in bf16 is slow on CPUs, several times so without AMX."""
+    """SDPA on fp32 copies: its backward pass in bf16 is slow on CPUs, several times so without AMX.
+
+    The backward pass makes the copies again: only what they are copies of is kept for it.
+    """
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.float()
     wide = (query.float(), key.float(), value.float())
-    output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
+    with _kept_narrow(wide, (query, key, value)):
+        output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
     return output.to(query.dtype), None
+
+
+def _kept_narrow(wide: Iterable[Tensor], narrow: Iterable[Tensor]) -> AbstractContextManager[object]:
+    """Where autograd keeps a tensor of `wide`, let it keep that of `narrow` which it is an fp32 copy of.
+
+    Where hooks keep tensors already, as those of checkpointing that keep none, theirs stay.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    sources = {_place(copy): tensor.detach() for copy, tensor in zip(wide, narrow, strict=True)}
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda kept: (True, sources[_place(kept)]) if _place(kept) in sources else (False, kept),
+        lambda packed: packed[1].float() if packed[0] else packed[1],
+    )
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _eager(

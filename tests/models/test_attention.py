@@ -1,6 +1,8 @@
 """Attention by shape: every way is the same attention, and equal shapes are equal to the last bit."""
 
+import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -226,3 +228,23 @@ def test_eager_is_transformers_own(tmp_path):
     path = save_tiny_model(tmp_path, "llama")
     model = create_hf_model(AutoModelForCausalLM, str(path), tiny_tokenizer(), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kept_narrow", [True, False])
+def test_fp32_copies_are_not_kept_for_the_backward_pass(kept_narrow):
+    narrow = torch.randn(3, 4).bfloat16().requires_grad_()
+    wide = narrow.float()
+    copy = weakref.ref(wide)
+    with attention._kept_narrow([wide], [narrow]) if kept_narrow else contextlib.nullcontext():
+        output = wide.square() + wide.exp()  # exp keeps its output, which is a copy of nothing
+    del wide
+    assert (copy() is None) == kept_narrow
+    output.sum().backward()
+    values = narrow.detach().float()
+    torch.testing.assert_close(narrow.grad, (2 * values + values.exp()).bfloat16())
+
+
+def test_checkpointing_keeps_its_own_tensors_alone():
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: None):
+        assert isinstance(attention._kept_narrow([], []), contextlib.nullcontext)
+    assert not isinstance(attention._kept_narrow([], []), contextlib.nullcontext)
