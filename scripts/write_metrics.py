@@ -35,6 +35,7 @@ GROUPS = {
     "actor": "the actor",
     "critic": "the critic",
     "eval": "evaluations",
+    "eval_command": "`--eval_command`",
     "speed": "speed",
 }
 

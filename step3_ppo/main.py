@@ -72,7 +72,7 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         tokenizer=tokenizer,
         checkpoints=run.checkpoints,
     )
-    metrics |= monitor.exports.finish(num_done, metrics) | monitor.guard.verdict()
+    metrics |= monitor.guard.verdict()
     run.plan.finish()
     if mesh().is_main_process:
         write_summary(output_dir, {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds})

@@ -1,6 +1,5 @@
 """Resuming a run: the checkpoint to resume from is chosen, verified, and compared with the run."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from socket import gethostname
@@ -23,7 +22,8 @@ from dschat.distributed.storage import Storage, fetch, first_ranks, storage_of
 from dschat.errors import STORAGE_REMEDY, UserError
 from dschat.export.shared_prompts import overlap_warnings
 from dschat.export.upstream import UpstreamModel
-from dschat.runs.atomic_folder import damage, flush
+from dschat.runs.atomic_folder import damage
+from dschat.runs.metrics import restore_metrics
 from dschat.runs.output_folder import (
     METRICS,
     STEP_FOLDERS,
@@ -73,7 +73,7 @@ def begin_run(description: RunDescription, *, data: str, models: Sequence[Upstre
     if storage.is_writer:
         start_run(description, is_resumed=chosen is not None)
         if chosen is not None and run.output_dir is not None and (chosen / METRICS).is_file():
-            _restore_metrics(chosen / METRICS, Path(run.output_dir) / METRICS)
+            restore_metrics(chosen / METRICS, Path(run.output_dir))
     barrier(axis="world")
     return Checkpoints(run, now, chosen, choice["damaged"], storage=storage)
 
@@ -292,11 +292,3 @@ def _report_differences(
         differences.append(f"{now['world_size']} ranks (was {saved['world_size']})")
     if differences:
         messages.note(f"other than when {folder} was saved: {', '.join(differences)}.")
-
-
-def _restore_metrics(saved: Path, path: Path) -> None:
-    """Replace metrics.jsonl by that of the checkpoint, in one step: later metrics are made again."""
-    temporary = path.with_name(f".{path.name}.restored")
-    shutil.copyfile(saved, temporary)
-    flush(temporary)
-    temporary.replace(path)

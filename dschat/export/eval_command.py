@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,8 @@ from typing import Any
 from dschat.arguments import RunArguments
 from dschat.console import messages
 from dschat.distributed.collectives import broadcast_from_rank_0
-from dschat.runs.output_folder import METRICS
+from dschat.runs.registry import MEASURED
 
-PREFIX = "eval/"
-"""What the names of its numbers begin with in metrics.jsonl and summary.json."""
 LOOK = 5.0
 """Seconds that ranks wait for rank 0 at once: far below the time-out of a collective."""
 LAST_BYTES, LAST_LINES, MOST_NUMBERS = 2**20, 5, 200
@@ -29,6 +27,8 @@ OF_THE_GROUP = re.compile(
     r"(LOCAL_|GROUP_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|ROLE_\w+"
 )
 """Environment variables by which a program would join this run's process group."""
+WATCHED = 'exec 3<&0 </dev/null; (read -r _ <&3; kill -KILL 0) & exec 3<&-; exec /bin/sh -c "$0"'
+"""Runs the command $0, and ends its group once nobody holds the other end of stdin: rank 0 was killed."""
 
 
 @dataclass
@@ -38,26 +38,29 @@ class EvalCommand:
     command: str
     """{model} in it stands for the folder, quoted for the shell."""
     seconds: float
-    output_dir: Path
+    record: Callable[[int, Mapping[str, float]], None] | None = None
+    """Takes the step of a model and its numbers, as `MetricsLogger.log` does; set before the first `run`."""
 
     @staticmethod
     def of(run: RunArguments) -> "EvalCommand | None":
         """That of the flags."""
         if run.eval_command is None or run.output_dir is None:
             return None
-        return EvalCommand(run.eval_command, run.eval_command_timeout, Path(run.output_dir))
+        return EvalCommand(run.eval_command, run.eval_command_timeout)
 
     def run(self, folder: Path, step: int) -> dict[str, float]:
-        """The numbers of the command's last line of JSON, under `PREFIX`, also as a line of metrics.jsonl.
+        """The numbers of the command's last line of JSON, under `MEASURED`, which `record` gets too.
 
         `step` is that of the model. Rank 0 runs it; the others wait in collectives of some seconds. Every
         rank must call it.
         """
+        assert self.record is not None, "the numbers go to the run's metrics"
         work = self._work(folder)
         found = None
         while found is None:
             found = broadcast_from_rank_0(lambda: next(work))
-        if found and broadcast_from_rank_0(lambda: self._write({"step": step, **found})):
+        if found:
+            self.record(step, found)
             messages.info(f"--eval_command, step {step}: {_listed(found)}")
         return found
 
@@ -67,9 +70,8 @@ class EvalCommand:
         environment = {name: value for name, value in os.environ.items() if not OF_THE_GROUP.fullmatch(name)}
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                command,
-                shell=True,
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", WATCHED, command],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -101,15 +103,6 @@ class EvalCommand:
         )
         yield {}
 
-    def _write(self, line: dict[str, float]) -> bool:
-        """Add a line to metrics.jsonl, whose writer appends too."""
-        try:
-            with (self.output_dir / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            messages.warning(f"{METRICS} cannot be written: {error}; it lacks the numbers of --eval_command.")
-        return True
-
 
 def numbers_of(lines: list[str]) -> dict[str, float]:
     """The finite numbers in the last line that is a JSON object, by their names, those within others joined
@@ -120,7 +113,7 @@ def numbers_of(lines: list[str]) -> dict[str, float]:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            return dict(list(_flat(value, PREFIX))[:MOST_NUMBERS])
+            return dict(list(_flat(value, MEASURED))[:MOST_NUMBERS])
     return {}
 
 

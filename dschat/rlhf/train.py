@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,11 +52,11 @@ def train_ppo(
     num_ppo_steps: int,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints,
-) -> tuple[int, Metrics, float]:
+) -> tuple[int, dict[str, Any], float]:
     """Train for so many PPO steps, or until the guard ends the run; go on from a checkpoint if there is one.
 
-    Returns how many PPO steps are done, the metrics of the last, and the seconds of all. Every rank must
-    call it.
+    Exports the models at the end. Returns how many PPO steps are done, the metrics of the last with what the
+    exports tell of theirs, and the seconds of all PPO steps. Every rank must call it.
     """
     restored = checkpoints.load(trainer.engine.by_name)
     restored.restore({**trainer.parts, "watch": monitor})
@@ -67,6 +68,8 @@ def train_ppo(
         is_main_process=is_main_process(),
         steps_done=done if restored.step else None,
     )
+    if monitor.exports.command:
+        monitor.exports.command.record = logger.log
     start = time.perf_counter() - restored.values.get("seconds", 0.0)
     metrics = restored.values["figures"] if restored.step else _monitored(0, {}, monitor, logger)
 
@@ -100,8 +103,10 @@ def train_ppo(
         if monitor.guard.stopped_by:
             break
     profiler.close(trainer.num_ppo_steps_done)
+    seconds = time.perf_counter() - start
+    exported = monitor.exports.finish(trainer.num_ppo_steps_done, metrics)
     logger.close()
-    return trainer.num_ppo_steps_done, metrics, time.perf_counter() - start
+    return trainer.num_ppo_steps_done, metrics | exported, seconds
 
 
 def _show(

@@ -11,9 +11,10 @@ import numpy as np
 from dschat.arguments import RunDescription
 from dschat.console import messages
 from dschat.console.progress import Progress
-from dschat.runs.output_folder import METRICS, SAMPLES, without_infinities
-from dschat.runs.registry import metric
-from dschat.runs.trackers import Tracker, build_trackers
+from dschat.runs.atomic_folder import flush, write_json
+from dschat.runs.output_folder import METRICS, SAMPLES, TRACKERS, without_infinities
+from dschat.runs.registry import MEASURED, metric
+from dschat.runs.trackers import LAST_STEPS, Tracker, build_trackers
 
 
 class MetricsLogger:
@@ -52,14 +53,19 @@ class MetricsLogger:
         """Record the metrics of a step; the main ones stand beside the progress bar.
 
         JSON has no infinities: a value that is not finite is written as null. What finds no room on the disk
-        is kept and tried again; a tracker that fails is given up. Raises `KeyError` for what the registry of
-        metrics lacks.
+        is kept and tried again; a tracker that fails is given up. A tracker is not given again what it had
+        before a run was resumed. Raises `KeyError` for what the registry of metrics lacks.
         """
         entries = {name: metric(name, self._step) for name in values}
         if self._lines:
             self._lines.add({"step": step, **without_infinities(dict(values))})
-        tagged = {entries[name].tag: value for name, value in values.items()}
-        self._track(lambda tracker: tracker.scalars(step, tagged))
+
+        def give(tracker: Tracker) -> None:
+            new = {entries[name].tag: value for name, value in values.items() if tracker.lacks(step, name)}
+            if new:
+                tracker.scalars(step, new)
+
+        self._track(give)
         shown = [name for name, entry in entries.items() if entry.is_main and entry.group != "eval"]
         if shown:
             postfix = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in shown)
@@ -69,14 +75,14 @@ class MetricsLogger:
         """Show how the numbers of a step are distributed, in the trackers that can."""
         finite = {tag: array[np.isfinite(array)] for tag, array in arrays.items()}
         filled = {tag: array for tag, array in finite.items() if array.size}
-        self._track(lambda tracker: tracker.histograms(step, filled))
+        self._track(lambda tracker: tracker.histograms(step, filled) if tracker.lacks(step) else None)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Add samples of a step to `samples.jsonl`, and show them in the trackers that can."""
         if self._samples:
             for row in rows:
                 self._samples.add({"step": step, **without_infinities(row)})
-        self._track(lambda tracker: tracker.samples(step, rows))
+        self._track(lambda tracker: tracker.samples(step, rows) if tracker.lacks(step) else None)
 
     def _track(self, give: Callable[[Tracker], None]) -> None:
         """Give each tracker something; one that fails gets no more, and the run goes on."""
@@ -111,7 +117,7 @@ class LinesOnDisk:
     """A file of JSON objects, one a line; those that find no room are kept until there is some."""
 
     def __init__(self, path: Path, mode: str) -> None:
-        """With "w" the file is emptied first. Others, such as --eval_command, may add lines too."""
+        """With "w" the file is emptied first. Others may add lines too."""
         if mode == "w":
             path.write_bytes(b"")
         self.file, self._name, self._unwritten = FileIO(path, "a"), path.name, b""
@@ -133,6 +139,30 @@ class LinesOnDisk:
         except OSError as error:
             if had_room:
                 messages.warning(f"{self._name} cannot be written: {error}; its lines are kept until it can.")
+
+
+def restore_metrics(saved: Path, folder: Path) -> None:
+    """Replace metrics.jsonl by that of a checkpoint, in one step: later metrics are made again.
+
+    What --eval_command measured later stays, as the models do. trackers.json gets the last step of each
+    metric that trackers have.
+    """
+    path, kept = folder / METRICS, saved.read_bytes()
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    later = {line: json.loads(line) for line in lines if line.endswith(b"\n")}
+    for line in kept.splitlines(keepends=True):
+        later.pop(line, None)
+    if (folder / TRACKERS).is_file():
+        names = json.loads((folder / TRACKERS).read_text(encoding="utf-8"))
+        last = names.setdefault(LAST_STEPS, {})
+        for row in later.values():
+            last.update({name: max(row["step"], last.get(name, 0)) for name in row})
+        write_json(folder / TRACKERS, names)
+    measured = [line for line, row in later.items() if any(name.startswith(MEASURED) for name in row)]
+    temporary = path.with_name(f".{path.name}.restored")
+    temporary.write_bytes(kept + b"".join(measured))
+    flush(temporary)
+    temporary.replace(path)
 
 
 def _keep_samples(path: Path, steps_done: int | None) -> None:

@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Group = Literal["train", "eval", "actor", "critic", "rollout", "speed"]
+Group = Literal["train", "eval", "eval_command", "actor", "critic", "rollout", "speed"]
 STEPS = ("sft", "reward", "dpo", "rlhf")
 SUPERVISED = STEPS[:3]
+MEASURED = "eval/"
+"""What the names of the numbers of --eval_command begin with in metrics.jsonl and summary.json."""
 ANY = "NAME"
 """In an entry's name: whatever the run calls it, such as a source of scores."""
 
@@ -36,7 +38,7 @@ class Metric:
     @property
     def tag(self) -> str:
         """The name in trackers, which says the group once: eval/loss, actor/grad_norm."""
-        return f"{self.group}/{self.name.removeprefix(f'{self.group}_').removeprefix(f'{self.group}/')}"
+        return f"{self.group}/{self.name.removeprefix(f'{self.group}_').removeprefix(MEASURED)}"
 
     def is_healthy(self, value: float) -> bool:
         """Whether a value is finite and within the bounds; without bounds any finite one is."""
@@ -305,7 +307,7 @@ _SPEED = (
 
 METRICS: tuple[Metric, ...] = (
     *_SUPERVISED, *_PPO,
-    Metric("eval/NAME", "eval", "", "a number of --eval_command, in a line of its own", steps=STEPS),
+    Metric(f"{MEASURED}NAME", "eval_command", "", "a number of it, in a line of its own", steps=STEPS),
     *(  # what an evaluation measures as a rollout does
         replace(entry, name=f"eval_{entry.name}", group="eval", meaning=f"`{entry.name}` of an evaluation")
         for entry in _PPO

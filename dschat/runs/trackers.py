@@ -1,17 +1,20 @@
 """Where metrics go beside metrics.jsonl: TensorBoard, and the trackers of --report_to.
 
 A run that goes on from a checkpoint makes the steps after it again, with the same numbers. TensorBoard hides
-what was written of them before; the others have them twice, under the name that the run had.
+what was written of them before. The others go on under the name that the run had, and are not given what they
+have. (W&B could forget it, by `resume_from`: in private preview, on its server alone, by its own count.)
 """
 
 import importlib
 import json
 import os
+import re
 import threading
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,8 @@ from dschat.runs.atomic_folder import write_json
 from dschat.runs.output_folder import TRACKERS, tensorboard_folder
 
 PROJECT = "dschat"
+LAST_STEPS = "last_steps"
+"""In trackers.json, beside names: the last step of each metric that the trackers had before a resume."""
 
 
 class Tracker:
@@ -34,6 +39,12 @@ class Tracker:
     name: str
     run_id = ""
     """The name under which the tracker goes on with the run."""
+    last_steps: Mapping[str, int] = MappingProxyType({})
+    """The last step that it has of each metric."""
+
+    def lacks(self, step: int, name: str = "step") -> bool:
+        """Whether it has no value yet of this metric at this step; by default of anything at this step."""
+        return step > self.last_steps.get(name, -1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
@@ -132,7 +143,8 @@ class MLflow(Tracker):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(tag, float(value), now, step) for tag, value in values.items()]
+        names = {tag: re.sub(r"[^/\w.\- :]", "_", tag) for tag in values}  # MLflow refuses other signs
+        metrics = [self._metric(names[tag], float(value), now, step) for tag, value in values.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self) -> None:
@@ -180,7 +192,9 @@ def build_trackers(description: RunDescription, steps_done: int | None) -> list[
         trackers.append(TensorBoard(folder, plain, steps_done))
     names = Path(run.output_dir, TRACKERS) if run.output_dir else None
     known = json.loads(names.read_text()) if names and names.is_file() and steps_done is not None else {}
-    trackers += [OTHERS[name](run, plain, known.get(name)) for name in run.trackers]
+    for name in run.trackers:
+        trackers.append(OTHERS[name](run, plain, known.get(name)))
+        trackers[-1].last_steps = known.get(LAST_STEPS, {}) if name in known else {}
     if names and run.trackers:
         write_json(names, known | {tracker.name: tracker.run_id for tracker in trackers if tracker.run_id})
     return trackers

@@ -42,9 +42,8 @@ class ModelExports:
     ) -> None:
         self._settings, self._engine, self._tokenizer, self._data = settings, engine, tokenizer, data
         self._verdict_of, self._report = verdict_of, report
-        self._best = BestModel(
-            settings.run.output_dir, target="", unit="step", command=EvalCommand.of(settings.run)
-        )
+        self.command = EvalCommand.of(settings.run)
+        self._best = BestModel(settings.run.output_dir, target="", unit="step", command=self.command)
 
     def offer(self, evaluations: Sequence[Evaluation]) -> None:
         """Write the model into best/ where --export_model wants it and the last evaluation is the best."""

@@ -67,6 +67,8 @@ def train_epochs(
         is_main_process=is_main_process(),
         steps_done=restored.step or None,
     )
+    if exports.command:
+        exports.command.record = metrics.log
     interval = settings.batch.eval_interval
     short = loaders.short_evaluation if interval else None
     evaluations = Evaluations(engine, objective.evaluate, metrics, whole=loaders.evaluation, short=short)
@@ -111,8 +113,8 @@ def train_epochs(
     if objective.report is not None and not objective.report.has_scores:
         evaluations.repeat()
     profiler.close(num_steps)
-    metrics.close()
     exports.finish(num_steps, evaluations.all, time.perf_counter() - start)
+    metrics.close()
 
 
 def _of_update(engine: DeepSpeedEngine, skipped: SkippedSteps, step: int) -> dict[str, float]:

@@ -67,11 +67,16 @@ class Monitor:
 
     def __init__(self, stops_at: int = 99) -> None:
         self.guard, self.stops_at, self.seen = SimpleNamespace(stopped_by=None), stops_at, []
+        self.exports = SimpleNamespace(finish=self.finish, command=SimpleNamespace())
 
     def after_step(self, step: int, metrics: dict, *, is_last: bool = False) -> tuple[dict, list[str]]:
         self.seen.append((step, is_last))
         self.guard.stopped_by = "kl" if step == self.stops_at else None
         return {**metrics, "eval_score": step}, [f"line of {step}"]
+
+    def finish(self, step: int, metrics: dict) -> dict[str, Any]:
+        self.exports.command.record(1, {"eval/acc": 0.5})  # the logger is open still
+        return {"verdict": f"that of {step}"}
 
     def state_dict(self) -> dict:
         return {}
@@ -128,7 +133,10 @@ def trained(tmp_path: Path, begun: Progress, *flags: str, stops_at: int = 99, do
 
 def test_a_run_is_monitored_before_the_first_step_and_after_each(tmp_path, capsys):
     (done, metrics), trainer, _, monitor = trained(tmp_path, Progress())
-    assert (done, metrics) == (3, {"score": 2.0, "tokens_per_second": 7.0, "eval_score": 3})
+    expected = {"score": 2.0, "tokens_per_second": 7.0, "eval_score": 3, "verdict": "that of 3"}
+    assert (done, metrics) == (3, expected)
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last) == {"step": 1, "eval/acc": 0.5}
     assert [number for number, _ in trainer.steps] == [0, 1, 2]
     assert monitor.seen == [(0, False), (1, False), (2, False), (3, True)]
     assert "line of 2" in capsys.readouterr().out

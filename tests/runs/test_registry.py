@@ -39,7 +39,7 @@ def test_a_name_that_steps_share_is_looked_up_by_step():
 def test_sources_of_scores_have_names_of_their_own():
     assert metric("score_exact", "rlhf").tag == "rollout/score_exact"
     assert metric("eval_score_exact", "rlhf").tag == "eval/score_exact"
-    assert metric("eval/exact_match", "sft").tag == "eval/exact_match"
+    assert metric("eval/loss", "sft").tag == "eval_command/loss" != metric("eval_loss", "sft").tag
     assert metric("reward_errors_exact").meaning == metric("reward_errors_NAME").meaning
     with pytest.raises(KeyError, match="'accuracy_of_life' of step None has no entry"):
         metric("accuracy_of_life")

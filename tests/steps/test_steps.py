@@ -319,8 +319,11 @@ def test_the_deepspeed_launcher_starts_two_ranks_from_any_directory(one_rank, tm
 @pytest.mark.slow
 def test_bf16_trains_too(one_rank):
     more = ("--data_split=1,1,1", "--dtype=bf16", "--zero_stage=2", "--gradient_checkpointing", *batch(8))
-    python(SFT, *supervised(one_rank, "sft_bf16", *more))
-    assert summary(one_rank / "sft_bf16")["eval_loss"] < summary(one_rank / "sft_bf16")["initial_eval_loss"]
+    measure = "test -f {model}/model.safetensors && echo '{\"acc\": 0.5}'"
+    python(SFT, *supervised(one_rank, "sft_bf16", *more, "--eval_command", measure))
+    result = summary(one_rank / "sft_bf16")
+    assert result["eval_loss"] < result["initial_eval_loss"]
+    assert (result["eval/acc"], lines(one_rank / "sft_bf16")[-1]["eval/acc"]) == (0.5, 0.5)
     model = AutoModelForCausalLM.from_pretrained(one_rank / "sft_bf16", dtype="auto")
     assert model.dtype == torch.bfloat16
 

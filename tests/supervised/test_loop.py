@@ -45,6 +45,8 @@ class Speed:
 class Run:
     """What `train_epochs` called, in order: a step is its number, all else a word with one."""
 
+    command: Any = None
+
     def __init__(self, *flags: str, done: int = 0, due: int = 0) -> None:
         self.calls: list[Any] = []
         self.step, self.due, self.begun = done, due, Begun(done)

@@ -41,6 +41,7 @@ class Exports:
         self._actor, *self._others = (spec for spec in engine.specs if spec.trained)
         self._choice = export_actor
         self._folder = Path(output_dir) if output_dir else None
+        self.command = command
         self._best = BestModel(output_dir, target="actor", unit="PPO step", command=command)
         self._start: Answers | None = None
         self._start_metrics: dict[str, float] = {}
