@@ -37,7 +37,7 @@ from dschat.runs.output_folder import read_summary
 from scripts.e2e_failures import failure
 from scripts.e2e_finished import differences
 from scripts.e2e_reports import compare_actors, report_on
-from scripts.e2e_step import FOLDERS, PARSER_NAMES, TITLES, Command, run
+from scripts.e2e_step import EXIT_BAD_INPUT, FOLDERS, PARSER_NAMES, TITLES, Command, run
 
 TO_KNOW = (
     *("actor-model", "reward-model", "data-path", "output-dir", "deployment-type", "common-args"),
@@ -321,6 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_stop:
             print("the same command with --resume goes on.", file=sys.stderr, flush=True)
             return EXIT_TRY_AGAIN
+        if code == EXIT_BAD_INPUT and not command.is_launched:
+            said = f"error: {command.title} ended with the message above; its log is {command.log}."
+            print(f"{said} Once that is mended, the same command goes on.", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
         if code != 0 or read_summary(command.folder) is None:
             report_on(args.output_dir)
             print("\n" + failure(command.title, code, command.log, start=start), file=sys.stderr, flush=True)

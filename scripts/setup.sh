@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv in the project's root, once; quick the next time.
-#     bash scripts/setup.sh            PYTHON=python3.12 bash scripts/setup.sh   (another interpreter)
+#     bash scripts/setup.sh [--no-operators]      PYTHON=python3.12 bash scripts/setup.sh   (another interpreter)
 # Installs torch first, in the version of requirements.txt, so that nothing else decides which build is taken, and
-# compiles beforehand what --offload would otherwise compile in the middle of a first run on a CPU.
+# compiles beforehand what --offload would otherwise compile in the middle of a first run on a CPU (not with
+# --no-operators).
 set -euo pipefail
+case "${1:-}" in
+"" | --no-operators) ;;
+*) exec sed -n '2,6s/^# *//p' "$0" ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 oldest=11 newest=14 # of Python 3: what torch, transformers and pyarrow support in the versions of requirements.txt
@@ -53,13 +58,13 @@ has_gpu() { # judged without torch, which is not there yet
 }
 
 tell_of_cpu_build() {
-    if has_gpu || "$python" -m pip config list | grep -q 'index-url' || "$python" -c 'import torch' 2>/dev/null; then
+    if has_gpu || "$python" -m pip config list | grep -qE 'index-url|find-links' || "$python" -c 'import torch' 2>/dev/null; then
         return 0
     fi
     cat <<'END'
 == no NVIDIA GPU is here, but pip's default torch for Linux on x86-64 brings gigabytes of CUDA. To take the CPU build
-   press Ctrl-C and give pip the CPU index that pytorch.org's "Get Started" page shows (pip's other settings apply too):
-       PIP_EXTRA_INDEX_URL=ADDRESS bash scripts/setup.sh
+   press Ctrl-C and start the same command again behind PIP_EXTRA_INDEX_URL=ADDRESS, where ADDRESS is the CPU index
+   that pytorch.org's "Get Started" page shows.
 END
 }
 
@@ -71,20 +76,20 @@ pip_install() { # what it is, and pip's arguments
     fi
 }
 
-follow_pip() { # keep pip's output in the log, and show every few seconds what it is doing
-    local line start=$SECONDS shown=$SECONDS doing="asking the package index"
+follow_pip() { # keep pip's output in the log, and show what it is doing: something new each 5 s, the same each 30
+    local line start=$SECONDS shown=$SECONDS doing="asking the package index" told=""
     while true; do
         if IFS= read -r -t 5 line; then
             printf '%s\n' "$line" >>"$log"
             case "$line" in
             *Downloading* | *"Using cached"* | *"Building wheel"*) doing="${line#"${line%%[![:space:]]*}"}" ;;
-            "Installing collected packages"*) doing="unpacking" ;;
+            "Installing collected packages"*) line="${line//[^,]/}" doing="unpacking $((${#line} + 1)) packages" ;;
             esac
         elif (($? <= 128)); then # the end; above 128 there was no line for 5 seconds
             return 0
         fi
-        if ((SECONDS - shown >= 5)); then
-            shown=$SECONDS
+        if ((SECONDS - shown >= 30)) || [[ "$doing" != "$told" ]] && ((SECONDS - shown >= 5)); then
+            shown=$SECONDS told="$doing"
             echo "   $((shown - start)) s: ${doing:0:100}"
         fi
     done
@@ -155,7 +160,7 @@ main() {
     [[ -x "$python" ]] || "$base" -m venv .venv
     echo "== $("$python" --version), $base"
     install
-    build_operators
+    [[ "${1:-}" == --no-operators ]] || build_operators
     echo "$stamp" >.venv/installed
     echo "== ready: .venv/bin/python is $("$python" --version) with torch $("$python" -c 'import torch; print(torch.__version__)')"
 }
@@ -164,4 +169,4 @@ is_asked_for() { # has .venv the version of PYTHON, if that is given?
     [[ -z "${PYTHON:-}" || "$(version_of "$python")" == "$(version_of "$PYTHON")" ]]
 }
 
-main
+main "$@"

@@ -92,6 +92,9 @@ class ReadableParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        before, required, flags = message.partition("the following arguments are required: ")
+        if required:  # argparse names each in all its spellings
+            message = f"{before}required and not given: {re.sub('/--[^,]*', '', flags)}"
         raise UserError(f"{message.rstrip('.')}. --help lists every flag.")
 
     def parse_known_args(  # type: ignore[override]  # argparse's overloads are for other namespaces

@@ -73,7 +73,7 @@ class FlagParser(ReadableParser):
             for step, program in PROGRAMS.items():
                 explanation = explain_foreign_flag(spelt, flags_of(step))
                 if explanation:
-                    return f"not of this step; in {program}: {explanation.removeprefix('here: ')}"
+                    return f"not of this program; in {program}: {explanation.removeprefix('here: ')}"
         return None
 
 

@@ -125,7 +125,7 @@ def test_a_flag_that_is_not_there_is_an_error_with_the_nearest_name(flag, hint):
 
 
 def test_model_and_data_are_required():
-    with pytest.raises(UserError, match="required: --pretrain, --dataset"):
+    with pytest.raises(UserError, match="required and not given: --pretrain, --dataset"):
         TrainRmCall.parse(["--plugin", "ddp"])
 
 

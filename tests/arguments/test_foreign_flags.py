@@ -17,7 +17,9 @@ def test_what_is_suggested_exists_where_it_is_said_to(step):
     lines = refusal(step, *(f"--{name}" for name in names)).splitlines()[1:]
     assert len(lines) == len(names)
     for line in lines:
-        told = re.fullmatch(r"  --\w+ \((here: .*--.*|not there\b.*|not of this step; in (\S+): .+)\)", line)
+        told = re.fullmatch(
+            r"  --\w+ \((here: .*--.*|not there\b.*|not of this program; in (\S+): .+)\)", line
+        )
         assert told, line
         of_step = next((s for s, program in PROGRAMS.items() if program == told[2]), step)
         assert set(re.findall(r"--(\w+)", told[1])) <= flags_of(of_step), line

@@ -257,9 +257,11 @@ def test_a_mistake_is_no_stop_whatever_the_log_says_of_an_earlier_one(fake_steps
     log = tmp_path / "out" / "step1_sft" / "training.log"
     log.parent.mkdir(parents=True)
     log.write_text("stopped after step 3 as SIGTERM asked; saved in x\n")
-    assert e2e_rlhf.main([*fake_steps, "--resume", "--sft-args=--debug"]) == 1
+    assert e2e_rlhf.main([*fake_steps, "--resume", "--sft-args=--debug"]) == 2
     told = capfd.readouterr().err
-    assert "failed with exit code 2" in told
+    assert told.endswith(
+        f"ended with the message above; its log is {log}. Once that is mended, the same command goes on.\n"
+    )
     assert "stopped after" not in told
 
 
