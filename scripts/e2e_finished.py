@@ -16,7 +16,7 @@ WITHOUT_EFFECT = (
     *("output_dir", "debug", "data_output_path", "preprocessing_num_workers", "trust_remote_code"),
     *("enable_tensorboard", "tensorboard_path", "print_loss", "print_answers", "print_answers_interval"),
     *("save_interval", "save_minutes", "save_total_limit", "deepspeed", "compute_fp32_loss"),
-    *("num_padding_at_beginning", "auto_micro_batch"),
+    *("num_padding_at_beginning", "auto_micro_batch", "forecast", "force"),
 )
 """Flags that change nothing of what a step makes."""
 

@@ -15,7 +15,6 @@ The same command again leaves out the steps that have finished. Where steps make
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from dschat.arguments import ReadableParser
+from dschat.arguments import ReadableParser, RlhfArguments
 from dschat.console.text import PLAIN
 from dschat.data.entries import parse_entry
 from dschat.data.files import is_local, user_path
@@ -93,10 +92,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--forecast",
         metavar="FLAGS",
-        help="Before step 3, forecast whether its reward model is worth PPO, and leave step 3 out where not; "
-        "flags of scripts/forecast.py, as one string, such as '--gold_function check.py:right'.",
+        help="Flags of scripts/forecast.py, as one string, such as '--gold_function check.py:right': step 3 "
+        "begins with a forecast, and ends there where its reward model is not worth PPO.",
     )
-    add("--force", action="store_true", help="Run step 3 whatever --forecast says.")
+    add("--force", action="store_true", help="Step 3 trains whatever the forecast says.")
     add(
         "--skip-finished",
         action="store_true",
@@ -158,6 +157,8 @@ def step_flags(args: argparse.Namespace, step: int) -> list[str]:
     common = words("--common-args", args.common_args)
     start = ["--resume_from_checkpoint", "latest"] if args.resume else []
     start += ["--overwrite_output_dir"] if args.overwrite_output_dir else []
+    if step == 3:
+        start += [*(["--forecast", args.forecast] if args.forecast else []), *["--force"] * args.force]
     paths = ["--data_path", *args.data_path, "--output_dir", str(out / FOLDERS[step])]
     return [*paths, *own, *start, *common, *extra]
 
@@ -185,29 +186,6 @@ def commands(args: argparse.Namespace) -> list[Command]:
     return result
 
 
-def forecast_flags(args: argparse.Namespace, step3: Command) -> list[str]:
-    """The flags of scripts/forecast.py, with those of step 3."""
-    own = [*words("--forecast", args.forecast), "--output", str(args.output_dir / "forecast")]
-    return [*own, *(["--force"] if args.force else []), *step3.flags]
-
-
-def is_worth_it(args: argparse.Namespace, step3: Command) -> bool:
-    """Whether step 3 is to run: the forecast, where one is asked for, says so or --force does.
-
-    Raises `UserError` where there is no forecast.
-    """
-    if args.forecast is None:
-        return True
-    print(f"== the forecast before step 3: {args.output_dir / 'forecast'}", flush=True)
-    program = str(ROOT / "scripts" / "forecast.py")
-    code = subprocess.run([sys.executable, program, *forecast_flags(args, step3)], check=False).returncode
-    if code not in (0, 1):
-        raise UserError(
-            "there is no forecast, as the message above says; correct --forecast, or leave it out."
-        )
-    return code == 0
-
-
 def check(args: argparse.Namespace, todo: list[Command]) -> None:
     """Find what cannot work before anything starts. Raises `UserError`.
 
@@ -220,11 +198,9 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
             "--deployment-type multi_node needs --hostfile, a file of lines such as 'worker-1 slots=8'."
         )
     for command in todo:
-        command.parsed()
-        if command.step == 3 and args.forecast is not None:
-            _check_forecast(forecast_flags(args, command))
-    if args.forecast is None and args.force:
-        raise UserError("--force runs step 3 whatever --forecast says; give --forecast, or leave it out.")
+        parsed = command.parsed()
+        if isinstance(parsed, RlhfArguments) and parsed.forecast.words:
+            _check_forecast([*parsed.forecast.words, *command.flags])
     for entry in args.data_path:
         if user_path(parse_entry(entry, "--data-path").name).is_fifo():
             raise UserError(
@@ -312,11 +288,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args, steps)
     for command in unfinished(args, steps):
         print(f"== step {command.step}, {TITLES[command.step]}: {command.folder}", flush=True)
-        if command.step == 3 and not is_worth_it(args, command):
-            print_table(args.output_dir, args.step)
-            report_on(args.output_dir)
-            print("step 3 is left out; --force runs it all the same.", file=sys.stderr, flush=True)
-            return 1
         code, is_stop, start = run(command)
         if is_stop:
             print("the same command with --resume goes on.", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dschat.reports.page import Block, Level, Plot, Plots, Samples, Section, Table, Text, Verdict, Warnings
 from dschat.reports.plots import curves
+from dschat.runs.output_folder import FORECAST
 from dschat.runs.registry import Metric, metric
 from scripts.report_runs import TITLES, Run, read_json, started
 
@@ -61,6 +62,11 @@ def verdicts(run: Run) -> Iterator[Verdict]:
         yield Verdict(f"{title}: {word}", reason, level)
     elif run.summary is not None:
         yield Verdict(f"{title} has finished", figures_in_words(run.summary), "good")
+    told = run.json(FORECAST)
+    if isinstance(told, dict) and {"verdict", "is_worth_it"} <= told.keys():
+        yield Verdict(
+            "The forecast before PPO", str(told["verdict"]), "good" if told["is_worth_it"] else "bad"
+        )
     report = run.json("reward_report.json")
     if isinstance(report, dict) and "verdict" in report:
         level = "good" if report["verdict"] == "good" else "bad"

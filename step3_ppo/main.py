@@ -41,11 +41,12 @@ from dschat.rlhf.tokenizers import load_rlhf_tokenizers
 from dschat.rlhf.train import Assembly, train_ppo
 from dschat.rlhf.upstream import check_adapters, check_positions, verify_models
 from dschat.runs.output_folder import write_summary
+from step3_ppo.forecast import check_worth
 
 
 def main(args: RlhfArguments, context: RunContext) -> None:
     """The step from flags to the saved actor and critic."""
-    run = assemble(args, context)
+    run = assemble(args, context, forecasts=True)
     tokenizer, output_dir = run.tokenizers.actor, args.run.output_dir
     trainer = run.trainer_of(args)
     monitor = TrainingMonitor(
@@ -78,8 +79,11 @@ def main(args: RlhfArguments, context: RunContext) -> None:
         write_summary(output_dir, {"step": "rlhf", "ppo_steps": num_done, **metrics, "seconds": seconds})
 
 
-def assemble(args: RlhfArguments, context: RunContext) -> Assembly:
-    """Everything that the flags name, read, checked and loaded. Every rank calls it."""
+def assemble(args: RlhfArguments, context: RunContext, *, forecasts: bool = False) -> Assembly:
+    """Everything that the flags name, read, checked and loaded; where asked to, a forecast before the models.
+
+    Every rank calls it.
+    """
     specs = engine_specs(args)
     received = verify_models(specs)
     check_adapters(specs)
@@ -126,6 +130,8 @@ def assemble(args: RlhfArguments, context: RunContext) -> Assembly:
     layout, mean = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
     steps = min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
     plan = RunPlan.begin(args, engine_specs, choices, longest=longest, mean_length=mean, steps=steps)
+    if forecasts:
+        check_worth(args, steps * args.rollout_size * mesh().data.size, len(data.evaluation))
     updates = args.updates_per_ppo_step
     engine = DeepSpeedRLHFEngine(
         specs,

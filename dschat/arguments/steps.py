@@ -17,6 +17,7 @@ from dschat.arguments.checks import (
 )
 from dschat.arguments.data import DataArguments, InspectOptions, TokenizerArguments
 from dschat.arguments.flags import group, require
+from dschat.arguments.forecast import ForecastArguments
 from dschat.arguments.guard import GuardArguments
 from dschat.arguments.hybrid import HybridArguments
 from dschat.arguments.model import ModelArguments, OptimizerArguments
@@ -201,6 +202,7 @@ class RlhfArguments(TrainingStep):
     text: TextArguments = group(TextArguments)
     guard: GuardArguments = group(GuardArguments)
     rewards: RewardSourceArguments = group(RewardSourceArguments)
+    forecast: ForecastArguments = group(ForecastArguments)
     rlhf: RlhfOptions = group(RlhfOptions)
     run: RunArguments = group(RunArguments)
 

@@ -51,57 +51,67 @@ class EvalCommand:
     def run(self, folder: Path, step: int) -> dict[str, float]:
         """The numbers of the command's last line of JSON, under `MEASURED`, which `record` gets too.
 
-        `step` is that of the model. Rank 0 runs it; the others wait in collectives of some seconds. Every
-        rank must call it.
+        `step` is that of the model. Every rank must call it.
         """
         assert self.record is not None, "the numbers go to the run's metrics"
-        work = self._work(folder)
-        found = None
-        while found is None:
-            found = broadcast_from_rank_0(lambda: next(work))
-        if found:
-            self.record(step, found)
-            messages.info(f"--eval_command, step {step}: {_listed(found)}")
+        command = self.command.replace("{model}", shlex.quote(str(folder.resolve())))
+        ended, lines = run_on_rank_0(command, self.seconds)
+        found = numbers_of(lines) if ended == 0 else {}
+        if not found:
+            how = "printed no line of JSON with numbers" if ended == 0 else f"ended with exit code {ended}"
+            how = f"ran longer than --eval_command_timeout {self.seconds:g} s" if ended is None else how
+            messages.warning(
+                f"--eval_command {how}; the run goes on without its numbers. Its last lines: {shown(lines)}"
+            )
+            return {}
+        self.record(step, found)
+        messages.info(f"--eval_command, step {step}: {_listed(found)}")
         return found
 
-    def _work(self, folder: Path) -> Iterator[dict[str, float] | None]:
-        """None while the command runs, then its numbers; none of it where it failed."""
-        command = self.command.replace("{model}", shlex.quote(str(folder.resolve())))
-        environment = {name: value for name, value in os.environ.items() if not OF_THE_GROUP.fullmatch(name)}
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", WATCHED, command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            deadline, ended = time.monotonic() + self.seconds, None
-            try:
-                while ended is None and time.monotonic() < deadline:
-                    with suppress(subprocess.TimeoutExpired):
-                        ended = process.wait(min(LOOK, max(0.0, deadline - time.monotonic())))
-                    if ended is None:
-                        yield None
-            finally:
-                with suppress(ProcessLookupError):  # what it started may go on, or it ran out of time
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            size = output.seek(0, os.SEEK_END)
-            output.seek(max(0, size - LAST_BYTES))
-            lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-        found = numbers_of(lines)
-        if ended == 0 and found:
-            yield found
-            return
-        how = "printed no line of JSON with numbers" if ended == 0 else f"ended with exit code {ended}"
-        how = f"ran longer than --eval_command_timeout {self.seconds:g} s" if ended is None else how
-        shown = " | ".join(lines[-LAST_LINES:])[-2000:]
-        messages.warning(
-            f"--eval_command {how}; the run goes on without its numbers. Its last lines: {shown}"
+
+def run_on_rank_0(command: str, seconds: float = math.inf) -> tuple[int | None, list[str]]:
+    """Run a shell's command outside of the process group: its exit code, None past the seconds, and its output.
+
+    The others wait in collectives of some seconds. Every rank must call it.
+    """
+    work, found = _work(command, seconds), None
+    while found is None:
+        found = broadcast_from_rank_0(lambda: next(work))
+    return found
+
+
+def _work(command: str, seconds: float) -> Iterator[tuple[int | None, list[str]] | None]:
+    """None while the command runs, then its exit code and its last lines."""
+    environment = {name: value for name, value in os.environ.items() if not OF_THE_GROUP.fullmatch(name)}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHED, command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
-        yield {}
+        deadline, ended = time.monotonic() + seconds, None
+        try:
+            while ended is None and time.monotonic() < deadline:
+                with suppress(subprocess.TimeoutExpired):
+                    ended = process.wait(min(LOOK, max(0.0, deadline - time.monotonic())))
+                if ended is None:
+                    yield None
+        finally:
+            with suppress(ProcessLookupError):  # what it started may go on, or it ran out of time
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        size = output.seek(0, os.SEEK_END)
+        output.seek(max(0, size - LAST_BYTES))
+        lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+    yield ended, lines
+
+
+def shown(lines: list[str]) -> str:
+    """The last lines in one."""
+    return " | ".join(lines[-LAST_LINES:])[-2000:]
 
 
 def numbers_of(lines: list[str]) -> dict[str, float]:

@@ -38,6 +38,9 @@ SAMPLES = "samples.jsonl"
 TRACKERS = "trackers.json"
 """The names under which the trackers of --report_to know the run."""
 
+FORECAST = "forecast.json"
+"""Whether the reward model is worth PPO; its page is beside it."""
+
 PROFILE = "profile"
 """The subfolder of --profile."""
 
@@ -292,7 +295,7 @@ def _clear_results(folder: Path) -> None:
     for name in EXPORTS:
         remove_export(folder / name)
     if _is_of_a_run(folder):
-        for name in (BEST, METRICS, SAMPLES, TRACKERS):
+        for name in (BEST, METRICS, SAMPLES, TRACKERS, FORECAST):
             (folder / name).unlink(missing_ok=True)
         curves = folder / "tensorboard"
         for old_curve in () if curves.is_symlink() else curves.glob("events.out.tfevents.*"):

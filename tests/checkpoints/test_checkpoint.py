@@ -290,7 +290,7 @@ FREE = {
     *("max_skipped_steps", "auto_micro_batch", "rollout_tolerance", "rollout_on_mismatch"),
     *("inference_tp_size", "tp_gather_partition_size", "release_inference_cache", "unpin_actor_parameters"),
     *("offload_nvme_path", "zero_hpz_partition_size"),
-    *("pad_to_multiple_of", "packing", "reuse_first_pass", "profile"),
+    *("pad_to_multiple_of", "packing", "reuse_first_pass", "profile", "forecast", "force"),
     # What these name is compared by its content.
     *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
     *("reward_model_name_or_path", "guard_reward_model_name_or_path"),

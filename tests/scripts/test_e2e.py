@@ -156,26 +156,17 @@ def test_every_step_runs_in_order_and_its_output_is_kept(fake_steps, tmp_path, c
         assert "flags ['--data_path'" in (tmp_path / "out" / folder / "training.log").read_text()
 
 
-@pytest.mark.parametrize(("code", "force", "runs"), [(0, [], True), (1, [], False), (0, ["--force"], True)])
-def test_a_forecast_stands_before_step_three(fake_steps, tmp_path, capfd, code, force, runs):
-    program = tmp_path / "project" / "scripts" / "forecast.py"
-    program.parent.mkdir()
-    program.write_text(f"import sys; print('told', sys.argv[1:]); sys.exit({code})")
-    words = [*fake_steps, "--forecast", "--gold_function right.py:right --num_answers 32", *force]
-    assert e2e_rlhf.main(words) == int(not runs)
-    out, err = capfd.readouterr()
-    told = out[out.index("told") :].splitlines()[0]
-    for word in ("--num_answers', '32", "--critic_model_name_or_path", *force):
-        assert word in told
-    assert (tmp_path / "out" / "step3_ppo" / "summary.json").exists() == runs
-    assert ("step 3 is left out; --force runs it all the same." in err) == (not runs)
-
-
-def test_flags_of_a_forecast_are_checked_before_anything_runs(fake_steps, tmp_path):
-    with pytest.raises(UserError, match="--forecast: nothing says what good answers are"):
-        e2e_rlhf.main([*fake_steps, "--forecast", ""])
-    with pytest.raises(UserError, match="--force runs step 3 whatever --forecast says"):
-        e2e_rlhf.main([*fake_steps, "--force"])
+def test_a_forecast_goes_to_step_three_and_its_flags_are_checked_before_anything_runs(fake_steps, tmp_path):
+    words = ["--forecast", "--gold_function right.py:right --num_answers 32", "--force"]
+    _, _, ppo = e2e_rlhf.commands(e2e_rlhf.parse([*fake_steps, *words]))
+    asked = ppo.parsed().forecast
+    assert (asked.words[-1], asked.force) == ("32", True)
+    for flags, message in (
+        ("--num_answers 32", "nothing says what good answers are"),
+        ("right.py", "no flag"),
+    ):
+        with pytest.raises(UserError, match=f"--forecast.*{message}"):
+            e2e_rlhf.main([*fake_steps, "--forecast", flags])
     assert not (tmp_path / "out").exists()
 
 
