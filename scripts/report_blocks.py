@@ -9,6 +9,7 @@ from typing import Any
 
 from dschat.reports.page import Block, Level, Plot, Plots, Samples, Section, Table, Text, Verdict, Warnings
 from dschat.reports.plots import curves
+from dschat.reports.reward_model import level_of
 from dschat.runs.output_folder import FORECAST
 from dschat.runs.registry import Metric, metric
 from scripts.report_runs import TITLES, Run, read_json, started
@@ -56,9 +57,8 @@ def verdicts(run: Run) -> Iterator[Verdict]:
     words = str((run.summary or {}).get("verdict", ""))
     if words:
         word, _, reason = words.partition(": ")
-        level: Level = (
-            "good" if word.startswith("better") else "bad" if word.startswith("worse") else "warning"
-        )
+        level: Level = "bad" if word.startswith("worse") else "warning"
+        level = level_of(word) if run.step == "reward" else "good" if word.startswith("better") else level
         yield Verdict(f"{title}: {word}", reason, level)
     elif run.summary is not None:
         yield Verdict(f"{title} has finished", figures_in_words(run.summary), "good")
@@ -66,13 +66,6 @@ def verdicts(run: Run) -> Iterator[Verdict]:
     if isinstance(told, dict) and {"verdict", "is_worth_it"} <= told.keys():
         yield Verdict(
             "The forecast before PPO", str(told["verdict"]), "good" if told["is_worth_it"] else "bad"
-        )
-    report = run.json("reward_report.json")
-    if isinstance(report, dict) and "verdict" in report:
-        level = "good" if report["verdict"] == "good" else "bad"
-        level = "warning" if "too few" in str(report["verdict"]) else level
-        yield Verdict(
-            f"The reward model by its report: {report['verdict']}", str(report.get("reason", "")), level
         )
 
 

@@ -112,6 +112,7 @@ def evaluate(
         "eval_accuracy_stderr": stderr,
         "eval_pairs": eval_pairs,
         "eval_prompts": eval_prompts,
+        **report.figures(),
         "chosen_mean_score": chosen / num_pairs,
         "rejected_mean_score": rejected / num_pairs,
         "score_mean": mean,

@@ -70,9 +70,9 @@ class EvalCommand:
 
 
 def run_on_rank_0(command: str, seconds: float = math.inf) -> tuple[int | None, list[str]]:
-    """Run a shell's command outside of the process group: its exit code, None past the seconds, and its output.
+    """Run a shell's command outside of the process group, on rank 0: its exit code and its last lines.
 
-    The others wait in collectives of some seconds. Every rank must call it.
+    The code is None where it ran out of time, and the command is ended. The other ranks wait in collectives of some seconds. Every rank must call it.
     """
     work, found = _work(command, seconds), None
     while found is None:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dschat.reports.reward_model import GOOD, against_chance
-from dschat.reports.statistics import cautious_interval
+from dschat.reports.reward_model import GOOD, verdict_words
+from dschat.reports.statistics import Estimate, Z, cautious_interval
 
 RISE = 1.05
 """An evaluation loss this many times the lowest one has risen."""
@@ -26,10 +26,9 @@ class Evaluation:
 def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
     """The verdict on a reward model by the evaluations up to its own, in order: words, a colon, the numbers.
 
-    The words are `GOOD`, worse than chance, no better than chance or too few pairs to say, by the 95 %
-    interval of the accuracy (Agresti and Coull 1998, which holds for few pairs and at 0 and 1 too), and
-    overfitted where the evaluation loss is above the lowest before while the training loss has fallen.
-    Without evaluation data: not evaluated; with a loss that is not finite: not finite.
+    The words are those of `verdict_words`, as in the report on the reward model, and overfitted where the
+    evaluation loss is above the lowest before while the training loss has fallen. Without evaluation data:
+    not evaluated; with a loss that is not finite: not finite.
     """
     if not evaluations:
         return "not evaluated: no pairs were held out (--eval_fraction, --eval_data_path)"
@@ -37,7 +36,15 @@ def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
     if not math.isfinite(last.loss):
         return f"not finite: the evaluation loss is {last.loss} at step {last.step}"
     low, high = accuracy_interval(last)
-    words, numbers = [against_chance(low, high)], [_accuracy(last, low, high)]
+    gain, overconfidence = (
+        _estimate(last, f"eval_{name}") for name in ("gain_over_length", "overconfidence")
+    )
+    words = verdict_words(Estimate(last.figures["eval_accuracy"], low, high), gain, overconfidence)
+    numbers = [_accuracy(last, low, high)]
+    if any("length" in word for word in words):
+        numbers.append(f"{gain.shown('+.3f')} more than by the rule of length")
+    if "overconfident" in words:
+        numbers.append(f"the mean probability is {overconfidence.shown('+.3f')} above that")
     best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluation: evaluation.loss)
     if last.train_loss is not None and last.train_loss < first.loss and last.loss > RISE * best.loss:
         words.append("overfitted")
@@ -63,6 +70,11 @@ def accuracy_interval(evaluated: Evaluation) -> tuple[float, float]:
     return cautious_interval(
         found["eval_accuracy"], found["eval_accuracy_stderr"], found["eval_pairs"], found["eval_prompts"]
     )
+
+
+def _estimate(evaluated: Evaluation, name: str) -> Estimate:
+    value, error = evaluated.figures[name], Z * evaluated.figures[f"{name}_stderr"]
+    return Estimate(value, value - error, value + error)
 
 
 def _accuracy(evaluated: Evaluation, low: float, high: float) -> str:

@@ -30,7 +30,7 @@ from dschat.reports.statistics import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GOOD = "better than chance"
+GOOD = "good"
 USEFUL = 0.6
 """A reward model that is right this often is of use to PPO: fewer pairs than can rule it out are too few."""
 USEFUL_GAIN = 0.05
@@ -97,23 +97,44 @@ def _order(difference: np.ndarray) -> np.ndarray:
     return (1 + np.sign(difference)) / 2
 
 
-def against_chance(low: float, high: float) -> str:
-    """The words for an accuracy with this 95 % interval."""
-    if low > 0.5:
-        return GOOD
-    if high < 0.5:
-        return "worse than chance"
-    return "no better than chance" if high < USEFUL else "too few pairs to say"
+def verdict_words(accuracy: Estimate, gain: Estimate, overconfidence: Estimate) -> list[str]:
+    """The verdict, by tests at 5 %: each word needs an interval that lies beyond its bound.
+
+    `gain` is that of the accuracy over the rule of length, `overconfidence` the mean probability less the
+    accuracy. [`GOOD`] where nothing is wrong.
+    """
+    if accuracy.high < 0.5:
+        return ["worse than chance"]
+    if not accuracy.low > 0.5:
+        return ["no better than chance" if accuracy.high < USEFUL else "too few pairs to say"]
+    words = []
+    if not gain.low > 0:
+        is_sure = gain.value <= 0 or gain.high < USEFUL_GAIN
+        words.append("no better than length" if is_sure else "too few pairs to tell it from length")
+    if overconfidence.low > OVERCONFIDENCE:
+        words.append("overconfident")
+    return words or [GOOD]
+
+
+def level_of(verdict: str) -> Level:
+    """The level of a verdict that begins with words of `verdict_words`."""
+    return next((level for name, level in LEVELS.items() if verdict.startswith(name)), "bad")
+
+
+def beyond_accuracy(pairs: ScoredPairs) -> tuple[Estimate, Estimate, Estimate]:
+    """How often the longer answer is the better one, the gain over the rule of length, the overconfidence."""
+    right, longer = pairs.right, pairs.longer
+    of_length = rate(longer, pairs.prompts)
+    rule = longer if of_length.value >= 0.5 else 1 - longer
+    return of_length, mean(right - rule, pairs.prompts), mean(pairs.confidence - right, pairs.prompts)
 
 
 def reward_report(pairs: ScoredPairs) -> dict[str, Any]:
     """All numbers of the report and its verdict, for JSON; what is not known is None."""
-    right, longer, prompts = pairs.right, pairs.longer, pairs.prompts
-    accuracy, of_length = agresti_coull(right, prompts), rate(longer, prompts)
-    rule = longer if of_length.value >= 0.5 else 1 - longer
-    gain = mean(right - rule, prompts)
-    overconfidence = mean(pairs.confidence - right, prompts)
-    words = _words(accuracy, gain, overconfidence)
+    right, prompts = pairs.right, pairs.prompts
+    accuracy = agresti_coull(right, prompts)
+    of_length, gain, overconfidence = beyond_accuracy(pairs)
+    words = verdict_words(accuracy, gain, overconfidence)
     both, lengths = (
         np.concatenate(parts)
         for parts in ((pairs.chosen, pairs.rejected), (pairs.chosen_lengths, pairs.rejected_lengths))
@@ -142,20 +163,6 @@ def reward_report(pairs: ScoredPairs) -> dict[str, Any]:
         "by_lead": _groups(pairs, _quantiles(np.abs(pairs.lead))),
     }
     return _plain(report)
-
-
-def _words(accuracy: Estimate, gain: Estimate, overconfidence: Estimate) -> list[str]:
-    """The verdict, by tests at 5 %: each word needs an interval that lies beyond its bound."""
-    chance = against_chance(accuracy.low, accuracy.high)
-    if chance != GOOD:
-        return [chance]
-    words = []
-    if not gain.low > 0:
-        is_sure = gain.value <= 0 or gain.high < USEFUL_GAIN
-        words.append("no better than length" if is_sure else "too few pairs to tell it from length")
-    if overconfidence.low > OVERCONFIDENCE:
-        words.append("overconfident")
-    return words or ["good"]
 
 
 def _reason(
@@ -236,8 +243,7 @@ def report_page(
 ) -> str:
     """The page of a `reward_report`; `wrong` are the texts of `mistakes` with their scores."""
     words = report["verdict"]
-    level: Level = next((level for name, level in LEVELS.items() if words.startswith(name)), "bad")
-    blocks: list[Block] = [Verdict(words, report["reason"], level), _overview(report)]
+    blocks: list[Block] = [Verdict(words, report["reason"], level_of(words)), _overview(report)]
     if len(pairs.chosen) < NUM_PLOTTED:
         blocks.append(Text(f"No plots: there are fewer than {NUM_PLOTTED} pairs.", faint=True))
     else:

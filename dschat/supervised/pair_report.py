@@ -18,7 +18,14 @@ from dschat.data.tokenization import column
 from dschat.distributed.collectives import gather_rows
 from dschat.engines.pipeline import of_last_stage
 from dschat.reports.page import write_page
-from dschat.reports.reward_model import ScoredPairs, mistakes, report_page, reward_report
+from dschat.reports.reward_model import (
+    ScoredPairs,
+    beyond_accuracy,
+    mistakes,
+    report_page,
+    reward_report,
+)
+from dschat.reports.statistics import Z
 
 REPORT = "reward_report"
 
@@ -51,6 +58,17 @@ class PairReport:
         table = gather_rows(torch.cat([rows[:, None], scores], dim=1), axis="data")
         self._table = table[table[:, 0] >= 0].tolist()
 
+    def figures(self) -> dict[str, float]:
+        """What the verdict takes beside the accuracy, of the pairs that `end` has gathered."""
+        names = self._data.sources or ("held-out pairs",)
+        _, gain, overconfidence = beyond_accuracy(scored(np.array(self._table), self._data.evaluation, names))
+        found = {"eval_gain_over_length": gain, "eval_overconfidence": overconfidence}
+        return {
+            name + end: number
+            for name, estimate in found.items()
+            for end, number in (("", estimate.value), ("_stderr", (estimate.high - estimate.value) / Z))
+        }
+
     def writer(self) -> Callable[[Path], None] | None:
         """What writes the report into a model's folder on rank 0; None without scores."""
         table = np.array(of_last_stage(self._table))
@@ -67,24 +85,16 @@ class PairReport:
         return write
 
 
-def write_report(
-    folder: Path,
-    title: str,
-    table: np.ndarray,
-    rows: Dataset,
-    source_names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """Write the report on pairs of `rows`, as `tokenize_pairs` makes them, and return its verdict.
+def scored(table: np.ndarray, rows: Dataset, source_names: tuple[str, ...]) -> ScoredPairs:
+    """Pairs of `rows`, as `tokenize_pairs` makes them, in their order.
 
     `table` [N, 3]: a pair's row and the scores of its chosen and of its rejected answer.
     """
     table = table[np.argsort(table[:, 0])]  # one order on any number of ranks
-    numbers = table[:, 0].astype(int)
-    taken = rows.with_format(None).select(numbers)
+    taken = rows.with_format(None).select(table[:, 0].astype(int))
     prompt = column(taken, "prompt_length")
     lengths = {name: _lengths(taken, f"{name}_ids") - prompt for name in ("chosen", "rejected")}
-    pairs = ScoredPairs(
+    return ScoredPairs(
         chosen=table[:, 1],
         rejected=table[:, 2],
         chosen_lengths=lengths["chosen"],
@@ -94,13 +104,27 @@ def write_report(
         source_names=source_names,
         margins=column(taken, "margin"),
     )
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    table: np.ndarray,
+    rows: Dataset,
+    source_names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the report on the pairs of a `table` that `scored` takes."""
+    pairs, numbers = scored(table, rows, source_names), np.sort(table[:, 0]).astype(int)
     report = reward_report(pairs)
-    wrong = [_texts(taken[int(place)], pairs, int(place), tokenizer) for place in mistakes(pairs)]
+    wrong = [
+        _texts(rows.with_format(None)[int(numbers[place])], pairs, int(place), tokenizer)
+        for place in mistakes(pairs)
+    ]
     lead = f"{len(pairs.chosen)} held-out pairs of {', '.join(source_names)}"
     write_page(folder / f"{REPORT}.html", report_page(title, lead, pairs, report, wrong))
     content = json.dumps({**report, "data": list(source_names), "mistakes": wrong}, indent=1)
     (folder / f"{REPORT}.json").write_text(content + "\n", encoding="utf-8")
-    return str(report["verdict"])
 
 
 def announce_report(folder: Path) -> None:

@@ -233,6 +233,6 @@ def test_a_bad_verdict_on_a_reward_model_is_repeated(verdict, copy, capsys):
 
 def test_a_good_verdict_is_not_repeated(copy, capsys):
     path = copy / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "better than chance: 0.7"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "good: 0.7"}))
     verify_model(str(copy), FLAG, "score").warn_of_verdict()
     assert "verdict" not in capsys.readouterr().out

@@ -16,6 +16,8 @@ def evaluated(
     train_loss: float = 0.5,
     num_prompts: int | None = None,
     accuracy_stderr: float | None = None,
+    gain: float = 0.1,
+    overconfidence: float = 0.0,
 ) -> Evaluation:
     """An evaluation of a pair a prompt, its standard error that of so many draws."""
     error = math.sqrt(accuracy * (1 - accuracy) / num_pairs) if accuracy_stderr is None else accuracy_stderr
@@ -24,6 +26,8 @@ def evaluated(
         "eval_accuracy_stderr": error,
         "eval_pairs": num_pairs,
         "eval_prompts": num_prompts or num_pairs,
+        **{"eval_gain_over_length": gain, "eval_gain_over_length_stderr": 0.02},
+        **{"eval_overconfidence": overconfidence, "eval_overconfidence_stderr": 0.01},
     }
     return Evaluation(step, figures, loss, train_loss if step else None)
 
@@ -67,6 +71,35 @@ def test_the_interval_by_hand(accuracy, num_pairs, interval):
 )
 def test_the_words_for_an_accuracy(accuracy, num_pairs, verdict):
     assert words(evaluated(0.5, num_pairs, step=0, loss=0.7), evaluated(accuracy, num_pairs)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "number"),
+    [
+        (
+            {"gain": -0.01},
+            "no better than length",
+            "-0.010 (-0.049 to +0.029) more than by the rule of length",
+        ),
+        (
+            {"gain": 0.005},
+            "no better than length",
+            "+0.005",
+        ),  # below 0.05 at most: 0.005 + 1.96 x 0.02 = 0.044
+        ({"gain": 0.02}, "too few pairs to tell it from length", "(-0.019 to +0.059)"),
+        (
+            {"overconfidence": 0.05},
+            "overconfident",
+            "the mean probability is +0.050 (+0.030 to +0.070) above",
+        ),
+        ({"gain": -0.01, "overconfidence": 0.05}, "no better than length, overconfident", "-0.010"),
+    ],
+)
+def test_the_words_of_the_report_are_those_of_the_step(settings, verdict, number):
+    told = reward_verdict([evaluated(0.7, 1000, **settings)])
+    assert told.startswith(f"{verdict}: 0.700 +- 0.014 of 1000 held-out pairs")
+    assert number in told
+    assert not is_good(told)
 
 
 def test_many_pairs_of_few_prompts_count_as_few():

@@ -32,8 +32,8 @@ def finished(folder: Path, step: str) -> Path:
 
 
 def test_the_figures_in_a_phrase():
-    reward = {"eval_accuracy": 0.7, "eval_accuracy_stderr": 0.02, "verdict": "better than chance: 0.7"}
-    assert achieved("reward", reward) == "accuracy 0.700 ± 0.020 on held-out pairs: better than chance"
+    reward = {"eval_accuracy": 0.7, "eval_accuracy_stderr": 0.02, "verdict": "good: 0.7"}
+    assert achieved("reward", reward) == "accuracy 0.700 ± 0.020 on held-out pairs: good"
     ppo = {"initial_eval_score": 1.0, "actor_step": 7, "verdict": "better than the start: score +2"}
     assert achieved("rlhf", ppo) == (
         "score 1.000 on held-out prompts before PPO; actor/ (PPO step 7) is better than the start: score +2"

@@ -37,7 +37,7 @@ def pipeline(tmp_path_factory) -> Path:
     plan = {"device_peak": 2e9, "seconds": {"data": 0.25}, "measured": {"device_peak": 3e9}}
     (sft / "plan.json").write_text(json.dumps(plan))
     (reward / "summary.json").write_text(json.dumps({"verdict": "worse than chance: 0.3 of 100 pairs"}))
-    (reward / "reward_report.json").write_text(json.dumps({"verdict": "worse than chance", "reason": "R."}))
+    (ppo / "forecast.json").write_text(json.dumps({"verdict": "not worth PPO, R.", "is_worth_it": False}))
     lines = [{"step": step, "score": 1.0, "k3": None if step == 2 else -1.0} for step in range(1, 9)]
     (ppo / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "sco'
@@ -68,7 +68,7 @@ def test_the_page_tells_what_each_step_came_to(pipeline):
     for text in (
         "<b>Supervised fine-tuning has finished</b>eval_loss 1.25",
         "<b>Reward model: worse than chance</b>0.3 of 100 pairs",
-        "<b>The reward model by its report: worse than chance</b>R.",
+        "<b>The forecast before PPO</b>not worth PPO, R.",
         "<b>PPO has not finished</b>the last metrics are of step 8: RuntimeError: boom",
         "<b>PPO is worse than SFT</b>wins 20.0%",
         "careful",

@@ -36,7 +36,7 @@ class Run:
             self.model,
             load_tokenizer(str(base)),
             SplitData(rows, rows, {}, ""),
-            verdict_of=lambda evaluations: f"better than chance: by {len(evaluations)} evaluations",
+            verdict_of=lambda evaluations: f"good: by {len(evaluations)} evaluations",
         )
         self.evaluations: list[Evaluation] = []
 
@@ -69,8 +69,8 @@ def test_step_2_exports_the_best_of_its_evaluations(base, capsys):
     summary, marked = evaluated(base).finish()
     assert (summary["model_step"], marked) == (20, 20)
     assert (summary["initial_eval_loss"], summary["eval_loss"], summary["last_eval_loss"]) == (0.1, 0.6, 0.9)
-    assert summary["verdict"] == "better than chance: by 3 evaluations"
-    assert summary["last_verdict"] == "better than chance: by 4 evaluations"
+    assert summary["verdict"] == "good: by 3 evaluations"
+    assert summary["last_verdict"] == "good: by 4 evaluations"
     output = base.parent / "out"
     assert not (output / "best").exists()
     assert not (output / "best.json").exists()
@@ -79,7 +79,7 @@ def test_step_2_exports_the_best_of_its_evaluations(base, capsys):
     assert "| eval_loss | 0.6 |" in card
     told = capsys.readouterr().out
     assert "the exported model is that after step 20, of the lowest evaluation loss, 0.6" in told
-    assert "verdict on the model after step 30, not exported: better than chance: by 4" in told
+    assert "verdict on the model after step 30, not exported: good: by 4" in told
     verify_model(str(output), "--actor_model_name_or_path", "language_model")  # promises hold
 
 

@@ -46,10 +46,16 @@ def test_scores_find_their_pairs_whatever_the_order_of_the_batches(rows, tmp_pat
         chosen, rejected = lengths.chunk(2)
         report.add(torch.where(batch.groups == 2, -chosen, chosen), rejected)
     report.end(loader)
+    figures = report.figures()
     report.writer()(tmp_path)
     found = json.loads((tmp_path / "reward_report.json").read_text())
     assert (found["pairs"], found["prompts"], found["accuracy"]["value"]) == (5, 4, 0.8)
     assert found["longer_answer_accuracy"]["value"] == 1.0
+    for name in ("gain_over_length", "overconfidence"):
+        error, estimate = 1.959964 * figures[f"eval_{name}_stderr"], found[name]
+        assert figures[f"eval_{name}"] == pytest.approx(estimate["value"])
+        assert estimate["high"] == pytest.approx(estimate["value"] + error)
+    assert figures["eval_gain_over_length"] == pytest.approx(-0.2)  # the rule of length is always right
     assert [(group["name"], group["pairs"]) for group in found["by_source"]] == [("a", 2), ("b", 3)]
     (wrong,) = found["mistakes"]
     assert wrong["prompt"].startswith("\n\nHuman: 2 so so")
