@@ -72,7 +72,8 @@ class EvalCommand:
 def run_on_rank_0(command: str, seconds: float = math.inf) -> tuple[int | None, list[str]]:
     """Run a shell's command outside of the process group, on rank 0: its exit code and its last lines.
 
-    The code is None where it ran out of time, and the command is ended. The other ranks wait in collectives of some seconds. Every rank must call it.
+    The code is None where the command ran out of time and was ended. The other ranks wait in collectives of
+    some seconds. Every rank must call it.
     """
     work, found = _work(command, seconds), None
     while found is None:
@@ -102,7 +103,7 @@ def _work(command: str, seconds: float) -> Iterator[tuple[int | None, list[str]]
         finally:
             with suppress(ProcessLookupError):  # what it started may go on, or it ran out of time
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()  # waits, and closes the pipe
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - LAST_BYTES))
         lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
