@@ -45,8 +45,8 @@ def main(args: DpoArguments, context: RunContext) -> None:
     run.base.check_template(run.tokenizer)
     pairs = reward_data(args.data, run.tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
     loaders = run.build_loaders(pairs, collate_pairs)
-    store = ReferenceStore.open(run.settings, run.base, pairs)
     checkpoints, loaders = run.begin(loaders)
+    store = ReferenceStore.open(run.settings, run.base, pairs, checkpoints.choices.made)
     if column(pairs.train, "margin").any():
         messages.note("the data has margins, which DPO does not use.")
     engine, loaders = build_policy(run, loaders, store, offload=args.dpo.offload_reference_model)

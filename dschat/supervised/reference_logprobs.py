@@ -3,8 +3,8 @@
 Rank 0 alone looks after the file, so ranks that share no file system know the same numbers.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -24,7 +24,7 @@ from dschat.data.loaders import EvalLoader, TrainLoader
 from dschat.data.preparation import SplitData
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import current_device
-from dschat.distributed.mesh import is_main_process, stage
+from dschat.distributed.mesh import Axis, is_main_process, mesh, stage
 from dschat.engines.at_rest import in_use
 from dschat.engines.build import build_frozen_engine, free_frozen_engine, frozen_config
 from dschat.engines.memory_remedies import PhaseKind
@@ -37,11 +37,15 @@ from dschat.fingerprint import fingerprint
 from dschat.models.forward import token_logprobs_of
 from dschat.models.loading import create_hf_model
 from dschat.models.lora import adapters_off
+from dschat.runs.measured_choices import machine
 from dschat.supervised.batches import Loaders
 from dschat.supervised.settings import SupervisedSettings
 
 FORMAT = 1
 """Raise it when code changes what the same model says of the same rows, by more than rounding."""
+
+BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_batch")
+"""Flags that decide which rows meet in a batch."""
 
 FILE = "logprobs.npy"
 """float32 [training and then evaluation pairs, 2]: nats of the chosen and of the rejected answer."""
@@ -58,17 +62,21 @@ class ReferenceStore:
 
     root: Path
     key: str
-    """A fingerprint of the pairs, the weights and their precision; empty on ranks other than 0."""
+    """A fingerprint of the pairs, the weights and what rounding depends on; empty on ranks other than 0."""
     num_pairs: int
     """Training and evaluation pairs."""
     found: np.ndarray | None
     """What an earlier run kept; None on ranks other than 0."""
 
     @staticmethod
-    def open(settings: SupervisedSettings, base: UpstreamModel, data: SplitData) -> "ReferenceStore":
-        """Look for what was kept, before the process group exists. Raises `UserError` for a spoilt file.
+    def open(
+        settings: SupervisedSettings, base: UpstreamModel, data: SplitData, choices: Mapping[str, str]
+    ) -> "ReferenceStore":
+        """Look for what was kept; `choices` are those between ways to compute. Raises `UserError` for a
+        spoilt file.
 
-        Ranks, batches and ZeRO stages are not in the key: they change the numbers by rounding alone.
+        Rows that meet in other batches or on other ranks have another rounding, and numbers of their own:
+        what the policy says before it is trained is equal to them to the last bit. ZeRO stages share them.
         """
         root = cache_folder(settings.description.data.data_output_path)
         num_pairs = len(data.train) + len(data.evaluation)
@@ -81,6 +89,14 @@ class ReferenceStore:
                 "model": base.fingerprint(),
                 "dtype": settings.run.dtype,
                 "load_in_4bit": settings.model.load_in_4bit,
+                "attention": settings.model.attn_implementation,
+                "widths": asdict(settings.widths),
+                "batches": {name: getattr(settings.batch, name) for name in BATCHES},
+                "accumulation": settings.optimizer.gradient_accumulation_steps,
+                "seed": settings.run.seed,
+                "ranks": asdict(replace(mesh(), machine=Axis())),
+                "machine": machine(),
+                "choices": dict(choices),
             }
         )
         folder = lookup(root, key)

@@ -51,15 +51,20 @@ def check(alone: Path, pipelined: Path) -> None:
 
 
 def test_two_stages_learn_save_resume_and_export_what_one_process_does(tmp_path):
+    """The resumed case also with tensor ranks inside the stages."""
     for alone, pipelined in outputs(tmp_path, *ORDINARY, grids=[(2, 2, 1)]):
         check(alone, pipelined)
+    python(WORKER, tmp_path, 2, 2, ORDINARY[0], ranks=4)
+    check(tmp_path / "1_1_1" / ORDINARY[0], tmp_path / "4_2_2" / ORDINARY[0])
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("grid", [(2, 2, 1), (4, 2, 1), (4, 2, 2)])
+@pytest.mark.parametrize("grid", [(2, 2, 1), (4, 2, 1), (4, 2, 2), (8, 2, 2)])
 def test_every_case_is_the_same_in_pipelines_with_and_without_ranks_of_data_and_tensor_ranks(tmp_path, grid):
     cases = [case for case in CASES if case != "dropout"]  # ranks draw other masks than one process
-    if grid[2] > 1:
+    if grid[0] == 8:
+        cases = ["sft_llama_1", "reward_opt_1", "dpo_qwen3_1"]
+    elif grid[2] > 1:
         cases = [case for case in cases if CASES[case][1] not in NO_TENSOR_RANKS]
     for alone, pipelined in outputs(tmp_path, *cases, grids=[grid]):
         check(alone, pipelined)

@@ -95,6 +95,7 @@ def compare(models: Path, folder: Path, *cases: str, ranks: int) -> None:
         one = folder / "one" / case
         expected = trained_in_one_process(models, one, case)
         assert seen[case]["shared"] > 0
+        assert seen[case]["apart"] == 0, case
         for name, values in expected.items():
             assert_close(seen[case][name], values, rtol=1e-5, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
         files = [path.relative_to(one) for path in one.rglob("*.safetensors")]
@@ -115,6 +116,32 @@ def test_layers_that_two_ranks_share_learn_what_whole_ones_do(models, tmp_path):
 def test_every_family_stage_and_kind(models, tmp_path, ranks):
     cases = product(SHARED, "0123", ("lm", "rm", "lmlora", "rmlora"))
     compare(models, tmp_path, *("-".join(case) for case in cases), ranks=ranks)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_drop_alike_and_skip_the_same_steps_in_fp16(models, tmp_path, ranks):
+    dropping = [f"{case}-{stage}-lmdropout" for case in ("opt", "gpt_neox", "qwen3") for stage in range(4)]
+    halved = [
+        f"{case}-{stage}-{kind}half"
+        for case in ("llama", "opt")
+        for stage in range(4)
+        for kind in ("lm", "rm")
+    ]
+    python(WORKER, models, tmp_path, *dropping, *halved, ranks=ranks)
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    for case, found in seen.items():
+        assert found["apart"] == 0, case
+        assert set(found["skipped"]) == {1 if case in halved else 0}, case
+    for case in halved:
+        family, _, kind = case.split("-")
+        expected = trained_in_one_process(models, tmp_path / "one" / case, f"{family}-0-{kind[:2]}")
+        # The first step was skipped: its loss is seen twice.
+        assert_close(seen[case]["losses"][1:], expected["losses"][:-1], rtol=5e-3, atol=5e-3)
+    plain = [f"{case}-0-lm" for case in ("opt", "gpt_neox")]
+    for case in plain:
+        expected = trained_in_one_process(models, tmp_path / "one" / case, case)["losses"]
+        assert abs(seen[f"{case}dropout"]["losses"][0] - expected[0]) > 1e-3
 
 
 @pytest.mark.matrix

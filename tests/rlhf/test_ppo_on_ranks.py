@@ -101,8 +101,10 @@ def two_ranks(models) -> dict:
     layered = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "rollout_gather": "never"}
     offloaded = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 2, "critic_zero_stage": 3, "offload": True}
     paged = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "rollout_backend": "continuous"}
-    results = run(models, [*settings, layered, offloaded, paged], ranks=2)
-    return dict(zip([*keys, "layered", "offloaded", "paged"], results, strict=True))
+    copied = {**TWO_RANKS, "dtype": "fp32", "actor_zero_stage": 3, "critic_zero_stage": 3}
+    copied["zero_hpz_partition_size"] = 2
+    results = run(models, [*settings, layered, offloaded, paged, copied], ranks=2)
+    return dict(zip([*keys, "layered", "offloaded", "paged", "second copies"], results, strict=True))
 
 
 @pytest.mark.slow
@@ -122,8 +124,8 @@ def test_bf16_agrees_within_its_rounding(actor, critic, one_rank, two_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layered", "offloaded", "paged"])
-def test_neither_gathering_by_layer_nor_offloading_nor_pages_change_anything(name, one_rank, two_ranks):
+@pytest.mark.parametrize("name", ["layered", "offloaded", "paged", "second copies"])
+def test_neither_layers_nor_offloading_nor_pages_nor_second_copies_change_anything(name, one_rank, two_ranks):
     assert_same(two_ranks[name], one_rank["fp32"], tolerance=1e-4)
 
 

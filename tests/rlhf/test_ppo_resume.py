@@ -59,17 +59,22 @@ TWO_RANKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ppo")
-    save_tiny_model(folder / "actor", "llama")
-    save_tiny_model(folder / "base", "llama", seed=1)
+def save_models_and_pairs(folder: Path, family: str = "llama") -> None:
+    """What `flags_of` names in the folder."""
+    save_tiny_model(folder / "actor", family)
+    save_tiny_model(folder / "base", family, seed=1)
     save_reward_model(folder / "base", folder / "reward")
     rows = [
         {"prompt": f"\n\nHuman: Count to {n}.\n\nAssistant:", "chosen": " one", "rejected": " two"}
         for n in range(27)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    save_models_and_pairs(folder)
     (folder / "text.txt").write_text("".join(f"{n} bottles of water on the wall.\n" for n in range(300)))
     return folder
 

@@ -71,13 +71,12 @@ def run_all(folder: Path, runs: dict[str, list[str]], ranks: int) -> dict[str, s
 
 @pytest.fixture(scope="module")
 def one_rank(folder) -> dict[str, str]:
-    """Runs by name. "one" is a program of its own; "again" and "reshaped" find what it kept."""
+    """Runs by name. "one" is a program of its own; "again" finds what it kept, "accumulated" does not."""
     said = {"one": python(DPO, *flags(folder, "one"), cwd=folder).stdout}
     accumulation = "--gradient_accumulation_steps=4"
     runs = {
         "again": flags(folder, "again", cache="cache_one"),
-        "reshaped": flags(folder, "reshaped", accumulation, cache="cache_one", rows=2),
-        "accumulated": flags(folder, "accumulated", accumulation, rows=2),
+        "accumulated": flags(folder, "accumulated", accumulation, cache="cache_one", rows=2),
         "lora": flags(folder, "lora", *LORA),
         "ipo": flags(folder, "ipo", "--loss_type=ipo", "--beta=0.5", cache="cache_one"),
         "bf16": flags(folder, "bf16", "--dtype=bf16", "--gradient_checkpointing"),
@@ -104,8 +103,8 @@ def summary(folder: Path) -> dict:
 
 
 def table(cache: Path) -> np.ndarray:
-    (path,) = cache.glob("*/logprobs.npy")
-    return np.load(path)
+    """The first that was kept."""
+    return np.load(min(cache.glob("*/logprobs.npy"), key=lambda path: path.stat().st_mtime))
 
 
 def assert_same_run(ours: Path, theirs: Path, from_line: int = 0) -> None:
@@ -176,15 +175,6 @@ def test_a_second_start_loads_no_reference_model_and_gives_the_same_numbers(fold
     assert "log-probabilities come from" in one_rank["again"]
     assert "\n0 weights of the reference model" in one_rank["again"]
     assert timeless_lines(folder / "again") == timeless_lines(folder / "one")
-
-
-@pytest.mark.slow
-def test_kept_numbers_in_other_batches_are_the_same_but_for_rounding(folder, one_rank):
-    assert "loading the reference model" not in one_rank["reshaped"]
-    first = timeless_lines(folder / "reshaped")[1]
-    assert max(abs(first[name]) for name in STEP[2:]) < 1e-5
-    # Which of two rewards of 1e-6 is larger, and so the accuracy of the first two lines, is up to rounding.
-    assert_same_run(folder / "reshaped", folder / "one", from_line=2)
 
 
 @pytest.mark.slow

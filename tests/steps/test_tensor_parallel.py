@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from alike_runs import EPSILON, assert_alike
 from processes import ROOT, python
-from test_ppo_resume import HALF_A_RANK, STEERED, flags_of
-from tiny import save_counting_pairs, save_reward_model, save_tiny_model
+from test_ppo_resume import HALF_A_RANK, STEERED, flags_of, save_models_and_pairs
+from tiny import save_counting_pairs, save_tiny_model
 
 pytestmark = pytest.mark.matrix
 
@@ -29,9 +29,12 @@ SUPERVISED = {
 }
 ACTOR, CRITIC = {"actor_tensor_parallel_size": 2}, {"critic_tensor_parallel_size": 2}
 HYBRID = {"enable_hybrid_engine": True}
+RECOMPUTED = {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True, "offload": True}
+RECOMPUTED |= {"actor_zero_stage": 2, "critic_zero_stage": 3}
 PPO = {
     "average": (STEERED, ACTOR | CRITIC),
     "average 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3, **STEERED}, ACTOR | CRITIC),
+    "recomputed, offloaded": (STEERED | RECOMPUTED, ACTOR | CRITIC),
     "adapters": ({"actor_lora_dim": 4, "critic_lora_dim": 4, "only_optimize_lora": True}, ACTOR | CRITIC),
     "actor alone": ({"actor_zero_stage": 1, "critic_zero_stage": 2}, ACTOR),
     "critic alone": ({"actor_zero_stage": 3, "enable_ema": True}, CRITIC),
@@ -86,12 +89,7 @@ def test_steps_1_and_2_and_dpo(tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_step_3(tmp_path, ranks):
-    save_tiny_model(tmp_path / "actor")
-    save_reward_model(save_tiny_model(tmp_path / "base", seed=1), tmp_path / "reward")
-    rows = [{"prompt": f"\n\nHuman: Count to {n}.\n\nAssistant:", "chosen": " one"} for n in range(27)]
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps(row | {"rejected": " no"}) + "\n" for row in rows)
-    )
+    save_models_and_pairs(tmp_path)
     shape = {"adam_epsilon": EPSILON, **(HALF_A_RANK if ranks == 4 else {})}
     whole, shared = [], []
     for name, (options, sizes) in PPO.items():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from alike_runs import EPSILON, assert_alike
 from processes import ROOT, python
-from test_ppo_resume import flags_of
-from tiny import save_counting_pairs, save_reward_model, save_tiny_model
+from test_ppo_resume import flags_of, save_models_and_pairs
+from tiny import save_counting_pairs, save_tiny_model
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(7200)]
 
@@ -59,12 +59,7 @@ def test_steps_1_and_2_and_dpo(case, tmp_path):
 
 
 def test_step_3(tmp_path):
-    save_tiny_model(tmp_path / "actor")
-    save_reward_model(save_tiny_model(tmp_path / "base", seed=1), tmp_path / "reward")
-    rows = [{"prompt": f"\n\nHuman: Count to {n}.\n\nAssistant:", "chosen": " one"} for n in range(27)]
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps(row | {"rejected": " no"}) + "\n" for row in rows)
-    )
+    save_models_and_pairs(tmp_path)
     names = ("plain", "compiled", "stopped")
     plain, compiled, stopped = (flags_of(tmp_path, name, {"adam_epsilon": EPSILON}) for name in names)
     runs = [{"flags": plain}, {"flags": [*compiled, COMPILED]}]

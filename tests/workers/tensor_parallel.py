@@ -1,7 +1,8 @@
 """Train models whose layers two tensor ranks share; export them, and write what was seen as JSON.
 
 Usage: torchrun --nproc_per_node N tensor_parallel.py MODELS_FOLDER OUTPUT_FOLDER CASE...
-A case is FAMILY-STAGE-KIND, KIND being lm or rm, with "lora" after it for adapters.
+A case is FAMILY-STAGE-KIND, KIND being lm or rm, with "lora" after it for adapters, "dropout" for dropout, or
+"half" for fp16, in which the first step's gradients of a layer's share overflow on one rank alone.
 """
 
 import json
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.distributed import process_group, random_state
-from dschat.distributed.collectives import sum_across_ranks
-from dschat.distributed.deepspeed_private import is_tensor_shard
+from dschat.distributed.collectives import all_gather_object, max_across_ranks, sum_across_ranks
+from dschat.distributed.deepspeed_private import is_tensor_shard, own_shard
 from dschat.distributed.mesh import mesh, set_parallel_sizes
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.step import gradient_norm, train_on
@@ -31,10 +32,10 @@ ROWS = torch.randint(3, 250, (4, 9), generator=torch.Generator().manual_seed(0))
 def load(folder: Path, kind: str, config: dict | None) -> Any:
     """The model of the case before its adapters."""
     random_state.seed_everything(7)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer, dropout = load_tokenizer(str(folder)), 0.2 if kind.endswith("dropout") else None
     if kind.startswith("lm"):
-        return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, config)
-    return create_critic_model(str(folder), tokenizer, config)
+        return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, config, dropout=dropout)
+    return create_critic_model(str(folder), tokenizer, config, dropout=dropout)
 
 
 def loss_of(model: Any, rows: torch.Tensor, kind: str) -> torch.Tensor:
@@ -58,23 +59,40 @@ def arguments(folder: Path, stage: int, kind: str, size: int = 1) -> ModelArgume
     )
 
 
+def difference_over_tensor_ranks(parameter: torch.Tensor) -> torch.Tensor:
+    """The largest between elements of what ought to be equal on the ranks of a tensor group."""
+    own = parameter if (shard := own_shard(parameter)) is None else shard
+    most, least = (max_across_ranks(own * sign, axis="tensor") for sign in (1, -1))
+    return (most + least).abs().max()
+
+
 def train(models: Path, output: Path, case: str) -> dict[str, Any]:
     """Losses and gradient norms of a few steps; the trained model in a folder of the case's name."""
     family, stage, kind = case.split("-")
     args = arguments(models / family, int(stage), kind, size=2)
     optimizer = OptimizerArguments(max_grad_norm=MAX_NORM, adam_epsilon=EPSILON, lr_scheduler_type="constant")
-    run = RunArguments(dtype="fp32")
+    run = RunArguments(dtype="fp16" if kind.endswith("half") else "fp32")
     config = train_config(args, optimizer, run, per_device_batch_size=1)
     engine = build_trained_engine(
         load(models / family, kind, config), args, optimizer, run, config=config, num_training_steps=STEPS
     )
     seen: dict[str, Any] = {"losses": [], "norms": []}
+    shards = [p for p in engine.module.parameters() if is_tensor_shard(p)]
+    if kind.endswith("dropout"):
+        engine.train()
+        random_state.seed_ranks_apart(7)
+    if kind.endswith("half") and mesh().world.rank == 0:
+        overflows = iter([torch.inf])
+        shards[0].register_hook(lambda gradient: gradient * next(overflows, 1))
     for _ in range(STEPS):
         loss = loss_of(engine, ROWS[mesh().data.rank :: mesh().data.size], kind)
         train_on(engine, loss)
         seen["losses"].append(sum_across_ranks(loss, axis="data").item())
         seen["norms"].append(gradient_norm(engine))
-    seen["shared"] = sum(is_tensor_shard(p) for p in engine.module.parameters())
+    seen["shared"] = len(shards)
+    replicas = [p for p in engine.module.parameters() if not is_tensor_shard(p)]
+    seen["apart"] = max(difference_over_tensor_ranks(p).item() for p in replicas)
+    seen["skipped"] = all_gather_object(engine.skipped_steps, axis="world")
     export_model(engine, load_tokenizer(args.model_name_or_path), output / case)
     return seen
 

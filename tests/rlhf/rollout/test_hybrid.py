@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from alike_runs import assert_alike
 from processes import ROOT, python
 from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
+from test_ppo_resume import HALF_A_RANK, flags_of, save_models_and_pairs
 from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -160,3 +162,19 @@ def test_two_ppo_steps_are_those_of_an_ordinary_engine(family, tmp_path):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), (name, run)
         for name, weights in expected["weights"].items():
             assert result["weights"][name] == pytest.approx(weights, rel=1e-4), (name, run)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stopped_run_goes_on_bit_by_bit_on_two_ranks(family, tmp_path):
+    save_models_and_pairs(tmp_path, family)
+    runs = []
+    for stage in (0, 3):
+        options = HALF_A_RANK | {"actor_zero_stage": stage, "enable_hybrid_engine": True}
+        whole, stopped = (flags_of(tmp_path, f"{name} {stage}", options) for name in ("whole", "stopped"))
+        runs += [{"flags": whole}, {"flags": stopped, "stop_after": 5}]
+        runs.append({"flags": [*stopped, "--resume_from_checkpoint=latest"]})
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    python(ROOT / "tests" / "workers" / "interrupted_ppo.py", tmp_path / "runs.json", ranks=2, timeout=900)
+    for stage in (0, 3):
+        assert_alike(tmp_path / f"whole {stage}", tmp_path / f"stopped {stage}", exactly=True)
