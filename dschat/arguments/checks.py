@@ -12,6 +12,13 @@ def check_engines(run: RunArguments, *models: ModelArguments) -> None:
     stages = [f"--{model.prefix}zero_stage 3" for model in models]
     for text in run.needs_stage_3:
         require(any(model.zero_stage == 3 for model in models), f"{text} needs {' or '.join(stages)}.")
+    shared = [f"--{m.prefix}tensor_parallel_size" for m in models if m.tensor_parallel_size > 1]
+    for text in run.over_neighbours:
+        require(
+            not shared,
+            f"{text} cannot be combined with {' and '.join(shared)}: DeepSpeed groups "
+            "neighbouring ranks for it, and those share layers; leave one of them out.",
+        )
     adapters = " or ".join(f"--{model.prefix}lora_dim" for model in models)
     require(
         not run.enable_mixed_precision_lora or any(model.uses_lora for model in models),

@@ -64,12 +64,20 @@ class EngineArguments:
         return {name: value for name, value in settings.items() if value > 1 or value is True}
 
     @property
-    def needs_stage_3(self) -> list[str]:
-        """The flags given that ZeRO-3 alone has."""
+    def over_neighbours(self) -> list[str]:
+        """The flags given for which DeepSpeed makes groups of ranks by number, whatever these share."""
         hpz = self.zero_hpz_partition_size
         return [
-            *self.quantized,
             *([f"--zero_hpz_partition_size {hpz}"] if hpz > 1 else []),
+            *(["--zero_quantized_gradients"] if self.zero_quantized_gradients else []),
+        ]
+
+    @property
+    def needs_stage_3(self) -> list[str]:
+        """The flags given that ZeRO-3 alone has."""
+        return [
+            *self.quantized,
+            *(text for text in self.over_neighbours if text not in self.quantized),
             *([f"--offload_nvme_path {self.offload_nvme_path}"] if self.offload_nvme_path else []),
         ]
 

@@ -15,6 +15,14 @@ STAGE3 = "--actor_zero_stage=3"
         (["--zero_hpz_partition_size=0"], ["--zero_hpz_partition_size must be at least 1, got 0"]),
         (["--enable_mixed_precision_lora"], ["--enable_mixed_precision_lora needs --actor_zero_stage 3"]),
         (["--enable_mixed_precision_lora", STAGE3], ["add --actor_lora_dim or --critic_lora_dim"]),
+        (
+            [STAGE3, "--zero_hpz_partition_size=2", "--critic_tensor_parallel_size=2"],
+            ["--zero_hpz_partition_size 2 cannot be combined with --critic_tensor_parallel_size"],
+        ),
+        (
+            [STAGE3, "--zero_quantized_gradients", "--actor_tensor_parallel_size=2"],
+            ["--zero_quantized_gradients cannot be combined with --actor_tensor_parallel_size"],
+        ),
         (["--offload_nvme_path=d"], ["--offload_nvme_path d says where --offload", "add --offload"]),
         (
             ["--offload_nvme_path=d", "--offload", "--actor_zero_stage=2", "--critic_zero_stage=2"],
