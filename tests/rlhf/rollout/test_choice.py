@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
+from processes import ROOT, python
 from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
-from tiny import save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dschat.arguments import RolloutArguments
 from dschat.errors import UserError
@@ -100,3 +103,17 @@ def test_every_back_end_gives_the_same_answers(actor):
     for other in found[1:]:
         assert answers(other) == answers(found[0])
         torch.testing.assert_close(other.logprobs, found[0].logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.matrix
+def test_two_ranks_that_share_weights_generate_at_most_half_slower_again(tmp_path):
+    """ZeRO-3 beside ZeRO-0, in processor time: gathering the weights and decoding with the whole ones."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 4096}
+    model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=1024))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    worker = ROOT / "tests" / "workers" / "generation_times.py"
+    python(worker, tmp_path / "model", tmp_path / "seen.json", ranks=2)
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    print(seen["seconds"], seen["ways"])
+    assert max(seen["seconds"]["3"]) <= 1.5 * max(seen["seconds"]["0"])
