@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -73,8 +74,9 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        counts = [sum(finding.status == status for finding in findings) for status in ("problem", "warning")]
-        print(f"{counts[0]} problems, {counts[1]} warnings")
+        statuses = [finding.status for finding in findings]
+        counts = [(statuses.count(status), status) for status in ("problem", "warning")]
+        print(", ".join(f"{count} {status}{'s' * (count != 1)}" for count, status in counts))
     return int(any(finding.status == "problem" for finding in findings))
 
 
@@ -218,6 +220,11 @@ def compilers() -> Iterator[Finding]:
         )
     else:
         yield Finding("g++", "ok", answer_of("g++", "-dumpfullversion") or "found")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        remedy = "sudo apt install python3-dev, or dnf install python3-devel; all but --offload works without"
+        yield Finding(
+            "Python.h", "warning", "this Python has no headers, which --offload compiles with", remedy
+        )
     beside = Path(sys.executable).with_name("ninja")
     if shutil.which("ninja") is None and not beside.exists():
         yield Finding(

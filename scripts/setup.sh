@@ -125,8 +125,9 @@ build_operators() {
         echo "== a GPU is here: DeepSpeed compiles its operators where a run needs them"
         return 0
     fi
-    if ! command -v g++ >/dev/null; then
-        echo "== no g++: DeepSpeed's Adam for the CPU is not compiled. Everything works but --offload"
+    local header='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+    if ! command -v g++ >/dev/null || ! "$python" -c "$header" 2>/dev/null; then
+        echo "== no g++ or no Python.h: DeepSpeed's Adam for the CPU is not compiled. Everything works but --offload"
         return 0
     fi
     echo "== compiling DeepSpeed's Adam for the CPU, which --offload needs (half a minute)"

@@ -2,8 +2,10 @@
 
 import resource
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -24,6 +26,11 @@ def check_precision(dtype: str, offload: bool) -> None:
     if offload and shutil.which("g++") is None:
         raise UserError(
             "--offload compiles DeepSpeed's CPU optimiser, which needs g++; install it or leave it out."
+        )
+    if offload and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise UserError(
+            "--offload compiles DeepSpeed's CPU optimiser, which needs Python's headers (Python.h); install "
+            "python3-dev (Fedora: python3-devel) or leave it out."
         )
 
 

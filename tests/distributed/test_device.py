@@ -1,6 +1,8 @@
 """The checks of a machine before anything is loaded."""
 
 import os
+import shutil
+import sysconfig
 
 import psutil
 import pytest
@@ -19,6 +21,13 @@ def test_fp16_on_a_cpu_says_what_to_use():
 def test_offload_without_a_compiler_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(UserError, match=r"--offload .* g\+\+"):
+        device.check_precision("bf16", offload=True)
+
+
+def test_offload_without_the_headers_of_python_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", str)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(UserError, match=r"--offload .* Python\.h.* install python3-dev"):
         device.check_precision("bf16", offload=True)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import sysconfig
 
 from huggingface_hub import constants
 from processes import ROOT, python
@@ -24,6 +25,8 @@ def test_without_a_compiler_offload_is_what_will_not_work(monkeypatch, tmp_path)
     assert found.status == "warning"
     assert "--offload" in found.text
     assert "apt install g++" in found.remedy
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert "apt install python3-dev" in by_subject(doctor.compilers())["Python.h"].remedy
 
 
 def test_a_torch_that_cannot_be_imported_and_one_that_is_too_old(tmp_path):
@@ -141,8 +144,7 @@ def test_the_report_counts_and_its_exit_code_says_whether_runs_fail(monkeypatch,
     assert doctor.main(argparse.Namespace(json=False)) == 1
     printed = capsys.readouterr().out
     assert (
-        printed
-        == "problem  disk: full\n         -> make room\nwarning  port: taken\n1 problems, 1 warnings\n"
+        printed == "problem  disk: full\n         -> make room\nwarning  port: taken\n1 problem, 1 warning\n"
     )
     findings.pop(0)
     assert doctor.main(argparse.Namespace(json=True)) == 0
