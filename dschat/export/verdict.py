@@ -42,7 +42,7 @@ def reward_verdict(evaluations: Sequence[Evaluation]) -> str:
     words = verdict_words(Estimate(last.figures["eval_accuracy"], low, high), gain, overconfidence)
     numbers = [_accuracy(last, low, high)]
     if any("length" in word for word in words):
-        numbers.append(f"{gain.shown('+.3f')} more than by the rule of length")
+        numbers.append(f"{gain.shown('+.3f')} against the rule of length")
     if "overconfident" in words:
         numbers.append(f"the mean probability is {overconfidence.shown('+.3f')} above that")
     best = min((e for e in evaluations if math.isfinite(e.loss)), key=lambda evaluation: evaluation.loss)

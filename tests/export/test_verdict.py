@@ -79,7 +79,7 @@ def test_the_words_for_an_accuracy(accuracy, num_pairs, verdict):
         (
             {"gain": -0.01},
             "no better than length",
-            "-0.010 (-0.049 to +0.029) more than by the rule of length",
+            "-0.010 (-0.049 to +0.029) against the rule of length",
         ),
         (
             {"gain": 0.005},

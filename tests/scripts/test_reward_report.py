@@ -1,19 +1,25 @@
 """The words for reward models whose fault is known, from models on disk; and what cannot be reported on."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from browser import Browser, needs_browser
-from tiny import save_reward_model, save_tiny_model
+from processes import ROOT, python
+from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 
 from dschat.errors import UserError
 from dschat.export.export import export_model
 from dschat.models.loading import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
 from scripts import reward_report
+
+SHARED = Path(os.environ.get("DSCHAT_SHARED", ROOT.parent / "shared"))
+HH = SHARED / "data" / "hh_rlhf_harmless" / "test.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,34 @@ def test_a_random_model_is_no_better_than_chance_and_one_by_length_no_better_tha
     swapped = verdict(learned, write_pairs(tmp_path / "shorter.jsonl", chosen_is_longer=0.2), capsys)
     assert swapped["verdict"] == "worse than chance"
     assert swapped["mistakes"][0]["prompt"].count("Question")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HH.exists(), reason="needs the shared HH data")
+def test_on_real_preferences_a_model_trained_on_length_is_no_better_than_length(tmp_path, capsys):
+    """Step 2 on pairs of HH whose shorter dialogue counts as better; the report by HH's own labels."""
+    with gzip.open(HH, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    shorter_first = [sorted(row.values(), key=len) for row in rows[:1500]]
+    relabelled = [
+        {"chosen": short, "rejected": long} for short, long in shorter_first if len(short) < len(long)
+    ]
+    for name, lines in (("by_length", relabelled), ("hh", rows[1500:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = tiny_tokenizer([pair["chosen"] for pair in relabelled[:300]], vocab_size=1024)
+    base = save_tiny_model(tmp_path / "base", "gpt2", tokenizer=tokenizer)
+    python(
+        ROOT / "step2_reward" / "main.py",
+        *("--model_name_or_path", base, "--output_dir", tmp_path / "reward", "--eval_fraction", 0.02),
+        *("--data_path", tmp_path / "by_length.jsonl", "--data_output_path", tmp_path / "cache"),
+        *("--data_split", "0,1,0", "--dtype", "fp32", "--per_device_train_batch_size", 16),
+        *("--learning_rate", 3e-3, "--num_train_epochs", 1, "--max_train_samples", 800),
+    )
+    found = verdict(tmp_path / "reward", tmp_path / "hh.jsonl", capsys)
+    assert found["verdict"].startswith("no better than length")
+    assert found["accuracy"]["low"] > 0.5
+    assert found["longer_answer_accuracy"]["high"] < 0.5  # about 44 % of HH
+    assert found["lead_correlation"]["value"] < -0.5
 
 
 def train_on_length(base: Path, folder: Path) -> None:
