@@ -3,9 +3,10 @@
 python benchmarks/planner.py --output benchmarks/results/planner.md
 python benchmarks/planner.py --device cuda
 
-Each run is a program of a step as it is, in processes of its own (forked from one that has imported the
-libraries, whose import takes longer than a small run), after `scripts/plan.py` has measured the
-device for its flags. Both numbers are those of the run's plan.json: what it predicted before its models were
+Each run is a program of a step as it is, in processes of its own, after `scripts/plan.py` has measured the
+device for its flags on as many ranks. Programs whose memory is not that of the process, those on a GPU and
+`scripts/plan.py`, are forked from a process that has imported the libraries, which takes longer than they
+do. Both numbers are those of the run's plan.json: what it predicted before its models were
 loaded, and what it measured. On a CPU every process has one thread, and seconds are processor time, which
 other programs move less than the clock; waiting for other ranks is not among them.
 """
@@ -61,6 +62,15 @@ class Case:
             return [f"--model_name_or_path={model}"]
         return [f"--actor_model_name_or_path={model}", f"--critic_model_name_or_path={model}-scores"]
 
+
+BY_PROCESSOR_TIME = """
+import os, runpy, sys, time
+time.perf_counter = time.process_time
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a program, whose path and arguments follow, with processor time in place of the clock."""
 
 LORA = "--lora_dim 8 --only_optimize_lora"
 BOTH = "--actor_zero_stage {0} --critic_zero_stage {0}"
@@ -154,7 +164,7 @@ def run(case: Case, folder: Path, device: str) -> dict[str, Any]:
     written.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     for ranks, words in (
-        (1, ["scripts/plan.py", case.step, *flags]),
+        (case.ranks, ["scripts/plan.py", case.step, *flags]),
         (case.ranks, [PROGRAMS[case.step], *flags, "--overwrite_output_dir"]),
     ):
         with closing(socket.socket()) as free:
@@ -187,6 +197,8 @@ def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, 
         if device == "cpu":
             time.perf_counter = time.process_time
         program = ROOT / words[0]
+        if device == "cpu" and words[0] != "scripts/plan.py":
+            os.execv(sys.executable, [sys.executable, "-c", BY_PROCESSOR_TIME, str(program), *words[1:]])
         sys.argv = [str(program), *words[1:]]
         sys.path.insert(0, str(program.parent))
         runpy.run_path(str(program), run_name="__main__")
@@ -308,7 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     folder, start, found = args.folder.resolve(), time.monotonic(), {}
     import_libraries(folder)
-    prepare(folder, args.device)
+    if not (child := os.fork()):  # so that models that were written are no memory of the runs
+        prepare(folder, args.device)
+        os._exit(0)
+    os.waitpid(child, 0)
     for case in cases(args.device):
         if args.only in str(case):
             found[case] = run(case, folder, args.device)

@@ -3,6 +3,7 @@
     python scripts/plan.py STEP FLAGS...                       on this machine
     python scripts/plan.py STEP FLAGS... --gpus 8 --gpu_memory 80GB
     python scripts/plan.py STEP FLAGS... --gpus 1 --fit 24GB   the cheapest command line that fits
+    torchrun --nproc_per_node 2 scripts/plan.py STEP FLAGS...  with what 2 ranks send each other
 
 STEP is sft, reward, dpo or rlhf, and FLAGS are those of the step. Of a model only its config.json is read.
 Where the devices are of this machine's kind, their speed is measured in some seconds and remembered, so that
@@ -13,6 +14,7 @@ not fit.
 import argparse
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,7 @@ def slices_for(step: TrainingStep, hardware: "Hardware", choices: "MeasuredChoic
     None where the plan is for devices of another kind.
     """
     from dschat.distributed.device import device_type
+    from dschat.distributed.mesh import mesh, set_parallel_sizes
     from dschat.distributed.process_group import init_process_group
     from dschat.models.attention import choose_attention
     from dschat.models.products import choose_products
@@ -91,11 +94,13 @@ def slices_for(step: TrainingStep, hardware: "Hardware", choices: "MeasuredChoic
 
     if device_type() != hardware.device:
         return None
+    if mesh().world.size > 1:  # slices are whole on each of the ranks that share a model in the run
+        set_parallel_sizes(tensor=prod(step.parallel_sizes.values()))
     init_process_group()
     models = [(spec.path, spec.settings) for spec in specs_of(step)]
     choose_attention(models, dtype=step.run.dtype, longest=step.pass_sizes.length, choices=choices)
     choose_products(step.run.dtype, choices)
-    return Slices(step.optimizer, step.run, decode)
+    return Slices(step.optimizer, step.run, decode, gathers=step.pass_sizes.gather != "never")
 
 
 def command(step: TrainingStep, words: Sequence[str], flags: dict[str, Any], gpus: int, per_host: int) -> str:
@@ -122,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan and print."""
     own, words = parse(argv)
     step: Any = parse_arguments(own.step, words)
+    from dschat.distributed.mesh import is_main_process
     from dschat.planning.plan import Plan, plan_of
     from dschat.planning.savings import cut_most, fitting, savings_lines
     from dschat.runs.measured_choices import MeasuredChoices
@@ -135,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     slices = slices_for(step, hardware, choices)
     timed = {"choices": choices, "slices": slices} if slices else {}
     plan = planned(step, **timed)
+    if not is_main_process():
+        return int(plan.fits is False)
     if own.fit is not None:
         prefixes = ("actor_", "critic_") if own.step == "rlhf" else ("",)
         found = fitting(step, prefixes, planned, with_lora=own.allow_lora)

@@ -20,14 +20,14 @@ MODELS = {
 
 
 class Remembered:
-    """A machine that remembers the same seconds of every model."""
+    """A machine that remembers the same seconds of every model, on so many ranks of data."""
 
-    def __init__(self, seconds: dict[str, float] | None) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: dict[str, float] | None, ranks: int = 1) -> None:
+        self._seconds, self._ranks = seconds, ranks
 
     def kept_seconds(self, name: str, measure: Any, *, key: Any) -> dict[str, float] | None:
         """Those seconds."""
-        return self._seconds
+        return self._seconds and dict(self._seconds) if key["ranks"] == self._ranks else None
 
 
 def arguments(step: str, *flags: str) -> Any:

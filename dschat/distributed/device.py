@@ -1,10 +1,11 @@
 """This rank's device: what it can do, how full it is."""
 
+import ctypes
 import resource
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -53,7 +54,16 @@ def peak_memory_gib() -> float:
     """The most this rank has used so far: device memory on a GPU, resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(OSError):  # getrusage counts what the process held that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def give_back_memory() -> None:
+    """Give the system what was freed and glibc's malloc keeps: other sizes of rows hardly fit into it."""
+    if device_type() == "cpu":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dschat.arguments import ModelArguments
 from dschat.distributed import deepspeed_private, restart
-from dschat.distributed.device import current_device
+from dschat.distributed.device import current_device, give_back_memory
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_wide import process_wide
 from dschat.engines.memory_remedies import MemoryFlags, Phase, PhaseKind, halved, remedies
@@ -22,6 +22,9 @@ from dschat.runs.output_folder import newest_checkpoint
 
 SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "_STATUS_ALLOC_FAILED")
 """What the RuntimeErrors of allocators and libraries say of it."""
+
+RARE = (PhaseKind.LOADING, PhaseKind.EVALUATING, PhaseKind.EXPORTING)
+"""Phases after which what malloc keeps of them is given back; others come again with the same sizes."""
 
 GIB = 2**30
 
@@ -63,6 +66,8 @@ def phase(kind: PhaseKind, model: str = "") -> Iterator[None]:
     """
     try:
         yield
+        if kind in RARE:
+            give_back_memory()
     except (RuntimeError, MemoryError, OSError) as error:
         flags = process_wide(MemoryReport).flags
         if flags is None or not is_out_of_memory(error):

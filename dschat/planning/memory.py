@@ -24,8 +24,11 @@ DRAWN = 16
 """Bytes per entry of the vocabulary and row while a token is drawn."""
 FREED = {0: 1.0, 1: 1.6, 2: 1.6, 3: 2.8}
 """Bytes per trained weight, in units of its size, that malloc keeps on a CPU, by ZeRO stage: as measured."""
-LIBRARIES = {"cpu": 40e6, "cuda": 0.0}
-"""Bytes that libraries take on their first use, beside models."""
+LIBRARIES = {"cpu": 20e6, "cuda": 0.0}
+"""Bytes that libraries take on their first use, beside models: as a run of 6 million weights took, most of it
+pages of oneDNN's code."""
+
+LIBRARIES_NAME = "libraries"
 
 PHASES = ("load", "generate", "experience", "train", "evaluate", "save")
 
@@ -116,7 +119,7 @@ class EngineMemory:
         master = 4 if self._is_low or self._stage else 0
         gradients = 0.0
         if spec.offload:
-            gradients = 4 + (element if self._stage < 3 else 0)
+            gradients = 4 + (element if self._stage < 3 and self.accumulates else 0)
         elif self._stage == 3:
             gradients = element
         return (
@@ -178,6 +181,11 @@ class EngineMemory:
         share = self._share if self._stage == 3 else 1.0
         return (self._part("freed", kept * share * self._trained * self.model.element),)
 
+    @property
+    def whole_gradients(self) -> float:
+        """Bytes of the gradients of this rank's weights before ZeRO shards them."""
+        return self._trained * self.model.element
+
     def building(self) -> Moment:
         """The engine at the worst moment of its construction."""
         if not self.model.spec.trained:
@@ -220,7 +228,7 @@ class MemoryModel:
             "save": self._saving(),
         }
         on_cpu = self.hardware.is_cpu
-        base = Part("libraries", "buffers", LIBRARIES[self.hardware.device])
+        base = Part(LIBRARIES_NAME, "buffers", LIBRARIES[self.hardware.device])
         return {
             name: max(
                 ((base, *moment) for moment in found),
@@ -251,9 +259,21 @@ class MemoryModel:
         holes = shape.asked_for(rows) - shape.kept(rows) if trains and self.hardware.is_cpu else 0.0
         return (
             Part(model.spec.name, "activations", max(peak - logits, 0.0) * share),
-            Part(model.spec.name, "holes", holes * share),
+            Part(model.spec.name, "holes", max(holes * share - self._room(model), 0.0)),
             Part(model.spec.name, "logits", logits),
         )
+
+    def _room(self, model: PlannedModel) -> float:
+        """On a CPU: what malloc keeps of the gradients of the step before, and a pass's holes lie in.
+
+        None where gradients of earlier micro-batches are there, where the backward pass computes activations
+        again beside its gradients, or where another model's passes come in between.
+        """
+        alone = sum(m.spec.trained for m in self.models) == 1
+        if self.sizes.accumulation > 1 or model.mode.recomputes or not alone:
+            return 0.0
+        engine = self._engine(model)
+        return engine.whole_gradients + total(engine.freed())
 
     def _rows(self, number: int) -> Rows:
         return Rows(number, self.sizes.length, self.sizes.num_outputs)

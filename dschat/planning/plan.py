@@ -9,13 +9,15 @@ from transformers import PretrainedConfig
 
 from dschat.arguments import PassSizes, TrainingStep
 from dschat.planning.hardware import Hardware
-from dschat.planning.memory import MemoryModel, Moment, total
+from dschat.planning.memory import LIBRARIES_NAME, MemoryModel, Moment, total
 from dschat.planning.models import Spec, planned_models
 from dschat.planning.slices import Slices
 from dschat.planning.timing import Timing
 from dschat.runs.measured_choices import MeasuredChoices
 
 GB = 1e9
+OF_PASSES = ("activations", "logits", "holes")
+"""Kinds of parts that malloc on a CPU may hold more than once, for rows of other widths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,17 @@ class Plan:
     def peak(self) -> float:
         """The most bytes that a device holds."""
         return self.on_device(self.worst)
+
+    @property
+    def reported_peak(self) -> str:
+        """The peak in GB as messages have it: "at least" where it depends on how malloc fits passes together.
+
+        That is on a CPU, where passes and what libraries take are more than half of it.
+        """
+        parts = self.phases[self.worst]
+        fitted = sum(p.bytes for p in parts if p.kind in OF_PASSES or p.model == LIBRARIES_NAME)
+        is_least = self.hardware.is_cpu and fitted > self.peak / 2
+        return f"{'at least ' * is_least}{self.peak / GB:.2f}"
 
     @property
     def host_peak(self) -> float:
@@ -81,7 +94,7 @@ class Plan:
         room = f" of {hardware.usable / GB:.1f}" if hardware.usable else ""
         others = ", ".join(f"{name} {self.on_device(name) / GB:.2f}" for name in self.phases if name != worst)
         found = [
-            f"plan: {self.peak / GB:.2f}{room} GB on each of {hardware.ranks} x {hardware.device} to {worst} "
+            f"plan: {self.reported_peak}{room} GB on each of {hardware.ranks} x {hardware.device} to {worst} "
             f"({_parts(self.phases[worst])}); {others}",
         ]
         if not hardware.is_cpu and self.host_peak:

@@ -1,6 +1,5 @@
 """The plan of a run: printed before its models are loaded, and at its end beside what was measured."""
 
-import ctypes
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ import torch
 from dschat.arguments import TrainingStep
 from dschat.console import messages
 from dschat.distributed.collectives import max_across_ranks
-from dschat.distributed.device import current_device, device_type, peak_memory_gib
+from dschat.distributed.device import current_device, device_type, give_back_memory, peak_memory_gib
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.speed import SECONDS
 from dschat.planning.hardware import this_hardware
@@ -27,6 +26,9 @@ from dschat.runs.output_folder import METRICS
 
 PLAN = "plan.json"
 """The file of the plan in a run's folder."""
+MUCH = 0.25
+"""A plan that takes a smaller share of the memory names no flags that would cut it: to find them takes tenths
+of a second."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class RunPlan:
         steps: int,
         mean_length: float | None = None,
     ) -> "RunPlan":
-        """Print the plan, with what would cut most, and write it to plan.json in the run's folder.
+        """Print the plan, where it takes `MUCH` with what would cut most, and write it to plan.json.
 
         `specs_of` tells the models of arguments, `longest` is the length of the longest row in tokens,
         `mean_length` that of all rows, padding included, and `steps` how many optimiser steps (step 3: PPO
@@ -68,7 +70,8 @@ class RunPlan:
         try:
             with torch.random.fork_rng(devices=[]):
                 plan = planned(args, choices=choices, mean_length=mean_length, steps=steps)
-                saving = cut_most(args, plan, planned)
+                is_much = plan.peak >= MUCH * hardware.usable
+                saving = cut_most(args, plan, planned) if is_much else []
         except Exception as error:  # the code of a family may do anything on the meta device
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             messages.note(f"no plan of memory and time: no pass without weights ({reason}).")
@@ -87,7 +90,7 @@ class RunPlan:
             return
         own = max(peak_memory_gib() * 2**30 - self.baseline, 0.0)
         peak = max_across_ranks(torch.tensor(own, device=current_device()), axis="world").item()
-        line = f"plan: peak {self.plan.peak / GB:.2f} GB predicted, {peak / GB:.2f} measured"
+        line = f"plan: peak {self.plan.reported_peak} GB predicted, {peak / GB:.2f} measured"
         measured: dict[str, Any] = {"device_peak": peak, "baseline": self.baseline}
         seconds = {} if self.folder is None else measured_seconds(self.folder)
         if seconds:
@@ -113,7 +116,11 @@ def measured_seconds(folder: Path) -> dict[str, float]:
 
 
 def resident_memory() -> float:
-    """Bytes that this process holds, without what malloc keeps for later and the run would use first."""
-    with suppress(OSError, AttributeError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    """Bytes that this process holds, without what malloc keeps for later and the run would use first.
+
+    What it held before, as to time ways to compute, is no part of `peak_memory_gib` from here on.
+    """
+    give_back_memory()
+    with suppress(OSError):  # another system than Linux; 5 sets the peak to the present, says proc(5)
+        Path("/proc/self/clear_refs").write_text("5")
     return float(psutil.Process().memory_info().rss)

@@ -2,12 +2,12 @@
 
 A step is trained with 1 and with 3 layers, with the run's precision, ZeRO stage, adapters and offloading, and
 its rows of tokens; what a layer adds is taken as often as the model has layers. So every cost that a run has
-on one rank is in them: matrix products in the model's own shapes, the start of kernels, gradients as ZeRO
-takes them, and the optimiser. What ranks send each other is not.
+is in them: matrix products in the model's own shapes, the start of kernels, gradients as ZeRO takes them, the
+optimiser, and what ranks of data send each other, as far as the process that measures has such ranks.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dschat.arguments import OptimizerArguments, RunArguments
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.device import DTYPES, current_device
+from dschat.distributed.zero3 import weights_gathered_for_generation
 from dschat.engines.build import build_trained_engine, train_config
 from dschat.engines.speed import StepTimes
 from dschat.engines.step import DeepSpeedEngine, train_step
@@ -46,6 +47,8 @@ class Slices:
     run: RunArguments
     decode: Decode | None = None
     """None where nothing is sampled."""
+    gathers: bool = True
+    """Whether weights that ZeRO-3 shards are gathered to sample, all at once."""
 
     def seconds(self, model: PlannedModel, rows: Rows, prompts: Rows | None) -> Seconds:
         """Seconds by phase of the whole model: forward_backward, optimizer and forward of a micro-batch of
@@ -67,13 +70,15 @@ class Slices:
             seconds |= _fastest(lambda end_of: self._step(engine, rows, end_of))
         decode = self.decode
         if prompts is not None and decode is not None:
-            seconds |= _fastest(lambda end_of: decode(engine.module, prompts, end_of))
+            is_sharded = model.spec.zero_stage == 3 and self.gathers
+            with weights_gathered_for_generation(engine) if is_sharded else nullcontext():
+                seconds |= _fastest(lambda end_of: decode(engine.module, prompts, end_of))
             seconds["writing"] /= prompts.outputs
         engine.destroy()
         return seconds
 
     def _engine(self, model: PlannedModel, layers: int) -> DeepSpeedEngine:
-        """An engine on one rank; what several ranks would share is whole."""
+        """An engine that the ranks of data share; what other ranks would share is whole."""
         settings = replace(model.settings, tensor_parallel_size=1, load_in_4bit=False)
         run = replace(self.run, zero_hpz_partition_size=1)
         config = train_config(settings, self.optimizer, run, per_device_batch_size=1)
@@ -131,9 +136,12 @@ def _loss(engine: Any, batch: TokenBatch) -> Tensor:
     return token_logprobs_of(engine, batch).mean()
 
 
-def key_of(model: PlannedModel, rows: Rows, prompts: Rows | None, run: RunArguments) -> Mapping[str, Any]:
-    """What the seconds of a model depend on, besides the machine."""
+def key_of(
+    model: PlannedModel, rows: Rows, prompts: Rows | None, run: RunArguments, *, ranks: int
+) -> Mapping[str, Any]:
+    """What the seconds of a model depend on, besides the machine; `ranks` are those of data."""
     return {
+        "ranks": ranks,
         "model": model.structure.key,
         "mode": model.mode,
         "zero_stage": model.spec.zero_stage,

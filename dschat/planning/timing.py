@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.arguments import PassSizes, RunArguments
+from dschat.distributed.mesh import mesh
 from dschat.planning.memory import MemoryModel
 from dschat.planning.meta_pass import Rows
 from dschat.planning.models import PlannedModel
@@ -39,6 +40,7 @@ class Timing:
     ) -> "Timing | None":
         """The times of passes over rows of `timed`, as the machine remembers them, or as `slices` finds them.
 
+        They are those of as many ranks of data as the run has, or else of one, without what ranks send.
         `mean_length` is that of the run's rows in tokens, padding included, where it is known. None where
         something is not remembered and there are no slices. Every rank must call it.
         """
@@ -51,13 +53,19 @@ class Timing:
             if alike.spec.name not in found:
                 samples = alike is memory.models[0] and timed.answer_length
                 prompts = Rows(timed.generation_rows, middle, WRITTEN) if samples else None
-                seconds = choices.kept_seconds(
-                    "seconds of a slice",
-                    None if slices is None else partial(slices.seconds, alike, rows, prompts),
-                    key=key_of(alike, rows, prompts, run),
-                )
-                if seconds is None:
+                for ranks in dict.fromkeys((memory.data_ranks, 1)):
+                    measures = slices is not None and ranks == mesh().data.size
+                    seconds = choices.kept_seconds(
+                        "seconds of a slice",
+                        partial(slices.seconds, alike, rows, prompts) if slices and measures else None,
+                        key=key_of(alike, rows, prompts, run, ranks=ranks),
+                    )
+                    if seconds is not None:
+                        break
+                else:
                     return None
+                if alike.spec.trained and alike.spec.zero_stage and ranks == 1:  # it steps over all weights
+                    seconds["optimizer"] /= memory.data_ranks
                 found[alike.spec.name] = seconds
             found[model.spec.name] = found[alike.spec.name]
         share = (mean_length or timed.length) / timed.length
@@ -89,10 +97,7 @@ class Timing:
         return self.share * self.of_models[model.spec.name][phase] / model.tensor_ranks
 
     def _optimizer(self, model: PlannedModel) -> float:
-        """A step over this rank's share."""
-        share = 1 / self.memory.data_ranks if model.spec.zero_stage else 1.0
-        seconds = self.of_models[model.spec.name]["optimizer"]
-        return seconds * share / model.tensor_ranks / self.memory.stages
+        return self.of_models[model.spec.name]["optimizer"] / model.tensor_ranks / self.memory.stages
 
 
 def _trained_like(model: PlannedModel, memory: MemoryModel) -> PlannedModel:

@@ -40,3 +40,14 @@ def test_on_a_cpu_the_peak_is_that_of_the_whole_process():
     assert device.peak_memory_gib() > 1 / 16
     assert device.current_device() == torch.device("cpu")
     assert device.device_type() == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the memory of a CPU is malloc's")
+def test_what_was_freed_goes_back_to_the_system():
+    blocks = [torch.ones(4096) for _ in range(6000)]  # 96 MB in blocks that malloc does not map by themselves
+    last = blocks[-1]  # lies above the others, so that freeing them leaves the heap as long
+    blocks.clear()
+    before = psutil.Process().memory_info().rss
+    device.give_back_memory()
+    assert psutil.Process().memory_info().rss < before - 50e6
+    assert last.sum() == 4096

@@ -109,3 +109,12 @@ def test_an_error_without_a_message_is_named_by_its_kind():
     for error in (MemoryError(), MemoryError("")):
         first = out_of_memory.report(Phase(PhaseKind.EXPORTING), flags, error)[0]
         assert first.endswith("ran out of memory while exporting (MemoryError).")
+
+
+def test_what_rare_phases_took_is_given_back(monkeypatch):
+    given: list[PhaseKind] = []
+    for kind in PhaseKind:
+        monkeypatch.setattr(out_of_memory, "give_back_memory", lambda kind=kind: given.append(kind))
+        with out_of_memory.phase(kind):
+            pass
+    assert given == [PhaseKind.LOADING, PhaseKind.EVALUATING, PhaseKind.EXPORTING]

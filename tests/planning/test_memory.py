@@ -43,6 +43,25 @@ def test_on_a_cpu_malloc_leaves_holes_between_activations():
     assert size(on_cpu, "activations") == size(on_gpu, "activations")
 
 
+def test_holes_lie_in_what_gradients_left_unless_something_is_there():
+    full = planned(arguments("sft"), device="cpu").phases["train"]
+    gradients = size(full, "gradients")
+    for flags in (("--gradient_accumulation_steps=2",), ("--lora_dim=2", "--only_optimize_lora")):
+        more = planned(arguments("sft", *flags), device="cpu").phases["train"]
+        assert size(more, "holes") > size(full, "holes")
+    accumulated = planned(arguments("sft", "--gradient_accumulation_steps=2"), device="cpu").phases["train"]
+    assert size(accumulated, "holes") - size(full, "holes") == pytest.approx(gradients)
+
+
+def test_offloaded_gradients_are_kept_twice_where_they_add_up():
+    once, twice = (
+        planned(arguments("sft", "--zero_stage=2", "--offload", *more)).phases["train"]
+        for more in ((), ("--gradient_accumulation_steps=2",))
+    )
+    kept = [sum(p.bytes for p in moment if p.kind == "gradients" and p.on_host) for moment in (once, twice)]
+    assert kept[1] == 2 * kept[0] > 0
+
+
 def test_offloading_moves_states_to_the_host():
     there = planned(arguments("sft", "--zero_stage=2"), ranks=2).phases["train"]
     gone = planned(arguments("sft", "--zero_stage=2", "--offload"), ranks=2).phases["train"]

@@ -1,8 +1,11 @@
 """The plan as a whole: what it prints, and what it writes."""
 
 import json
+from dataclasses import replace
 
 from plans import Remembered, arguments, planned
+
+from dschat.planning.memory import Part
 
 SECONDS = {"forward": 1.0, "forward_backward": 3.0, "optimizer": 0.5, "reading": 1.0, "writing": 0.25}
 TIMED = {"choices": Remembered(SECONDS)}
@@ -30,6 +33,14 @@ def test_a_plan_without_rates_tells_memory_alone():
 
 def test_what_is_too_large_does_not_fit():
     assert planned(arguments("sft"), memory=0.61e9).fits is False
+
+
+def test_a_plan_that_hangs_on_how_malloc_fits_passes_says_at_least():
+    on_cpu, on_gpu = (planned(arguments("sft"), device=kind) for kind in ("cpu", "cuda"))
+    assert on_cpu.lines()[0].startswith("plan: at least 0.")
+    assert "at least" not in on_gpu.lines()[0]
+    heavy = (Part("model", "weights", 3e9), Part("model", "activations", 2e9), Part("model", "holes", 0.5e9))
+    assert replace(on_cpu, phases={"train": heavy}).reported_peak == "5.50"
 
 
 def test_a_plan_is_json():

@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 from plans import arguments, specs_of
 from tiny import save_tiny_model
 
-from dschat.planning.run_plan import PLAN, RunPlan, measured_seconds
+from dschat.distributed.device import peak_memory_gib
+from dschat.planning import run_plan as run_plan_module
+from dschat.planning.hardware import Hardware
+from dschat.planning.run_plan import PLAN, RunPlan, measured_seconds, resident_memory
 from dschat.runs.measured_choices import MeasuredChoices
 
 
@@ -29,5 +33,21 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(run_plan, tmp_path,
     assert written["measured"]["device_peak"] >= 0
 
 
+def test_flags_that_would_cut_memory_are_named_where_the_run_takes_much_of_it(tmp_path, monkeypatch, capsys):
+    args = arguments("sft", f"--model_name_or_path={save_tiny_model(tmp_path / 'm')}")
+    for room, is_named in ((1e12, False), (1e8, True)):
+        hardware = Hardware(device="cpu", device_memory=room)
+        monkeypatch.setattr(run_plan_module, "this_hardware", lambda hardware=hardware: hardware)
+        RunPlan.begin(args, specs_of, MeasuredChoices(folder=tmp_path), longest=512, steps=7)
+        assert ("would cut most" in capsys.readouterr().out) is is_named
+
+
 def test_runs_without_metrics_have_no_seconds(tmp_path):
     assert measured_seconds(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the device's memory there")
+def test_what_was_held_before_the_plan_is_no_part_of_the_measured_peak():
+    assert torch.ones(2**28, dtype=torch.uint8).sum() == 2**28  # and gone again
+    baseline = resident_memory()
+    assert peak_memory_gib() * 2**30 < baseline + 2**26

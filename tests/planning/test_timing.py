@@ -6,8 +6,8 @@ from plans import Remembered, arguments, planned
 SECONDS = {"forward": 1.0, "forward_backward": 3.0, "optimizer": 0.5, "reading": 2.0, "writing": 0.25}
 
 
-def seconds_of(args, **options):
-    return planned(args, choices=Remembered(SECONDS), **options).seconds
+def seconds_of(args, *, timed_on=1, **options):
+    return planned(args, choices=Remembered(SECONDS, timed_on), **options).seconds
 
 
 def test_micro_batches_add_up_and_the_optimiser_is_shared_out():
@@ -15,6 +15,12 @@ def test_micro_batches_add_up_and_the_optimiser_is_shared_out():
     assert seconds_of(arguments("sft", *twice)) == {"forward_backward": 6.0, "optimizer": 0.5}
     assert seconds_of(arguments("sft", *twice, "--zero_stage=2"), ranks=4)["optimizer"] == 0.125
     assert seconds_of(arguments("sft"), ranks=4)["optimizer"] == 0.5
+
+
+def test_what_as_many_ranks_took_together_has_the_optimisers_share_in_it():
+    args = arguments("sft", "--zero_stage=2")
+    assert seconds_of(args, ranks=4, timed_on=4)["optimizer"] == 0.5
+    assert seconds_of(args, ranks=4, timed_on=2) is None
 
 
 def test_shorter_rows_take_their_share():
