@@ -65,11 +65,6 @@ class EngineMemory:
     """Ranks that share the layers, one as many as another."""
 
     @property
-    def _sharers(self) -> int:
-        """Ranks that share the weights before ZeRO does."""
-        return self.model.tensor_ranks * self.stages
-
-    @property
     def _stage(self) -> int:
         return self.model.spec.zero_stage
 
@@ -81,11 +76,16 @@ class EngineMemory:
     @property
     def _weights(self) -> float:
         """Weights of this rank before ZeRO shards them."""
-        return self.model.counts.whole / self._sharers
+        return self._of_rank(self.model.counts.whole, self.model.counts.linear)
 
     @property
     def _trained(self) -> float:
-        return self.model.counts.trained / self._sharers
+        return self._of_rank(self.model.counts.trained, self.model.counts.linear - self.model.counts.packed)
+
+    def _of_rank(self, number: int, linear: int) -> float:
+        """What tensor ranks and stages leave this rank; of linear layers each has a part, all else whole."""
+        ranks = self.model.tensor_ranks
+        return (number - linear + linear / ranks) / self.stages
 
     @property
     def _is_low(self) -> bool:
@@ -98,13 +98,18 @@ class EngineMemory:
     @property
     def whole_bytes(self) -> float:
         """Bytes of all weights in the model's precision."""
-        packed = self.model.counts.packed / self._sharers if self.model.spec.load_in_4bit else 0
-        return self._weights * self.model.element - packed * (self.model.element - 0.53)
+        return self._weights * self.model.element - self._packed / self.model.tensor_ranks
+
+    @property
+    def _packed(self) -> float:
+        """Bytes that --load_in_4bit saves."""
+        packed = self.model.counts.packed / self.stages if self.model.spec.load_in_4bit else 0
+        return packed * (self.model.element - 0.53)
 
     @property
     def file_bytes(self) -> float:
         """Bytes of the weights before tensor ranks share them, as they are read and written."""
-        return self.whole_bytes * self.model.tensor_ranks
+        return self.model.counts.whole / self.stages * self.model.element - self._packed
 
     def standing(self, *, in_use: bool = True) -> Moment:
         """What is there from the first optimiser step on. A frozen model may rest on the host unless used."""

@@ -92,8 +92,10 @@ class Counts:
 
     whole: int
     trained: int
+    linear: int = 0
+    """Of those in linear layers of the backbone, which tensor ranks share."""
     packed: int = 0
-    """Of those in linear layers of the backbone, which --load_in_4bit packs."""
+    """Frozen ones of those, which --load_in_4bit packs."""
     persistent: int = 0
     """Of those in small parameters, which ZeRO-3 does not shard."""
 
@@ -265,6 +267,7 @@ def _count(model: nn.Module) -> Counts:
     return Counts(
         whole=_total(parameters),
         trained=_total([p for p in parameters if p.requires_grad]),
+        linear=_total(linear),
         packed=_total([weight for weight in linear if not weight.requires_grad]),
         persistent=_total([p for p in parameters if p.numel() <= PERSISTENT]),
     )

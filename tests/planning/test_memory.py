@@ -32,6 +32,16 @@ def test_stages_of_a_pipeline_have_their_layers_and_ranks_of_data_alone():
     assert size(half, "activations") == size(whole, "activations")
 
 
+def test_tensor_ranks_share_linear_layers_and_nothing_else():
+    whole, half = (
+        size(planned(arguments("sft", *more), ranks=2).phases["train"], "weights")
+        for more in ((), ("--tensor_parallel_size=2",))
+    )
+    # queries and outputs, keys and values of half as many heads, and the MLP, of 2 layers in fp32
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) * 4
+    assert half == whole - linear / 2
+
+
 def test_a_gpu_holds_its_shard_from_the_start_at_stage_3():
     whole, shard = (planned(arguments("sft", f"--zero_stage={n}"), ranks=4).phases["load"] for n in (2, 3))
     assert size(shard, "weights") < 0.6 * size(whole, "weights")
