@@ -21,7 +21,8 @@ def as_page(args: argparse.Namespace, found: Comparison) -> str:
     from scripts.compare import NUM_ON_PAGE, as_text, cells, headings
 
     shown = headings(args, found)
-    rows = [(name, *cells(values, shown)) for name, values in found.figures.items()]
+    by_model = [cells(values, shown) for values in found.figures.values()]
+    rows = list(zip((heading for heading, _ in shown.values()), *by_model, strict=True))
     blocks: list[Block] = []
     for sentence, level in found.verdicts:
         words, _, reason = sentence.partition(": ")
@@ -31,7 +32,7 @@ def as_page(args: argparse.Namespace, found: Comparison) -> str:
             Text("Nothing scores these answers: give --reward-model, --reward-function or --judge.")
         )
     blocks.append(Warnings(found.asked.warnings))
-    blocks.append(Table(rows, columns=("model", *(heading for heading, _ in shown.values()))))
+    blocks.append(Table(rows, columns=("", *found.figures)))
     blocks += [Text(note, faint=True) for note in found.notes]
     plots = score_plots(found)
     if plots:

@@ -111,6 +111,6 @@ def _span(token: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "text": token["text"],
         "kind": ("more" if advantage > 0 else "less") + (" held" if held else ""),
-        "strength": round(65 * min(abs(advantage) / STRONGEST, 1)),
+        "strength": round(50 * min(abs(advantage) / STRONGEST, 1)),
         "title": f"advantage {advantage:+.3f}, log-probability {token['old_logprob']:.3f}",
     }

@@ -1,9 +1,10 @@
 """A headless Chromium that tests steer over a pipe (the DevTools protocol), without a driver of its own.
 
-with Browser(width=390) as browser:
+def test_a_page(browser, tmp_path):  # the fixture of conftest.py: one browser for all tests of a process
+    browser.window(390)
     browser.open(path.as_uri())
     assert browser.problems() == [] and browser.overflow() == 0
-    browser.screenshot(Path("page.png"))
+    browser.screenshot("page")
 """
 
 from __future__ import annotations
@@ -20,17 +21,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+LAPTOP, PHONE = 1280, 390
+"""Widths in pixels."""
+PALE = """
+(() => {
+  const light = (colour) => {
+    const [r, g, b] = colour.map((part) => part / 255).map(
+      (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const over = (below, colour) => {
+    canvas.fillStyle = `rgb(${below.join(" ")})`;
+    canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const behind = (element) => element === null ? [255, 255, 255]
+    : over(behind(element.parentElement), getComputedStyle(element).backgroundColor);
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+    if (!text || !element.checkVisibility() || element.closest("style, script, :disabled, title")) continue;
+    const style = getComputedStyle(element), paper = behind(element);
+    const colours = [paper, over(paper, element.closest("svg") ? style.fill : style.color)];
+    const [dark, bright] = colours.map(light).sort((a, b) => a - b);
+    const contrast = (bright + 0.05) / (dark + 0.05);
+    if (contrast < 4.5) found.push([text.slice(0, 40), contrast]);
+  }
+  return found;
+})()
+"""
+"""Visible texts whose contrast is below 4.5 (WCAG 2.2, level AA)."""
 
 
 class Browser:
     """One page of a browser that lives as long as the block."""
 
-    def __init__(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        self._size, self._dark = (width, height), dark
+    def __init__(self) -> None:
         self._number = 0
         self._events: list[dict[str, Any]] = []
 
@@ -69,16 +100,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        width, height = self._size
-        phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=phone,
-        )
-        self.emulate("dark" if self._dark else "light")
+        self.window()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,6 +131,13 @@ class Browser:
             self._buffer += chunk
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
+
+    def window(self, width: int = LAPTOP, scheme: str = "light") -> None:
+        """Be so wide, of a height that goes with it, for a reader who prefers "light" or "dark"."""
+        self._width = width
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.emulate(scheme)
 
     def emulate(self, scheme: str) -> None:
         """Tell the page that its reader prefers "light" or "dark"."""
@@ -151,12 +180,34 @@ class Browser:
 
     def overflow(self) -> int:
         """By how many pixels the page is wider than the window."""
-        return self.evaluate("document.documentElement.scrollWidth") - self._size[0]
+        return self.evaluate("document.documentElement.scrollWidth") - self._width
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+    def screenshot(self, name: str) -> None:
+        """The whole page as NAME.png in the folder of the variable DSCHAT_SCREENSHOTS, if there is one."""
+        if folder := os.environ.get("DSCHAT_SCREENSHOTS"):
+            found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+            Path(folder, f"{name}.png").write_bytes(base64.b64decode(found["data"]))
+
+    def check(self, path: Path, name: str) -> None:
+        """That a report asks for nothing, and is right in every variant."""
+        self.open(path.as_uri())
+        self.check_variants(name)
+        assert self.requests() == [path.as_uri()]
+        assert self.problems() == []
+
+    def check_variants(self, name: str) -> None:
+        """That it fits a laptop and a phone and is readable light and dark; `name` is of screenshots.
+
+        Its parts are unfolded for that, and as they were in screenshots.
+        """
+        self.evaluate("window.folded = [...document.querySelectorAll('details:not([open])')]; 0")
+        for width, of_width in ((LAPTOP, "laptop"), (PHONE, "phone")):
+            for scheme in ("light", "dark"):
+                self.window(width, scheme)
+                self.screenshot(f"{name}_{of_width}_{scheme}")
+                self.evaluate("folded.forEach((one) => { one.open = true; })")
+                assert (self.overflow(), self.evaluate(PALE)) == (0, []), (of_width, scheme)
+                self.evaluate("folded.forEach((one) => { one.open = false; })")
 
     def _of(self, method: str, value: Callable[[dict[str, Any]], str]) -> list[str]:
         return [value(event["params"]) for event in self._events if event["method"] == method]

@@ -1,7 +1,10 @@
 """Settings of all tests."""
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+from browser import CHROMIUM, Browser
 from shapes import install
 
 # No test depends on time: a machine that is busy makes an example slow, not wrong.
@@ -22,3 +25,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("matrix")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """The browser of all tests of a process; they take `browser`."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on PATH (apt-get install chromium)")
+    with Browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def browser(chromium) -> Iterator[Browser]:
+    """A browser with an empty page, as wide as a laptop's, and light."""
+    chromium.window()
+    yield chromium
+    chromium.open("about:blank")

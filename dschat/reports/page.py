@@ -6,12 +6,15 @@ shows may come from data and models: all text is escaped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jinja2
+from markupsafe import Markup, escape
 
 from dschat.console.text import printable
 from dschat.errors import UserError
@@ -26,6 +29,15 @@ ENVIRONMENT = jinja2.Environment(
     finalize=lambda value: printable(value) if type(value) is str else value,
 )
 """Templates may extend base.html.jinja. Characters that steer or reorder text are shown as escapes."""
+
+
+def _wrapped(pattern: str, markup: str, text: str) -> Markup:
+    """The text as HTML, with the markup of ours where the pattern matches, which says where lines may end."""
+    return Markup(re.sub(pattern, markup, str(escape(printable(text)))))
+
+
+ENVIRONMENT.filters["cell"] = partial(_wrapped, "[_/]", r"\g<0><wbr>")
+ENVIRONMENT.filters["prose"] = partial(_wrapped, r"--\w{1,40}", r'<span class="flag">\g<0></span>')
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 SERIES = tuple(f"#01010{number}" for number in range(6))
 """The colours of curves: stand-ins, which the page gives colours for light and for dark."""
-INK, LINE = "#020201", "#020202"
-"""The stand-ins of text, and of axes and grids."""
-VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {
+INK, LINE, PAPER = "#020201", "#020202", "#020203"
+"""The stand-ins of text, of axes and grids, and of what a legend stands on."""
+VARIABLES = {INK: "var(--ink)", LINE: "var(--line)", PAPER: "var(--paper)"} | {
     stand_in: f"var(--series-{number})" for number, stand_in in enumerate(SERIES)
 }
 INCHES = (4.6, 2.9)
@@ -42,7 +42,8 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
+    "legend.facecolor": PAPER,
+    "legend.edgecolor": "none",
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "figure.facecolor": "none",

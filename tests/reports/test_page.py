@@ -1,7 +1,7 @@
 """Pages: what they show is text, whatever it holds, and in a browser they ask for nothing and fit a phone."""
 
 import pytest
-from browser import Browser, needs_browser
+from browser import PALE
 
 from dschat.errors import UserError
 from dschat.reports.page import (
@@ -61,29 +61,33 @@ def test_a_page_that_cannot_be_written_names_its_flag(tmp_path):
     write_page(tmp_path / "p.html", hostile_page())  # halves of surrogate pairs too
 
 
-@needs_browser
-def test_in_a_browser_a_page_asks_for_nothing_fits_a_phone_and_follows_light_and_dark(tmp_path):
+def test_in_a_browser_a_page_asks_for_nothing_fits_a_phone_and_follows_light_and_dark(browser, tmp_path):
     path = tmp_path / "page.html"
     write_page(path, hostile_page())
-    with Browser(width=390) as browser:
-        browser.open(path.as_uri())
-        colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector("
-        colours += "'svg text')).fill]"
-        for scheme, expected in (
-            ("light", ["rgb(255, 255, 255)", "rgb(28, 32, 36)"]),
-            ("dark", ["rgb(13, 17, 23)", "rgb(230, 237, 243)"]),
-        ):
-            browser.emulate(scheme)
-            assert browser.evaluate(colours) == expected
-        assert browser.requests() == [path.as_uri()]
-        assert browser.problems() == []
-        assert browser.overflow() == 0
-        assert browser.evaluate("document.title") == HOSTILE
-        # and the check can fail: a request and a broken script are seen
-        path.write_text(
-            "<img src=missing.png><script>undefined_name()</script><div style='width: 900px'>x</div>"
-        )
-        browser.open(path.as_uri())
-        assert len(browser.requests()) == 2
-        assert len(browser.problems()) == 2
-        assert browser.overflow() > 400
+    browser.check(path, "hostile")
+    colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector("
+    colours += "'svg text')).fill]"
+    for scheme, expected in (
+        ("light", ["rgb(255, 255, 255)", "rgb(28, 32, 36)"]),
+        ("dark", ["rgb(13, 17, 23)", "rgb(230, 237, 243)"]),
+    ):
+        browser.emulate(scheme)
+        assert browser.evaluate(colours) == expected
+    assert browser.evaluate("document.title") == HOSTILE
+    # and the check can fail: a request, a broken script, what is too wide and what is too pale are seen
+    path.write_text(
+        "<img src=missing.png><script>undefined_name()</script><div style='width: 900px'>x</div>"
+        "<p style='color: #999'>pale</p><p style='color: #777; background: #7778'>grey</p>"
+    )
+    browser.open(path.as_uri())
+    assert len(browser.requests()) == 2
+    assert len(browser.problems()) == 2
+    assert browser.overflow() > 400
+    assert [text for text, _ in browser.evaluate(PALE)] == ["pale", "grey"]
+
+
+def test_lines_end_after_parts_of_a_name_in_cells_and_never_within_a_flag():
+    html = page("t", [Table([["eval_score/a&b", "-1e-07"]], columns=["", "n"]), Text("below --max_kl <i>")])
+    assert "<td>eval_<wbr>score/<wbr>a&amp;b</td>" in html
+    assert '<td class="number">-1e-07</td>' in html
+    assert 'below <span class="flag">--max_kl</span> &lt;i&gt;' in html

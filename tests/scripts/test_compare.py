@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fake_judge import FakeJudge, judging
@@ -21,7 +22,8 @@ from dschat.rlhf.monitoring.evaluation import EVALUATION
 from dschat.rlhf.rewards.retokenize import answer_texts
 from dschat.rlhf.rollout.backend import Sampling
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
-from scripts import compare
+from scripts import compare, compare_page
+from scripts.compare_prompts import Asked
 from scripts.judge import Judge
 
 PROMPTS = [
@@ -220,6 +222,20 @@ def of_run(run, *flags):
 def endpoint():
     with judging() as url:
         yield url
+
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    asked = Asked(["\n\nHuman: Name a tea.", "<script>"], "held out", [{}, {}], ["--data-path: careful"])
+    answers = {"SFT": ["a", "b " * 99], "PPO/with_a_long_name": ["c", "<img>"]}
+    figures = {
+        name: {"score by reward model": 4.5, "score by reward model_interval": (2.125, 1012.5), "kl": 0.5}
+        for name in answers
+    }
+    scores = {"reward model": {name: np.array([1.0, 2.0]) for name in answers}}
+    found = compare.Comparison(asked, answers, figures, scores, verdicts=[("PPO is better: wins", "good")])
+    path = tmp_path / "comparison.html"
+    path.write_text(compare_page.as_page(compare.parse(["--model", "SFT=a", "--model", "PPO=b"]), found))
+    browser.check(path, "comparison")
 
 
 def test_held_out_prompts_are_asked_and_every_source_gives_scores_and_win_rates(

@@ -13,6 +13,7 @@ from tiny import save_reward_model, save_tiny_model
 
 from dschat.errors import UserError
 from scripts import forecast
+from scripts.forecast_page import forecast_page
 
 PROGRAM = ROOT / "scripts" / "forecast.py"
 GOLD = """
@@ -207,3 +208,27 @@ def test_the_page_shows_commands_that_parse():
     golds = [forecast.parse(words)[0] for words in commands]
     assert [bool(own.gold_function) for own in golds] == [True, False, False]
     assert golds[2].judge_model
+
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    def point(n):
+        estimate = {"value": 11.25 - n, "low": 10.125, "high": 12.5}
+        return {"n": n, "kl": n / 20, "score": estimate, "gold": estimate, "gain": estimate}
+
+    answer = {"prompt": "\n\nHuman: Name a tea.", "answer": "<script>tea", "score": 2.0, "gold": 0.0}
+    found = {
+        "verdict": "worth PPO: gold gains 0.2 at KL 0.9",
+        **{"is_worth_it": True, "turns": True, "kl_target": 0.5, "max_kl": 1.0, "num_prompts": 128},
+        "points": [point(n) for n in (1, 2, 64)],
+        "fooled": [answer | {"mean_gold": 0.5}],
+        **{
+            "reward_model": "output/" * 20,
+            "actor": "output/sft",
+            "gold": "check.py:right",
+            "num_answers": 64,
+        },
+        **{"num_answers": 64, "seconds": {"all": 43.0}, "said": "The judge was asked 128 questions."},
+    }
+    path = tmp_path / "forecast.html"
+    path.write_text(forecast_page(found))
+    browser.check(path, "forecast")

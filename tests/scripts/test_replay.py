@@ -198,3 +198,8 @@ def test_the_page_shows_every_token_of_both_versions_and_escapes_them(replays):
     assert "<script>" not in page
     assert "1 of " in page
     assert "metrics are not the logged ones" in page
+
+
+def test_the_page_in_a_browser(browser, folder, replays):
+    browser.check(folder / "replayed1" / "replay.html", "replay")
+    assert browser.evaluate("document.querySelectorAll('.token').length") > 0

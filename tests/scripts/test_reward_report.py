@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import Browser, needs_browser
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model, tiny_tokenizer
 
@@ -113,15 +112,11 @@ def train_on_length(base: Path, folder: Path) -> None:
     export_model(model, tokenizer, folder)
 
 
-@needs_browser
-def test_the_page_in_a_browser(models, tmp_path, capsys):
+def test_the_page_in_a_browser(browser, models, tmp_path, capsys):
     data = write_pairs(tmp_path / "pairs.jsonl", chosen_is_longer=0.6, number=60)
     verdict(models / "random", data, capsys)
-    with Browser(width=390) as browser:
-        browser.open((tmp_path / "reward_report.html").as_uri())
-        assert browser.requests() == [(tmp_path / "reward_report.html").as_uri()]
-        assert (browser.problems(), browser.overflow()) == ([], 0)
-        assert browser.evaluate("document.querySelectorAll('svg').length") == 3
+    browser.check(tmp_path / "reward_report.html", "reward_report")
+    assert browser.evaluate("document.querySelectorAll('svg').length") == 3
 
 
 def test_what_cannot_be_reported_on_is_said_before_a_model_is_loaded(models, tmp_path):

@@ -1,7 +1,4 @@
-import json
-
 import pytest
-from processes import ROOT, python
 
 from dschat.data.comparisons import Turn
 from dschat.data.findings import Findings
@@ -95,18 +92,3 @@ def test_duels_without_a_vote_are_bounded(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_written_is_named_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match=r"--votes .*gone.* cannot be written \(No such file"):
         Duels(tmp_path / "gone" / "votes.jsonl")
-
-
-@pytest.mark.slow
-def test_step_2_trains_on_votes(tmp_path, folder):
-    duels = Duels(tmp_path / "votes.jsonl")
-    for number in range(8):
-        prompt = (Turn("user", f"Name tea number {number}."),)
-        name = duels.add(Duel(prompt, ("sft", "ppo"), {}, {"left": "Assam.", "right": "Coffee."}))
-        duels.vote({"duel": name, "vote": "left" if number % 4 else "tie"})
-    flags = ["--model_name_or_path", folder, "--data_path", duels.path, "--output_dir", tmp_path / "reward"]
-    flags += ["--num_train_epochs", 1, "--max_seq_len", 64, "--eval_fraction", 0]
-    python(ROOT / "step2_reward" / "main.py", *flags)
-    summary = json.loads((tmp_path / "reward" / "summary.json").read_text())
-    assert summary
-    assert (tmp_path / "reward" / "model.safetensors").is_file()

@@ -1,11 +1,15 @@
 """The page in a browser: a question typed, an answer that streams, votes, and step 2 on the votes."""
 
 import json
-import os
-from pathlib import Path
+import threading
 
-from browser import Browser, needs_browser
+import pytest
+from browser import PHONE
+from processes import ROOT, python
 from servers import Scripted, serving
+from tiny import save_tiny_model
+
+from scripts import serve
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
@@ -18,15 +22,9 @@ def ask(browser, question):
     browser.wait_for("!running && (!duels || !!document.querySelector('.votes'))")
 
 
-def shots(browser, name):
-    """Screenshots, where a person wants to look at them."""
-    if folder := os.environ.get("DSCHAT_SCREENSHOTS"):
-        browser.screenshot(Path(folder) / f"{name}.png")
-
-
-@needs_browser
-def test_a_conversation_streams_and_text_of_models_is_text():
-    with serving(Scripted(HOSTILE)) as server, Browser(width=390, dark=True) as browser:
+def test_a_conversation_streams_and_text_of_models_is_text(browser):
+    with serving(Scripted(HOSTILE)) as server:
+        browser.window(PHONE)
         browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
         browser.wait_for("get('models').textContent === 'a'")
         ask(browser, "Name a tea?")
@@ -35,22 +33,21 @@ def test_a_conversation_streams_and_text_of_models_is_text():
         assert texts == ["Name a tea?", HOSTILE, ("Another one, " + "please " * 30).strip(), HOSTILE]
         assert browser.evaluate("document.title") == "Chat"
         assert browser.evaluate("history.length") == 4
-        shots(browser, "chat_phone_dark")
+        browser.check_variants("chat")
         browser.evaluate("get('temperature').value = 'hot'; document.querySelector('details').open = true")
         browser.evaluate("get('question').value = 'More?'; get('ask').requestSubmit()")
         browser.wait_for("get('problem').textContent")
         assert browser.evaluate("history.length") == 4
         browser.evaluate("get('reset').click()")
         assert browser.evaluate("[history.length, get('talk').children.length]") == [0, 0]
-        assert browser.overflow() == 0
+        browser.check_variants("chat_problem")
         assert all(f":{server.server_address[1]}/" in url or url == "data:," for url in browser.requests())
 
 
-@needs_browser
-def test_votes_are_blind_and_become_rows_of_preferences(tmp_path):
+def test_votes_are_blind_and_become_rows_of_preferences(browser, tmp_path):
     votes = tmp_path / "votes.jsonl"
     good, bad = "Assam is a tea from India. " * 6, HOSTILE
-    with serving(Scripted(good), Scripted(bad), votes=votes) as server, Browser() as browser:
+    with serving(Scripted(good), Scripted(bad), votes=votes) as server:
         browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
         browser.wait_for("duels")
         sides = []
@@ -61,16 +58,15 @@ def test_votes_are_blind_and_become_rows_of_preferences(tmp_path):
             assert title == "Left"  # nothing says which model it is
             sides.append("left" if left == good else "right")
             if number == 0:
-                shots(browser, "duel_laptop_light")
+                browser.check_variants("duel")
+                browser.window()
             vote = sides[-1] if wanted == "good" else wanted
             browser.evaluate(f"document.querySelector('[data-vote={vote}]').click()")
             browser.wait_for("!document.querySelector('.votes')")
             titles = browser.evaluate(f"[...{LAST}.querySelectorAll('.title')].map((p) => p.textContent)")
             expected = ("a", "b") if sides[-1] == "left" else ("b", "a")
             assert titles == [f"Left: {expected[0]}", f"Right: {expected[1]}"]
-        shots(browser, "duel_voted_light")
-        browser.emulate("dark")
-        shots(browser, "duel_voted_dark")
+        browser.check_variants("duel_voted")
         assert set(sides) == {"left", "right"}
         assert browser.problems() == []
         assert browser.evaluate("document.title") == "Two models side by side"
@@ -80,3 +76,50 @@ def test_votes_are_blind_and_become_rows_of_preferences(tmp_path):
     contents = [message["content"] for message in rows[4]["prompt"]]
     assert "Question 3?" not in contents
     assert contents[-1] == "Question 4?"
+
+
+@pytest.mark.slow
+def test_a_person_types_sees_two_models_answer_votes_and_step_2_and_dpo_train_on_the_votes(browser, tmp_path):
+    """`dschat serve MODEL --versus OTHER`, a browser, and the file of votes as it is."""
+    sft, ppo = (save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("sft", "ppo")))
+    votes = tmp_path / "votes.jsonl"
+    flags = [sft, "--versus", ppo, "--port", 0, "--votes", votes, "--max_tokens", 24]
+    with serve.build(serve.parse(list(map(str, flags)))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
+        browser.wait_for("duels")
+        # How long the answers are, whenever that changes.
+        browser.evaluate(
+            "window.seen = []; new MutationObserver(() => seen.push([...document.querySelectorAll("
+            "'.answers pre')].slice(-2).map((p) => p.textContent.length))).observe(get('talk'), "
+            "{childList: true, subtree: true}); 0"
+        )
+        unrecorded = 0
+        for number in range(8):
+            if number == 4:
+                browser.evaluate("document.querySelector('details').open = true; get('reset').click()")
+            browser.evaluate("get('question').focus(); seen.length = 0")
+            browser.call("Input.insertText", text=f"Name tea number {number}.")
+            for kind in ("keyDown", "keyUp"):
+                browser.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13)
+            browser.wait_for("!!document.querySelector('.votes')")
+            lengths = [sum(pair) for pair in browser.evaluate("seen")]
+            assert len(set(lengths)) > 4, "the answers come in one piece"
+            vote = ("left", "right", "left", "tie")[number % 4]
+            browser.evaluate(f"document.querySelector('[data-vote={vote}]').click()")
+            browser.wait_for("!document.querySelector('.votes')")
+            unrecorded += browser.evaluate(f"{LAST}.parentNode.lastChild.className === 'faint'")
+        assert browser.problems() == []
+        server.shutdown()
+    rows = [json.loads(line) for line in votes.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 8 - unrecorded
+    contents = [[message["content"] for message in row["prompt"]] for row in rows]
+    assert "Name tea number 0." in contents[1]  # the conversation goes on, until there is a new one
+    assert ["Name tea number 4."] in contents
+    decided = sum(row["metadata"]["vote"] != "tie" for row in rows)
+    for step in ("main", "dpo"):
+        flags = ["--model_name_or_path", sft, "--data_path", votes, "--output_dir", tmp_path / step]
+        flags += ["--data_split", "0,1,0", "--eval_fraction", 0, "--max_seq_len", 256]
+        python(ROOT / "step2_reward" / f"{step}.py", *flags, "--num_train_epochs", 1)
+        assert json.loads((tmp_path / step / "summary.json").read_text())["num_train_rows"] == decided
+        assert json.loads((tmp_path / step / "metrics.jsonl").read_text().splitlines()[-1])["loss"] > 0
