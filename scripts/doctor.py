@@ -29,8 +29,6 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import psutil
-
 from dschat.arguments import ReadableParser
 from dschat.data.user_cache import user_cache
 from dschat.distributed.rendezvous import DEFAULT_PORT
@@ -237,6 +235,8 @@ def compilers() -> Iterator[Finding]:
 
 def processor_and_memory() -> Iterator[Finding]:
     """Cores, and the memory that this process may use."""
+    import psutil  # not above, so that without packages dschat says what is missing
+
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     limit = memory_limit(Path("/sys/fs/cgroup/memory.max"))
     total, of = (

@@ -22,8 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from dschat.arguments import ReadableParser, RlhfArguments
 from dschat.console.text import PLAIN
 from dschat.data.entries import parse_entry
@@ -233,6 +231,8 @@ def _check_model(flag: str, name: str) -> None:
     """Raise `UserError` for what is no folder and cannot be a hub id: step 2 would find it after step 1."""
     if is_local(name):
         return
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # half of the time to --help
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -53,6 +53,17 @@ def test_help_tells_how_the_program_was_started_and_takes_less_than_a_second_of_
     assert told.startswith("usage: step2_reward/main.py --model_name_or_path PATH ")
 
 
+def test_a_python_without_the_packages_is_told_which_environment_has_them():
+    for program in ("scripts/doctor.py", "scripts/e2e_rlhf.py", "step1_sft/main.py"):
+        done = subprocess.run(
+            [sys.executable, "-S", ROOT / program], capture_output=True, text=True
+        )  # -S: no site-packages
+        told = f"error: {sys.executable} has no torch, deepspeed, transformers, datasets, psutil, rich. Run "
+        assert (done.returncode, done.stderr.startswith(told), done.stderr.count("\n")) == (1, True, 1), (
+            done.stderr
+        )
+
+
 def completed(line: str, folder: Path) -> list[str]:
     """What a shell is told that may come next, by the protocol of argcomplete."""
     told = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
