@@ -1,9 +1,12 @@
 """scripts/chat.py, as in a pipe."""
 
 import io
+import re
+import shlex
 import signal
 
 import pytest
+from processes import ROOT
 from tiny import save_reward_model, save_tiny_model
 
 from dschat.errors import UserError
@@ -57,3 +60,19 @@ def test_questions_and_commands_come_from_a_pipe_and_ctrl_c_stops_an_answer_alon
     assert out.index("[stopped") < out.index("[cut off")
     assert "there is no command /nothing" in out
     assert len(tokens) == 4 + 5  # and the prompt and four tokens of the second
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    """Those of `serve` and of step 2 are in tests/serving/test_page.py."""
+    page = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:(echo .*?) \| )?python scripts/chat\.py (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model("output/step3_ppo/actor")
+    save_tiny_model("output/step1_sft")
+    for echo, words in commands:
+        said = shlex.split(echo)[1:] or ["/settings max_tokens 3", "Hello", "/help", "/save talk.jsonl"]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(said)))
+        chat.main(chat.parse([*shlex.split(words), "--max_tokens", "3"]))
+        assert "[cut off at max_tokens]" in capsys.readouterr().out
+    assert (tmp_path / "talk.jsonl").is_file()

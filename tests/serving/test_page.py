@@ -1,6 +1,7 @@
 """The page in a browser: a question typed, an answer that streams, votes, and step 2 on the votes."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -79,12 +80,19 @@ def test_votes_are_blind_and_become_rows_of_preferences(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_person_types_sees_two_models_answer_votes_and_step_2_and_dpo_train_on_the_votes(browser, tmp_path):
-    """`dschat serve MODEL --versus OTHER`, a browser, and the file of votes as it is."""
-    sft, ppo = (save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("sft", "ppo")))
+def test_a_person_types_sees_two_models_answer_votes_and_step_2_and_dpo_train_on_the_votes(
+    browser, tmp_path, monkeypatch
+):
+    """The commands of docs/chat.md, in a browser, and then with the file of votes as it is."""
+    page = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8").replace("\\\n", "")
+    alone, versus = re.findall(r"^python scripts/serve\.py (.*)$", page, re.MULTILINE)
+    [training] = re.findall(r"^python step2_reward/main\.py (.*)$", page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("step1_sft", "step3_ppo/actor")):
+        save_tiny_model(tmp_path / "output" / name, seed=seed)
+    serve.build(serve.parse([*alone.split(), "--port", "0"])).server_close()
     votes = tmp_path / "votes.jsonl"
-    flags = [sft, "--versus", ppo, "--port", 0, "--votes", votes, "--max_tokens", 24]
-    with serve.build(serve.parse(list(map(str, flags)))) as server:
+    with serve.build(serve.parse([*versus.split(), "--port", "0", "--max_tokens", "24"])) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
         browser.wait_for("duels")
@@ -117,9 +125,10 @@ def test_a_person_types_sees_two_models_answer_votes_and_step_2_and_dpo_train_on
     assert "Name tea number 0." in contents[1]  # the conversation goes on, until there is a new one
     assert ["Name tea number 4."] in contents
     decided = sum(row["metadata"]["vote"] != "tie" for row in rows)
+    shorter = ["--eval_fraction", "0", "--max_seq_len", "256", "--num_train_epochs", "1"]
     for step in ("main", "dpo"):
-        flags = ["--model_name_or_path", sft, "--data_path", votes, "--output_dir", tmp_path / step]
-        flags += ["--data_split", "0,1,0", "--eval_fraction", 0, "--max_seq_len", 256]
-        python(ROOT / "step2_reward" / f"{step}.py", *flags, "--num_train_epochs", 1)
-        assert json.loads((tmp_path / step / "summary.json").read_text())["num_train_rows"] == decided
-        assert json.loads((tmp_path / step / "metrics.jsonl").read_text().splitlines()[-1])["loss"] > 0
+        flags = training.replace("output/voted", f"output/{step}").split()
+        python(ROOT / "step2_reward" / f"{step}.py", *flags, *shorter)
+        folder = tmp_path / "output" / step
+        assert json.loads((folder / "summary.json").read_text())["num_train_rows"] == decided
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"] > 0
