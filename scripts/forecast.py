@@ -400,6 +400,7 @@ def say(found: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     from dschat.console.text import PLAIN
+    from scripts.forecast_page import advice
 
     table = Table(
         title=f"best of n, {found['num_answers']} answers to {found['num_prompts']} held-out prompts"
@@ -419,7 +420,7 @@ def say(found: dict[str, Any], folder: Path) -> None:
     for line in filter(None, (found["said"], found["verdict"])):
         messages.info(line)
     if found["kl_target"] is not None:
-        messages.info(f"for PPO: --kl_target {found['kl_target']:.2g} --max_kl {found['max_kl']:.2g}")
+        messages.info(f"for PPO: {advice(found)}")
     spent, answers = sum(found["seconds"].values()), found["num_prompts"] * found["num_answers"]
     messages.info(
         f"{answers} answers in {spent:.0f} s; the page: {folder / PAGE}, all numbers: {folder / NAME}"

@@ -59,7 +59,15 @@ def _ends(found: Mapping[str, Any]) -> bool:
 def _settings(found: Mapping[str, Any]) -> str:
     if found["kl_target"] is None:
         return "PPO would raise the score, and not what is believed."
-    return f"For PPO: --kl_target {found['kl_target']:.2g} --max_kl {found['max_kl']:.2g}."
+    return f"For PPO: {advice(found)}."
+
+
+def advice(found: Mapping[str, Any]) -> str:
+    """The flags that follow for PPO."""
+    return (
+        f"--kl_target {found['kl_target']:.2g} --max_kl {found['max_kl']:.2g}, and --eval_interval so small "
+        "that several evaluations come before that KL, as the best of them is exported"
+    )
 
 
 def _cell(estimate: Mapping[str, float]) -> str:

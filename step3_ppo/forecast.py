@@ -36,7 +36,8 @@ def check_worth(args: RlhfArguments, num_answers: int, held_out: int) -> None:
     folder = Path(output_dir or "")
     if not output_dir or settings.forecast == "none" or broadcast_from_rank_0((folder / FORECAST).exists):
         return
-    words = settings.words or cheap_words(args.guard.guard_reward_model_name_or_path, num_answers, held_out)
+    guard = args.guard.guard_reward_model_name_or_path
+    words = settings.words or cheap_words(guard if guard != args.reward_path else None, num_answers, held_out)
     if not words:
         return
     messages.info(f"forecast of whether the reward model is worth PPO, before the first PPO step: {folder}")

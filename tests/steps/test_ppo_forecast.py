@@ -93,7 +93,7 @@ def test_unasked_it_is_made_by_the_second_reward_model_where_that_is_cheap(run, 
 
 
 def test_without_anything_to_believe_a_line_says_how_to_ask(run, capsys):
-    assert run() is None
+    assert run() is run(None, GUARD, "c") is None  # which is the reward model itself
     assert "--forecast, or dschat forecast" in capsys.readouterr().out
     assert run("none", GUARD, "yes") is None
     assert run(None, GUARD, "yes", "--reward_function", "a.py:f") is None

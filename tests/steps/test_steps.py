@@ -170,6 +170,9 @@ def test_step_2_reports_on_all_its_held_out_pairs(one_rank):
     found, result = report(one_rank / "reward"), summary(one_rank / "reward")
     assert (found["pairs"], found["prompts"]) == (result["eval_pairs"], result["eval_prompts"])
     assert found["accuracy"]["value"] == pytest.approx(result["eval_accuracy"])
+    for name in ("gain_over_length", "overconfidence"):
+        assert found[name]["value"] == pytest.approx(result[f"eval_{name}"])
+    assert result["verdict"].partition(":")[0].removesuffix(", overfitted") == found["verdict"]
     assert found["data"] == [str(one_rank / "pairs.jsonl")]
     html = (one_rank / "reward" / "reward_report.html").read_text()
     assert f"<b>{found['verdict']}</b>" in html
