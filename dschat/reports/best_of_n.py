@@ -88,7 +88,7 @@ class Forecast:
         if self.is_worth_it:
             end = f"has not turned at KL {last.kl:.2f}"
             if self.turns:
-                end = f"falls from KL {peak.kl:.2f} on"
+                end = f"falls from KL {self.turning_kl.shown('.2f')} on"
             elif peak is not last:
                 end = f"is lower at KL {last.kl:.2f}, though within noise"
             return f"worth PPO: gold gains {peak.gain} at KL {peak.kl:.2f}, and {end}"

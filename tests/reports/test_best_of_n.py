@@ -65,7 +65,8 @@ def test_an_exploitable_one_is_worth_it_up_to_where_gold_turns():
     assert found.turns
     assert found.turning_kl.low <= kl_of(3) <= found.turning_kl.high + 0.2
     assert found.kl_target <= found.peak.kl < found.max_kl <= 1.5 * found.peak.kl
-    assert f"and falls from KL {found.peak.kl:.2f} on" in found.verdict
+    low, high = found.turning_kl.low, found.turning_kl.high
+    assert f"and falls from KL {found.peak.kl:.2f} ({low:.2f} to {high:.2f}) on" in found.verdict
 
 
 def test_one_that_is_worse_than_chance_is_not_worth_ppo():
