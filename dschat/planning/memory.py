@@ -119,6 +119,10 @@ class EngineMemory:
             whole = (whole - persistent) * self._share + persistent
         if not spec.trained:
             return (self._part("weights", whole, on_host=spec.offload and (self._stage == 3 or not in_use)),)
+        if self.hardware.is_cpu and self.model.tensor_ranks > 1:
+            # The file is mapped as long as a whole parameter lies in it. A rank has read the pages of its
+            # part of a column, and all pages of a row.
+            whole += self.model.counts.linear * element * (1 + 1 / self.model.tensor_ranks) / 2
         weights = self._part("weights", whole, on_host=spec.offload and self._stage == 3)
         share = self._share if self._stage else 1.0
         master = 4 if self._is_low or self._stage else 0

@@ -10,7 +10,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +90,18 @@ class MeasuredChoices:
         return self.made[name]
 
     def seconds_of(
-        self,
-        name: str,
-        run: Callable[[], object],
-        *,
-        key: Mapping[str, Any],
-        rounds: int = 10,
-        alone: bool = False,
+        self, name: str, run: Callable[[], object], *, key: Mapping[str, Any], alone: bool = False
     ) -> float:
         """The least seconds of a call of `run` that the machine has seen for this `key`; nothing is chosen.
 
         It is timed where the machine has not done so for `SECONDS_KEPT`, or `alone`: now, by this rank.
         """
         path = self._path(name, [name], key)
-        found = None if alone else broadcast_from_rank_0(lambda: None if _is_old(path) else _remembered(path))
+        found = None if alone else broadcast_from_rank_0(lambda: _remembered(path, kept_for=SECONDS_KEPT))
         if found is None:
-            decision = _decision(name, _times({name: run}, rounds, time.perf_counter), key)
-            found = _least_kept(path, decision) if alone else None
-            found = found or broadcast_from_rank_0(lambda: _least_kept(path, decision))
+            decision = _decision(name, _times({name: run}, 10, time.perf_counter), key)
+            keep = partial(_least_kept, path, decision)
+            found = keep() if alone else broadcast_from_rank_0(keep)
         return float(found["seconds"][name])
 
     def kept_seconds(
@@ -190,21 +186,15 @@ def _decision(name: str, seconds: Mapping[str, float], key: Mapping[str, Any] | 
     return {"name": name, "way": way, "seconds": dict(seconds), "key": dict(key or {}), "machine": machine()}
 
 
-def _remembered(path: Path) -> dict[str, Any] | None:
-    """The decision in a file; None where there is none that can be read."""
+def _remembered(path: Path, *, kept_for: float = inf) -> dict[str, Any] | None:
+    """The decision in a file; None where there is none of the last `kept_for` seconds that can be read."""
     try:
+        if time.time() - path.stat().st_mtime > kept_for:
+            return None
         decision = json.loads(path.read_text(encoding="utf-8"))
         return decision if {"way", "seconds"} <= decision.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _is_old(path: Path) -> bool:
-    """Whether a file was written longer than `SECONDS_KEPT` ago; not where there is none."""
-    try:
-        return time.time() - path.stat().st_mtime > SECONDS_KEPT
-    except OSError:
-        return False
 
 
 def _least_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
