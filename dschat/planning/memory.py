@@ -28,8 +28,6 @@ LIBRARIES = {"cpu": 20e6, "cuda": 0.0}
 """Bytes that libraries take on their first use, beside models: as a run of 6 million weights took, most of it
 pages of oneDNN's code."""
 
-LIBRARIES_NAME = "libraries"
-
 PHASES = ("load", "generate", "experience", "train", "evaluate", "save")
 
 
@@ -237,7 +235,7 @@ class MemoryModel:
             "save": self._saving(),
         }
         on_cpu = self.hardware.is_cpu
-        base = Part(LIBRARIES_NAME, "buffers", LIBRARIES[self.hardware.device])
+        base = Part("libraries", "buffers", LIBRARIES[self.hardware.device])
         return {
             name: max(
                 ((base, *moment) for moment in found),

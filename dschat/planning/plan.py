@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from dschat.arguments import PassSizes, TrainingStep
 from dschat.planning.hardware import Hardware
-from dschat.planning.memory import LIBRARIES_NAME, MemoryModel, Moment, total
+from dschat.planning.memory import LIBRARIES, MemoryModel, Moment, total
 from dschat.planning.models import Spec, planned_models
 from dschat.planning.slices import Slices
 from dschat.planning.timing import Timing
@@ -53,9 +53,8 @@ class Plan:
 
         That is on a CPU, where passes and what libraries take are more than half of it.
         """
-        parts = self.phases[self.worst]
-        fitted = sum(p.bytes for p in parts if p.kind in OF_PASSES or p.model == LIBRARIES_NAME)
-        is_least = self.hardware.is_cpu and fitted > self.peak / 2
+        fitted = sum(part.bytes for part in self.phases[self.worst] if part.kind in OF_PASSES)
+        is_least = self.hardware.is_cpu and fitted + LIBRARIES["cpu"] > self.peak / 2
         return f"{'at least ' * is_least}{self.peak / GB:.2f}"
 
     @property

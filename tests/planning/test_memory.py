@@ -40,6 +40,9 @@ def test_tensor_ranks_share_linear_layers_and_nothing_else():
     # queries and outputs, keys and values of half as many heads, and the MLP, of 2 layers in fp32
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) * 4
     assert half == whole - linear / 2
+    # On a CPU the pages of the file stay too: of columns a rank's half, of rows all.
+    on_cpu = planned(arguments("sft", "--tensor_parallel_size=2"), device="cpu", ranks=2).phases["train"]
+    assert size(on_cpu, "weights") == half + 0.75 * linear
 
 
 def test_a_gpu_holds_its_shard_from_the_start_at_stage_3():

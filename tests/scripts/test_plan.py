@@ -1,8 +1,10 @@
 """scripts/plan.py: its command lines, and what it prints."""
 
+import json
 import shlex
 
 import pytest
+from processes import ROOT, python
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
@@ -38,3 +40,18 @@ def test_flags_of_the_step_are_checked(flags):
         plan.main(["sft", *flags, "--max_seq_length", "5", "--gpus", "1"])
     with pytest.raises(UserError, match="--gpus must be at least 1"):
         plan.parse(["sft", "--gpus", "0"])
+
+
+@pytest.mark.matrix
+def test_ranks_that_share_weights_are_timed_together_and_rank_0_prints(flags, tmp_path):
+    words = ("sft", *flags, "--zero_stage=3", "--dtype=fp32", "--max_seq_len=32")
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    out = python(ROOT / "scripts" / "plan.py", *words, ranks=2, env=env).stdout
+    assert out.count(" s a step (forward_backward") == 1
+    (kept,) = [
+        decision["key"]
+        for path in (tmp_path / "dschat" / "choices").glob("*.json")
+        if (decision := json.loads(path.read_text()))["name"] == "seconds of a slice"
+    ]
+    assert kept["ranks"] == 2
+    assert kept["zero_stage"] == 3
