@@ -24,7 +24,7 @@ SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "_STATUS
 """What the RuntimeErrors of allocators and libraries say of it."""
 
 RARE = (PhaseKind.LOADING, PhaseKind.EVALUATING, PhaseKind.EXPORTING)
-"""Phases after which what malloc keeps of them is given back; others come again with the same sizes."""
+"""Phases around which what malloc keeps is given back; others come again with the same sizes."""
 
 GIB = 2**30
 
@@ -65,6 +65,8 @@ def phase(kind: PhaseKind, model: str = "") -> Iterator[None]:
     then.
     """
     try:
+        if kind in RARE:
+            give_back_memory()
         yield
         if kind in RARE:
             give_back_memory()

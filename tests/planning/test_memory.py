@@ -114,6 +114,11 @@ def test_an_actor_of_adapters_alone_has_no_reference():
     assert "reference model" not in {part.model for part in phases["experience"]}
 
 
+def test_what_the_update_of_one_model_left_is_there_while_the_other_learns():
+    on_cpu, on_gpu = (planned(arguments("rlhf"), device=kind).phases["train"] for kind in ("cpu", "cuda"))
+    assert size(on_cpu, "freed", "critic") == size(on_cpu, "weights", "critic") > 0 == size(on_gpu, "freed")
+
+
 def test_a_gathered_actor_is_whole_while_it_generates():
     phases = planned(arguments("rlhf", "--actor_zero_stage=3", "--critic_zero_stage=3"), ranks=8).phases
     whole = planned(arguments("rlhf"), ranks=8).phases["generate"]
