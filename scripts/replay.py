@@ -37,6 +37,7 @@ from dschat.errors import UserError
 from dschat.program import prepare, readable_errors
 from dschat.runs.atomic_folder import damage, write_json
 from dschat.runs.output_folder import ARGUMENTS, METRICS, finished_checkpoints
+from dschat.runs.registry import MEASURED
 
 NAME, PAGE = "replay.json", "replay.html"
 
@@ -161,7 +162,8 @@ def _logged(run: Path, step: int) -> dict[str, Any]:
         raise UserError(f"{run}: {ARGUMENTS} or {METRICS} cannot be read ({error}).") from error
     if not is_ppo:
         raise UserError(f"{run} is a run of another step; a replay is of PPO, so name a folder of step 3.")
-    steps = {line["step"]: line for line in lines if line["step"] > 0}
+    of_steps = (line for line in lines if not any(name.startswith(MEASURED) for name in line))
+    steps = {line["step"]: line for line in of_steps if line["step"] > 0}
     if step not in steps:
         known = f"the PPO steps {min(steps)} to {max(steps)}" if steps else "no PPO step yet"
         raise UserError(f"--step {step}: {run / METRICS} has {known}.")

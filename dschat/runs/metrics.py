@@ -117,7 +117,7 @@ class LinesOnDisk:
     """A file of JSON objects, one a line; those that find no room are kept until there is some."""
 
     def __init__(self, path: Path, mode: str) -> None:
-        """With "w" the file is emptied first. Others may add lines too."""
+        """With "w" the file is emptied first."""
         if mode == "w":
             path.write_bytes(b"")
         self.file, self._name, self._unwritten = FileIO(path, "a"), path.name, b""

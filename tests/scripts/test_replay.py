@@ -155,6 +155,13 @@ def test_a_damaged_checkpoint_is_passed_over(folder, replays, tmp_path, capsys):
     assert "step_00000008 is passed over" in capsys.readouterr().out
 
 
+def test_numbers_of_eval_command_are_not_the_metrics_of_the_step(tmp_path):
+    (tmp_path / "arguments.json").write_text('{"rlhf": {}}')
+    lines = [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.6}, {"step": 2, "eval/acc": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert replay._logged(tmp_path, 2) == lines[1]
+
+
 def test_a_folder_that_is_no_run_of_step_3_is_named(folder, replays, tmp_path):
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(folder / "ppo", tmp_path / "pipeline" / "step3_ppo", ignore=lambda *_: ["checkpoints"])
