@@ -302,8 +302,9 @@ def by_judge(judge: Judge, sampled: Sampled, batches: list[RolloutBatch], shaped
     for row in range(num_prompts):
         by_n[row, 1:] = [by_pair[row, int(answer)] for answer in best[row, 1:]]
     said = (
-        f"The judge was asked about {len(pairs)} pairs in both orders: in {judge.inconsistent} the place "
-        f"decided, which counts as a tie; {judge.unreadable} had a reply without a verdict."
+        f"Gold is of the best of the first n answers. The judge was asked about {len(pairs)} pairs in both "
+        f"orders: in {judge.inconsistent} the place decided, which counts as a tie; {judge.unreadable} had a "
+        "reply without a verdict."
     )
     return Believed(sizes, by_n, best[:, -1], by_n[:, -1], by_n[:, 0], said)
 

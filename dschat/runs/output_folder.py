@@ -295,7 +295,7 @@ def _clear_results(folder: Path) -> None:
     for name in EXPORTS:
         remove_export(folder / name)
     if _is_of_a_run(folder):
-        for name in (BEST, METRICS, SAMPLES, TRACKERS, FORECAST):
+        for name in (BEST, METRICS, SAMPLES, TRACKERS, FORECAST, "forecast.html"):
             (folder / name).unlink(missing_ok=True)
         curves = folder / "tensorboard"
         for old_curve in () if curves.is_symlink() else curves.glob("events.out.tfevents.*"):

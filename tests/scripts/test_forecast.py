@@ -11,6 +11,7 @@ from fake_judge import FakeJudge, judging
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
+from dschat.arguments import parse_arguments
 from dschat.errors import UserError
 from scripts import forecast
 from scripts.forecast_page import forecast_page
@@ -208,6 +209,8 @@ def test_the_page_shows_commands_that_parse():
     golds = [forecast.parse(words)[0] for words in commands]
     assert [bool(own.gold_function) for own in golds] == [True, False, False]
     assert golds[2].judge_model
+    for words in (shlex.split(line) for line in re.findall(r"^dschat ppo (.*)$", page, re.MULTILINE)):
+        assert forecast.parse([*parse_arguments("rlhf", words).forecast.words, *words])[0].gold_function
 
 
 def test_the_page_in_a_browser(browser, tmp_path):
