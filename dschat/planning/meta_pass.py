@@ -170,17 +170,21 @@ def _grouped_product(
 
 
 class _Blockwise(torch.autograd.Function):
-    """Attention that keeps no probabilities: [B, H, L, D] each -> [B, H, L, D]."""
+    """Attention that keeps no probabilities: [B, H, L, D] each -> [B, H, L, D], on copies in `dtype`."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
+    def forward(ctx: Any, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+        wide = [x.to(dtype) for x in inputs]
+        output, sums = torch.empty_like(wide[0]), wide[0].new_empty(wide[0].shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(*inputs, output, sums)
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors[:3]
+        wide = [x.to(gradient.dtype) for x in kept]
+        found = [torch.empty_like(x) for x in wide]
+        return None, *(x.to(narrow.dtype) for x, narrow in zip(found, kept, strict=True))
 
 
 def _blockwise(
@@ -188,8 +192,8 @@ def _blockwise(
 ) -> tuple[Tensor, None]:
     """What transformers' attention functions return; computed in `dtype`."""
     groups = getattr(module, "num_key_value_groups", 1)
-    wide = (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    output = _Blockwise.apply(*(x.to(dtype) for x in wide)).to(query.dtype)
+    inputs = (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    output = _Blockwise.apply(dtype, *inputs).to(query.dtype)
     return output.transpose(1, 2).contiguous(), None
 
 
