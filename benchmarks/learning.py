@@ -359,7 +359,8 @@ def write_prompts(home: Path, common: list[str]) -> None:
     data = prompt_data(
         args.data, tokenizer, max_prompt_seq_len=args.rollout.max_prompt_seq_len, seed=args.run.seed
     )
-    rows = [{"input_ids": ids, "prompt": tokenizer.decode(ids)} for ids in map(list, data.train["input_ids"])]
+    prompts = data.train.table["input_ids"].to_pylist()
+    rows = [{"input_ids": ids, "prompt": tokenizer.decode(ids)} for ids in prompts]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -81,7 +81,7 @@ def answer_lengths(data: Path, tokenizer_folder: Path, seed: int) -> list[tuple[
     rows = reward_data(
         args.data, load_tokenizer(str(tokenizer_folder)), max_seq_len=MAX_TOKENS, seed=seed
     ).evaluation
-    return [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    return list(zip(rows.lengths("chosen_ids").tolist(), rows.lengths("rejected_ids").tolist(), strict=True))
 
 
 def longer_is_better(lengths: list[tuple[int, int]]) -> dict[str, float]:

@@ -154,16 +154,20 @@ def save_rows(folder: Path, workload: Workload, data: Path) -> float:
     if workload.step == "sft":
         found = sft_data(args.data, tokenizer, max_seq_len=MAX_TOKENS, seed=args.run.seed).train
         rows = [
-            {"input_ids": r["input_ids"], "completion_mask": [int(m) for m in r["loss_mask"]]} for r in found
+            {"input_ids": r["input_ids"], "completion_mask": [int(m) for m in r["loss_mask"]]}
+            for r in found.table.to_pylist()
         ]
         lengths = [len(r["input_ids"]) for r in rows]
     elif workload.step == "reward":
         found = reward_data(args.data, tokenizer, max_seq_len=MAX_TOKENS, seed=args.run.seed).train
-        rows = [{name: r[name] for name in ("chosen_ids", "rejected_ids")} for r in found]
+        rows = [{name: r[name] for name in ("chosen_ids", "rejected_ids")} for r in found.table.to_pylist()]
         lengths = [len(ids) for row in rows for ids in row.values()]
     else:
         found = prompt_data(args.data, tokenizer, max_prompt_seq_len=MAX_PROMPT, seed=args.run.seed).train
-        rows = [{"input_ids": r["input_ids"], "prompt": tokenizer.decode(r["input_ids"])} for r in found]
+        rows = [
+            {"input_ids": r["input_ids"], "prompt": tokenizer.decode(r["input_ids"])}
+            for r in found.table.to_pylist()
+        ]
         lengths = [len(r["input_ids"]) for r in rows]
     path = folder / f"{workload.rows}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

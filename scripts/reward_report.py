@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from dschat.data.held_out import SplitText
+    from dschat.data.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -71,11 +71,12 @@ def held_out_text(args: argparse.Namespace) -> tuple[SplitText, str]:
     return SplitText.of_run(recorded), f"the pairs that the run of {recorded.place} held out"
 
 
-def tokenized(text: SplitText, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Dataset:
+def tokenized(text: SplitText, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Rows:
     """The pairs as step 2 reads them. Raises `UserError` where there are none."""
     import numpy as np
 
     from dschat.data import splits
+    from dschat.data.rows import Rows
     from dschat.data.tokenization import tokenize_pairs
 
     numbers = text.held_out()
@@ -93,10 +94,10 @@ def tokenized(text: SplitText, tokenizer: PreTrainedTokenizerBase, args: argpars
     if not len(found.rows):
         why = "; ".join(f"{number} dropped: {reason}" for reason, number in found.dropped.items())
         raise UserError(f"there are no pairs to score{f' ({why})' if why else ''}; give other --data.")
-    return found.rows
+    return Rows.of(found.rows)
 
 
-def scores(args: argparse.Namespace, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
+def scores(args: argparse.Namespace, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
     """Of each pair its row and both scores."""
     import torch
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dschat.data.collate import PairBatch, collate_pairs
 from dschat.data.preparation import reward_data
-from dschat.data.tokenization import column
 from dschat.distributed.statistics import MeanOverRanks
 from dschat.losses import dpo_metrics
 from dschat.models.lora import will_train_adapters_only
@@ -47,7 +46,7 @@ def main(args: DpoArguments, context: RunContext) -> None:
     loaders = run.build_loaders(pairs, collate_pairs)
     checkpoints, loaders = run.begin(loaders)
     store = ReferenceStore.open(run.settings, run.base, pairs, checkpoints.choices.made)
-    if column(pairs.train, "margin").any():
+    if pairs.train.column("margin").any():
         messages.note("the data has margins, which DPO does not use.")
     engine, loaders = build_policy(run, loaders, store, offload=args.dpo.offload_reference_model)
     minimised = partial(loss_and_metrics, options=args.dpo)

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from dschat.data.comparisons import Comparison, record_batch
+from dschat.data.rows import Rows
 from dschat.export.export import export_model
 from dschat.models.loading import create_critic_model
 from dschat.models.tokenizer import load_tokenizer
@@ -183,3 +184,8 @@ def with_moved_adapters(model: torch.nn.Module) -> torch.nn.Module:
             if ".lora_B." in name:
                 parameter.normal_(std=0.1)
     return model
+
+
+def values_of(rows: Rows, name: str = "input_ids") -> list:
+    """A column of prepared rows."""
+    return rows.table[name].to_pylist()

@@ -1,15 +1,19 @@
 """Contradictions: pairs of answers to one prompt of which the data say that each is the better one."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import xxhash
-from datasets import Dataset
 
 from dschat.data.comparisons import answer_pairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROWS_AT_ONCE = 1000
 
 
-def count_contradictions(rows: Dataset, keys: np.ndarray) -> int:
+def count_contradictions(rows: "Dataset", keys: np.ndarray) -> int:
     """Number of different pairs that the N rows hold both ways; `keys` [N] are hashes of their prompts."""
     directed: set[tuple[int, int, int]] = set()
     for start in range(0, len(rows), ROWS_AT_ONCE):

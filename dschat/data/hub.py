@@ -1,22 +1,26 @@
 """The hub: data sets that `datasets` fetches, or finds in its cache."""
 
 import re
-
-import datasets
+from typing import TYPE_CHECKING
 
 from dschat.data.entries import Entry
 from dschat.data.files import KNOWN_FILES
 from dschat.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+
 CONFIGURATIONS = re.compile(r"available(?: configs)?(?: in the cache)?: \[([^\]]*)\]", re.IGNORECASE)
 """How `datasets` lists the configurations where none, or a wrong one, is named."""
 
 
-def load_from_hub(entry: Entry, options: dict[str, str]) -> datasets.Dataset | datasets.DatasetDict:
+def load_from_hub(entry: Entry, options: dict[str, str]) -> "datasets.Dataset | datasets.DatasetDict":
     """Load a data set of the hub with `options` and with the entry's configuration and revision, if any.
 
     Raises `UserError` for what the hub does not have, and for a choice among configurations.
     """
+    import datasets
+
     options = dict(options)
     if entry.config is not None:
         options["data_dir" if "data_dir" in options else "name"] = entry.config

@@ -11,13 +11,12 @@ from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from datasets import Dataset
 
 from dschat.data.collate import PromptBatch, collate_prompts, collate_text
+from dschat.data.rows import Rows
 from dschat.data.splits import number_among_equals
 from dschat.data.token_batch import TokenBatch
 from dschat.data.token_budget import TokenBudget
-from dschat.data.tokenization import column
 from dschat.errors import UserError
 
 WINDOW = 50
@@ -43,7 +42,7 @@ class OptimizerStep(Generic[MicroBatch]):
 class TrainLoader:
     """One rank's optimiser steps: endlessly one epoch after the other, each in an order of its own."""
 
-    dataset: Dataset
+    dataset: Rows
     collate: Collate
     batch_size: int
     accumulation_steps: int
@@ -114,7 +113,7 @@ class TrainLoader:
 class EvalLoader:
     """One rank's evaluation batches, the same number on every rank."""
 
-    dataset: Dataset
+    dataset: Rows
     collate: Collate
     batch_size: int
     rank: int
@@ -141,7 +140,7 @@ class PromptLoader:
     of several rows is one of the stream for each row, with samples of its own.
     """
 
-    dataset: Dataset
+    dataset: Rows
     pad_id: int
     batch_size: int
     batches_per_step: int
@@ -227,7 +226,7 @@ class TextLoader:
 
 
 def build_train_loader(
-    dataset: Dataset,
+    dataset: Rows,
     collate: Collate,
     *,
     batch_size: int,
@@ -246,10 +245,10 @@ def build_train_loader(
     A batch's denominator is the sum of the optimiser step's num_targets, or weights, or without these columns
     its rows.
     """
-    counted = next((name for name in ("num_targets", "weight") if name in dataset.column_names), None)
-    lengths = column(dataset, "length")
+    counted = next((name for name in ("num_targets", "weight") if name in dataset.table.column_names), None)
+    lengths = dataset.column("length")
     return TrainLoader(
-        dataset=dataset.with_format("arrow"),
+        dataset=dataset,
         collate=collate,
         batch_size=batch_size,
         accumulation_steps=accumulation_steps,
@@ -257,13 +256,13 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         lengths=lengths,
-        weights=column(dataset, counted) if counted else np.ones(len(lengths)),
+        weights=dataset.column(counted) if counted else np.ones(len(lengths)),
         budget=TokenBudget.of(dataset, max_tokens, num_sharing) if max_tokens else None,
     )
 
 
 def build_eval_loader(
-    dataset: Dataset, collate: Collate, *, batch_size: int, rank: int, world_size: int, num_batches: int = 0
+    dataset: Rows, collate: Collate, *, batch_size: int, rank: int, world_size: int, num_batches: int = 0
 ) -> EvalLoader:
     """Every row once over all ranks, the longest first; or as many as fill `num_batches` global batches.
 
@@ -272,12 +271,12 @@ def build_eval_loader(
     rows = np.arange(len(dataset))
     if num_batches > 0:
         rows = _generator(0, 0).permutation(rows)[: num_batches * batch_size * world_size]
-    order = _longest_first(rows, column(dataset, "length"))
-    return EvalLoader(dataset.with_format("arrow"), collate, batch_size, rank, world_size, order)
+    order = _longest_first(rows, dataset.column("length"))
+    return EvalLoader(dataset, collate, batch_size, rank, world_size, order)
 
 
 def build_prompt_loader(
-    dataset: Dataset,
+    dataset: Rows,
     *,
     pad_id: int,
     batch_size: int,
@@ -300,10 +299,10 @@ def build_prompt_loader(
             f"--generation_batches times ranks), which --num_samples_per_prompt {samples_per_prompt} does "
             "not divide; change one of them."
         )
-    keys = column(dataset, "key")
+    keys = dataset.column("key")
     _, group, group_sizes = np.unique(keys, return_inverse=True, return_counts=True)
     return PromptLoader(
-        dataset=dataset.with_format("arrow"),
+        dataset=dataset,
         pad_id=pad_id,
         batch_size=batch_size,
         batches_per_step=batches_per_step,
@@ -311,7 +310,7 @@ def build_prompt_loader(
         world_size=world_size,
         seed=seed,
         num_epochs=num_epochs,
-        lengths=column(dataset, "length"),
+        lengths=dataset.column("length"),
         number_among_equals=number_among_equals(keys),
         num_equals=group_sizes[group],
         samples_per_prompt=samples_per_prompt,
@@ -320,7 +319,7 @@ def build_prompt_loader(
 
 
 def build_eval_prompts(
-    dataset: Dataset,
+    dataset: Rows,
     *,
     num_prompts: int,
     pad_id: int,
@@ -335,16 +334,15 @@ def build_eval_prompts(
     They are a random sample, the same one each time, and each stands there as often as it is to be answered.
     Every rank has as many batches of as many rows: fillers complete them.
     """
-    lengths = column(dataset, "length")
+    lengths = dataset.column("length")
     rows = _longest_first(_generator(0, 0).permutation(len(dataset))[:num_prompts], lengths)
     samples = np.tile(np.arange(samples_per_prompt), len(rows))
     rows = rows.repeat(samples_per_prompt)
     size = min(batch_size, -(-len(rows) // world_size))
     num_batches = -(-len(rows) // (size * world_size))
-    tokens = dataset.with_format("arrow")
     return [
         collate_prompts(
-            tokens[rows[mine]],
+            dataset[rows[mine]],
             size,
             pad_id=pad_id,
             multiple_of=multiple_of,

@@ -12,17 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import (
-    Dataset,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_from_disk,
-)
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import DataArguments
@@ -37,11 +30,11 @@ from dschat.data.findings import Findings
 from dschat.data.reading import Format
 from dschat.data.refused_rows import RowError
 from dschat.data.report import columns_of, describe, listed, num_related, rows_report, source_report
+from dschat.data.rows import Rows
 from dschat.data.share import Task, rows_of_part, some_of
 from dschat.data.source_set import SourceSet
 from dschat.data.tokenization import (
     Tokenized,
-    column,
     default_num_proc,
     tokenize_pairs,
     tokenize_prompts,
@@ -52,6 +45,9 @@ from dschat.data.truncation import NOT_FOR_LENGTH
 from dschat.errors import UserError
 from dschat.fingerprint import fingerprint
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 FORMAT = 8
 """Raise it when code changes what the same input becomes, lest old results be taken for new ones."""
 
@@ -60,8 +56,8 @@ FORMAT = 8
 class SplitData:
     """Token ids of one step, on disk and memory-mapped. `evaluation` may be empty."""
 
-    train: Dataset
-    evaluation: Dataset
+    train: Rows
+    evaluation: Rows
     num_rows: dict[str, int]
     """Rows of each source, those included that were dropped or went to other steps."""
     key: str
@@ -74,7 +70,7 @@ class SplitData:
     @property
     def longest(self) -> int:
         """The length of the longest row of either part, in tokens."""
-        return max(column(part, "length").max(initial=0) for part in (self.train, self.evaluation))
+        return max(part.column("length").max(initial=0) for part in (self.train, self.evaluation))
 
 
 def sft_data(
@@ -190,7 +186,7 @@ def _prepare(
     )
     try:
         report = json.loads((folder / "report.json").read_text())
-        train, evaluation = (load_from_disk(str(folder / name)) for name in ("train", "evaluation"))
+        train, evaluation = (Rows.read(folder / name) for name in ("train", "evaluation"))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"the tokens kept in {folder} cannot be read ({error}); remove that folder."
@@ -206,6 +202,8 @@ def _build(
     folder: Path, task: Task, data: DataArguments, seed: int, sources: SourceSet, form: Format
 ) -> None:
     """Fill the folder with train/, evaluation/ (saved by `datasets`) and report.json."""
+    from datasets import Dataset, are_progress_bars_disabled
+
     text = folder / "comparisons.arrow"
     findings = [Findings() for _ in sources.all]
     comparisons = sources.comparisons(form, findings)
@@ -256,7 +254,7 @@ def _build(
 
 
 def _tokenized(
-    rows: Dataset, index: ComparisonIndex, chosen: np.ndarray, task: Task, data: DataArguments
+    rows: "Dataset", index: ComparisonIndex, chosen: np.ndarray, task: Task, data: DataArguments
 ) -> Tokenized:
     how: dict[str, Any] = {
         "num_proc": data.preprocessing_num_workers or default_num_proc(),
@@ -275,6 +273,8 @@ def _tokenized(
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
     """For work that is quick beside tokenisation, which has a bar on a terminal."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

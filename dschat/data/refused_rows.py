@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, Value
+import pyarrow as pa
 
 from dschat.data.truncation import Truncation
 from dschat.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Columns = dict[str, list]
 
@@ -30,11 +33,11 @@ def encode_rows(
     encode: Callable[..., Columns],
     *,
     with_indices: bool,
-    marked_as: Features | None = None,
+    marked_as: dict[str, pa.DataType] | None = None,
 ) -> Columns:
     """Encode a batch of rows. Raises `RowError` for the first row that fails by itself.
 
-    With `marked_as`, the features of the result, such rows are empty instead and marked `Truncation.REFUSED`,
+    With `marked_as`, the columns of the result, such rows are empty instead and marked `Truncation.REFUSED`,
     with the reason in the column unshown.
     """
 
@@ -60,16 +63,16 @@ def encode_rows(
         return {name: list(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
 
 
-def _mark(features: Features, number: int, reason: str) -> Columns:
-    def nothing(kind: Any) -> Any:
-        return ([], "", 0)[1 if kind == Value("string") else 2 if isinstance(kind, Value) else 0]
+def _mark(columns: dict[str, pa.DataType], number: int, reason: str) -> Columns:
+    def nothing(kind: pa.DataType) -> Any:
+        return [] if pa.types.is_list(kind) else "" if pa.types.is_string(kind) else 0
 
-    row = {name: nothing(kind) for name, kind in features.items()}
+    row = {name: nothing(kind) for name, kind in columns.items()}
     row |= {"prompt_size": 2**31 - 1, "unshown": f"{number} {reason}", "truncation": Truncation.REFUSED}
     return {name: [value] for name, value in row.items()}
 
 
-def refused_rows(marked: Dataset, truncations: np.ndarray) -> dict[int, str]:
+def refused_rows(marked: "Dataset", truncations: np.ndarray) -> dict[int, str]:
     """Reasons of the rows that `encode_rows` marked, by row number; `truncations` [N] are of all rows."""
     reasons = marked.select(np.flatnonzero(truncations == Truncation.REFUSED))["unshown"]
     return {int(number): reason for number, _, reason in (text.partition(" ") for text in reasons)}

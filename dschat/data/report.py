@@ -3,10 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 
 from dschat.data import splits
 from dschat.data.comparisons import ComparisonIndex
@@ -14,6 +13,9 @@ from dschat.data.findings import Findings
 from dschat.data.share import Task
 from dschat.data.sources import Source
 from dschat.data.tokenization import Tokenized, column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REASONS = {
     splits.REPEATED: "prompt of --data_path",
@@ -70,7 +72,7 @@ def rows_report(tokenized: Tokenized, left_out: Mapping[str, int]) -> dict[str, 
     }
 
 
-def columns_of(rows: Dataset) -> set[str]:
+def columns_of(rows: "Dataset") -> set[str]:
     """Names of the columns of all data rows that stand beside the prompts."""
     tables = rows.select_columns(["row"]).with_format("arrow").iter(1000)
     return {name for table in tables for row in table["row"].to_pylist() for name in json.loads(row)}

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from dschat.data.entries import OPTIONS, Entry, parse_entry
 from dschat.data.files import Rows, arrow_rows, file_rows, is_data_file, readable, user_path
@@ -24,6 +22,9 @@ from dschat.data.pipes import is_pipe, spooled
 from dschat.data.split_names import choose_splits, split_of
 from dschat.errors import UserError
 from dschat.fingerprint import files_fingerprint
+
+if TYPE_CHECKING:
+    import datasets
 
 ROWS_AT_ONCE = 1000
 
@@ -185,6 +186,8 @@ def _local_source(entry: Entry, path: Path) -> Source:
 
 def _saved(entry: Entry, path: Path) -> Any:
     """What `datasets` saved there."""
+    import datasets
+
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # of files that are not what it wrote, datasets makes what it likes
@@ -199,12 +202,12 @@ def _files_source(entry: Entry, folder: Folder) -> Source:
     return _source_of_splits(entry, opened, folder.unused)
 
 
-def _dataset_source(entry: Entry, loaded: datasets.Dataset | datasets.DatasetDict) -> Source:
-    splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+def _dataset_source(entry: Entry, loaded: "datasets.Dataset | datasets.DatasetDict") -> Source:
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return _source_of_splits(entry, {name: _split_rows(entry, name, split) for name, split in splits.items()})
 
 
-def _split_rows(entry: Entry, name: str, split: datasets.Dataset) -> tuple[Rows, list[Path]]:
+def _split_rows(entry: Entry, name: str, split: "datasets.Dataset") -> tuple[Rows, list[Path]]:
     """The rows of a split, and the files that hold them."""
     files = [Path(file["filename"]) for file in split.cache_files]
     return partial(_dataset_rows, split, f"{entry.name} {name}"), files
@@ -233,5 +236,5 @@ def _chained(parts: list[Rows]) -> Rows:
     return lambda: chain.from_iterable(part() for part in parts)
 
 
-def _dataset_rows(split: datasets.Dataset, name: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(split: "datasets.Dataset", name: str) -> Iterator[tuple[str, Any]]:
     yield from arrow_rows(split.with_format("arrow").iter(ROWS_AT_ONCE), name)

@@ -7,10 +7,9 @@ from lengths alone, which every rank knows, so ranks agree on the number of part
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset
 
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import Rows
 from dschat.errors import UserError
 
 SEQUENCES = ("input_ids", "chosen_ids", "rejected_ids")
@@ -30,11 +29,9 @@ class TokenBudget:
     """Ranks that share the tokens of rows: each passes its part of them."""
 
     @staticmethod
-    def of(dataset: Dataset, num_tokens: int, num_sharing: int) -> "TokenBudget":
+    def of(dataset: Rows, num_tokens: int, num_sharing: int) -> "TokenBudget":
         """A budget for examples with columns of `SEQUENCES`."""
-        names = [name for name in SEQUENCES if name in dataset.column_names]
-        table = dataset.select_columns(names).with_format("arrow")[:]
-        lengths = [pc.list_value_length(table[name]).to_numpy() for name in names]
+        lengths = [dataset.lengths(name) for name in SEQUENCES if name in dataset.table.column_names]
         return TokenBudget(num_tokens, np.stack(lengths, axis=1), num_sharing=num_sharing)
 
     def check(self, multiple_of: int) -> None:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 import xxhash
-from datasets import Dataset, Features, Value
-from datasets import Sequence as Tokens
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.comparisons import Prompt, Reply, Turn, answer_pairs, unpack_answers, unpack_prompt
@@ -27,32 +26,35 @@ from dschat.data.token_turns import tokens_of
 from dschat.data.truncation import REASONS, Truncation
 from dschat.errors import UserError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ROWS_A_PROCESS = 2000
 """Fewer rows are not worth another process."""
 
 SFT_COLUMNS = {
-    "input_ids": Tokens(Value("int32")),
-    "loss_mask": Tokens(Value("bool")),
-    "num_targets": Value("int32"),
+    "input_ids": pa.list_(pa.int32()),
+    "loss_mask": pa.list_(pa.bool_()),
+    "num_targets": pa.int32(),
 }
 PAIR_COLUMNS = {
-    "chosen_ids": Tokens(Value("int32")),
-    "rejected_ids": Tokens(Value("int32")),
-    "prompt_length": Value("int32"),
-    "group": Value("int32"),
-    "source": Value("int32"),
-    "margin": Value("float32"),
+    "chosen_ids": pa.list_(pa.int32()),
+    "rejected_ids": pa.list_(pa.int32()),
+    "prompt_length": pa.int32(),
+    "group": pa.int32(),
+    "source": pa.int32(),
+    "margin": pa.float32(),
 }
-PROMPT_COLUMNS = {"input_ids": Tokens(Value("int32")), "key": Value("int64")}
-REWARD_TOKENS_COLUMN = {"reader_ids": Tokens(Value("int32"))}
-ROW_COLUMN = {"row": Value("string")}
+PROMPT_COLUMNS = {"input_ids": pa.list_(pa.int32()), "key": pa.int64()}
+REWARD_TOKENS_COLUMN = {"reader_ids": pa.list_(pa.int32())}
+ROW_COLUMN = {"row": pa.string()}
 
 
 @dataclass(frozen=True)
 class Tokenized:
     """Rows of token ids, and what it took to get them."""
 
-    rows: Dataset
+    rows: "Dataset"
     num_fewer_turns: int
     """Rows kept whole but for their first turns."""
     num_cut: int
@@ -68,7 +70,7 @@ class Tokenized:
 
 
 def tokenize_sft(
-    rows: Dataset,
+    rows: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
@@ -89,7 +91,7 @@ def tokenize_sft(
 
 
 def tokenize_pairs(
-    rows: Dataset,
+    rows: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
@@ -115,7 +117,7 @@ def tokenize_pairs(
 
 
 def tokenize_prompts(
-    rows: Dataset,
+    rows: "Dataset",
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_seq_len: int,
@@ -151,7 +153,7 @@ def default_num_proc() -> int:
 
 
 def _tokenize(
-    rows: Dataset,
+    rows: "Dataset",
     encode: Callable[..., Columns],
     columns: dict[str, Any],
     flag: str,
@@ -165,8 +167,10 @@ def _tokenize(
     Raises `RowError` for a row that cannot be encoded, unless those are to be left out too, and `UserError`
     where a process was killed.
     """
-    aside = {"prompt_size": Value("int32"), "unshown": Value("string"), "truncation": Value("int8")}
-    features = Features(**columns, length=Value("int32"), **aside)
+    from datasets import Features
+
+    aside = {"prompt_size": pa.int32(), "unshown": pa.string(), "truncation": pa.int8()}
+    kinds = columns | {"length": pa.int32()} | aside
     if len(rows) == 0:  # of which `map` would make rows without columns
         return Tokenized(_empty(columns), 0, 0, dropped={}, unshown={}, shortest_prompt=0)
     num_proc = max(min(num_proc, len(rows) // ROWS_A_PROCESS), 1)
@@ -176,12 +180,12 @@ def _tokenize(
                 encode_rows,
                 encode=encode,
                 with_indices=with_indices,
-                marked_as=features if mark_refused else None,
+                marked_as=kinds if mark_refused else None,
             ),
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=features,
+            features=Features.from_arrow_schema(pa.schema(kinds)),
             num_proc=num_proc if num_proc > 1 else None,
             new_fingerprint=uuid4().hex,  # the default would hash the tokenizer, slowly
             load_from_cache_file=False,
@@ -208,7 +212,7 @@ def _tokenize(
     )
 
 
-def _unshown(marked: Dataset, truncations: np.ndarray) -> dict[str, int]:
+def _unshown(marked: "Dataset", truncations: np.ndarray) -> dict[str, int]:
     """In how many of the rows that are kept there is what the template does not show, by its name."""
     table = marked.select_columns(["unshown"]).with_format("arrow")[:]
     kept = table["unshown"].to_numpy()[truncations <= Truncation.CUT]
@@ -232,7 +236,7 @@ def _killed_workers_named(num_proc: int) -> Iterator[None]:
         ) from error
 
 
-def _weighed(pairs: Dataset, kept: np.ndarray) -> Dataset:
+def _weighed(pairs: "Dataset", kept: np.ndarray) -> "Dataset":
     """The pairs with their weights: those that are kept of one group weigh 1 together."""
     group = column(pairs, "group")
     sizes = np.bincount(group[kept], minlength=group.max(initial=0) + 1)
@@ -240,13 +244,14 @@ def _weighed(pairs: Dataset, kept: np.ndarray) -> Dataset:
     return pairs.add_column("weight", weights)
 
 
-def _empty(columns: dict[str, Any]) -> Dataset:
-    weight = {"weight": Value("float32")} if "group" in columns else {}
-    features = Features(**columns, length=Value("int32"), **weight)
-    return Dataset.from_dict({name: [] for name in features}, features=features)
+def _empty(columns: dict[str, Any]) -> "Dataset":
+    from datasets import Dataset
+
+    weight = {"weight": pa.float32()} if "group" in columns else {}
+    return Dataset(pa.schema(columns | {"length": pa.int32()} | weight).empty_table())
 
 
-def column(rows: Dataset, name: str) -> np.ndarray:
+def column(rows: "Dataset", name: str) -> np.ndarray:
     """A column of numbers as an array [N]."""
     return rows.select_columns([name]).with_format("arrow")[:][name].to_numpy()
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
-
 from dschat.arguments import RunDescription
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.export.manifest import Head
 from dschat.export.shared_prompts import share_settings
 
@@ -68,12 +67,12 @@ def step_provenance(
     )
 
 
-def golden_rows(rows: Dataset) -> list[list[int]]:
+def golden_rows(rows: Rows) -> list[list[int]]:
     """The rows of token ids on which outputs are promised: the last 24 ids of the first 8 rows of `rows`.
 
     Rows of one token are left out. `rows` may have the columns of any step.
     """
-    names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
-    first = rows.select_columns(names)[:GOLDEN_ROWS]
+    names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.table.column_names]
+    first = rows.table.select(names).slice(0, GOLDEN_ROWS).to_pydict()
     ids: Sequence[list[int]] = [row for together in zip(*first.values(), strict=True) for row in together]
     return [list(row[-GOLDEN_TOKENS:]) for row in ids if len(row) > 1][:GOLDEN_ROWS]

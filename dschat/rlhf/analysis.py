@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import Rows
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import gather_rows
 from dschat.engines.at_rest import in_use
@@ -71,7 +71,7 @@ class AnswerAnalyzer:
         engine: DeepSpeedRLHFEngine,
         tokenizers: RlhfTokenizers,
         args: RlhfArguments,
-        prompts: Dataset | None = None,
+        prompts: Rows | None = None,
         rewards: Rewards | None = None,
         *,
         layout: RowLayout = PADDED,
@@ -117,6 +117,7 @@ class AnswerAnalyzer:
         if self._rewards is None:
             assert outputs.scores is not None, "without other sources of scores there is a reward model"
             return AnswerAnalysis(logprobs, entropy, ref_logprobs, outputs.values, outputs.scores)
+        assert self._prompts is not None, "sources of scores beside a model read the data rows of prompts"
         summed = self._rewards.score(
             rollout, rows, self._prompts, outputs.scores, in_evaluation=self._in_evaluation
         )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from dschat.arguments import RolloutArguments
 from dschat.data.collate import collate_prompts
 from dschat.data.comparisons import Prompt
 from dschat.data.encoder import Encoder
+from dschat.data.rows import Rows
 from dschat.data.tokenization import content_key
 from dschat.errors import UserError
 from dschat.models.adapter_folder import is_adapter, merged_model
@@ -153,7 +153,7 @@ def reward_scores(reward: AskedModel, asked: AskedModel, prompts: list[Prompt], 
     """
     retokenizer = None
     if reads_otherwise(asked.tokenizer, reward.tokenizer):
-        reread = Dataset.from_dict({"reader_ids": Encoder(reward.tokenizer).prompts(prompts)})
+        reread = Rows.from_dict({"reader_ids": Encoder(reward.tokenizer).prompts(prompts)})
         limit = getattr(reward.module.config, "max_position_embeddings", None)
         retokenizer = Retokenizer(reread, asked.tokenizer, reward.tokenizer, max_tokens=limit)
     scores = torch.empty(len(prompts))

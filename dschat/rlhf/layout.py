@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset
 
 from dschat.arguments import RlhfArguments
 from dschat.data.packing import PACKED_WIDTH, RowLayout
-from dschat.data.tokenization import column
+from dschat.data.rows import Rows
 from dschat.distributed.device import current_device
 from dschat.models.attention import set_attention
 from dschat.models.config import learned_positions, read_config
@@ -23,7 +22,7 @@ NUM_TRIED, NUM_MEASURED = 2, 8
 def choose_ways_and_layout(
     args: RlhfArguments,
     specs: Sequence[EngineSpec],
-    prompts: Dataset,
+    prompts: Rows,
     choices: MeasuredChoices,
     *,
     longest: int,
@@ -44,7 +43,7 @@ def choose_ways_and_layout(
         limits.append(learned_positions(spec.path))
     generator = np.random.default_rng(args.run.seed)
     size = args.ppo.per_device_training_batch_size
-    known = column(prompts, "length")
+    known = prompts.column("length")
     lengths = [
         generator.choice(known, size) + generator.integers(1, args.rollout.max_answer_seq_len + 1, size)
         for _ in range(NUM_TRIED)

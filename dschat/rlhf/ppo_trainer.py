@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset
 from torch.distributed.checkpoint.stateful import Stateful
 
 from dschat.arguments import PpoArguments, RlhfArguments
@@ -13,6 +12,7 @@ from dschat.checkpoints.tensor_record import TensorRecord
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import TextLoader
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import Rows
 from dschat.distributed.device import peak_memory_gib
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import gradient_norm, set_gradient_norm
@@ -225,7 +225,7 @@ def build_trainer(
     tokenizers: RlhfTokenizers,
     backend: RolloutBackend,
     *,
-    prompts: Dataset | None = None,
+    prompts: Rows | None = None,
     score_scale: tuple[float, float] = (0.0, 1.0),
     rewards: Rewards | None = None,
     texts: TextLoader | None = None,

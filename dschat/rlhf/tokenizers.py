@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import TokenizerArguments
 from dschat.console import messages
+from dschat.data.rows import Rows
 from dschat.errors import UserError
 from dschat.models.config import learned_positions
 from dschat.models.tokenizer import first_difference, load_tokenizer, reads_otherwise
@@ -119,7 +119,7 @@ def _require_known(spec: EngineSpec, known: RlhfTokenizers, theirs: PreTrainedTo
 
 
 def build_retokenizer(
-    specs: Sequence[EngineSpec], role: str, tokenizers: RlhfTokenizers, prompts: Dataset | None
+    specs: Sequence[EngineSpec], role: str, tokenizers: RlhfTokenizers, prompts: Rows | None
 ) -> Retokenizer | None:
     """What turns answers into the tokens of a model that reads text; None where it reads the actor's tokens.
 

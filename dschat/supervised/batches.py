@@ -6,7 +6,6 @@ from functools import partial
 from dschat.data.loaders import Collate, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from dschat.data.packing import RowLayout
 from dschat.data.preparation import SplitData
-from dschat.data.tokenization import column
 from dschat.distributed.mesh import mesh
 from dschat.supervised.settings import SupervisedSettings
 
@@ -25,9 +24,7 @@ class Loaders:
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row, prompt and answer."""
-        return max(
-            column(loader.dataset, "length").max(initial=0) for loader in (self.train, self.evaluation)
-        )
+        return self.data.longest
 
     def laid_out(self, layout: RowLayout) -> "Loaders":
         """The same batches in rows of that layout."""
@@ -43,12 +40,11 @@ class Loaders:
 
     def over(self, data: SplitData) -> "Loaders":
         """The same batches of the same examples, which have further columns in `data`."""
-        train, evaluation = (examples.with_format("arrow") for examples in (data.train, data.evaluation))
         return Loaders(
             data=data,
-            train=replace(self.train, dataset=train),
-            evaluation=replace(self.evaluation, dataset=evaluation),
-            short_evaluation=replace(self.short_evaluation, dataset=evaluation),
+            train=replace(self.train, dataset=data.train),
+            evaluation=replace(self.evaluation, dataset=data.evaluation),
+            short_evaluation=replace(self.short_evaluation, dataset=data.evaluation),
         )
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.console import messages
 from dschat.data.loaders import EvalLoader
 from dschat.data.preparation import SplitData
-from dschat.data.tokenization import column
+from dschat.data.rows import Rows
 from dschat.distributed.collectives import gather_rows
 from dschat.engines.pipeline import of_last_stage
 from dschat.reports.page import write_page
@@ -85,24 +84,24 @@ class PairReport:
         return write
 
 
-def scored(table: np.ndarray, rows: Dataset, source_names: tuple[str, ...]) -> ScoredPairs:
+def scored(table: np.ndarray, rows: Rows, source_names: tuple[str, ...]) -> ScoredPairs:
     """Pairs of `rows`, as `tokenize_pairs` makes them, in their order.
 
     `table` [N, 3]: a pair's row and the scores of its chosen and of its rejected answer.
     """
     table = table[np.argsort(table[:, 0])]  # one order on any number of ranks
-    taken = rows.with_format(None).select(table[:, 0].astype(int))
-    prompt = column(taken, "prompt_length")
-    lengths = {name: _lengths(taken, f"{name}_ids") - prompt for name in ("chosen", "rejected")}
+    taken = Rows(rows[table[:, 0].astype(int)])
+    prompt = taken.column("prompt_length")
+    lengths = {name: taken.lengths(f"{name}_ids") - prompt for name in ("chosen", "rejected")}
     return ScoredPairs(
         chosen=table[:, 1],
         rejected=table[:, 2],
         chosen_lengths=lengths["chosen"],
         rejected_lengths=lengths["rejected"],
-        prompts=column(taken, "group").astype(np.int64),
-        sources=column(taken, "source"),
+        prompts=taken.column("group").astype(np.int64),
+        sources=taken.column("source"),
         source_names=source_names,
-        margins=column(taken, "margin"),
+        margins=taken.column("margin"),
     )
 
 
@@ -110,17 +109,16 @@ def write_report(
     folder: Path,
     title: str,
     table: np.ndarray,
-    rows: Dataset,
+    rows: Rows,
     source_names: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write the report on the pairs of a `table` that `scored` takes."""
     pairs, numbers = scored(table, rows, source_names), np.sort(table[:, 0]).astype(int)
     report = reward_report(pairs)
-    wrong = [
-        _texts(rows.with_format(None)[int(numbers[place])], pairs, int(place), tokenizer)
-        for place in mistakes(pairs)
-    ]
+    places = mistakes(pairs)
+    mistaken = zip(rows[numbers[places]].to_pylist(), places.tolist(), strict=True)
+    wrong = [_texts(row, pairs, place, tokenizer) for row, place in mistaken]
     lead = f"{len(pairs.chosen)} held-out pairs of {', '.join(source_names)}"
     write_page(folder / f"{REPORT}.html", report_page(title, lead, pairs, report, wrong))
     content = json.dumps({**report, "data": list(source_names), "mistakes": wrong}, indent=1)
@@ -133,10 +131,6 @@ def announce_report(folder: Path) -> None:
     if path.is_file():
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
         messages.info(f"report on the reward model: {verdict} ({path.with_suffix('.html')})")
-
-
-def _lengths(rows: Dataset, name: str) -> np.ndarray:
-    return rows.with_format("arrow")[:][name].combine_chunks().value_lengths().to_numpy()
 
 
 def _texts(

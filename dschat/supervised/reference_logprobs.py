@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from dschat.data.cache import cache_folder, cached, lookup
 from dschat.data.collate import REFERENCE_COLUMNS, PairBatch
 from dschat.data.loaders import EvalLoader, TrainLoader
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.distributed.collectives import sum_across_ranks
 from dschat.distributed.device import current_device
 from dschat.distributed.mesh import Axis, is_main_process, mesh, stage
@@ -195,10 +195,11 @@ def _logprobs(engine: DeepSpeedEngine, loader: TrainLoader | EvalLoader) -> Tens
     return table
 
 
-def _extended(rows: Dataset, table: Tensor) -> Dataset:
+def _extended(rows: Rows, table: Tensor) -> Rows:
+    extended = rows.table
     for name, values in zip(REFERENCE_COLUMNS, table.unbind(dim=1), strict=True):
-        rows = rows.add_column(name, values.numpy())
-    return rows
+        extended = extended.append_column(name, [values.numpy()])
+    return Rows(extended)
 
 
 def _read(path: Path, num_pairs: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import save_counting_pairs, tiny_tokenizer
+from tiny import save_counting_pairs, tiny_tokenizer, values_of
 
 from dschat.arguments import DataArguments
 from dschat.data.comparisons import prompt_key
@@ -34,11 +34,11 @@ def test_the_prompts_are_those_that_steps_2_and_3_hold_out(run, tmp_path):
     tokenizer, cache = tiny_tokenizer(), str(tmp_path / "cache")
     data = DataArguments(**{**vars(recorded.data), "data_output_path": cache})
     of_step_3 = prompt_data(data, tokenizer, max_prompt_seq_len=99, seed=7)
-    assert sorted(prompts) == sorted(map(tokenizer.decode, of_step_3.evaluation["input_ids"]))
+    assert sorted(prompts) == sorted(map(tokenizer.decode, values_of(of_step_3.evaluation)))
     assert len(prompts) == 12  # of sixty
     pairs = reward_data(data, tokenizer, max_seq_len=99, seed=7).evaluation
     assert len(pairs) == 12
-    trained = [tokenizer.decode(ids) for ids in of_step_3.train["input_ids"]]
+    trained = [tokenizer.decode(ids) for ids in values_of(of_step_3.train)]
     keys = np.array([prompt_key(prompt) for prompt in [*prompts, *trained]], dtype=np.uint64)
     assert split.num_trained_on(keys) == len(trained) > 10
 

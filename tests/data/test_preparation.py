@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, values_of
 
 from dschat.arguments import DataArguments
 from dschat.data.collate import collate_pairs, collate_sft
@@ -42,7 +42,7 @@ def arguments(tmp_path, *data_path, **settings):
 
 def prompts_of(tokenizer, rows, name="input_ids"):
     """The prompts' numbers, from the tokens."""
-    texts = [tokenizer.decode(ids) for ids in rows[name]]
+    texts = [tokenizer.decode(ids) for ids in values_of(rows, name)]
     return sorted(int(text.removeprefix("Q ").split(":")[0]) for text in texts)
 
 
@@ -108,7 +108,7 @@ def test_a_second_start_reads_what_the_first_one_wrote(tmp_path, tokenizer, monk
     told = after_tokenising(capsys)
     monkeypatch.setattr("dschat.data.source_set.read_comparisons", None)
     second = sft_data(data, tokenizer, max_seq_len=64, seed=1)
-    assert first.train.to_list() == second.train.to_list()
+    assert first.train.table.to_pylist() == second.train.table.to_pylist()
     assert capsys.readouterr().out == told
 
 
@@ -248,8 +248,8 @@ def test_real_dialogues_pass_and_pad_less_than_15_percent_at_batch_8(tmp_path, h
     assert "2312 rows" in capsys.readouterr().out
     assert padding_share(sft.train, collate_sft, hh_tokenizer) < 0.15
     assert padding_share(reward.train, collate_pairs, hh_tokenizer) < 0.15
-    assert hh_tokenizer.decode(ppo.train[0]["input_ids"]).endswith("\n\nAssistant:")
-    assert sft.train[0]["input_ids"][-1] == hh_tokenizer.eos_token_id
+    assert hh_tokenizer.decode(ppo.train.table.to_pylist()[0]["input_ids"]).endswith("\n\nAssistant:")
+    assert sft.train.table.to_pylist()[0]["input_ids"][-1] == hh_tokenizer.eos_token_id
 
 
 def write_json(path, rows):
@@ -414,10 +414,10 @@ def repeated_pairs(tmp_path):
 def test_all_pairs_of_a_prompt_weigh_1_and_exact_repeats_are_dropped(tmp_path, tokenizer, capsys):
     data = arguments(tmp_path, repeated_pairs(tmp_path), data_split="0,1,0", eval_fraction=0)
     train = reward_data(data, tokenizer, max_seq_len=64, seed=1).train
-    texts = [tokenizer.decode(ids).removesuffix("<|endoftext|>") for ids in train["chosen_ids"]]
+    texts = [tokenizer.decode(ids).removesuffix("<|endoftext|>") for ids in values_of(train, "chosen_ids")]
     assert Counter(texts) == {"Q 1: a": 1, "Q 1: c": 2, "Q 2: a": 1}
     by_prompt = Counter()
-    for text, weight in zip(texts, train["weight"], strict=True):
+    for text, weight in zip(texts, values_of(train, "weight"), strict=True):
         by_prompt[text[:4]] += weight
     assert by_prompt == pytest.approx({"Q 1:": 1.0, "Q 2:": 1.0})
     assert (
@@ -430,7 +430,7 @@ def told_rows(data, tokenizer, prepare, capsys):
     """The texts of the step's training and evaluation rows, and what it tells."""
     length = "max_prompt_seq_len" if prepare is prompt_data else "max_seq_len"
     split = prepare(data, tokenizer, seed=1, **{length: 64})
-    texts = [[tokenizer.decode(ids) for ids in part["input_ids"]] for part in (split.train, split.evaluation)]
+    texts = [[tokenizer.decode(ids) for ids in values_of(part)] for part in (split.train, split.evaluation)]
     return *map(sorted, texts), capsys.readouterr().out
 
 
@@ -508,7 +508,7 @@ def test_a_later_row_gives_the_answer_that_the_first_of_a_prompt_lacks(tmp_path,
     data = arguments(tmp_path, one, two, data_split="1,0,0", eval_fraction=0)
     # The second source has no prompt of its own, but rows.
     train = sft_data(data, tokenizer, max_seq_len=64, seed=1).train
-    assert [tokenizer.decode(ids) for ids in train["input_ids"]] == ["Q 1: a<|endoftext|>"]
+    assert [tokenizer.decode(ids) for ids in values_of(train)] == ["Q 1: a<|endoftext|>"]
 
 
 def test_one_conversation_as_text_and_as_messages_is_one_prompt(tmp_path):
@@ -532,7 +532,7 @@ def test_columns_are_named_by_flags(tmp_path, tokenizer):
         tmp_path, write_json(tmp_path / "a.jsonl", QA), data_split="0,1,0", eval_fraction=0, **KEYS
     )
     train = reward_data(data, tokenizer, max_seq_len=64, seed=1).train
-    texts = sorted(tokenizer.decode(ids) for ids in train["chosen_ids"])
+    texts = sorted(tokenizer.decode(ids) for ids in values_of(train, "chosen_ids"))
     assert texts == [f"Q {p}: yes<|endoftext|>" for p in range(3)]
 
 
@@ -541,7 +541,7 @@ def test_messages_are_named_by_a_flag(tmp_path):
     path = write_json(tmp_path / "a.jsonl", [{"chat": turns}])
     data = arguments(tmp_path, path, data_split="1,0,0", eval_fraction=0, messages_key="chat")
     tokenizer = tiny_tokenizer()
-    (row,) = sft_data(data, tokenizer, max_seq_len=64, seed=1).train
+    (row,) = sft_data(data, tokenizer, max_seq_len=64, seed=1).train.table.to_pylist()
     assert tokenizer.decode(row["input_ids"]) == "\n\nHuman: 1\n\nAssistant: 2<|endoftext|>"
 
 
@@ -618,7 +618,7 @@ def test_a_readers_tokens_stand_beside_the_actors(tmp_path):
     reader.chat_template = NONE
     split = prompt_data(data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reward_tokenizer=reader)
     for rows in (split.train, split.evaluation):
-        for row in rows:
+        for row in rows.table.to_pylist():
             text = tiny_tokenizer().decode(row["input_ids"])
             number = text.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
             assert reader.decode(row["reader_ids"]) == f"<s>{number}"
@@ -632,16 +632,16 @@ def test_data_rows_stand_beside_the_prompts_where_they_are_wanted(tmp_path):
     data = arguments(tmp_path, path, data_split="0,0,1", eval_fraction=0.25)
     tokenizer = tiny_tokenizer()
     split = prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1, keep_rows=True)
-    kept = [row for part in (split.train, split.evaluation) for row in part["row"]]
+    kept = [row for part in (split.train, split.evaluation) for row in values_of(part, "row")]
     assert sorted(kept) == sorted(map(json.dumps, rows))  # each with its prompt, also where that came before
     assert split.columns == ("answer", "level", "note", "question")
-    for row in split.train:
+    for row in split.train.table.to_pylist():
         assert f" {json.loads(row['row'])['question']}\n" in tokenizer.decode(row["input_ids"])
     without = prompt_data(data, tokenizer, max_prompt_seq_len=64, seed=1)
     assert without.key != split.key
-    assert "row" not in without.train.column_names
+    assert "row" not in without.train.table.column_names
     assert without.columns == ()
-    assert without.train["input_ids"] == split.train["input_ids"]
+    assert values_of(without.train) == values_of(split.train)
 
 
 def test_data_rows_are_kept_as_they_are_in_the_file_also_under_other_names(tmp_path):
@@ -651,19 +651,19 @@ def test_data_rows_are_kept_as_they_are_in_the_file_also_under_other_names(tmp_p
     split = prompt_data(
         data, tiny_tokenizer(), max_prompt_seq_len=64, seed=1, reward_tokenizer=reader, keep_rows=True
     )
-    kept = sorted(split.train["row"])
+    kept = sorted(values_of(split.train, "row"))
     assert [json.loads(row) for row in kept] == [{"ask": "one?", "solution": [1, "é"]}, {"ask": "two?"}]
     assert split.columns == ("ask", "solution")
 
 
 PREPARE = """
 import sys
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, values_of
 from dschat.arguments import DataArguments
 from dschat.data.preparation import sft_data
 data = DataArguments(data_path=[sys.argv[1]], data_output_path=sys.argv[2], preprocessing_num_workers=1)
 split = sft_data(data, tiny_tokenizer(), max_seq_len=64, seed=1)
-print("rows", len(split.train), len(split.evaluation), sum(map(sum, split.train["input_ids"])))
+print("rows", len(split.train), len(split.evaluation), sum(map(sum, values_of(split.train))))
 """
 
 
@@ -713,16 +713,16 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_built_again(tmp_path, tokenizer, damage, capsys):
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
-    first = sft_data(data, tokenizer, max_seq_len=64, seed=1).train.to_list()
+    first = sft_data(data, tokenizer, max_seq_len=64, seed=1).train.table.to_pylist()
     told = capsys.readouterr().out
     (entry,) = entries(tmp_path)
     DAMAGE[damage](entry)
-    assert sft_data(data, tokenizer, max_seq_len=64, seed=1).train.to_list() == first
+    assert sft_data(data, tokenizer, max_seq_len=64, seed=1).train.table.to_pylist() == first
     assert capsys.readouterr().out == told
     assert entries(tmp_path) == [entry]
 
 
-@pytest.mark.parametrize("file", ["report.json", "train/state.json", "evaluation/dataset_info.json"])
+@pytest.mark.parametrize("file", ["report.json", "train/state.json", "evaluation/data-00000-of-00001.arrow"])
 def test_an_entry_of_the_right_size_that_cannot_be_read_names_its_folder(tmp_path, tokenizer, file):
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
     sft_data(data, tokenizer, max_seq_len=64, seed=1)
@@ -781,7 +781,7 @@ def test_rows_that_cannot_be_tokenised_are_left_out_where_the_flag_says_so(
         assert f"the first that tokenizer or template refuse: {tmp_path}/a.jsonl:4: the chat" in told
     assert len(split.train) == 37
     if step == 2:
-        assert sum(split.train["weight"]) == pytest.approx(37)
+        assert sum(values_of(split.train, "weight")) == pytest.approx(37)
     refused = write(tmp_path / "b.jsonl", *[row for row in rows if "refused" in row["prompt"]])
     with pytest.raises(UserError, match=r"no rows left to train on: dropped 3 \(bad row.*not that"):
         prepared(arguments(tmp_path, refused, **settings), picky_tokenizer, step)

@@ -3,8 +3,9 @@
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features
 
 from dschat.data.refused_rows import RowError, encode_rows, refused_rows
 from dschat.data.truncation import Truncation
@@ -25,10 +26,10 @@ def test_the_first_row_that_fails_by_itself_is_named():
     assert pickle.loads(pickle.dumps(caught.value)).number == 7
 
 
-FEATURES = Features(
-    input_ids=Sequence(Value("int32")),
-    **{"prompt_size": Value("int32"), "unshown": Value("string"), "truncation": Value("int8")},
-)
+KINDS = {
+    "input_ids": pa.list_(pa.int32()),
+    **{"prompt_size": pa.int32(), "unshown": pa.string(), "truncation": pa.int8()},
+}
 
 
 def encode(batch):
@@ -47,9 +48,9 @@ def test_the_first_row_that_fails_ends_the_work_with_its_number():
 
 
 def test_rows_that_fail_are_marked_where_they_may_and_the_others_stay():
-    marked = encode_rows({"x": [1, 0, 3]}, [10, 11, 12], encode, with_indices=False, marked_as=FEATURES)
+    marked = encode_rows({"x": [1, 0, 3]}, [10, 11, 12], encode, with_indices=False, marked_as=KINDS)
     assert marked["input_ids"] == [[1], [], [3]]
-    table = Dataset.from_dict(marked, features=FEATURES)
+    table = Dataset.from_dict(marked, features=Features.from_arrow_schema(pa.schema(KINDS)))
     truncations = np.array(marked["truncation"])
     assert truncations.tolist() == [0, Truncation.REFUSED, 0]
     assert refused_rows(table, truncations) == {11: "nothing of it."}

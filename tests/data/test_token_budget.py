@@ -5,11 +5,11 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from dschat.data.collate import collate_pairs, collate_sft
 from dschat.data.loaders import TrainLoader, build_train_loader
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import Rows
 from dschat.data.token_budget import TokenBudget
 from dschat.errors import UserError
 
@@ -23,7 +23,7 @@ COLLATE = {"rows": collate_sft, "pairs": collate_pairs}
 NUM_EXAMPLES = 90
 
 
-def examples(kind: str) -> Dataset:
+def examples(kind: str) -> Rows:
     """Sequences of 2 to 400 tokens, most of them short; a sequence holds its example's number plus 1."""
     drawn = np.random.default_rng(0).gamma(1.0, 60.0, (NUM_EXAMPLES, 2)).astype(int).clip(2, 400)
     if kind == "rows":
@@ -37,7 +37,7 @@ def examples(kind: str) -> Dataset:
         columns |= {"chosen_ids": [row[0] for row in ids], "rejected_ids": [row[1] for row in ids]}
         columns |= {name: [1] * len(drawn) for name in ("prompt_length", "group")}
         columns |= {name: [1.0] * len(drawn) for name in ("weight", "margin")}
-    return Dataset.from_dict(columns)
+    return Rows.from_dict(columns)
 
 
 def loader(kind: str, layout: RowLayout, rank: int, world_size: int, max_tokens: int) -> TrainLoader:

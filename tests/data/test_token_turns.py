@@ -75,11 +75,11 @@ def tokenised(pair) -> dict[str, list[int]]:
 def test_tokenised_pairs_are_the_pairs_that_their_text_makes(tmp_path):
     text = [{"prompt": f"Q {n}:", "chosen": f" yes {n}", "rejected": " no" * (n + 1)} for n in range(6)]
     of_text = pairs_of(text, tmp_path).train
-    of_tokens = pairs_of([tokenised(pair) for pair in of_text], tmp_path).train
+    of_tokens = pairs_of([tokenised(pair) for pair in of_text.table.to_pylist()], tmp_path).train
 
     def rows(pairs):
         kept = ("chosen_ids", "rejected_ids", "prompt_length", "weight", "length")
-        return sorted(tuple(map(str, (pair[name] for name in kept))) for pair in pairs)
+        return sorted(tuple(map(str, (pair[name] for name in kept))) for pair in pairs.table.to_pylist())
 
     assert rows(of_tokens) == rows(of_text)
     assert len(of_tokens) == 6
@@ -88,10 +88,12 @@ def test_tokenised_pairs_are_the_pairs_that_their_text_makes(tmp_path):
 def test_step_1_learns_the_better_answer_and_step_3_has_the_prompt(tmp_path):
     row = tokenised({"chosen_ids": [9, 12, 40, 0], "rejected_ids": [9, 12, 41, 0], "prompt_length": 2})
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    (sft,) = sft_data(arguments(tmp_path, data_split="1,0,0"), tokenizer(), max_seq_len=24, seed=1).train
+    (sft,) = sft_data(
+        arguments(tmp_path, data_split="1,0,0"), tokenizer(), max_seq_len=24, seed=1
+    ).train.table.to_pylist()
     assert (sft["input_ids"], sft["loss_mask"]) == ([9, 12, 40, 0], [False, False, True, True])
     data = arguments(tmp_path, data_split="0,0,1")
-    (prompt,) = prompt_data(data, tokenizer(), max_prompt_seq_len=24, seed=1).train
+    (prompt,) = prompt_data(data, tokenizer(), max_prompt_seq_len=24, seed=1).train.table.to_pylist()
     assert prompt["input_ids"] == [9, 12]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from exported_models import ROWS, with_template
 from tiny import with_moved_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +15,7 @@ from dschat.arguments import ModelArguments, parse_arguments
 from dschat.data.comparisons import Turn
 from dschat.data.encoder import Encoder
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.export.export import export_model
 from dschat.export.golden_outputs import golden_outputs
 from dschat.export.model_card import model_card
@@ -27,8 +27,8 @@ from dschat.models.lora import add_lora
 
 def test_the_card_says_what_made_the_model_in_front_matter_that_is_yaml(base, tmp_path, capsys):
     args = parse_arguments("sft", ["--model_name_or_path=org/base", "--data_path", "a|b.jsonl", "--seed=7"])
-    rows = Dataset.from_dict({"input_ids": ROWS})
-    data = SplitData(train=rows, evaluation=rows.select([0]), num_rows={"a|b.jsonl": 12}, key="0")
+    rows = Rows.from_dict({"input_ids": ROWS})
+    data = SplitData(train=rows, evaluation=Rows(rows.table.slice(0, 1)), num_rows={"a|b.jsonl": 12}, key="0")
     tokenizer = AutoTokenizer.from_pretrained(base)
     actor = create_hf_model(AutoModelForCausalLM, str(base), tokenizer)
     made = step_provenance(args.description, args.model.model_name_or_path, data, {"eval_loss": 1.23456789})

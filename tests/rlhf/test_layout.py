@@ -3,16 +3,16 @@
 from typing import Any
 
 import pytest
-from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
 from dschat.data.packing import RowLayout
+from dschat.data.rows import Rows
 from dschat.rlhf.layout import choose_ways_and_layout
 from dschat.rlhf.roles import engine_specs
 from dschat.runs.measured_choices import MeasuredChoices
 
-PROMPTS = Dataset.from_dict({"length": [5, 9, 7]})
+PROMPTS = Rows.from_dict({"length": [5, 9, 7]})
 
 
 def layout_and_mean(tmp_path, actor: str, reward: str, *flags: str) -> tuple[RowLayout, float]:
@@ -35,7 +35,7 @@ def layout_of(*args: Any) -> RowLayout:
 def test_rows_are_padded_to_the_multiple_that_is_asked_for(tmp_path):
     layout, mean = layout_and_mean(tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8")
     assert layout == RowLayout(multiple_of=8)
-    longest = max(PROMPTS["length"])
+    longest = max(PROMPTS.column("length"))
     assert mean == layout.rounded(longest + 8)
 
 

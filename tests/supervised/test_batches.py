@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset
 
 from dschat.arguments import parse_arguments
 from dschat.data.packing import PADDED, RowLayout
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.supervised.batches import Loaders, build_loaders
 from dschat.supervised.settings import SupervisedSettings
 
@@ -23,7 +23,7 @@ def loaders() -> Loaders:
     flags = ["--per_device_train_batch_size=2", "--per_device_eval_batch_size=1", "--eval_iters=2"]
     args = parse_arguments("sft", ["--model_name_or_path=m", "--gradient_accumulation_steps=2", *flags])
     parts = [
-        Dataset.from_dict({"length": lengths, "name": [f"{part} {n}" for n in lengths]})
+        Rows.from_dict({"length": lengths, "name": [f"{part} {n}" for n in lengths]})
         for part, lengths in LENGTHS.items()
     ]
     return build_loaders(SplitData(*parts, {}, "key"), names, SupervisedSettings.of(args))
@@ -44,7 +44,7 @@ def test_the_longest_row_is_that_of_both_parts(loaders):
 def test_a_token_budget_divides_training_and_counts_the_layout_of_rows():
     flags = ["--per_device_train_batch_size=4", "--max_tokens_per_batch=16"]
     args = parse_arguments("sft", ["--model_name_or_path=m", *flags])
-    rows = Dataset.from_dict({"length": [8, 8, 3, 3], "input_ids": [[1] * n for n in (8, 8, 3, 3)]})
+    rows = Rows.from_dict({"length": [8, 8, 3, 3], "input_ids": [[1] * n for n in (8, 8, 3, 3)]})
 
     def lengths(rows: pa.Table, num_rows: int, denominator: float, layout: RowLayout = PADDED) -> list[int]:
         return rows["length"].to_pylist()
@@ -57,8 +57,8 @@ def test_a_token_budget_divides_training_and_counts_the_layout_of_rows():
 
 def test_further_columns_leave_the_batches_as_they_are(loaders):
     data = loaders.data
-    train = data.train.remove_columns("name").add_column("name", [f"new {n}" for n in LENGTHS["train"]])
-    evaluation = data.evaluation.add_column("number", [1, 2, 3])
+    train = Rows.from_dict({"length": LENGTHS["train"], "name": [f"new {n}" for n in LENGTHS["train"]]})
+    evaluation = Rows(data.evaluation.table.append_column("number", [[1, 2, 3]]))
     extended = loaders.over(replace(data, train=train, evaluation=evaluation))
     assert extended.data.train is train
     old, new = ([name for batch in found.train for name in batch] for found in (loaders, extended))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
+from dschat.data.rows import Rows
 from dschat.supervised.chance import NUM_STEPS, ChanceWatch
 
 
@@ -16,7 +16,7 @@ def watch(*, limit: int = 64, is_on: bool = True) -> ChanceWatch:
     settings = SimpleNamespace(
         batch=SimpleNamespace(max_seq_len=limit), model=SimpleNamespace(learning_rate=1e-9)
     )
-    return ChanceWatch(settings, SimpleNamespace(train=Dataset.from_dict(ids)), is_on=is_on)
+    return ChanceWatch(settings, SimpleNamespace(train=Rows.from_dict(ids)), is_on=is_on)
 
 
 def steps(share_right: float, *, pairs: int = 8, number: int = NUM_STEPS, loss: float = math.log(2)) -> list:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.export.upstream import verify_model
 from dschat.export.verdict import Evaluation
 from dschat.models.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, base: Path, *flags: str, step: str = "reward") -> None:
         self.output = base.parent / "out"
         argv = [f"--model_name_or_path={base}", f"--output_dir={self.output}", *flags]
-        rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
+        rows = Rows.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
         self.model = AutoModelForCausalLM.from_pretrained(base)
         self.exports = ModelExports(
             SupervisedSettings.of(parse_arguments(step, argv)),

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.engines.speed import PHASES
 from dschat.supervised import loop
 from dschat.supervised.batches import build_loaders
@@ -52,7 +52,7 @@ class Run:
         self.step, self.due, self.begun = done, due, Begun(done)
         argv = ["--model_name_or_path=m", "--per_device_train_batch_size=2", *flags]
         self.settings = SupervisedSettings.of(parse_arguments("sft", argv))
-        rows = Dataset.from_dict({"length": [3, 4, 5, 6, 7, 8]})
+        rows = Rows.from_dict({"length": [3, 4, 5, 6, 7, 8]})
         self.loaders = build_loaders(SplitData(rows, rows, {}, "key"), self.collate, self.settings)
 
     def collate(self, rows: Any, num_rows: int, denominator: float) -> int:

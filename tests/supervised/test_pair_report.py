@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from tiny import comparison_rows, tiny_tokenizer
 
 from dschat.data.collate import collate_pairs
 from dschat.data.comparisons import Comparison
 from dschat.data.loaders import build_eval_loader
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.data.tokenization import tokenize_pairs
 from dschat.supervised.pair_report import PairReport
 
@@ -19,17 +19,17 @@ TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def rows() -> Dataset:
+def rows() -> Rows:
     """Five pairs of four prompts, of different lengths so that a loader puts them in another order."""
     comparisons = [
         Comparison(prompt=f"\n\nHuman: {n} {'so ' * n}\n\nAssistant:", answers=("yes " * (n + 1), "no"))
         for n in (1, 4, 2, 3, 3)
     ]
     settings = {"groups": np.array([0, 1, 2, 3, 3]), "sources": np.array([0, 1, 0, 1, 1]), "max_seq_len": 99}
-    return tokenize_pairs(comparison_rows(*comparisons), TOKENIZER, **settings).rows
+    return Rows.of(tokenize_pairs(comparison_rows(*comparisons), TOKENIZER, **settings).rows)
 
 
-def report_of(rows: Dataset, names: tuple[str, ...] = ("a", "b")) -> PairReport:
+def report_of(rows: Rows, names: tuple[str, ...] = ("a", "b")) -> PairReport:
     return PairReport(SplitData(rows, rows, {}, "", sources=names), TOKENIZER, "a model")
 
 
@@ -60,8 +60,8 @@ def test_scores_find_their_pairs_whatever_the_order_of_the_batches(rows, tmp_pat
     (wrong,) = found["mistakes"]
     assert wrong["prompt"].startswith("\n\nHuman: 2 so so")
     assert wrong["chosen"].strip().startswith("yes yes yes")
-    assert wrong["chosen_score"] == -len(rows[2]["chosen_ids"])
-    assert wrong["chosen_length"] == len(rows[2]["chosen_ids"]) - rows[2]["prompt_length"]
+    assert wrong["chosen_score"] == -rows.lengths("chosen_ids")[2]
+    assert wrong["chosen_length"] == rows.lengths("chosen_ids")[2] - rows.column("prompt_length")[2]
     html = (tmp_path / "reward_report.html").read_text()
     assert "yes yes yes" in html
     assert "5 held-out pairs of a, b" in html

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
 from dschat.data.collate import REFERENCE_COLUMNS
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.distributed.mesh import set_parallel_sizes
 from dschat.errors import UserError
 from dschat.export.upstream import UpstreamModel
@@ -28,8 +28,7 @@ def base(tmp_path) -> UpstreamModel:
 
 @pytest.fixture
 def data() -> SplitData:
-    rows = Dataset.from_dict({"length": [4, 3, 5]})
-    return SplitData(rows.select([0, 1]).flatten_indices(), rows.select([2]).flatten_indices(), {}, "pairs")
+    return SplitData(Rows.from_dict({"length": [4, 3]}), Rows.from_dict({"length": [5]}), {}, "pairs")
 
 
 def settings(tmp_path, *more: str) -> SupervisedSettings:
@@ -52,8 +51,8 @@ def test_what_was_computed_once_is_read_and_stands_beside_its_rows(base, data, t
 
     for _ in range(2):
         extended = with_reference(data, opened(tmp_path, base, data), compute)
-        read = [[rows[name] for name in REFERENCE_COLUMNS] for rows in (extended.train, extended.evaluation)]
-        assert [[list(column) for column in columns] for columns in read] == [
+        parts = (extended.train, extended.evaluation)
+        assert [[list(rows.column(name)) for name in REFERENCE_COLUMNS] for rows in parts] == [
             [[-1.5, -3.0], [-2.5, -4.0]],
             [[-0.25], [-0.5]],
         ]

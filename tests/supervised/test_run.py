@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import save_tiny_model
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.errors import UserError
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.supervised import run as supervised_run
@@ -53,7 +53,7 @@ def test_a_model_that_is_not_there_is_refused_before_the_folder_is_claimed(tmp_p
 
 
 def pairs(*lengths: int) -> SplitData:
-    rows = Dataset.from_dict({"length": lengths})
+    rows = Rows.from_dict({"length": lengths})
     return SplitData(rows, rows, {}, "the data")
 
 
@@ -83,7 +83,7 @@ def test_an_example_that_outgrows_learned_positions_is_refused(tmp_path):
 
 
 def test_an_example_that_outgrows_the_token_budget_is_refused(base):
-    rows = Dataset.from_dict({"length": [3, 20], "input_ids": [[1] * 3, [1] * 20]})
+    rows = Rows.from_dict({"length": [3, 20], "input_ids": [[1] * 3, [1] * 20]})
     run = opened(base, "--max_tokens_per_batch=16", "--pad_to_multiple_of=8")
     with pytest.raises(UserError, match=r"--max_tokens_per_batch 16 is too small.* Give 24 or more"):
         run.build_loaders(SplitData(rows, rows, {}, "the data"), collate)

@@ -12,6 +12,7 @@ from tiny import comparison_rows
 
 from dschat.arguments import parse_arguments
 from dschat.data.comparisons import Comparison
+from dschat.data.rows import Rows
 from dschat.data.tokenization import tokenize_prompts
 from dschat.rlhf.monitoring.evaluation import build_evaluator
 from dschat.rlhf.ppo_trainer import build_trainer
@@ -31,9 +32,11 @@ def run(models: Path, flags: dict) -> list[dict[str, float]]:
     ]
     args = parse_arguments("rlhf", argv)
     engine, tokenizers = build_engine(args)
-    held_out = tokenize_prompts(
-        comparison_rows(*map(Comparison, QUESTIONS)), tokenizers.actor, max_prompt_seq_len=99
-    ).rows
+    held_out = Rows.of(
+        tokenize_prompts(
+            comparison_rows(*map(Comparison, QUESTIONS)), tokenizers.actor, max_prompt_seq_len=99
+        ).rows
+    )
     backend = HuggingFaceGenerate(engine.actor, tokenizers.actor)
     trainer = build_trainer(args, engine, tokenizers, backend)
     evaluator = build_evaluator(args, engine, tokenizers, backend, held_out)

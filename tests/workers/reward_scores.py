@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 
 from dschat.arguments import parse_arguments
+from dschat.data.rows import Rows
 from dschat.distributed.collectives import make_axis_groups
 from dschat.distributed.mesh import mesh, set_parallel_sizes
 from dschat.distributed.process_group import destroy_process_group, init_process_group
@@ -56,7 +56,7 @@ def run(tokenizer_folder: Path, flags: list[str], batches: list[list[str]]) -> d
         ("answers", "number", "prompt"),
         model_scale=scale,
     )
-    prompts = Dataset.from_dict({"row": [json.dumps(row) for row in ROWS]})
+    prompts = Rows.from_dict({"row": [json.dumps(row) for row in ROWS]})
     mine = torch.arange(4)[mesh().data.rank :: mesh().data.size].flip(0).split(1)  # in no order
     results, error = [], None
     try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from dschat.arguments import RlhfArguments
@@ -13,6 +12,7 @@ from dschat.console import messages
 from dschat.data.collate import PromptBatch
 from dschat.data.loaders import build_eval_prompts
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import Rows
 from dschat.distributed.collectives import gather_rows
 from dschat.distributed.device import current_device, synchronize
 from dschat.distributed.mesh import mesh
@@ -190,7 +190,7 @@ def build_evaluator(
     engine: DeepSpeedRLHFEngine,
     tokenizers: RlhfTokenizers,
     backend: RolloutBackend,
-    prompts: Dataset,
+    prompts: Rows,
     *,
     score_scale: tuple[float, float] = (0.0, 1.0),
     rewards: Rewards | None = None,

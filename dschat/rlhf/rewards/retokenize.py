@@ -1,11 +1,11 @@
 """Answers in the tokens and the template of a reward model with a tokenizer of its own."""
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.encoder import Encoder
+from dschat.data.rows import Rows
 from dschat.data.templates import ChatTemplate
 from dschat.rlhf.rollout.batch import RolloutBatch
 
@@ -47,14 +47,14 @@ class Retokenizer:
 
     def __init__(
         self,
-        prompts: Dataset,
+        prompts: Rows,
         actor: PreTrainedTokenizerBase,
         reward_tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int | None = None,
     ) -> None:
         self._max_tokens = max_tokens
-        self._prompts = prompts.with_format("numpy", columns=["reader_ids"])
+        self._prompts = Rows(prompts.table.select(["reader_ids"]))
         self._actor = actor
         self._encoder, self._pad_id = Encoder(reward_tokenizer), reward_tokenizer.pad_token_id
 
@@ -65,7 +65,7 @@ class Retokenizer:
         turn, the reward model gets that text in ordinary tokens.
         """
         answers = self._encoder.answers_alone(answer_texts(batch, self._actor), batch.ended.tolist())
-        prompts = [ids.tolist() for ids in self._prompts[batch.prompt_rows.tolist()]["reader_ids"]]
+        prompts = self._prompts[batch.prompt_rows.cpu().numpy()]["reader_ids"].to_pylist()
         if self._max_tokens is not None:
             answers = [ids[: self._max_tokens - 1] for ids in answers]
             room = [self._max_tokens - len(ids) for ids in answers]

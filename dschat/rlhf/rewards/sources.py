@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dschat.arguments import REWARD_MODEL, RewardSourceArguments
 from dschat.console import messages
+from dschat.data.rows import Rows
 from dschat.distributed.collectives import all_gather_object, gather_rows, sum_across_ranks
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
@@ -93,7 +93,7 @@ class Rewards:
         self,
         rollout: RolloutBatch,
         indices: list[Tensor],
-        prompts: Dataset,
+        prompts: Rows,
         model_scores: Tensor | None,
         *,
         in_evaluation: bool = False,
@@ -126,8 +126,8 @@ class Rewards:
         num_errors = dict(zip(scored, failed.sum(dim=0).tolist(), strict=True))
         return RewardParts(total.float(), by_source, num_errors)
 
-    def _as_text(self, batch: RolloutBatch, prompts: Dataset) -> TextAnswers:
-        rows = [json.loads(row) for row in prompts[batch.prompt_rows.tolist()]["row"]]
+    def _as_text(self, batch: RolloutBatch, prompts: Rows) -> TextAnswers:
+        rows = [json.loads(row) for row in prompts[batch.prompt_rows.cpu().numpy()]["row"].to_pylist()]
         return TextAnswers(
             prompts=prompt_texts(batch, self._tokenizer),
             answers=answer_texts(batch, self._tokenizer),

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import save_tiny_model
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dschat.arguments import parse_arguments
 from dschat.data.preparation import SplitData
+from dschat.data.rows import Rows
 from dschat.export.manifest import Manifest, changed_files
 from dschat.export.provenance import step_provenance
 from dschat.export.upstream import verify_model
@@ -37,7 +37,7 @@ def exports(base: Path, *flags: str) -> tuple[Exports, torch.nn.Module, Path]:
     output = base.parent / "out"
     argv = [f"--actor_model_name_or_path={base}", "--critic_model_name_or_path=reward", *flags]
     args = parse_arguments("rlhf", [*argv, f"--output_dir={output}"])
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
+    rows = Rows.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
     model = AutoModelForCausalLM.from_pretrained(base)
     engine = SimpleNamespace(actor=model, specs=engine_specs(args)[:1], ema=None)
     made = Exports(

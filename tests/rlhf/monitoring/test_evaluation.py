@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from processes import ROOT, python
 from tiny import save_reward_model, save_tiny_model
 
 from dschat.arguments import parse_arguments
+from dschat.data.rows import Rows
 from dschat.rlhf.experience import AnswerAnalysis, ScoreShaping
 from dschat.rlhf.monitoring.evaluation import Evaluator, build_evaluator, samples_per_prompt
 
@@ -220,6 +220,6 @@ def test_few_held_out_prompts_are_answered_several_times(flags, num_held_out, sa
 def test_without_held_out_prompts_or_interval_there_is_no_evaluator(interval, note, capsys):
     models = ["--actor_model_name_or_path=a", "--critic_model_name_or_path=b"]
     args = parse_arguments("rlhf", [*models, f"--eval_interval={interval}"])
-    rows = Dataset.from_dict({"input_ids": [], "key": [], "length": []})
+    rows = Rows.from_dict({"input_ids": [], "key": [], "length": []})
     assert build_evaluator(args, None, None, None, rows) is None
     assert note in capsys.readouterr().out

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import comparison_rows, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from dschat.data.comparisons import Comparison
 from dschat.data.encoder import Encoder
+from dschat.data.rows import Rows
 from dschat.data.templates import NONE, PLAIN
 from dschat.data.tokenization import tokenize_prompts
 from dschat.export.export import export_model
@@ -43,9 +43,9 @@ def reader():
     return tokenizer
 
 
-def prompts(actor, reader) -> Dataset:
+def prompts(actor, reader) -> Rows:
     rows = comparison_rows(*(Comparison(question) for question in QUESTIONS))
-    return tokenize_prompts(rows, actor, max_prompt_seq_len=99, reward_tokenizer=reader).rows
+    return Rows.of(tokenize_prompts(rows, actor, max_prompt_seq_len=99, reward_tokenizer=reader).rows)
 
 
 def rollout(actor, ended) -> RolloutBatch:
