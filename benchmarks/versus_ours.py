@@ -55,8 +55,8 @@ def watch(marks: Marks, logged: list[dict[str, Any]]) -> None:
             read["samples"] += rows.num_rows
             for name in ("input_ids", "chosen_ids", "rejected_ids"):
                 if name in rows.column_names:
-                    lengths = rows[name].combine_chunks().value_lengths()
-                    read["tokens"] += int(lengths.to_numpy().sum())
+                    # Not by `to_numpy`, which would import pandas into a run that does without it.
+                    read["tokens"] += sum(rows[name].combine_chunks().value_lengths().to_pylist())
             return collate(rows, *args, **options)
 
         return collate_and_count

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dschat.data.moving import moved
 from dschat.data.packing import PADDED, RowLayout
+from dschat.data.rows import array_of
 from dschat.data.token_batch import TokenBatch
 
 REFERENCE_COLUMNS = ("chosen_ref_logprob", "rejected_ref_logprob")
@@ -84,7 +85,7 @@ def collate_sft(
     flat, lengths = _filled(rows["input_ids"], num_rows, pad_id)
     input_ids, attention_mask = _padded(flat, lengths, pad_id, width=int(lengths.max()))
     loss_mask = np.zeros_like(attention_mask)
-    flat_mask = rows["loss_mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    flat_mask = array_of(rows["loss_mask"].combine_chunks().flatten())
     loss_mask[: rows.num_rows][attention_mask[: rows.num_rows]] = flat_mask
     return SftBatch(_token_batch(input_ids, attention_mask, loss_mask).placed(layout), denominator)
 
@@ -166,14 +167,14 @@ def _token_batch(input_ids: np.ndarray, attention_mask: np.ndarray, is_label: np
 def _filled(tokens: pa.ChunkedArray, num_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """All tokens in one array, and the length of each of `num_rows` rows, fillers of one pad token last."""
     lists = tokens.combine_chunks()
-    flat, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+    flat, lengths = array_of(lists.flatten()), array_of(lists.value_lengths())
     num_fillers = num_rows - len(lengths)
     assert num_fillers >= 0, f"{len(lengths)} rows do not fit a batch of {num_rows}"
     return np.append(flat, [pad_id] * num_fillers), np.append(lengths, [1] * num_fillers)
 
 
-def _extended(numbers: pa.ChunkedArray, num_rows: int, filler: float) -> np.ndarray:
-    values = numbers.to_numpy()
+def _extended(column: pa.ChunkedArray, num_rows: int, filler: float) -> np.ndarray:
+    values = array_of(column)
     return np.append(values, np.full(num_rows - len(values), filler, dtype=values.dtype))
 
 

@@ -43,26 +43,26 @@ class Rows:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def __getitem__(self, numbers: np.ndarray) -> pa.Table:
+    def __getitem__(self, chosen: np.ndarray) -> pa.Table:
         """The rows of these numbers, in their order; negative ones count from the end. Raises `IndexError`.
 
         Arrow's `take` would copy whole columns of lists.
         """
-        numbers = np.where(numbers < 0, numbers + len(self), numbers)
-        if np.any((numbers < 0) | (numbers >= len(self))):
-            raise IndexError(f"of {len(self)} rows, these are asked for: {numbers}")
-        places = np.searchsorted(self._starts, numbers, side="right") - 1
-        rows = (numbers - self._starts[places]).tolist()
+        chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        if np.any((chosen < 0) | (chosen >= len(self))):
+            raise IndexError(f"of {len(self)} rows, these are asked for: {chosen}")
+        places = np.searchsorted(self._starts, chosen, side="right") - 1
+        rows = (chosen - self._starts[places]).tolist()
         parts = [self._batches[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
         return pa.Table.from_batches(parts, schema=self.table.schema)
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, [N]."""
-        return self.table[name].to_numpy()
+        return array_of(self.table[name])
 
     def lengths(self, name: str) -> np.ndarray:
         """The lengths of a column's lists, [N]."""
-        return pc.list_value_length(self.table[name]).to_numpy()
+        return array_of(pc.list_value_length(self.table[name]))
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -72,3 +72,11 @@ class Rows:
     def _starts(self) -> np.ndarray:
         """The number of each batch's first row."""
         return np.cumsum([0, *(batch.num_rows for batch in self._batches)])[:-1]
+
+
+def array_of(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Numbers or truth values as an array [N]. Arrow's own `to_numpy` imports pandas."""
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if pa.types.is_boolean(array.type):  # bits, of which numpy has none
+        return np.from_dlpack(array.cast(pa.uint8())).astype(bool)
+    return np.from_dlpack(array)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from dschat.data.rows import Rows
+from dschat.data.rows import Rows, array_of
 
 COLUMNS = {"input_ids": [[n] * (n % 4) for n in range(25)], "length": [n % 4 for n in range(25)]}
 
@@ -54,7 +54,9 @@ def test_a_row_outside_is_an_error(number):
 
 
 def test_reading_needs_no_datasets_and_reads_few_pages(tmp_path):
-    many = Dataset.from_dict({"input_ids": [[7] * 100] * 20_000, "length": [100] * 20_000})
+    ids = [[7] * 100] * 20_000
+    many = Dataset.from_dict({"input_ids": ids, "length": [100] * 20_000, "num_targets": [1] * 20_000})
+    many = many.add_column("loss_mask", [[True] * 100] * 20_000)
     many.save_to_disk(str(tmp_path))
     script = (
         "import json, re, sys; import numpy as np; from pathlib import Path; import pyarrow.compute\n"
@@ -63,9 +65,26 @@ def test_reading_needs_no_datasets_and_reads_few_pages(tmp_path):
         "mib = lambda: int(re.search(r'RssFile:\\s+(\\d+)', status.read_text())[1]) / 1024\n"
         f"rows, before = Rows.read(Path({str(tmp_path)!r})), mib()\n"
         "rows[np.array([3, 19_000])]\n"
-        "print(json.dumps([mib() - before, sorted({'datasets', 'pandas', 'torch'} & set(sys.modules))]))"
+        "read = mib() - before\n"
+        "assert rows.column('length').sum() == rows.lengths('input_ids').sum() == 2_000_000\n"
+        "from dschat.data.collate import collate_sft\n"
+        "collate_sft(rows[np.array([3, 19_000])], 3, 1.0, pad_id=0)\n"
+        "print(json.dumps([read, sorted({'datasets', 'pandas'} & set(sys.modules))]))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     read, modules = json.loads(run.stdout)
     assert modules == []
     assert read < 2, "of 15 MiB"
+
+
+def test_arrays_are_those_of_arrow():
+    chunked = pa.chunked_array([[1.5, 2.5], [], [3.5]])
+    for values in (
+        chunked,
+        chunked.slice(1),
+        pa.array([], pa.int32()),
+        pa.array([True, False, True]).slice(1),
+    ):
+        array = array_of(values)
+        assert array.tolist() == values.to_pylist()
+        assert array.dtype == values.type.to_pandas_dtype()

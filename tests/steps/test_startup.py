@@ -79,7 +79,6 @@ def test_a_run_without_adapters_imports_only_what_it_uses(tmp_path):
     told = json.loads(result.stdout.splitlines()[-1])
     assert not NEVER & set(told["modules"])
     assert not ONLY_TO_TOKENISE & set(told["imported"])
-    assert set(told["modules"]) >= ONLY_TO_TOKENISE  # this run had no tokens yet
     # 3,950 with torch 2.13, transformers 5.23 and DeepSpeed 0.19.8.
     assert len(told["modules"]) < 4300
     # What was imported is not looked through again, and what the run makes is collected as always.
