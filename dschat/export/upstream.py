@@ -190,7 +190,7 @@ def verify_model(path: str, flag: str, *heads: Head) -> UpstreamModel:
     model = UpstreamModel(path, flag, manifest)
     if manifest is None:
         messages.note(
-            f"{path!r} has no {MANIFEST}: nothing is promised about this model and nothing verified."
+            f"{path!r} has no {MANIFEST}, as no step wrote it: there is nothing to verify it against."
         )
         return model
     if is_main_process():

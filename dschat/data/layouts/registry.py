@@ -51,8 +51,8 @@ def recognise(row: Row) -> Layout:
     missing = ", ".join(f'"{column}"' for column in closest.columns if column not in row)
     listed = "; or ".join(", ".join(known.columns) for known in LAYOUTS.values())
     raise BadRow(
-        f"the row has no {missing}; its columns are: {found}; the known layouts are: {listed}; "
-        "--prompt_key, --chosen_key, --rejected_key and --messages_key name columns that are called otherwise"
+        f"the row has no {missing}; its columns are: {found}; --prompt_key, --chosen_key, --rejected_key and "
+        f"--messages_key name columns that are called otherwise; the known layouts are: {listed}"
         + "".join(
             f'; if the rows are the objects in "{name}", save that list alone'
             for name, value in row.items()

@@ -206,7 +206,7 @@ def _named(value: Any, column: str, row: Row, pair: Pair) -> int | None:
     )
     problem = "could be either answer" if chosen else "names neither answer"
     raise BadRow(
-        f'"{column}" {problem}, but is {describe(value)}; known are {known}, and for a tie '
+        f'"{column}" {problem}: it is {describe(value)}; known are {known}, and for a tie '
         + ", ".join(TIED[:4])
     )
 

@@ -48,7 +48,7 @@ def test_a_new_layout_is_one_function(monkeypatch):
         ({"conversations": [], "chosen": "a"}, 'has no "rejected"'),
         (
             {"question": "q"},
-            'has no "answer"; its columns are: question; the known layouts are: prompt, chosen',
+            'has no "answer"; its columns are: question; --prompt_key, .*; the known layouts are: ',
         ),
         ({"text": "t"}, "--prompt_key, --chosen_key, --rejected_key and --messages_key name columns"),
         ({}, "its columns are: none"),

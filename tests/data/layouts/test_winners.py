@@ -81,13 +81,13 @@ def test_ties_are_dropped(winner):
     [
         # Nobody knows whether numbers count from 0 or from 1 where the answers have letters.
         *[
-            ({**TWO, "winner": w}, '"winner" names neither answer, but is')
+            ({**TWO, "winner": w}, '"winner" names neither answer: it is')
             for w in (0, 1, 2, "1", True, "c.", ["a"])
         ],
         *[({**TWO, "winner": w}, '"winner" is empty') for w in (None, "", " ", float("nan"))],
         (
             {"prompt": "p", "answer_a": "B", "answer_b": "A", "winner": "A"},
-            "could be either answer, but is str: 'A'",
+            "could be either answer: it is str: 'A'",
         ),
         ({"prompt": "p", "answer_1": "x", "answer_2": "y", "preference": 0}, '"preference" names neither'),
         ({"prompt": "p", "answer_0": "x", "answer_1": "y", "label": 2}, '"label" names neither'),
