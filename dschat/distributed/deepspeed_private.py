@@ -108,6 +108,7 @@ SOURCES = (
     Source(
         "forget_secondary_group", "utils/groups.py", 938, "assert _ZERO_PARAM_INTRA_PARALLEL_GROUP is None"
     ),
+    Source("no_start_of_forward", "runtime/zero/parameter_offload.py", 308, "self.fwd_pre_hook = "),
     Source("injected_layers", "runtime/hybrid_engine.py", 44, "self._inference_containers = []"),
     Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
     Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
@@ -289,6 +290,18 @@ def forget_secondary_group() -> None:
     from deepspeed.utils import groups
 
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+@contextlib.contextmanager
+def no_start_of_forward(engine: "DeepSpeedEngine") -> Iterator[None]:
+    """Inside the block ZeRO-3 does not compare the order of layers over the ranks when a pass begins."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    hook = engine.module._forward_pre_hooks[offload.fwd_pre_hook.id]
+    offload.fwd_pre_hook.remove()
+    try:
+        yield
+    finally:
+        offload.fwd_pre_hook = engine.module.register_forward_pre_hook(hook)
 
 
 def injected_layers(engine: "DeepSpeedEngine") -> int:

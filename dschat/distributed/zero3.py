@@ -8,7 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import Tensor
 
-from dschat.distributed.deepspeed_private import is_sharded
+from dschat.distributed.deepspeed_private import is_sharded, no_start_of_forward
 
 
 @contextlib.contextmanager
@@ -25,6 +25,8 @@ def gathered(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> 
         yield
 
 
-def weights_gathered_for_generation(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def weights_gathered_for_generation(engine: DeepSpeedEngine) -> Iterator[None]:
     """Whole weights inside the block and none of ZeRO-3's hooks, so ranks may stop at different lengths."""
-    return unwrap_model_for_generation(engine)
+    with unwrap_model_for_generation(engine), no_start_of_forward(engine):
+        yield

@@ -114,6 +114,12 @@ def test_two_ranks_at_any_zero_stage_give_the_numbers_of_one(actor, critic, one_
 
 
 @pytest.mark.slow
+def test_passes_with_gathered_weights_are_recorded_and_those_that_gather_are_not(two_ranks):
+    assert [two_ranks["fp32", stage, 0]["decoding"] for stage in range(4)] == ["traced"] * 4
+    assert two_ranks["layered"]["decoding"] == "matmul"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("actor", "critic"), BF16_STAGES)
 def test_bf16_agrees_within_its_rounding(actor, critic, one_rank, two_ranks):
     first, expected = two_ranks["bf16", actor, critic]["steps"][0], one_rank["bf16"]["steps"][0]

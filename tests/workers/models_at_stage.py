@@ -99,6 +99,10 @@ def main(model_folder: str, output: Path, stage: int, dtype: str) -> None:
     export_model(actor, tokenizer, output / "actor", provenance=provenance)
     engine = deepspeed.initialize(model=actor, config=config, model_parameters=actor.parameters())[0]
     verify_model(str(output / "actor"), "actor", "language_model").check_outputs(engine)
+    if stage == 3:  # ranks whose answers end sooner make fewer passes
+        with zero3.weights_gathered_for_generation(engine), torch.no_grad():
+            for _ in range(1 + 2 * mesh().world.rank):
+                engine.module(**batch(tokenizer))
     plain = create_hf_model(AutoModelForCausalLM, str(output / "actor"), tokenizer)
     seen = {
         "sharded": sharded,

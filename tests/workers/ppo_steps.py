@@ -131,6 +131,7 @@ def run(models: Path, flags: dict) -> dict:
     except UserError as error:
         return {"error": str(error)}
     held = {"held_bytes": held_bytes(engine), "has_copy": engine.ref is not None, "passes": num_passes}
+    held["decoding"] = getattr(backend, "mode", None)
     return {"steps": steps, "weights": exported(engine, tokenizer, models), **held}
 
 

@@ -157,7 +157,7 @@ def agreeing_modes(
     """The names in MODES in which passes predict what passes without a cache do.
 
     Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model. Passes
-    in which Python has to gather weights (ZeRO-3) or add up what tensor ranks compute are not traced.
+    in which Python has to gather weights (by the layer) or add up what tensor ranks compute are not traced.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -57,7 +57,7 @@ class StaticDecoding:
                 self._plain.engine.module,
                 num_tokens=self._plain.num_tokens,
                 longest=self._longest,
-                with_python_hooks=self._plain.shards_weights or mesh().tensor.size > 1,
+                with_python_hooks=self._plain.keeps_in_step or mesh().tensor.size > 1,
             )
             if not self._agreeing:
                 messages.note(
