@@ -132,12 +132,15 @@ def test_ranks_drop_alike_and_skip_the_same_steps_in_fp16(models, tmp_path, rank
     seen = json.loads((tmp_path / "seen.json").read_text())
     for case, found in seen.items():
         assert found["apart"] == 0, case
-        assert set(found["skipped"]) == {1 if case in halved else 0}, case
+        assert len(set(found["skipped"])) == 1, case
+        assert (found["skipped"][0] > 0) == (case in halved), case  # more where the first scale is too large
     for case in halved:
         family, _, kind = case.split("-")
         expected = trained_in_one_process(models, tmp_path / "one" / case, f"{family}-0-{kind[:2]}")
-        # The first step was skipped: its loss is seen twice.
-        assert_close(seen[case]["losses"][1:], expected["losses"][:-1], rtol=5e-3, atol=5e-3)
+        skipped = seen[case]["skipped"][0]
+        assert_close(
+            seen[case]["losses"][skipped:], expected["losses"][: STEPS - skipped], rtol=5e-3, atol=5e-3
+        )
     plain = [f"{case}-0-lm" for case in ("opt", "gpt_neox")]
     for case in plain:
         expected = trained_in_one_process(models, tmp_path / "one" / case, case)["losses"]
@@ -159,10 +162,11 @@ def test_a_machine_holds_one_copy_while_its_ranks_load_in_turn(tmp_path):
     precisions = (("fp32", "fp32"), ("fp16", "bf16"))
     cases = [f"{file}-{stage}-{run}" for file, run in precisions for stage in range(4)]
     worker, output = WORKER.with_name("loading_peaks.py"), tmp_path / "peaks.json"
-    python(worker, tmp_path, output, *cases, ranks=4)
+    python(worker, tmp_path, output, *cases, ranks=4, timeout=3000)
     peaks = json.loads(output.read_text())
     print(f"{whole:.0f} million parameters on 4 ranks, MiB:", peaks)
     for case, found in peaks.items():
         size, copies = (4, 1) if case.startswith("fp32") else (2, 2)
         shares = whole - replicated + 4 * replicated
+        assert whole * size * 0.95 < found["left"] <= found["peak"], case  # each weight is somewhere
         assert found["peak"] < (copies * whole + shares) * size * 1.2, case

@@ -5,6 +5,7 @@ folder below FOLDER, a ZeRO stage and the run's precision. In MiB, beyond what t
 until layers are cut, "left" afterwards. Both are sums over ranks of Pss, which counts shared memory once.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -51,6 +52,8 @@ def load(folder: Path, case: str, pids: list[int]) -> dict[str, int]:
     args = arguments(folder / file, int(stage), "lm", size=mesh().world.size)
     config = train_config(args, OptimizerArguments(), RunArguments(dtype=dtype), per_device_batch_size=1)
     tokenizer = load_tokenizer(args.model_name_or_path)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the case before left would be taken for this one's
     barrier(axis="world")
     watch = Peak(pids) if mesh().is_main_process else None
     barrier(axis="world")
