@@ -58,19 +58,13 @@ SOURCES = (
     Source("has_overflow", "runtime/utils.py", 272, "def check(self, param_groups=None):"),
     Source("has_overflow", "runtime/zero/stage3.py", 3009, "def has_overflow(self, "),
     Source("has_overflow", "runtime/zero/stage_1_and_2.py", 3237, "def has_overflow(self, "),
-    Source(
-        "skipping", "runtime/fp16/fused_optimizer.py", 270, "self.overflow_checker.has_overflow(fp16_params)"
-    ),
+    Source("skipping", "runtime/fp16/fused_optimizer.py", 270, "self.overflow_checker.has_overflow("),
     Source("skipping", "runtime/fp16/fused_optimizer.py", 73, "self.loss_scale_config = loss_scale_config"),
     Source("skipping", "runtime/fp16/unfused_optimizer.py", 60, "self.loss_scale_config = loss_scale_config"),
-    Source(
-        "skipping", "runtime/zero/stage3.py", 2991, "self.overflow = self.has_overflow(partition_gradients)"
-    ),
+    Source("skipping", "runtime/zero/stage3.py", 2991, "self.overflow = self.has_overflow("),
     Source("skipping", "runtime/zero/stage3.py", 524, "self.loss_scaler = CreateLossScaler("),
     Source("skipping", "runtime/zero/stage_1_and_2.py", 722, "self.loss_scaler = CreateLossScaler("),
-    Source(
-        "train_on_at_lowest_scale", "runtime/fp16/loss_scaler.py", 236, "self.raise_error_at_min_scale = "
-    ),
+    Source("train_on_at_lowest_scale", "runtime/fp16/loss_scaler.py", 236, "raise_error_at_min_scale = "),
     Source("before_pipeline_step", "runtime/pipe/engine.py", 1386, "self._INSTRUCTION_MAP[type(cmd)]"),
     Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 197, "def step(self, closure=None):"),
     Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 67, "self.fp16_groups = []"),
@@ -80,9 +74,7 @@ SOURCES = (
     Source("set_checkpoint_writer", "runtime/engine.py", 545, "self._config = config_class"),
     Source("set_checkpoint_writer", "runtime/engine.py", 1902, "self.checkpoint_engine = "),
     Source("set_checkpoint_writer", "runtime/engine.py", 5567, "self._copy_recovery_script(save_path)"),
-    Source(
-        "loading_universal_checkpoint", "runtime/engine.py", 1713, "self._config.load_universal_checkpoint"
-    ),
+    Source("loading_universal_checkpoint", "runtime/engine.py", 1713, "load_universal_checkpoint"),
     Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1156, "def main(args):"),
     Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1169, "args.inject_missing_state"),
     Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 169, "class LossScaler("),
@@ -105,9 +97,7 @@ SOURCES = (
     Source("whole_over_tensor_ranks", _TP_LAYERS, 906, "def gather_params(self, params_list)"),
     Source("whole_over_tensor_ranks", _TP_LAYERS, 1016, "def gather_params(self, params_list)"),
     Source("trust_inputs", "runtime/engine.py", 1005, "self.first_dataloader_check = "),
-    Source(
-        "forget_secondary_group", "utils/groups.py", 938, "assert _ZERO_PARAM_INTRA_PARALLEL_GROUP is None"
-    ),
+    Source("forget_secondary_group", "utils/groups.py", 938, "_ZERO_PARAM_INTRA_PARALLEL_GROUP is None"),
     Source("no_start_of_forward", "runtime/zero/parameter_offload.py", 308, "self.fwd_pre_hook = "),
     Source("injected_layers", "runtime/hybrid_engine.py", 44, "self._inference_containers = []"),
     Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
