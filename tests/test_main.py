@@ -50,6 +50,7 @@ def test_help_tells_how_the_program_was_started_and_takes_less_than_a_second_of_
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     told = python("step2_reward/main.py", "--help", cwd=ROOT).stdout
+    assert "Turn --enable_tensorboard off." in told
     assert told.startswith("usage: step2_reward/main.py --model_name_or_path PATH ")
 
 

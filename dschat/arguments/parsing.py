@@ -123,7 +123,8 @@ def _declare(
         section.add_argument(*spelt, type=to_bool, nargs="?", const=True, **options)
         if default is True:
             negated = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
-            section.add_argument(*negated, action="store_false", dest=name, **{**options, "default": False})
+            options |= {"default": False, "help": f"Turn --{name} off."}
+            section.add_argument(*negated, action="store_false", dest=name, **options)
     elif get_origin(kind) is Literal:
         section.add_argument(*spelt, choices=get_args(kind), **options)
     elif get_origin(kind) is list:
