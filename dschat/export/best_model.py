@@ -36,6 +36,8 @@ class BestModel:
     ) -> None:
         """`command` measures each best model, and that of the end."""
         self._command = command
+        self.log: Callable[[int, dict[str, float]], None] = lambda step, numbers: None
+        """Takes the step of a model and what the command finds of it, as `MetricsLogger.log` does."""
         self._folder = Path(output_dir) if output_dir else None
         self._target, self._unit = target, unit
         self._manifest: str | None = None  # fingerprint of the model's manifest, which has its checksums
@@ -62,6 +64,7 @@ class BestModel:
             write_json(self._folder / BEST, self.state_dict())
         if self._folder and self._command:
             self.facts[COMMAND] = self._command.run(self._folder / FOLDER, step)
+            self.log(step, self.facts[COMMAND])
             if is_main_process():
                 write_json(self._folder / BEST, self.state_dict())
 
@@ -74,7 +77,9 @@ class BestModel:
             return {}
         if takes_best and COMMAND in self.facts:
             return self.facts[COMMAND]
-        return self._command.run(self._folder / self._target, step)
+        found = self._command.run(self._folder / self._target, step)
+        self.log(step, found)
+        return found
 
     def is_there(self) -> bool:
         """Whether there is a best model with intact weights. Rank 0 prints a warning where they are gone."""

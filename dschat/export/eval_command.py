@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,6 @@ class EvalCommand:
     command: str
     """{model} in it stands for the folder, quoted for the shell."""
     seconds: float
-    record: Callable[[int, Mapping[str, float]], None] | None = None
-    """Takes the step of a model and its numbers, as `MetricsLogger.log` does; set before the first `run`."""
 
     @staticmethod
     def of(run: RunArguments) -> "EvalCommand | None":
@@ -49,11 +47,10 @@ class EvalCommand:
         return EvalCommand(run.eval_command, run.eval_command_timeout)
 
     def run(self, folder: Path, step: int) -> dict[str, float]:
-        """The numbers of the command's last line of JSON, under `MEASURED`, which `record` gets too.
+        """The numbers of the command's last line of JSON, under `MEASURED`.
 
         `step` is that of the model. Every rank must call it.
         """
-        assert self.record is not None, "the numbers go to the run's metrics"
         command = self.command.replace("{model}", shlex.quote(str(folder.resolve())))
         ended, lines = run_on_rank_0(command, self.seconds)
         found = numbers_of(lines) if ended == 0 else {}
@@ -64,7 +61,6 @@ class EvalCommand:
                 f"--eval_command {how}; the run goes on without its numbers. Its last lines: {shown(lines)}"
             )
             return {}
-        self.record(step, found)
         messages.info(f"--eval_command, step {step}: {_listed(found)}")
         return found
 

@@ -68,8 +68,7 @@ def train_ppo(
         is_main_process=is_main_process(),
         steps_done=done if restored.step else None,
     )
-    if monitor.exports.command:
-        monitor.exports.command.record = logger.log
+    monitor.exports.best.log = logger.log
     start = time.perf_counter() - restored.values.get("seconds", 0.0)
     metrics = restored.values["figures"] if restored.step else _monitored(0, {}, monitor, logger)
 

@@ -57,6 +57,8 @@ class MetricsLogger:
         before a run was resumed. Raises `KeyError` for what the registry of metrics lacks.
         """
         entries = {name: metric(name, self._step) for name in values}
+        if not values:
+            return
         if self._lines:
             self._lines.add({"step": step, **without_infinities(dict(values))})
 

@@ -42,28 +42,28 @@ class ModelExports:
     ) -> None:
         self._settings, self._engine, self._tokenizer, self._data = settings, engine, tokenizer, data
         self._verdict_of, self._report = verdict_of, report
-        self.command = EvalCommand.of(settings.run)
-        self._best = BestModel(settings.run.output_dir, target="", unit="step", command=self.command)
+        command = EvalCommand.of(settings.run)
+        self.best = BestModel(settings.run.output_dir, target="", unit="step", command=command)
 
     def offer(self, evaluations: Sequence[Evaluation]) -> None:
         """Write the model into best/ where --export_model wants it and the last evaluation is the best."""
         takes_part = self._settings.batch.export_model == "best" and evaluations and evaluations[-1].step > 0
-        if takes_part and evaluations[-1].loss < self._best.facts.get("loss", math.inf):  # nor is NaN
+        if takes_part and evaluations[-1].loss < self.best.facts.get("loss", math.inf):  # nor is NaN
             step, loss = evaluations[-1].step, evaluations[-1].loss
-            self._best.keep(step, {"loss": loss}, lambda folder: self._export(folder, step, evaluations))
+            self.best.keep(step, {"loss": loss}, lambda folder: self._export(folder, step, evaluations))
 
     def finish(self, step: int, evaluations: Sequence[Evaluation], seconds: float) -> None:
         """Write what the run, whose last step is `step`, ends with, and last of all the summary."""
-        takes_best = self._best.is_there()
-        model_step = self._best.step if takes_best and self._best.step is not None else step
+        takes_best = self.best.is_there()
+        model_step = self.best.step if takes_best and self.best.step is not None else step
         until = [evaluation for evaluation in evaluations if evaluation.step <= model_step]
         provenance = self._provenance(model_step, until)
         if self._settings.run.output_dir and takes_best:
-            self._best.move(provenance)
+            self.best.move(provenance)
         elif self._settings.run.output_dir:
             self._export(Path(self._settings.run.output_dir), step, until)
-        measured = self._best.measured(model_step, takes_best=takes_best)
-        self._best.forget(weights=True)
+        measured = self.best.measured(model_step, takes_best=takes_best)
+        self.best.forget(weights=True)
         last: dict[str, Any] = {}
         if model_step != step:
             last = {f"last_{name}": value for name, value in evaluations[-1].figures.items()}
@@ -108,8 +108,8 @@ class ModelExports:
 
     def state_dict(self) -> dict[str, Any]:
         """Which model is the best, for JSON."""
-        return self._best.state_dict()
+        return self.best.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
-        self._best.load_state_dict(state)
+        self.best.load_state_dict(state)

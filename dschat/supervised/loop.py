@@ -67,8 +67,7 @@ def train_epochs(
         is_main_process=is_main_process(),
         steps_done=restored.step or None,
     )
-    if exports.command:
-        exports.command.record = metrics.log
+    exports.best.log = metrics.log
     interval = settings.batch.eval_interval
     short = loaders.short_evaluation if interval else None
     evaluations = Evaluations(engine, objective.evaluate, metrics, whole=loaders.evaluation, short=short)

@@ -123,14 +123,16 @@ class Counting(EvalCommand):
 def test_a_command_measures_each_best_model_once_and_that_of_the_end(reward, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    command = Counting("", 1.0, output)
+    command, logged = Counting("", 1.0), []
     command.folders = []
     best = BestModel(str(output), target="actor", unit="PPO step", command=command)
+    best.log = lambda step, numbers: logged.append((step, numbers))
     best.keep(3, {"loss": 0.5}, copied(reward))
     assert json.loads((output / "best.json").read_text())["facts"]["eval_command"] == {"eval/runs": 1}
     assert best.measured(3, takes_best=True) == {"eval/runs": 1}
     assert best.measured(9, takes_best=False) == {"eval/runs": 2}
     assert command.folders == ["best 3", "actor 9"]
+    assert logged == [(3, {"eval/runs": 1}), (9, {"eval/runs": 2})]
     # A run that was killed while the command ran on the best model.
     again = BestModel(str(output), target="actor", unit="PPO step", command=command)
     again.load_state_dict(best.state_dict() | {"facts": {"loss": 0.5}})

@@ -14,16 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dschat.arguments import RunArguments, parse_arguments
 from dschat.errors import UserError
 from dschat.export import eval_command
+from dschat.export.best_model import BestModel
 from dschat.export.eval_command import EvalCommand, numbers_of
 from dschat.runs.metrics import MetricsLogger
 
 
-def command(tmp_path, script, seconds=60.0, recorded=None):
+def command(tmp_path, script, seconds=60.0):
     (tmp_path / "measure.py").write_text(script)
-    lines = [] if recorded is None else recorded
-    return EvalCommand(
-        f"{sys.executable} {tmp_path}/measure.py {{model}}", seconds, lambda *line: lines.append(line)
-    )
+    return EvalCommand(f"{sys.executable} {tmp_path}/measure.py {{model}}", seconds)
 
 
 def test_numbers_are_those_of_the_last_line_that_is_an_object():
@@ -36,7 +34,7 @@ def test_numbers_are_those_of_the_last_line_that_is_an_object():
     assert numbers_of(["x", "1", "[]"]) == {}
 
 
-def test_a_command_measures_a_folder_and_its_numbers_are_recorded(tmp_path, monkeypatch):
+def test_a_command_measures_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(eval_command, "LOOK", 0.05)  # several looks
@@ -47,12 +45,11 @@ print("loading", sys.stdin.read())
 group = [name for name in os.environ if name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")]
 print(json.dumps({"length": len(sys.argv[1]), "arguments": len(sys.argv), "group": len(group)}))
 """
-    folder, recorded = tmp_path / "a model's; $folder", []
-    found = command(tmp_path, script, recorded=recorded).run(folder, 7)
+    folder = tmp_path / "a model's; $folder"
+    found = command(tmp_path, script).run(folder, 7)
     assert found == {"eval/length": len(str(folder)), "eval/arguments": 2, "eval/group": 0}
-    assert recorded == [(7, found)]
     # The watcher is no job of the command's shell, which would wait for it.
-    assert EvalCommand("true & wait; echo '{\"a\": 1}' # {model}", 60.0, lambda *_: None).run(folder, 7)
+    assert EvalCommand("true & wait; echo '{\"a\": 1}' # {model}", 60.0).run(folder, 7)
 
 
 def test_the_numbers_are_in_metrics_and_trackers_at_the_step_of_the_model_as_docs_show_it(
@@ -93,10 +90,10 @@ print("|Tasks |Version|")
     description = parse_arguments("sft", flags).description
     (tmp_path / "out").mkdir()
     logger = MetricsLogger(description, total_steps=9, title="SFT", is_main_process=True)
-    measured = EvalCommand.of(description.run)
-    measured.record = logger.log
+    best = BestModel("out", target="", unit="step", command=EvalCommand.of(description.run))
+    best.log = logger.log
     logger.log(5, {"loss": 1.0})
-    found = measured.run(tmp_path / "out", 3)
+    found = best.measured(3, takes_best=False)
     logger.close()
     assert found == {
         "eval/rivers/sample_len": 2,
@@ -121,12 +118,11 @@ print("|Tasks |Version|")
     ],
 )  # fmt: skip
 def test_a_command_that_fails_is_a_warning_with_its_last_lines(tmp_path, script, seconds, message, capsys):
-    start, recorded = time.monotonic(), []
-    assert command(tmp_path, script, seconds, recorded).run(tmp_path, 7) == {}
+    start = time.monotonic()
+    assert command(tmp_path, script, seconds).run(tmp_path, 7) == {}
     out = capsys.readouterr().out
     assert f"WARNING: --eval_command {message}" in out
     assert any(word in out for word in ("out of memory", "no numbers", "slow"))
-    assert recorded == []
     assert time.monotonic() - start < 30
 
 
@@ -142,9 +138,7 @@ def test_a_command_and_what_it_started_end_with_a_run_that_is_killed(tmp_path):
     """As by SIGKILL, which no run can answer."""
     pids = tmp_path / "pids"
     line = f"sh -c 'echo $$ >> {pids}; sleep 60; true' & echo $$ >> {pids}; wait # {{model}}"
-    run = multiprocessing.get_context("fork").Process(
-        target=EvalCommand(line, 60.0, print).run, args=(tmp_path, 1)
-    )
+    run = multiprocessing.get_context("fork").Process(target=EvalCommand(line, 60.0).run, args=(tmp_path, 1))
     run.start()
 
     def until(is_true) -> None:

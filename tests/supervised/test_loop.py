@@ -45,7 +45,7 @@ class Speed:
 class Run:
     """What `train_epochs` called, in order: a step is its number, all else a word with one."""
 
-    command: Any = None
+    best = SimpleNamespace()
 
     def __init__(self, *flags: str, done: int = 0, due: int = 0) -> None:
         self.calls: list[Any] = []

@@ -41,8 +41,7 @@ class Exports:
         self._actor, *self._others = (spec for spec in engine.specs if spec.trained)
         self._choice = export_actor
         self._folder = Path(output_dir) if output_dir else None
-        self.command = command
-        self._best = BestModel(output_dir, target="actor", unit="PPO step", command=command)
+        self.best = BestModel(output_dir, target="actor", unit="PPO step", command=command)
         self._start: Answers | None = None
         self._start_metrics: dict[str, float] = {}
         self._last: Answers | None = None
@@ -51,7 +50,7 @@ class Exports:
     @property
     def best_step(self) -> int | None:
         """The PPO step of the best evaluation so far (0: before the first), None without one."""
-        return self._best.step
+        return self.best.step
 
     def offer(
         self, step: int, evaluation: dict[str, float], answers: Answers, *, is_warned_of: bool = False
@@ -68,41 +67,41 @@ class Exports:
             return
         facts = {"figures": metrics, "answers": asdict(answers)}
         provenance = self._provenance(self._actor, {"ppo_step": step, **metrics})
-        self._best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
+        self.best.keep(step, facts, lambda folder: self._export_actor(folder, provenance))
 
     def _is_better(self, answers: Answers) -> bool:
-        if self._best.step is None:
+        if self.best.step is None:
             return True
         gained = gained_objective(self._best_answers, answers)
         return gained.mean > 0 and gained.is_beyond_noise
 
     @property
     def _best_answers(self) -> Answers:
-        return Answers(**self._best.facts["answers"])
+        return Answers(**self.best.facts["answers"])
 
     def finish(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         """Write what the run ends with; actor/ gets the best actor, moved there, or the last one.
 
         `step` is the last PPO step and `metrics` are its. Returns what a summary tells of them.
         """
-        taken = self.best_step if self._takes_best(step) and self._best.is_there() else None
+        taken = self.best_step if self._takes_best(step) and self.best.is_there() else None
         takes_best = taken is not None
         gains = self._gains(takes_best, step)
         actor_step = step if taken is None else taken
         of_last = {"ppo_step": step, **metrics}
-        of_actor = {"ppo_step": actor_step, **self._best.facts["figures"]} if takes_best else of_last
+        of_actor = {"ppo_step": actor_step, **self.best.facts["figures"]} if takes_best else of_last
         verdict = gains.pop("verdict", None)
         provenance = self._provenance(self._actor, {**of_actor, **gains}, verdict=verdict)
         if self._folder and takes_best:
-            self._best.move(provenance)
+            self.best.move(provenance)
         elif self._folder:
             self._export_actor(self._folder / "actor", provenance)
         if self._folder:
             self._export_others(self._folder, of_last)
-        measured = self._best.measured(actor_step, takes_best=takes_best)
-        self._best.forget(weights=self._choice == "best")
+        measured = self.best.measured(actor_step, takes_best=takes_best)
+        self.best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
-        best = {f"best_{name}": value for name, value in self._best.facts.get("figures", {}).items()}
+        best = {f"best_{name}": value for name, value in self.best.facts.get("figures", {}).items()}
         gained = {"verdict": verdict, **gains} if verdict else {}
         return (
             {"actor_step": actor_step, **measured}
@@ -150,7 +149,7 @@ class Exports:
             if self.best_step == 0:
                 which = "no actor is better than the one that the run started from by more than noise"
             messages.info(
-                f"{which}, {OBJECTIVE} {self._best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
+                f"{which}, {OBJECTIVE} {self.best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
                 f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
                 f"{self._choice})."
             )
@@ -181,7 +180,7 @@ class Exports:
     def state_dict(self) -> dict[str, Any]:
         """Which actor is the best, and what the start and the last are compared by, for JSON."""
         return {
-            "best": self._best.state_dict(),
+            "best": self.best.state_dict(),
             "start": asdict(self._start) if self._start else None,
             "start_figures": self._start_metrics,
             "last": asdict(self._last) if self._last else None,
@@ -190,7 +189,7 @@ class Exports:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, as `BestModel.load_state_dict` does. Every rank must call it."""
-        self._best.load_state_dict(state["best"])
+        self.best.load_state_dict(state["best"])
         self._start = Answers(**state["start"]) if state["start"] else None
         self._start_metrics = state["start_figures"]
         self._last = Answers(**state["last"]) if state["last"] else None
