@@ -105,6 +105,7 @@ def prepare(arguments: StepArguments) -> RunContext:
     import torch
 
     from dschat.distributed.device import check_precision
+    from dschat.distributed.heap import give_back_large_blocks
     from dschat.distributed.mesh import set_parallel_sizes
     from dschat.distributed.rendezvous import configure_environment
     from dschat.engines.memory_remedies import memory_flags
@@ -114,6 +115,7 @@ def prepare(arguments: StepArguments) -> RunContext:
 
     run = arguments.run
     configure_environment(run.local_rank)
+    give_back_large_blocks()
     set_parallel_sizes(**arguments.parallel_sizes)
     report_memory_with(memory_flags(arguments))
     check_precision(run.dtype, run.offload)

@@ -5,6 +5,8 @@ oneDNN emulates them: weights and activations are better cast, multiplied in fp3
 Sums over products are in fp32 either way, so the two ways differ by the order of additions.
 """
 
+import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -68,33 +70,73 @@ def linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed
 
     With `transposed` the weight is [K, N].
     """
-    output: Tensor = _LinearInFp32.apply(x, weight, bias, transposed)
+    output: Tensor = _LinearInFp32.apply(x, weight, bias, transposed, torch.is_grad_enabled())
     return output
 
 
+class _Scratch(threading.local):
+    """fp32 memory that the layers of a thread use one after the other, by what stands in it.
+
+    Made anew for every product, such tensors are most of what a step allocates, and leave holes in the heap.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def room(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor of that shape, on the CPU."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory.pop(name, None)
+            self.memory[name] = torch.empty(size)
+        return self.memory[name][:size].view(shape)
+
+    def cast(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in fp32."""
+        return self.room(name, *tensor.shape).copy_(tensor)
+
+
 class _LinearInFp32(torch.autograd.Function):
-    """Keeps the bf16 tensors alone; a weight is kept as itself, so that ZeRO-3 can gather it again."""
+    """Keeps the bf16 tensors alone; a weight is kept as itself, so that ZeRO-3 can gather it again.
+
+    What is computed without gradients is not in scratch memory, as it may be recorded (`decode_modes.py`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, trains: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
-        wide = weight.float() if transposed else weight.float().t()
-        rows = x.reshape(-1, x.shape[-1]).float()
-        output = rows @ wide if bias is None else torch.addmm(bias.float(), rows, wide)
+        ctx.transposed, rows, out = transposed, x.reshape(-1, x.shape[-1]), None
+        if trains:
+            scratch = process_wide(_Scratch)
+            wide, rows = scratch.cast("weight", weight), scratch.cast("inputs", rows)
+            out = scratch.room("outputs", len(rows), weight.shape[1 if transposed else 0])
+        else:
+            wide, rows = weight.float(), rows.float()
+        wide = wide if transposed else wide.t()
+        if bias is None:
+            output = torch.mm(rows, wide, out=out)
+        else:
+            output = torch.addmm(bias.float(), rows, wide, out=out)
         return output.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide = gradient.reshape(-1, gradient.shape[-1]).float()
+        scratch, rows = process_wide(_Scratch), x.reshape(-1, x.shape[-1])
+        wide = scratch.cast("outputs", gradient.reshape(-1, gradient.shape[-1]))
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = wide @ (weight.float().t() if ctx.transposed else weight.float())
+            copy = scratch.cast("weight", weight)
+            of_x = torch.mm(
+                wide, copy.t() if ctx.transposed else copy, out=scratch.room("inputs", *rows.shape)
+            )
             of_x = of_x.to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            rows = x.reshape(-1, x.shape[-1]).float()
-            of_weight = (rows.t() @ wide if ctx.transposed else wide.t() @ rows).to(weight.dtype)
+            rows, out = scratch.cast("inputs", rows), scratch.room("weight", *weight.shape)
+            factors = (rows.t(), wide) if ctx.transposed else (wide.t(), rows)
+            of_weight = torch.mm(*factors, out=out).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             of_bias = wide.sum(0).to(gradient.dtype)
-        return of_x, of_weight, of_bias, None
+        return of_x, of_weight, of_bias, None, None

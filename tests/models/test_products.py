@@ -88,3 +88,32 @@ def test_only_a_run_in_bf16_is_timed_and_only_its_choice_changes_layers(monkeypa
     choose_products("bf16", MeasuredChoices(dict.fromkeys(choices.made, "fp32"), folder=tmp_path))
     use_chosen_products(layer)
     assert vars(layer[0])["forward"].func is products._forward
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_that_is_used_again_changes_no_number(transposed):
+    """Layers of different sizes, whose passes lie between each other's as those of a model do."""
+    torch.manual_seed(0)
+    sizes = [(7, 16, 8), (7, 8, 24), (3, 24, 5)]
+    cases = []
+    for rows, width, outputs in sizes:
+        weight = torch.randn(width, outputs) if transposed else torch.randn(outputs, width)
+        inputs = (torch.randn(rows, width), weight, torch.randn(outputs))
+        cases.append([tensor.bfloat16().requires_grad_() for tensor in inputs])
+    with torch.no_grad():  # by tensors of their own
+        alone = [linear_in_fp32(*inputs, transposed=transposed) for inputs in cases]
+    outputs = [linear_in_fp32(*inputs, transposed=transposed) for inputs in cases]
+    for inputs, output, expected in reversed(list(zip(cases, outputs, alone, strict=True))):
+        assert torch.equal(output, expected)
+        gradient = torch.randn_like(output)
+        actual = torch.autograd.grad(output, inputs, gradient)
+        x, weight, _ = (tensor.detach().float() for tensor in inputs)
+        wide = gradient.float()
+        by_hand = (
+            wide @ (weight.t() if transposed else weight),
+            x.t() @ wide if transposed else wide.t() @ x,
+        )
+        torch.testing.assert_close(actual[0], by_hand[0].bfloat16())
+        torch.testing.assert_close(actual[1], by_hand[1].bfloat16())
+        torch.testing.assert_close(actual[2], wide.sum(0).bfloat16())
+    assert set(process_wide(products._Scratch).memory) == {"weight", "inputs", "outputs"}
