@@ -75,10 +75,8 @@ class Peak:
         if flops > self.flops and self.again is not None:
             self.flops, self.again = max(self.flops, self.again()), None
             stands = "" if flops <= self.flops else "; the fastest step stands for it"
-            messages.info(
-                f"peak: a step computed {flops / 1e12:.3g} TFLOP/s, so the peak was timed again: "
-                f"{self.flops / 1e12:.3g}{stands}"
-            )
+            more = f"a step computed {flops / 1e12:.3g} TFLOP/s, so the peak was timed again"
+            messages.info(f"peak: {more}: {self.flops / 1e12:.3g}{stands}")
         self.flops = max(self.flops, flops)
         return flops / self.flops
 

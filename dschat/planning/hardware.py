@@ -14,8 +14,6 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 """Of sizes in bytes; with an i, as in 24GiB, powers of 1024."""
 CUDA_CONTEXT = 0.6e9
 """Bytes of a GPU that libraries take beside tensors: an estimate, not measured."""
-RANKS_PER_HOST = 8
-"""Devices of a host where nothing says how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,6 @@ LIBRARIES = {"cpu": 20e6, "cuda": 0.0}
 """Bytes that libraries take on their first use, beside models: as a run of 6 million weights took, most of it
 pages of oneDNN's code."""
 
-PHASES = ("load", "generate", "experience", "train", "evaluate", "save")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -194,11 +192,6 @@ class EngineMemory:
         share = self._share if self._stage == 3 else 1.0
         return (self._part("freed", kept * share * self._trained * self.model.element),)
 
-    @property
-    def whole_gradients(self) -> float:
-        """Bytes of the gradients of this rank's weights before ZeRO shards them."""
-        return self._trained * self.model.element
-
     def building(self) -> Moment:
         """The engine at the worst moment of its construction."""
         if not self.model.spec.trained:
@@ -282,11 +275,10 @@ class MemoryModel:
         None where gradients of earlier micro-batches are there, where the backward pass computes activations
         again beside its gradients, or where another model's passes come in between.
         """
-        alone = sum(m.spec.trained for m in self.models) == 1
-        if self.sizes.accumulation > 1 or model.mode.recomputes or not alone:
+        is_taken = self.sizes.accumulation > 1 or model.mode.recomputes
+        if is_taken or sum(m.spec.trained for m in self.models) > 1:
             return 0.0
-        engine = self._engine(model)
-        return engine.whole_gradients + total(engine.freed())
+        return total(self._engine(model).freed(is_over=True))
 
     def _rows(self, number: int) -> Rows:
         return Rows(number, self.sizes.length, self.sizes.num_outputs)
