@@ -19,7 +19,7 @@ from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint
 from dschat.distributed.collectives import first_error_across_ranks, in_first_stage
 from dschat.distributed.deepspeed_private import whole_over_tensor_ranks
-from dschat.distributed.device import PRECISIONS
+from dschat.distributed.device import PRECISIONS, give_back_memory
 from dschat.distributed.mesh import is_main_process, mesh
 from dschat.distributed.zero3 import gathered
 from dschat.engines.memory_remedies import PhaseKind
@@ -67,6 +67,7 @@ def export_model(
         with replacing_export(Path(output_dir)) as folder:
             _save(module, state, folder)
             state.clear()  # the manifest reads the model back: one copy of the weights at a time
+            give_back_memory()
             tokenizer.save_pretrained(folder)
             if provenance is not None:
                 manifest = _manifest(folder, provenance)
