@@ -324,7 +324,7 @@ def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
     """Sample, score, forecast: the content of forecast.json."""
     import torch
 
-    from dschat.reports.best_of_n import best_of_n, curve_of
+    from dschat.reports.best_of_n import best_of_n, forecast
 
     sampled = Sampled(own, args)
     judge = checked_judge(own)
@@ -351,7 +351,7 @@ def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
         gold = by_scores(shaped, table(sampled.gold(batches)))
     clock.append(time.perf_counter())
     competing = slice(own.num_answers)
-    found = curve_of(gold.sizes, best_of_n(shaped[:, competing], shown[:, competing], gold.sizes), gold.by_n)
+    found = forecast(gold.sizes, best_of_n(shaped[:, competing], shown[:, competing], gold.sizes), gold.by_n)
     seconds = dict(zip(("sampling", "scoring", "gold"), map(float.__sub__, clock[1:], clock), strict=True))
     return {
         "actor": args.actor.model_name_or_path,

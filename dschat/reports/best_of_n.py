@@ -27,7 +27,7 @@ def kl_of(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n(scores: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+def best_of_n(scores: np.ndarray, values: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """The mean value of the answer with the highest score, over all sets of n of N answers.
 
     [P, N] both -> [P, K] for K sizes. Unbiased (Nakano et al., https://arxiv.org/abs/2112.09332, appendix I):
@@ -97,16 +97,7 @@ class Forecast:
         return f"this reward model is not worth PPO: up to KL {last.kl:.2f} gold gains nothing beyond noise"
 
 
-def forecast(scores: np.ndarray, raw: np.ndarray, gold: np.ndarray) -> Forecast:
-    """The forecast from N answers to each of P prompts, [P, N] each; answers are chosen by `scores`.
-
-    `raw` is the score that is shown for them.
-    """
-    sizes = tuple(n for n in SIZES if n <= scores.shape[1])
-    return curve_of(sizes, best_of_n(scores, raw, sizes), best_of_n(scores, gold, sizes))
-
-
-def curve_of(sizes: Sequence[int], score: np.ndarray, gold: np.ndarray, seed: int = 0) -> Forecast:
+def forecast(sizes: Sequence[int], score: np.ndarray, gold: np.ndarray, seed: int = 0) -> Forecast:
     """The forecast from score and gold of the best of each of K `sizes`, for P prompts; [P, K] each."""
     random, num = np.random.default_rng(seed), len(score)
     times = random.multinomial(num, np.full(num, 1 / num), NUM_RESAMPLED) / num

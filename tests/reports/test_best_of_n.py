@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dschat.reports.best_of_n import best_of_n, forecast, kl_of
+from dschat.reports.best_of_n import SIZES, best_of_n, forecast, kl_of
 
 
 def test_the_estimate_is_the_mean_over_all_sets_of_answers():
@@ -45,9 +45,14 @@ def answers(correlation: float, turn: float = 0.0) -> tuple[np.ndarray, np.ndarr
     return scores, gold - turn * np.maximum(scores - 1, 0)
 
 
+def told(scores: np.ndarray, gold: np.ndarray):
+    sizes = [n for n in SIZES if n <= scores.shape[1]]
+    return forecast(sizes, best_of_n(scores, scores, sizes), best_of_n(scores, gold, sizes))
+
+
 def test_a_good_reward_model_is_worth_it_and_gold_does_not_turn():
     scores, gold = answers(0.7)
-    found = forecast(scores, scores, gold)
+    found = told(scores, gold)
     assert found.is_worth_it
     assert not found.turns
     # The best of 64 standard normal scores is 2.388 on average (tables of order statistics).
@@ -60,7 +65,7 @@ def test_a_good_reward_model_is_worth_it_and_gold_does_not_turn():
 
 def test_an_exploitable_one_is_worth_it_up_to_where_gold_turns():
     scores, gold = answers(0.8, turn=2.5)  # gold rises up to a score of 1, the best of about 3
-    found = forecast(scores, scores, gold)
+    found = told(scores, gold)
     assert found.is_worth_it
     assert found.turns
     assert found.turning_kl.low <= kl_of(3) <= found.turning_kl.high + 0.2
@@ -71,7 +76,7 @@ def test_an_exploitable_one_is_worth_it_up_to_where_gold_turns():
 
 def test_one_that_is_worse_than_chance_is_not_worth_ppo():
     scores, gold = answers(-0.5)
-    found = forecast(scores, scores, gold)
+    found = told(scores, gold)
     assert not found.is_worth_it
     assert (found.kl_target, found.max_kl, found.peak.n) == (None, None, 1)
     assert found.verdict == "this reward model is not worth PPO: gold falls from KL 0.00 on"
@@ -80,6 +85,6 @@ def test_one_that_is_worse_than_chance_is_not_worth_ppo():
 def test_a_blind_one_gains_nothing_beyond_noise():
     scores, _ = answers(0)
     gold = np.random.default_rng(5).normal(size=scores.shape)
-    found = forecast(scores, scores, gold)
+    found = told(scores, gold)
     assert not found.is_worth_it
     assert "gains nothing beyond noise" in found.verdict
