@@ -85,8 +85,7 @@ def train_epochs(
     numbers = range(restored.step + 1, num_steps + 1)
     for step, optimizer_step in zip(numbers, loaders.train.steps_after(restored.step), strict=False):
         speed.end_of("data")
-        micro_batches = optimizer_step.micro_batches
-        trained = train_step(engine, micro_batches, loss_and_metrics, end_of=speed.end_of)
+        trained = train_step(engine, optimizer_step.micro_batches, loss_and_metrics, end_of=speed.end_of)
         figures = speed.figures(trained)
         metrics.log(step, {**trained, **_of_update(engine, skipped, step), **figures})
         metrics.advance()
