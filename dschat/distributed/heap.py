@@ -17,8 +17,8 @@ def give_back_large_blocks() -> bool:
     than `LARGE` stay there, as fresh pages cost a tenth of a millisecond per MiB and more. What the user's
     environment says of it holds.
     """
-    told = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    mallopt = None if told else getattr(ctypes.CDLL(None), "mallopt", None)
+    is_set = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    mallopt = None if is_set else getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
         mallopt(*option) == 1 for option in ((M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, KEPT))
     )
