@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -88,7 +89,17 @@ def backward_on(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """
     engine.num_bad_losses = engine.num_bad_losses + (~loss.detach().isfinite()).int()
     with record_function("backward"):
-        engine.backward(loss * (mesh().zero_size * engine.gradient_accumulation_steps()))
+        factor = mesh().zero_size * engine.gradient_accumulation_steps()
+        engine.backward(loss * (factor * _forgotten_scale(engine)))
+
+
+def _forgotten_scale(engine: DeepSpeedEngine) -> float:
+    """What DeepSpeed divides fp16 gradients by in a step whose loss its `backward` has not multiplied by it.
+
+    In 0.19.8 that is so without ZeRO: runtime/engine.py, line 3417, asks for a ZeROOptimizer. Else 1.
+    """
+    optimizer = engine.optimizer
+    return 1.0 if isinstance(optimizer, ZeROOptimizer) else float(getattr(optimizer, "loss_scale", 1.0))
 
 
 def take_step(engine: DeepSpeedEngine) -> None:
@@ -96,10 +107,13 @@ def take_step(engine: DeepSpeedEngine) -> None:
     is_last = engine.is_gradient_accumulation_boundary()
     if is_last and isinstance(engine.optimizer, torch.optim.AdamW):  # no wrapper of DeepSpeed's around it
         measure_gradient(engine)
+    scale = _forgotten_scale(engine)
     with record_function("optimizer"):
         engine.step()
     if is_last:
         _note_skipped(engine)
+        if scale != 1:
+            set_gradient_norm(engine, gradient_norm(engine) / scale)
 
 
 def _note_skipped(engine: DeepSpeedEngine) -> None:

@@ -163,3 +163,12 @@ def test_an_overflow_of_one_engine_skips_the_step_of_both(ranks, tmp_path):
         waited, overflowed = second["engines"]
         assert waited["scale"] == 2**16
         assert overflowed["scale"] == 2**15
+
+
+def test_steps_in_fp16_are_those_in_fp32_up_to_rounding(tmp_path):
+    """At ZeRO 0, where DeepSpeed's backward pass does not scale the loss, and at 1."""
+    python(ROOT / "tests" / "workers" / "fp16_steps.py", tmp_path / "out")
+    expected, *found = json.loads((tmp_path / "out").read_text())
+    assert len(found) == 2
+    for numbers in found:
+        assert numbers == pytest.approx(expected, rel=1e-2)
