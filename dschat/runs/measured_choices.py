@@ -84,7 +84,10 @@ class MeasuredChoices:
                 found = self._found(name, ways, key, rounds, time.process_time)
         else:
             found = self._found(name, ways, key, rounds, time.perf_counter)
-        times = ", ".join(f"{way} {1000 * spent:.3g} ms" for way, spent in found["seconds"].items())
+        times = "; ".join(
+            f"{way} {spent:.3g} s" if spent >= 1 else f"{way} {1000 * spent:.3g} ms"
+            for way, spent in found["seconds"].items()
+        )
         messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
         self.made[name] = found["way"]
         return self.made[name]
