@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from dschat.arguments import ModelArguments
 from dschat.distributed.collectives import barrier
 from dschat.distributed.deepspeed_private import shard_layers, tensor_groups
+from dschat.distributed.device import give_back_memory
 from dschat.distributed.mesh import mesh
 from dschat.errors import UserError
 from dschat.models.config import read_config
@@ -99,6 +100,7 @@ def shard_over_tensor_ranks(model: Any, size: int) -> None:
     if lora_config(model) is not None:
         adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
     shard_layers(model, patterns, adapted, size=size)
+    give_back_memory()
     for _ in range(mesh().machine.rank, mesh().world.size):  # no machine has more ranks
         barrier(axis="world")
 

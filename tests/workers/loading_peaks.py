@@ -5,7 +5,6 @@ folder below FOLDER, a ZeRO stage and the run's precision. In MiB, beyond what t
 until layers are cut, "left" afterwards. Both are sums over ranks of Pss, which counts shared memory once.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from dschat.arguments import OptimizerArguments, RunArguments
 from dschat.distributed import process_group
 from dschat.distributed.collectives import all_gather_object, barrier
-from dschat.distributed.device import DTYPES
+from dschat.distributed.device import DTYPES, give_back_memory
 from dschat.distributed.mesh import mesh, set_parallel_sizes
 from dschat.engines.build import shard_layers, train_config
 from dschat.models.loading import create_hf_model
@@ -52,8 +51,7 @@ def load(folder: Path, case: str, pids: list[int]) -> dict[str, int]:
     args = arguments(folder / file, int(stage), "lm", size=mesh().world.size)
     config = train_config(args, OptimizerArguments(), RunArguments(dtype=dtype), per_device_batch_size=1)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the case before left would be taken for this one's
+    give_back_memory()  # what the case before left would be taken for this one's
     barrier(axis="world")
     watch = Peak(pids) if mesh().is_main_process else None
     barrier(axis="world")
