@@ -122,12 +122,8 @@ def test_every_family_stage_and_kind(models, tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_drop_alike_and_skip_the_same_steps_in_fp16(models, tmp_path, ranks):
     dropping = [f"{case}-{stage}-lmdropout" for case in ("opt", "gpt_neox", "qwen3") for stage in range(4)]
-    halved = [
-        f"{case}-{stage}-{kind}half"
-        for case in ("llama", "opt")
-        for stage in range(4)
-        for kind in ("lm", "rm")
-    ]
+    # A reward model's head is drawn in the run's precision, which is no start to compare.
+    halved = [f"{family}-{stage}-lmhalf" for family in ("llama", "opt") for stage in range(4)]
     python(WORKER, models, tmp_path, *dropping, *halved, ranks=ranks)
     seen = json.loads((tmp_path / "seen.json").read_text())
     for case, found in seen.items():
