@@ -246,8 +246,8 @@ SHORTER = {
     "sft_again": ["--num_train_epochs", "1", "--max_train_samples", "320"],
     "step2_reward": ["--num_train_epochs", "1", "--max_train_samples", "320"],
     "step3_ppo": ["--enable_test_mode", "--test_stop_step", "3"],
-    "deepspeed": ["--max_train_samples", "96"],
-    "torchrun": ["--max_train_samples", "96"],
+    "sft2": ["--max_train_samples", "96"],
+    "sft3": ["--max_train_samples", "96"],
     "compare.py": ["--num-prompts", "20"],
 }
 SETTING_UP = ("setup.sh", "test.sh", "quickstart.sh", "activate")

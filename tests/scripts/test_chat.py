@@ -53,7 +53,11 @@ def test_questions_and_commands_come_from_a_pipe_and_ctrl_c_stops_an_answer_alon
 
     monkeypatch.setattr(speaker.AnswerText, "put", interrupted_once)
     flags = ["--reward_model", str(reward_model), "--max_tokens", "200", "--temperature", "0"]
-    chat.main(chat.parse([str(model), *flags]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background process
+    try:
+        chat.main(chat.parse([str(model), *flags]))
+    finally:
+        signal.signal(signal.SIGINT, before)
     out = capsys.readouterr().out
     assert "[stopped, score " in out
     assert "[cut off at max_tokens, score " in out

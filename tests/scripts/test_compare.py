@@ -15,6 +15,7 @@ from dschat.arguments import RolloutArguments
 from dschat.data.comparisons import Comparison
 from dschat.data.held_out import RecordedData, SplitText
 from dschat.data.loaders import build_eval_prompts
+from dschat.data.rows import Rows
 from dschat.data.tokenization import tokenize_prompts
 from dschat.errors import UserError
 from dschat.rlhf import answering
@@ -159,8 +160,9 @@ def test_answers_are_those_of_an_evaluation_of_step_3(model):
     rows = tokenize_prompts(
         comparison_rows(*map(Comparison, PROMPTS)), asked.tokenizer, max_prompt_seq_len=99
     )
+    pad_id = asked.tokenizer.pad_token_id
     (batch,) = build_eval_prompts(
-        rows.rows, num_prompts=9, pad_id=asked.tokenizer.pad_token_id, batch_size=9, rank=0, world_size=1
+        Rows.of(rows.rows), num_prompts=9, pad_id=pad_id, batch_size=9, rank=0, world_size=1
     )
     settings = RolloutArguments(max_answer_seq_len=6, temperature=0.7)
     backend = HuggingFaceGenerate(asked, asked.tokenizer)
