@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.comparisons import Prompt, Reply, Turn, answer_pairs, unpack_answers, unpack_prompt
 from dschat.data.encoder import EncodedRow, Encoder
 from dschat.data.refused_rows import Columns, encode_rows, refused_rows
+from dschat.data.rows import Rows
 from dschat.data.token_turns import tokens_of
 from dschat.data.truncation import REASONS, Truncation
 from dschat.errors import UserError
@@ -253,7 +254,7 @@ def _empty(columns: dict[str, Any]) -> "Dataset":
 
 def column(rows: "Dataset", name: str) -> np.ndarray:
     """A column of numbers as an array [N]."""
-    return rows.select_columns([name]).with_format("arrow")[:][name].to_numpy()
+    return Rows.of(rows.select_columns([name])).column(name)
 
 
 @contextmanager
