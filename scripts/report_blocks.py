@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dschat.reports.page import Block, Level, Plot, Plots, Samples, Section, Table, Text, Verdict, Warnings
+from dschat.reports.page import Block, Plot, Plots, Samples, Section, Table, Text, Verdict, Warnings
 from dschat.reports.plots import curves
 from dschat.reports.reward_model import level_of
 from dschat.runs.output_folder import FORECAST
@@ -57,8 +57,10 @@ def verdicts(run: Run) -> Iterator[Verdict]:
     words = str((run.summary or {}).get("verdict", ""))
     if words:
         word, _, reason = words.partition(": ")
-        level: Level = "bad" if word.startswith("worse") else "warning"
-        level = level_of(word) if run.step == "reward" else "good" if word.startswith("better") else level
+        if run.step == "reward":
+            level = level_of(word)
+        else:
+            level = "good" if word.startswith("better") else "bad" if word.startswith("worse") else "warning"
         yield Verdict(f"{title}: {word}", reason, level)
     elif run.summary is not None:
         yield Verdict(f"{title} has finished", figures_in_words(run.summary), "good")

@@ -75,11 +75,8 @@ class EngineArguments:
     @property
     def needs_stage_3(self) -> list[str]:
         """The flags given that ZeRO-3 alone has."""
-        return [
-            *self.quantized,
-            *(text for text in self.over_neighbours if text not in self.quantized),
-            *([f"--offload_nvme_path {self.offload_nvme_path}"] if self.offload_nvme_path else []),
-        ]
+        nvme = [f"--offload_nvme_path {self.offload_nvme_path}"] if self.offload_nvme_path else []
+        return list(dict.fromkeys([*self.quantized, *self.over_neighbours, *nvme]))
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "zero_hpz_partition_size")

@@ -54,10 +54,10 @@ class Timing:
                 samples = alike is memory.models[0] and timed.answer_length
                 prompts = Rows(timed.generation_rows, middle, WRITTEN) if samples else None
                 for ranks in dict.fromkeys((memory.data_ranks, 1)):
-                    measures = slices is not None and ranks == mesh().data.size
+                    measuring = slices if ranks == mesh().data.size else None
                     seconds = choices.kept_seconds(
                         "seconds of a slice",
-                        partial(slices.seconds, alike, rows, prompts) if slices and measures else None,
+                        partial(measuring.seconds, alike, rows, prompts) if measuring else None,
                         key=key_of(alike, rows, prompts, run, ranks=ranks),
                     )
                     if seconds is not None:
