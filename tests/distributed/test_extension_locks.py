@@ -74,12 +74,12 @@ WAIT = (
 @pytest.mark.slow
 def test_another_machine_may_hold_a_young_one(lock, monkeypatch):
     lock.touch()
-    monkeypatch.setattr(extension_locks, "ELSEWHERE", 1.5)
+    monkeypatch.setattr(extension_locks, "ELSEWHERE", 2.0)
     start = time.monotonic()
     assert extension_locks.clear_build_locks(on_one_machine=False) == [lock]
-    assert time.monotonic() - start > 1
+    assert time.monotonic() - start > 1.5
     lock.touch()
     os.utime(lock, (1, 1))
     start = time.monotonic()
     assert extension_locks.clear_build_locks(on_one_machine=False) == [lock]
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 1.5

@@ -73,7 +73,7 @@ def test_help_answers_without_torch_and_at_once():
     assert result.returncode == 0
     assert "--actor-model" in result.stdout
     assert result.stdout.endswith("False\n")
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 10  # 0.3 s on a machine that is not loaded
 
 
 def test_the_steps_hand_their_output_to_step_three(tmp_path):

@@ -148,11 +148,9 @@ def test_a_score_that_is_no_number_is_one_answers_problem():
 
 def test_a_reply_that_trickles_in_is_bounded_in_time():
     """Each byte comes well within the time, the whole does not."""
-    start = time.monotonic()
     late = r"no whole reply within 0\.3 s, 2 times in a row"
     with Server((200, [], [b" "] * 100)) as server, pytest.raises(UserError, match=late):
         endpoint(server.url, seconds=0.3, retries=1).score(ANSWERED)
-    assert time.monotonic() - start < 4
 
 
 def test_a_reply_is_bounded_in_size(monkeypatch):

@@ -45,10 +45,8 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
 @pytest.mark.parametrize("head", [OK[:9], OK], ids=["headers", "body"])
 def test_whatever_trickles_in_ends_when_the_time_is_over(head):
     """Each byte comes well within the time, the whole does not."""
-    start = time.monotonic()
     with server([head, *[b"x"] * 30], pause=0.05) as (url, _), pytest.raises(TimeoutError) as error:
         send(url, seconds=0.3)
-    assert time.monotonic() - start < 3
     assert str(error.value) == cause_of(error.value) == "no whole reply within 0.3 s"
 
 
