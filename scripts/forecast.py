@@ -325,6 +325,7 @@ def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
     import torch
 
     from dschat.reports.best_of_n import best_of_n, forecast
+    from scripts.forecast_page import advice
 
     sampled = Sampled(own, args)
     judge = checked_judge(own)
@@ -364,6 +365,7 @@ def run(own: argparse.Namespace, args: RlhfArguments) -> dict[str, Any]:
         "verdict": found.verdict,
         "is_worth_it": found.is_worth_it,
         **{name: getattr(found, name) for name in ("turns", "kl_target", "max_kl")},
+        "advice": advice(found.kl_target, found.max_kl),
         **{name: asdict(getattr(found, name)) for name in ("turning_kl", "peak")},
         "points": [asdict(point) for point in found.points],
         "seconds": seconds,
@@ -401,7 +403,6 @@ def say(found: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     from dschat.console.text import PLAIN
-    from scripts.forecast_page import advice
 
     table = Table(
         title=f"best of n, {found['num_answers']} answers to {found['num_prompts']} held-out prompts"
@@ -420,8 +421,8 @@ def say(found: dict[str, Any], folder: Path) -> None:
     Console(**PLAIN).print(table)
     for line in filter(None, (found["said"], found["verdict"])):
         messages.info(line)
-    if found["kl_target"] is not None:
-        messages.info(f"for PPO: {advice(found)}")
+    if found["advice"]:
+        messages.info(f"for PPO: {found['advice']}")
     spent, answers = sum(found["seconds"].values()), found["num_prompts"] * found["num_answers"]
     messages.info(
         f"{answers} answers in {spent:.0f} s; the page: {folder / PAGE}, all numbers: {folder / NAME}"

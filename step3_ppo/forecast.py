@@ -57,8 +57,8 @@ def check_worth(args: RlhfArguments, num_answers: int, held_out: int) -> None:
             f"{told['verdict']} ({page}). Nothing was trained. Get a better reward model, or train all the "
             "same with --force."
         )
-    advice = "" if told["kl_target"] is None else " (--kl_target {kl_target:.2g} --max_kl {max_kl:.2g})"
-    messages.info(f"forecast: {told['verdict']}{advice.format(**told)}; {page}")
+    advice = f". For PPO: {told['advice']}" if told["advice"] else ""
+    messages.info(f"forecast: {told['verdict']}{advice} ({page})")
 
 
 def cheap_words(guard: str | None, num_answers: int, held_out: int) -> list[str]:
@@ -89,4 +89,4 @@ def read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     told = json.loads(path.read_text(encoding="utf-8"))
-    return {name: told[name] for name in ("is_worth_it", "verdict", "kl_target", "max_kl")}
+    return {name: told[name] for name in ("is_worth_it", "verdict", "advice")}

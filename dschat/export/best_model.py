@@ -38,6 +38,8 @@ class BestModel:
         self._command = command
         self.log: Callable[[int, dict[str, float]], None] = lambda step, numbers: None
         """Takes the step of a model and what the command finds of it, as `MetricsLogger.log` does."""
+        self.end_of: Callable[[str], None] = lambda phase: None
+        """Is told that saving ends, where the command begins, and evaluation, where it ends."""
         self._folder = Path(output_dir) if output_dir else None
         self._target, self._unit = target, unit
         self._manifest: str | None = None  # fingerprint of the model's manifest, which has its checksums
@@ -63,7 +65,9 @@ class BestModel:
             self._manifest = files_fingerprint([self._folder / FOLDER / MANIFEST])
             write_json(self._folder / BEST, self.state_dict())
         if self._folder and self._command:
+            self.end_of("saving")
             self.facts[COMMAND] = self._command.run(self._folder / FOLDER, step)
+            self.end_of("evaluation")
             self.log(step, self.facts[COMMAND])
             if is_main_process():
                 write_json(self._folder / BEST, self.state_dict())

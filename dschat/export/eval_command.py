@@ -61,7 +61,8 @@ class EvalCommand:
                 f"--eval_command {how}; the run goes on without its numbers. Its last lines: {shown(lines)}"
             )
             return {}
-        messages.info(f"--eval_command, step {step}: {_listed(found)}")
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in list(found.items())[:8])
+        messages.info(f"--eval_command, step {step}: {listed}")
         return found
 
 
@@ -131,7 +132,3 @@ def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
             yield from _flat(item, f"{path}/")
         elif isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item):
             yield path, item
-
-
-def _listed(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(found.items())[:8])

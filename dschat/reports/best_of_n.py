@@ -88,10 +88,10 @@ class Forecast:
         if self.is_worth_it:
             end = f"has not turned at KL {last.kl:.2f}"
             if self.turns:
-                end = f"falls from KL {self.turning_kl.shown('.2f')} on"
+                end = f"falls from KL {self.turning_kl.shown('.2f')} on (PPO may turn elsewhere)"
             elif peak is not last:
                 end = f"is lower at KL {last.kl:.2f}, though within noise"
-            return f"worth PPO: gold gains {peak.gain} at KL {peak.kl:.2f}, and {end}"
+            return f"worth PPO: by best-of-n gold gains {peak.gain} at KL {peak.kl:.2f}, and {end}"
         if last.gain.high < 0 or self.turns:
             return f"this reward model is not worth PPO: gold falls from KL {peak.kl:.2f} on"
         return f"this reward model is not worth PPO: up to KL {last.kl:.2f} gold gains nothing beyond noise"

@@ -53,13 +53,7 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON object that says so."""
-        kinds = {
-            401: "authentication_error",
-            403: "permission_error",
-            408: "timeout",
-            429: "rate_limit_error",
-        }
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -180,9 +174,8 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _object(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        kind = (
-            ("chat.completion.chunk" if chunk else "chat.completion") if self.is_chat else "text_completion"
-        )
+        of_chat = "chat.completion.chunk" if chunk else "chat.completion"
+        kind = of_chat if self.is_chat else "text_completion"
         head = {"id": ("chatcmpl-" if self.is_chat else "cmpl-") + self.id, "object": kind}
         return {**head, "created": self.created, "model": self.model, "choices": list(choices)}
 

@@ -79,6 +79,7 @@ def train_epochs(
     if not restored.step:
         evaluations.make(0, "before training")
     speed = Speed(engine, loaders, settings, checkpoints)
+    exports.best.end_of = speed.end_of
     loss_and_metrics = speed.counting(partial(objective.loss_and_metrics, engine))
     profiler = StepProfiler(settings.run)
     profiler.after_step(restored.step)

@@ -127,7 +127,10 @@ def test_a_command_measures_each_best_model_once_and_that_of_the_end(reward, tmp
     command.folders = []
     best = BestModel(str(output), target="actor", unit="PPO step", command=command)
     best.log = lambda step, numbers: logged.append((step, numbers))
+    phases = []
+    best.end_of = lambda phase: phases.append((phase, len(command.folders)))
     best.keep(3, {"loss": 0.5}, copied(reward))
+    assert phases == [("saving", 0), ("evaluation", 1)]  # the command's time is none of saving
     assert json.loads((output / "best.json").read_text())["facts"]["eval_command"] == {"eval/runs": 1}
     assert best.measured(3, takes_best=True) == {"eval/runs": 1}
     assert best.measured(9, takes_best=False) == {"eval/runs": 2}

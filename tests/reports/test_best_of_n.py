@@ -59,7 +59,7 @@ def test_a_good_reward_model_is_worth_it_and_gold_does_not_turn():
     assert found.points[-1].score.value == pytest.approx(2.388, abs=0.1)
     assert found.points[-1].gain.low < 0.7 * 2.388 < found.points[-1].gain.high
     assert found.max_kl == pytest.approx(kl_of(64))
-    assert found.verdict.startswith("worth PPO: gold gains ")
+    assert found.verdict.startswith("worth PPO: by best-of-n gold gains ")
     assert "has not turned" in found.verdict
 
 
@@ -71,7 +71,10 @@ def test_an_exploitable_one_is_worth_it_up_to_where_gold_turns():
     assert found.turning_kl.low <= kl_of(3) <= found.turning_kl.high + 0.2
     assert found.kl_target <= found.peak.kl < found.max_kl <= 1.5 * found.peak.kl
     low, high = found.turning_kl.low, found.turning_kl.high
-    assert f"and falls from KL {found.peak.kl:.2f} ({low:.2f} to {high:.2f}) on" in found.verdict
+    assert (
+        f"and falls from KL {found.peak.kl:.2f} ({low:.2f} to {high:.2f}) on (PPO may turn elsewhere)"
+        in found.verdict
+    )
 
 
 def test_one_that_is_worse_than_chance_is_not_worth_ppo():

@@ -14,7 +14,7 @@ from tiny import save_reward_model, save_tiny_model
 from dschat.arguments import parse_arguments
 from dschat.errors import UserError
 from scripts import forecast
-from scripts.forecast_page import forecast_page
+from scripts.forecast_page import advice, forecast_page
 
 PROGRAM = ROOT / "scripts" / "forecast.py"
 GOLD = """
@@ -221,7 +221,8 @@ def test_the_page_in_a_browser(browser, tmp_path):
     answer = {"prompt": "\n\nHuman: Name a tea.", "answer": "<script>tea", "score": 2.0, "gold": 0.0}
     found = {
         "verdict": "worth PPO: gold gains 0.2 at KL 0.9",
-        **{"is_worth_it": True, "turns": True, "kl_target": 0.5, "max_kl": 1.0, "num_prompts": 128},
+        **{"is_worth_it": True, "turns": True, "kl_target": 0.5, "num_prompts": 128},
+        **{"advice": advice(0.5, 1.0), "turning_kl": {"low": 0.2, "high": 0.64}},
         "points": [point(n) for n in (1, 2, 64)],
         "fooled": [answer | {"mean_gold": 0.5}],
         **{

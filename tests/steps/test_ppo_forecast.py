@@ -19,9 +19,9 @@ import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "crash" in sys.argv:
     sys.exit("error: no such gold")
-told = {"is_worth_it": "yes" in sys.argv, "verdict": "as told", "kl_target": None, "max_kl": None}
+told = {"is_worth_it": "yes" in sys.argv, "verdict": "as told", "advice": None}
 if "yes" in sys.argv:
-    told |= {"kl_target": 0.6362, "max_kl": 1.2044}
+    told["advice"] = "--kl_target 0.64, and --eval_interval so small"
 path = pathlib.Path(flags["--output"], "forecast.json")
 path.write_text(json.dumps({**told, "argv": sys.argv[1:]}))
 """
@@ -52,12 +52,12 @@ def test_a_reward_model_that_is_not_worth_it_ends_the_run_unless_forced(run, tmp
     assert run("--gold_function no", "--force") == [
         *("--seed", "3", "--output", str(tmp_path), "--gold_function", "no")
     ]
-    assert "forecast: as told; " in capsys.readouterr().out
+    assert "forecast: as told (" in capsys.readouterr().out
 
 
 def test_one_that_is_worth_it_is_told_once_and_not_where_a_run_goes_on(run, capsys):
     run("--gold_function yes")
-    assert "forecast: as told (--kl_target 0.64 --max_kl 1.2); " in capsys.readouterr().out
+    assert "as told. For PPO: --kl_target 0.64, and --eval_interval so small (" in capsys.readouterr().out
     run("--gold_function no")
     assert capsys.readouterr().out == ""
 

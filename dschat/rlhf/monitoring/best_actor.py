@@ -20,6 +20,11 @@ from dschat.rlhf.roles import EngineSpec
 OBJECTIVE = "eval_objective"
 """What the best actor is better in. Its beta is the first, lest a beta that is steered choose the actor."""
 
+ALL_WARNED_OF = (
+    ", as the guard warned of every later evaluation: for one before its limits give a smaller "
+    "--eval_interval, or a larger --kl_coef"
+)
+
 
 class Exports:
     """Writes models below --output_dir, if there is one. Every rank must make the same calls.
@@ -46,6 +51,7 @@ class Exports:
         self._start_metrics: dict[str, float] = {}
         self._last: Answers | None = None
         self._last_step: int | None = None  # None where the guard warned of the last evaluation
+        self._num_allowed = 0  # evaluations of which the guard did not warn, that of the start among them
 
     @property
     def best_step(self) -> int | None:
@@ -63,6 +69,7 @@ class Exports:
         if self._start is None:
             self._start, self._start_metrics = answers, metrics
         self._last, self._last_step = answers, None if is_warned_of else step
+        self._num_allowed += not is_warned_of
         if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
             return
         facts = {"figures": metrics, "answers": asdict(answers)}
@@ -101,13 +108,10 @@ class Exports:
         measured = self.best.measured(actor_step, takes_best=takes_best)
         self.best.forget(weights=self._choice == "best")
         self._say_which(actor_step, step, verdict)
-        best = {f"best_{name}": value for name, value in self.best.facts.get("figures", {}).items()}
+        figures = {f"best_{name}": value for name, value in self.best.facts.get("figures", {}).items()}
+        best = {"best_step": self.best_step, **figures} if figures else {}
         gained = {"verdict": verdict, **gains} if verdict else {}
-        return (
-            {"actor_step": actor_step, **measured}
-            | ({"best_step": self.best_step, **best} if best else {})
-            | gained
-        )
+        return {"actor_step": actor_step, **measured, **best, **gained}
 
     def _takes_best(self, step: int) -> bool:
         """Whether actor/ is to be the best actor.
@@ -133,7 +137,8 @@ class Exports:
         verdict = did_it_help(self._start, self._last if is_start else exported)
         if is_start and step > 0:
             warned = ", of which the guard warned," if self._last_step != step else ""
-            verdict = f"the start itself: the last actor{warned} is {verdict}"
+            why = ": the" if self._num_allowed > 1 else f"{ALL_WARNED_OF}. The"
+            verdict = f"the start itself{why} last actor{warned} is {verdict}"
         return {
             **{f"initial_{name}": value for name, value in self._start_metrics.items()},
             "score_gain": score.mean,
@@ -147,11 +152,10 @@ class Exports:
         if self.best_step is not None:
             which = f"the best actor is that after PPO step {self.best_step}"
             if self.best_step == 0:
-                which = "no actor is better than the one that the run started from by more than noise"
+                which = "no actor of which the guard did not warn is better than the start by more than noise"
             messages.info(
                 f"{which}, {OBJECTIVE} {self.best.facts['figures'][OBJECTIVE]:.4g}; the last PPO step was "
-                f"{step}. actor/ is that after PPO step {actor_step} (--export_actor "
-                f"{self._choice})."
+                f"{step}. actor/ is that after PPO step {actor_step} (--export_actor {self._choice})."
             )
         if verdict:
             messages.info(f"did PPO help? actor/ is {verdict}")
@@ -185,6 +189,7 @@ class Exports:
             "start_figures": self._start_metrics,
             "last": asdict(self._last) if self._last else None,
             "last_step": self._last_step,
+            "num_allowed": self._num_allowed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,4 +198,4 @@ class Exports:
         self._start = Answers(**state["start"]) if state["start"] else None
         self._start_metrics = state["start_figures"]
         self._last = Answers(**state["last"]) if state["last"] else None
-        self._last_step = state["last_step"]
+        self._last_step, self._num_allowed = state["last_step"], state.get("num_allowed", 2)

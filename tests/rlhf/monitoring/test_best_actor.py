@@ -165,7 +165,7 @@ def test_where_nothing_is_better_the_actor_is_the_last_unless_that_is_worse(base
     assert summary["verdict"].startswith("no different from the start by more than noise: score -0.1 +- 1.2")
     assert not (base.parent / "out" / "best").exists()
     told = capsys.readouterr().out
-    assert "no actor is better than the one that the run started from by more than noise" in told
+    assert "no actor of which the guard did not warn is better than the start by more than noise" in told
     assert told.rstrip().splitlines()[-1] == f"did PPO help? actor/ is {summary['verdict']}"
 
 
@@ -181,7 +181,20 @@ def test_where_the_last_is_worse_the_actor_is_the_start(base):
 def test_where_the_guard_warned_of_the_last_the_actor_is_the_start(base):
     summary, marked = finished(base, 0.9, noise=2.0, is_warned_of=True)
     assert (summary["actor_step"], marked) == (0, 4)
-    assert "the last actor, of which the guard warned, is no different" in summary["verdict"]
+    assert summary["verdict"].startswith(
+        "the start itself, as the guard warned of every later evaluation: for one before its limits give a "
+        "smaller --eval_interval, or a larger --kl_coef. The last actor, of which the guard warned, is no d"
+    )
+
+
+def test_an_earlier_evaluation_without_a_warning_asks_for_no_smaller_interval(base):
+    kept, _, _ = exports(base)
+    for step, objective in ((0, 1.0), (3, 0.5)):
+        offer(kept, step, objective)
+    again, _, _ = exports(base)
+    again.load_state_dict(kept.state_dict())
+    offer(again, 7, 0.9, is_warned_of=True)
+    assert again.finish(7, {})["verdict"].startswith("the start itself: the last actor, of which the guard")
 
 
 def test_without_an_evaluation_the_actor_is_the_last(base):
