@@ -27,7 +27,12 @@ def forecast_page(found: Mapping[str, Any]) -> str:
     blocks: list[Block] = [Verdict(found["verdict"], _settings(found), "warning" if _ends(found) else level)]
     blocks.append(Plots([_curve(found, "gold"), _curve(found, "score")]))
     rows = [
-        (str(point["n"]), f"{point['kl']:.2f}", *(_cell(point[name]) for name in ("score", "gold", "gain")))
+        (
+            str(point["n"]),
+            f"{point['kl']:.2f}",
+            f"{point['score']['value']:.2f}",
+            *(_cell(point[name]) for name in ("gold", "gain")),
+        )
         for point in found["points"]
     ]
     columns = ("n", "KL", "score", "gold", "gain of gold")

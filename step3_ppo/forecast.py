@@ -69,9 +69,9 @@ def cheap_words(guard: str | None, num_answers: int, held_out: int) -> list[str]
             "takes a function, a second reward model or a judge that you believe more (docs/forecast.md)"
         )
         return []
-    prompts = min(held_out, PROMPTS[1])
     fewest, most = ANSWERS
-    if prompts < PROMPTS[0] or fewest * prompts * SHARE > num_answers:
+    prompts = min(held_out, PROMPTS[1], num_answers // (fewest * SHARE))
+    if prompts < PROMPTS[0]:
         messages.info(
             f"no forecast of whether the reward model is worth PPO: unasked it takes {PROMPTS[0]} held-out "
             f"prompts ({held_out} are), and {fewest} answers to each within 1/{SHARE} of the run's "

@@ -37,7 +37,9 @@ def _wrapped(pattern: str, markup: str, text: str) -> Markup:
 
 
 ENVIRONMENT.filters["cell"] = partial(_wrapped, "[_/]", r"\g<0><wbr>")
-ENVIRONMENT.filters["prose"] = partial(_wrapped, r"--\w{1,40}", r'<span class="flag">\g<0></span>')
+ENVIRONMENT.filters["prose"] = partial(
+    _wrapped, r"--\w{1,40}|\(?[-+]?\d\S* to \S+", r'<span class="flag">\g<0></span>'
+)
 
 
 @dataclass(frozen=True)

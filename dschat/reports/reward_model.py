@@ -283,12 +283,12 @@ def _group_table(groups: list[dict[str, Any]]) -> Table:
         (
             group["name"],
             str(group["pairs"]),
-            *_cells(group["accuracy"], ".1%"),
+            "{} ({})".format(*_cells(group["accuracy"], ".1%")),
             _cells(group["longer_answer_accuracy"], ".1%")[0],
         )
         for group in groups
     ]
-    return Table(rows, columns=("", "pairs", "accuracy", "95 % interval", "longer answer"))
+    return Table(rows, columns=("", "pairs", "accuracy", "longer answer"))
 
 
 def _cells(estimate: dict[str, float | None], form: str) -> tuple[str, str]:

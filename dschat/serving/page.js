@@ -4,6 +4,7 @@ const get = (id) => document.getElementById(id);
 const history = [];
 let running = null; // aborts the answer in progress
 let duels = false;
+const VOTES = {left: "Left is better", right: "Right is better", tie: "Tie", both_bad: "Both are bad"};
 
 function add(parent, tag, name, text) {
   const made = document.createElement(tag);
@@ -69,9 +70,14 @@ function answerBox(parent, title) {
   return {box, text: add(box, "pre", "waits", "")};
 }
 
-function show(answer, piece) {
-  answer.text.textContent += piece;
+function toEnd() {
   window.scrollTo(0, document.body.scrollHeight);
+}
+
+function show(answer, piece) {
+  const is_at_end = window.innerHeight + window.scrollY > document.body.scrollHeight - 100;
+  answer.text.textContent += piece;
+  if (is_at_end) toEnd(); // a reader of earlier text stays there
 }
 
 async function ask(question) {
@@ -82,6 +88,7 @@ async function ask(question) {
   history.push({role: "user", content: question});
   running = new AbortController();
   busy(true);
+  toEnd();
   try {
     await (duels ? duel(answers) : converse(answers));
   } catch (error) {
@@ -122,12 +129,12 @@ async function duel(answers) {
   history.push({role: "assistant", content: sides.left.text.textContent}); // until there is a vote
   const votes = add(answers.parentNode, "div", "votes");
   get("question").disabled = get("send").disabled = true;
-  for (const [vote, label] of [["left", "Left is better"], ["right", "Right is better"], ["tie", "Tie"],
-                               ["both_bad", "Both are bad"]]) {
+  for (const [vote, label] of Object.entries(VOTES)) {
     const button = add(votes, "button", "", label);
     button.dataset.vote = vote;
     button.onclick = () => send(vote).catch((error) => { get("problem").textContent = error.message; });
   }
+  toEnd();
   async function send(vote) {
     const found = await (await call("votes", {duel: name, vote})).json();
     for (const side of ["left", "right"]) {
@@ -135,13 +142,19 @@ async function duel(answers) {
     }
     const kept = vote === "right" ? "right" : "left";
     if (vote === kept) sides[kept].box.className = "chosen";
+    else if (vote === "tie") sides.left.box.className = sides.right.box.className = "tied";
     history.pop();
-    if (vote === "both_bad" || !sides[kept].text.textContent) history.pop(); // the question may be put again
+    const is_left_out = vote === "both_bad" || !sides[kept].text.textContent; // the question may be put again
+    if (is_left_out) history.pop();
     else history.push({role: "assistant", content: sides[kept].text.textContent});
+    let said = "Your vote: " + VOTES[vote] + (found.recorded ? "" : " (not recorded: an answer has no word)");
+    said += is_left_out ? ". The conversation goes on without this question." : vote === "tie" ?
+      ". The conversation goes on with the left answer." : ".";
     votes.remove();
-    if (!found.recorded) add(answers.parentNode, "p", "faint", "not recorded: an answer has no word");
+    add(answers.parentNode, "p", "faint", said);
     get("question").disabled = get("send").disabled = false;
     get("question").focus();
+    toEnd();
   }
 }
 

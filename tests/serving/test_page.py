@@ -67,6 +67,21 @@ def test_votes_are_blind_and_become_rows_of_preferences(browser, tmp_path):
             titles = browser.evaluate(f"[...{LAST}.querySelectorAll('.title')].map((p) => p.textContent)")
             expected = ("a", "b") if sides[-1] == "left" else ("b", "a")
             assert titles == [f"Left: {expected[0]}", f"Right: {expected[1]}"]
+            assert browser.evaluate("innerHeight + scrollY - document.body.scrollHeight") >= 0
+            said = browser.evaluate(f"{LAST}.parentNode.lastChild.textContent")
+            assert said.startswith(f"Your vote: {vote.replace('_', ' are ').capitalize()}")
+            assert ("goes on with the left answer" in said) == (vote == "tie")
+            marked = browser.evaluate(f"[...{LAST}.children].map((box) => box.className)")
+            assert marked == [
+                *{
+                    "left": ("chosen", ""),
+                    "right": ("", "chosen"),
+                    "tie": ("tied", "tied"),
+                    "both_bad": ("", ""),
+                }[vote]
+            ]
+            if vote == "tie":
+                browser.screenshot("duel_tie")
         browser.check_variants("duel_voted")
         assert set(sides) == {"left", "right"}
         assert browser.problems() == []
@@ -116,7 +131,9 @@ def test_a_person_types_sees_two_models_answer_votes_and_step_2_and_dpo_train_on
             vote = ("left", "right", "left", "tie")[number % 4]
             browser.evaluate(f"document.querySelector('[data-vote={vote}]').click()")
             browser.wait_for("!document.querySelector('.votes')")
-            unrecorded += browser.evaluate(f"{LAST}.parentNode.lastChild.className === 'faint'")
+            unrecorded += browser.evaluate(
+                f"{LAST}.parentNode.lastChild.textContent.includes('not recorded')"
+            )
         assert browser.problems() == []
         server.shutdown()
     rows = [json.loads(line) for line in votes.read_text(encoding="utf-8").splitlines()]

@@ -84,6 +84,8 @@ def test_unasked_it_is_made_by_the_second_reward_model_where_that_is_cheap(run, 
     assert cheap_words("g", 38_400, 150)[-3:] == ["150", "--num_answers", "64"]
     assert cheap_words("g", 38_399, 150)[-3:] == ["150", "--num_answers", "32"]
     assert cheap_words("g", 6400, 100)[-3:] == ["100", "--num_answers", "16"]
+    # 16 answers to 112 prompts are 1792, a quarter of 7168; for all 600 prompts there is no room.
+    assert cheap_words("g", 7200, 600)[-3:] == ["112", "--num_answers", "16"]
     capsys.readouterr()
     assert cheap_words("g", 6399, 100) == cheap_words("g", 10**6, 99) == []
     said = capsys.readouterr().out.splitlines()

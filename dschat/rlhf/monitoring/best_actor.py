@@ -20,9 +20,9 @@ from dschat.rlhf.roles import EngineSpec
 OBJECTIVE = "eval_objective"
 """What the best actor is better in. Its beta is the first, lest a beta that is steered choose the actor."""
 
-ALL_WARNED_OF = (
-    ", as the guard warned of every later evaluation: for one before its limits give a smaller "
-    "--eval_interval, or a larger --kl_coef"
+WARNED = (
+    ", as no evaluation before the guard's warnings was better by more than noise: give a smaller "
+    "--eval_interval or a larger --kl_coef. The last actor, of which the guard warned,"
 )
 
 
@@ -51,7 +51,6 @@ class Exports:
         self._start_metrics: dict[str, float] = {}
         self._last: Answers | None = None
         self._last_step: int | None = None  # None where the guard warned of the last evaluation
-        self._num_allowed = 0  # evaluations of which the guard did not warn, that of the start among them
 
     @property
     def best_step(self) -> int | None:
@@ -69,7 +68,6 @@ class Exports:
         if self._start is None:
             self._start, self._start_metrics = answers, metrics
         self._last, self._last_step = answers, None if is_warned_of else step
-        self._num_allowed += not is_warned_of
         if is_warned_of or not math.isfinite(evaluation[OBJECTIVE]) or not self._is_better(answers):
             return
         facts = {"figures": metrics, "answers": asdict(answers)}
@@ -136,9 +134,9 @@ class Exports:
         is_start = takes_best and self.best_step == 0
         verdict = did_it_help(self._start, self._last if is_start else exported)
         if is_start and step > 0:
-            warned = ", of which the guard warned," if self._last_step != step else ""
-            why = ": the" if self._num_allowed > 1 else f"{ALL_WARNED_OF}. The"
-            verdict = f"the start itself{why} last actor{warned} is {verdict}"
+            verdict = (
+                f"the start itself{': the last actor' if self._last_step == step else WARNED} is {verdict}"
+            )
         return {
             **{f"initial_{name}": value for name, value in self._start_metrics.items()},
             "score_gain": score.mean,
@@ -189,7 +187,6 @@ class Exports:
             "start_figures": self._start_metrics,
             "last": asdict(self._last) if self._last else None,
             "last_step": self._last_step,
-            "num_allowed": self._num_allowed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,4 +195,4 @@ class Exports:
         self._start = Answers(**state["start"]) if state["start"] else None
         self._start_metrics = state["start_figures"]
         self._last = Answers(**state["last"]) if state["last"] else None
-        self._last_step, self._num_allowed = state["last_step"], state.get("num_allowed", 2)
+        self._last_step = state["last_step"]
