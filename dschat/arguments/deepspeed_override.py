@@ -74,7 +74,7 @@ def read_override(path: str) -> dict[str, Any]:
     for name in override:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else "remove it"
+            remedy = f"use {close[0]!r}" if close else "remove it"
             raise ArgumentTypeError(f"{path}: DeepSpeed has no setting {name!r}; {remedy}")
     for name in _paths(override):
         if name in OWNED:

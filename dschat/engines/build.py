@@ -9,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
+from torch import Tensor, nn
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
 from dschat.console import messages
@@ -179,6 +179,9 @@ def build_trained_engine(
         # count would be one ahead, and the first real update a quarter smaller than at the other stages.
         optimizer.state.clear()
         deepspeed_private.shorten_bf16_step(engine)
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad and deepspeed_private.is_tensor_shard(parameter):
+                parameter.register_post_accumulate_grad_hook(_mark_gradient_of_shard)
     engine.num_bad_losses, engine.skip_reason = 0, None
     # Whether too many steps are skipped is our decision, in any precision (--max_skipped_steps).
     deepspeed_private.train_on_at_lowest_scale(engine)
@@ -186,6 +189,14 @@ def build_trained_engine(
     if engine.optimizer is optimizer:
         optimizer.register_step_pre_hook(deepspeed_private.drop_gradients_of_overflow)
     return _in_pipeline(engine, model)
+
+
+def _mark_gradient_of_shard(parameter: Tensor) -> None:
+    """Have DeepSpeed's norm of fp16 gradients count the shards of all tensor ranks.
+
+    Its `get_weight_norm` is given gradients, and looks for a mark that parameters alone have.
+    """
+    parameter.grad.model_parallel = True  # type: ignore[union-attr]
 
 
 def shard_layers(model: Any, config: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import gc
 import io
-import logging
 import unittest.mock
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dschat.distributed import deepspeed_private
 from dschat.distributed.collectives import max_across_ranks
-from dschat.distributed.device import current_device
+from dschat.distributed.device import current_device, device_type
 from dschat.models.remote_code import loading_consent
 
 TRIAL_LAYERS, TRIAL_PROMPT, TRIAL_ANSWER = 2, (2, 8), 2
@@ -59,7 +58,7 @@ def try_injection(config: PretrainedConfig, settings: dict[str, Any], dtype: tor
     A model of two layers with random weights answers two prompts, with the kernels and without. Every rank
     must call it. The random generators stand afterwards where they stood.
     """
-    with keeping_random_state(), _quiet():
+    with keeping_random_state(), unittest.mock.patch.object(logger, "disabled", True):
         model = AutoModelForCausalLM.from_config(_smaller(config), dtype=dtype, **loading_consent())
         model.to(current_device()).eval()
         layer = _layer_name(model)
@@ -143,15 +142,10 @@ def _without_kernels() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def keeping_random_state() -> Iterator[None]:
+def keeping_random_state() -> contextlib.AbstractContextManager[None]:
     """torch's generators, the device's among them, stand after the block where they stood before it."""
-    on_cpu, on_device = torch.get_rng_state(), get_accelerator().get_rng_state()
-    try:
-        yield
-    finally:
-        get_accelerator().set_rng_state(on_device)
-        torch.set_rng_state(on_cpu)
+    devices = [] if device_type() == "cpu" else [current_device()]
+    return torch.random.fork_rng(devices, device_type=device_type())
 
 
 def _smaller(config: PretrainedConfig) -> PretrainedConfig:
@@ -190,14 +184,3 @@ def _logits(model: Any, prompts: Tensor) -> Tensor:
         return_dict_in_generate=True,
     )
     return answer.logits[-1].float()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DeepSpeed's log of what a trial is meant to find out."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -39,7 +39,7 @@ def test_the_content_of_the_file_is_the_setting(override):
             {"zero_optimization": {"offload_param": {"device": "cpu"}}},
             ["'zero_optimization.offload_param.device'", "--offload decides"],
         ),
-        ({"wall_clock_brakdown": True}, ["no setting 'wall_clock_brakdown'", "'wall_clock_breakdown'?"]),
+        ({"wall_clock_brakdown": True}, ["no setting 'wall_clock_brakdown'", "use 'wall_clock_breakdown'"]),
         ([1], ["holds a list"]),
         ("{", ["cannot be read as JSON"]),
     ],

@@ -72,8 +72,23 @@ def test_the_trained_reward_model_scores_alike_in_transformers(family, one_rank)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHARDED)
 def test_the_family_does_the_same_sharded_over_two_ranks(family, two_ranks, one_rank):
-    assert_trained(two_ranks[family])
-    assert_scores_alike(two_ranks[family]["scores"])
-    (sharded,), (whole,) = two_ranks[family]["ppo"], one_rank[family]["ppo"]
+    assert_same(two_ranks[family], one_rank[family])
+
+
+def assert_same(two_ranks: dict, one_rank: dict, tolerance: float = 1e-3) -> None:
+    assert_trained(two_ranks)
+    assert_scores_alike(two_ranks["scores"])
+    (sharded,), (whole,) = two_ranks["ppo"], one_rank["ppo"]
     for name in ("score", "entropy", "value_loss", "answer_length"):
-        assert sharded[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-3), name
+        assert sharded[name] == pytest.approx(whole[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_family_does_the_same_on_two_ranks_at_any_stage(stage, one_rank, tmp_path):
+    python(WORKER, tmp_path, stage, *FAMILIES, ranks=2, timeout=3000)
+    for family, seen in read(tmp_path).items():
+        for loss in ("initial_eval_loss", "eval_loss"):
+            assert seen["sft"][loss] == pytest.approx(one_rank[family]["sft"][loss], rel=1e-4), family
+        assert_same(seen, one_rank[family], tolerance=1e-4)

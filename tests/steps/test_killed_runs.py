@@ -1,4 +1,4 @@
-"""Ranks that share a model in some way, one of which is killed: torchrun starts all again, and they go on."""
+"""Ranks of which one is killed: torchrun starts all again, and they go on from the last checkpoint."""
 
 import json
 import subprocess
@@ -22,6 +22,9 @@ CASES = {
     "pipeline": ("reward", "gpt2", 2, PIPELINE, "--zero_stage=1"),
     "pipeline and data": ("sft", "llama", 4, PIPELINE, "--zero_stage=1"),
     "pipeline and tensor": ("dpo", "qwen3", 4, PIPELINE, TENSOR, "--zero_stage=0"),
+    "data": ("reward", "opt", 2, "--zero_stage=2"),
+    "data, offloaded": ("sft", "llama", 2, "--zero_stage=3", "--offload", "--gradient_checkpointing"),
+    "data, adapters": ("dpo", "qwen3", 2, "--zero_stage=1", "--lora_dim=4"),
 }
 """Step, family, ranks and further flags."""
 
@@ -64,14 +67,16 @@ def test_steps_1_and_2_and_dpo(case, tmp_path):
     assert_alike(tmp_path / "whole", tmp_path / "killed", exactly=True)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_step_3(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "tensor_ranks"), [(0, 2), (3, 2), (2, 1), (3, 1)])
+def test_step_3(stage, tensor_ranks, tmp_path):
     save_models_and_pairs(tmp_path)
-    options = {"actor_tensor_parallel_size": 2, "critic_tensor_parallel_size": 2, "save_interval": 2}
-    options |= {"actor_zero_stage": stage, "critic_zero_stage": stage, **STEERED, **HALF_A_RANK}
+    options = {f"{model}_tensor_parallel_size": tensor_ranks for model in ("actor", "critic")}
+    options |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "save_interval": 2}
+    options |= {**STEERED, **HALF_A_RANK}
+    ranks = 2 * tensor_ranks
     whole, killed = ({"flags": flags_of(tmp_path, name, options)} for name in ("whole", "killed"))
     (tmp_path / "whole.json").write_text(json.dumps([whole]))
-    python(ROOT / "tests" / "workers" / "interrupted_ppo.py", tmp_path / "whole.json", ranks=4)
-    said = torchrun("interrupted_ppo.py", tmp_path, [killed | {"kill_after": 6}], 4)
+    python(ROOT / "tests" / "workers" / "interrupted_ppo.py", tmp_path / "whole.json", ranks=ranks)
+    said = torchrun("interrupted_ppo.py", tmp_path, [killed | {"kill_after": 6}], ranks)
     assert "going on from checkpoint" in said
     assert_alike(tmp_path / "whole", tmp_path / "killed", exactly=True)

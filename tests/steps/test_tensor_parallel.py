@@ -87,6 +87,20 @@ def test_steps_1_and_2_and_dpo(tmp_path, ranks):
         assert_alike(tmp_path / "shared" / name, tmp_path / "resumed" / name, exactly=True)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_data_ranks(before, after, tmp_path):
+    save_counting_pairs(tmp_path / "pairs.jsonl")
+    start("interrupted_runs.py", tmp_path, "whole", [supervised(tmp_path, n, "whole") for n in SUPERVISED], 1)
+    cut, again = (
+        [supervised(tmp_path, name, "moved", SHARED, *more, data_ranks=ranks // 2) for name in SUPERVISED]
+        for ranks, *more in ((before,), (after, "--resume_from_checkpoint=latest"))
+    )
+    start("interrupted_runs.py", tmp_path, "cut", [{**run, "die_in": 4} for run in cut], before)
+    start("interrupted_runs.py", tmp_path, "again", again, after)
+    for name in SUPERVISED:
+        assert_alike(tmp_path / "whole" / name, tmp_path / "moved" / name, exactly=False)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_step_3(tmp_path, ranks):
     save_models_and_pairs(tmp_path)

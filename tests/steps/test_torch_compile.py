@@ -27,7 +27,7 @@ CASES = {
 
 def run(worker: str, folder: Path, runs: list[dict], ranks: int = 1) -> None:
     (folder / "runs.json").write_text(json.dumps(runs))
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
     python(ROOT / "tests" / "workers" / worker, folder / "runs.json", ranks=ranks, timeout=3600, env=caches)
 
 

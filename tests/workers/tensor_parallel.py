@@ -45,7 +45,7 @@ def loss_of(model: Any, rows: torch.Tensor, kind: str) -> torch.Tensor:
         logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
         predicted = F.log_softmax(logits[:, :-1].float(), dim=-1)
         return -predicted.gather(2, rows[:, 1:, None]).sum() / 32
-    return (model(input_ids=rows, return_values=True) - 1).pow(2).sum() / 36
+    return (model(input_ids=rows, return_values=True).float() - 1).pow(2).sum() / 36
 
 
 def arguments(folder: Path, stage: int, kind: str, size: int = 1) -> ModelArguments:
@@ -79,7 +79,7 @@ def train(models: Path, output: Path, case: str) -> dict[str, Any]:
     engine = build_trained_engine(
         load(models / family, kind, config), args, optimizer, run, config=config, num_training_steps=STEPS
     )
-    seen: dict[str, Any] = {"losses": [], "norms": []}
+    seen: dict[str, Any] = {"losses": [], "norms": [], "skipped before": []}
     shards = [p for p in engine.module.parameters() if is_tensor_shard(p)]
     if kind.endswith("dropout"):
         engine.train()
@@ -88,6 +88,7 @@ def train(models: Path, output: Path, case: str) -> dict[str, Any]:
         overflows = iter([torch.inf])
         shards[0].register_hook(lambda gradient: gradient * next(overflows, 1))
     for _ in range(STEPS):
+        seen["skipped before"].append(engine.skipped_steps)
         loss = loss_of(engine, ROWS[mesh().data.rank :: mesh().data.size], kind)
         train_on(engine, loss)
         seen["losses"].append(sum_across_ranks(loss, axis="data").item())
