@@ -28,7 +28,8 @@ def outputs(folder: Path, *cases: str, grids: Sequence[tuple[int, int, int]]) ->
     save_models(folder, list(cases))
     python(WORKER, folder, 1, 1, *cases, timeout=3600)
     for ranks, stages, tensor in grids:
-        python(WORKER, folder, stages, tensor, *cases, ranks=ranks, timeout=3600)
+        for first in range(0, len(cases), 8):  # each engine's groups, and their threads, last as its process
+            python(WORKER, folder, stages, tensor, *cases[first : first + 8], ranks=ranks, timeout=3600)
     return [(folder / "1_1_1" / case, folder / f"{n}_{p}_{t}" / case) for n, p, t in grids for case in cases]
 
 
