@@ -40,16 +40,12 @@ PIPELINE = {
     "e2e": Program("scripts/e2e_rlhf.py", "the three steps in a row"),
 }
 TOOLS = {
-    "demo": Program(
-        "scripts/demo.sh", "the three steps on a small task, with a model made on the spot", False
-    ),
-    "doctor": Program(
-        "scripts/doctor.py", "what is wrong with this machine and environment, and what mends it"
-    ),
+    "demo": Program("scripts/demo.sh", "the three steps on a small task and a model made on the spot", False),
+    "doctor": Program("scripts/doctor.py", "what is wrong with this machine, and what mends it"),
     "plan": Program("scripts/plan.py", "what a run will take of memory, time and money"),
     "check-cluster": Program("scripts/check_cluster.py", "what keeps several hosts from training together"),
     "inspect": Program(
-        "scripts/inspect_data.py", "what a model will see of the data, and what is wrong with them"
+        "scripts/inspect_data.py", "what a model will see of the data, and what is wrong there"
     ),
     "chat": Program("scripts/chat.py", "talk to a model"),
     "serve": Program("scripts/serve.py", "a model for OpenAI's clients and a browser, or two with votes"),
@@ -73,15 +69,14 @@ COMMANDS = PIPELINE | TOOLS
 def main() -> NoReturn:
     """Start the program that the first word names; its exit code is the command's."""
     words = sys.argv[1:]
-    if words and words[0].startswith(
-        "--local_rank"
-    ):  # of deepspeed's launcher, which sets LOCAL_RANK as well
+    if words and words[0].startswith("--local_rank"):  # deepspeed's launcher sets LOCAL_RANK as well
         words = words[1:]
     if "_ARGCOMPLETE" in os.environ:
         words = [word_to_complete()]
     with readable_errors():
         program = chosen(words[0] if words else "--help")
     ReadableParser.command = f"dschat {words[0]}"
+    ReadableParser.commands = {program.file: name for name, program in COMMANDS.items()}
     start(programs_root() / program.file, words[1:])
 
 

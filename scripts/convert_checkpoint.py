@@ -159,7 +159,7 @@ def _trl_state(folder: Path) -> dict[str, torch.Tensor]:
 
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"INPUT {folder} holds an adapter, and a value head in {THEIR_WEIGHTS}: scripts/merge_adapter.py "
+            f"INPUT {folder} holds an adapter, and a value head in {THEIR_WEIGHTS}: dschat merge-adapter "
             "makes an actor of the adapter and its base; the head is not converted."
         )
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The demo on a CPU, without a download: a small task, a small model, the three steps, and answers side by side.
-#     bash scripts/demo.sh [FOLDER] [--resume]
+#     dschat demo [FOLDER] [--resume]             bash scripts/demo.sh [FOLDER] [--resume]
 # FOLDER is dschat_demo/ here by default. It is written anew, but with --resume an interrupted run goes on.
-# scripts/quickstart.sh installs what it needs first.
+# In a checkout, scripts/quickstart.sh installs what it needs first.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="" resume=()

@@ -166,6 +166,7 @@ def write_base_model(folder: Path, texts: list[str], *, seed: int) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -190,6 +191,7 @@ def write_base_model(folder: Path, texts: list[str], *, seed: int) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
+    disable_progress_bar()
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -221,7 +223,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from dschat.console.streams import take_over
+    from dschat.program import readable_errors
 
-    take_over()
-    main()
+    with readable_errors():
+        main()

@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--forecast",
         metavar="FLAGS",
-        help="Flags of scripts/forecast.py, as one string, such as '--gold_function check.py:right': step 3 "
+        help="Flags of dschat forecast, as one string, such as '--gold_function check.py:right': step 3 "
         "begins with a forecast, and ends there where its reward model is not worth PPO.",
     )
     add("--force", action="store_true", help="Step 3 trains whatever the forecast says.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dschat.arguments import as_typed
 from dschat.errors import UserError
 from dschat.program import readable_errors
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] in (["-h"], ["--help"]):  # without torch, which DeepSpeed's own imports
-        print(__doc__)
+        print(as_typed(__doc__))
         sys.exit()
     with readable_errors():
         main()

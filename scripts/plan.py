@@ -5,10 +5,10 @@
     python scripts/plan.py STEP FLAGS... --gpus 1 --fit 24GB   the cheapest command line that fits
     torchrun --nproc_per_node 2 scripts/plan.py STEP FLAGS...  with what 2 ranks send each other
 
-STEP is sft, reward, dpo or rlhf, and FLAGS are those of the step. Of a model only its config.json is read.
-Where the devices are of this machine's kind, their speed is measured in some seconds and remembered, so that
-the plan tells seconds too, and later runs tell them when they start. The exit status is 1 where the run does
-not fit.
+STEP is sft, reward, dpo or ppo (also: rlhf), and FLAGS are those of the step. Of a model only its config.json
+is read. Where the devices are of this machine's kind, their speed is measured in some seconds and remembered,
+so that the plan tells seconds too, and later runs tell them when they start. The exit status is 1 where the
+run does not fit.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STEPS = ("sft", "reward", "dpo", "rlhf")
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The flags of this program, and the words for the step, whose parser knows whether it has them."""
     parser = ReadableParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=STEPS, help="The step to plan.")
+    parser.add_argument("step", choices=(*STEPS, "ppo"), help="The step to plan.")
     parser.add_argument(
         "--gpus", type=int, help="GPUs of all hosts; without it the plan is for this machine."
     )
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--price_per_hour", type=float, default=0.0, help="Price of one device per hour.")
     own, rest = parser.own_words(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
+    args.step = "rlhf" if args.step == "ppo" else args.step
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}.")
     return args, rest

@@ -3,9 +3,9 @@
     python scripts/report.py output
     python scripts/report.py output/step3_ppo --html ppo.html
 
-OUTPUT_DIR is the folder of e2e_rlhf.py or the --output_dir of a step. The page has for each step the command,
-data and versions, its curves with the bounds of what is healthy, time and memory beside the plan, verdicts,
-warnings and samples. It needs no network and nothing beside it.
+OUTPUT_DIR is the folder of the whole pipeline or the --output_dir of a step. The page has for each step the
+command, data and versions, its curves with the bounds of what is healthy, time and memory beside the plan,
+verdicts, warnings and samples. It needs no network and nothing beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_report(output_dir: Path, html: Path) -> None:
         raise UserError(
             f"{output_dir} holds no run: neither it nor a folder in it has an arguments.json or a "
             "training.log; "
-            "name the --output_dir of a step, or the --output-dir of e2e_rlhf.py."
+            "name the --output_dir of a step, or the --output-dir of dschat e2e."
         )
     write_page(html, page(f"Run {output_dir}", blocks_of(output_dir, runs)), "--html")
 

@@ -1,7 +1,7 @@
 """Step 1: fine-tune a causal language model on prompts and their chosen answers.
 
 python step1_sft/main.py --model_name_or_path MODEL --data_path pairs.jsonl --output_dir output/sft
-On two ranks: torchrun --nproc_per_node 2 step1_sft/main.py ..., or deepspeed --num_gpus 2 ...
+2 ranks: torchrun --nproc_per_node 2 step1_sft/main.py ..., deepspeed --num_gpus 2 step1_sft/main.py ...
 """
 
 import sys

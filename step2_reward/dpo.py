@@ -1,7 +1,7 @@
 """DPO: train a language model on pairs of a chosen and a rejected answer, in place of steps 2 and 3.
 
 python step2_reward/dpo.py --model_name_or_path SFT_MODEL --data_path pairs.jsonl --output_dir output/dpo
-On two ranks: torchrun --nproc_per_node 2 step2_reward/dpo.py ..., or deepspeed --num_gpus 2 ...
+2 ranks: torchrun --nproc_per_node 2 step2_reward/dpo.py ..., deepspeed --num_gpus 2 step2_reward/dpo.py ...
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Step 2: train a reward model on pairs of a chosen and a rejected answer.
 
 python step2_reward/main.py --model_name_or_path MODEL --data_path pairs.jsonl --output_dir output/reward
-On two ranks: torchrun --nproc_per_node 2 step2_reward/main.py ..., or deepspeed --num_gpus 2 ...
+2 ranks: torchrun --nproc_per_node 2 step2_reward/main.py ..., deepspeed --num_gpus 2 step2_reward/main.py ...
 """
 
 import sys

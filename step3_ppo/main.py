@@ -2,7 +2,7 @@ r"""Step 3: train an actor with PPO against a reward model.
 
 python step3_ppo/main.py --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward \
     --data_path pairs.jsonl --output_dir output/ppo
-On two ranks: `deepspeed --num_gpus 2` or `torchrun --nproc_per_node 2` in place of `python`.
+2 ranks: torchrun --nproc_per_node 2 step3_ppo/main.py ..., deepspeed --num_gpus 2 step3_ppo/main.py ...
 """
 
 import sys

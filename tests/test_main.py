@@ -1,5 +1,7 @@
 """The command dschat, from the checkout and from an installed wheel."""
 
+import ast
+import re
 import resource
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import save_counting_pairs, save_tiny_model
 
 from dschat.__main__ import COMMANDS, overview, programs_root
+from dschat.arguments import ReadableParser, as_typed
 
 
 def dschat(*words: object, cwd=None, **env: str) -> subprocess.CompletedProcess:
@@ -46,10 +49,14 @@ def test_the_command_alone_prints_the_pipeline_and_an_unknown_one_the_nearest():
 
 def test_help_tells_how_the_program_was_started_and_takes_less_than_a_second_of_a_processor():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert dschat("reward", "--help").stdout.startswith("usage: dschat reward --model_name_or_path PATH ")
+    told = dschat("reward", "--help").stdout
+    assert told.startswith("usage: dschat reward --model_name_or_path PATH ")
+    assert "\ndschat reward --model_name_or_path MODEL --data_path pairs.jsonl" in told
+    assert "2 --module dschat reward ..., deepspeed --num_gpus 2 --module dschat reward ...\n" in told
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     told = python("step2_reward/main.py", "--help", cwd=ROOT).stdout
+    assert "\npython step2_reward/main.py --model_name_or_path MODEL" in told
     assert "Turn --enable_tensorboard off." in told
     assert told.startswith("usage: step2_reward/main.py --model_name_or_path PATH ")
 
@@ -63,6 +70,14 @@ def test_a_python_without_the_packages_is_told_which_environment_has_them():
         assert (done.returncode, done.stderr.startswith(told), done.stderr.count("\n")) == (1, True, 1), (
             done.stderr
         )
+
+
+def test_no_help_of_the_command_names_a_file_that_a_wheel_keeps_to_itself(monkeypatch):
+    monkeypatch.setattr(ReadableParser, "commands", {p.file: name for name, p in COMMANDS.items()})
+    for program in COMMANDS.values():
+        if program.file.endswith(".py"):
+            told = as_typed(ast.get_docstring(ast.parse((ROOT / program.file).read_text())))
+            assert not re.search(r"python \S+\.py|(?:torchrun|deepspeed) [^\n]*\S+\.py", told), program.file
 
 
 def completed(line: str, folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ library imports from here alone.
 """
 
 from dschat.arguments.colossalchat import TrainRmCall
-from dschat.arguments.command_line import ReadableParser, complete
+from dschat.arguments.command_line import ReadableParser, as_typed, complete
 from dschat.arguments.data import DataArguments, TokenizerArguments
 from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
@@ -16,14 +16,7 @@ from dschat.arguments.model import ModelArguments, OptimizerArguments
 from dschat.arguments.parsing import PROGRAMS, flags_of, parse_arguments
 from dschat.arguments.pass_sizes import PassSizes
 from dschat.arguments.ppo import PpoArguments, TextArguments
-from dschat.arguments.record import (
-    STARTING,
-    RunDescription,
-    Setting,
-    default_of,
-    saved_settings,
-    settings_of,
-)
+from dschat.arguments.record import STARTING, RunDescription, Setting, default_of, saved_settings, settings_of
 from dschat.arguments.rewards import REWARD_MODEL, RewardSourceArguments
 from dschat.arguments.rollout import ROLLOUT_TOLERANCES, RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -77,6 +70,7 @@ __all__ = [
     "TrainRmCall",
     "TrainingStep",
     "WidthArguments",
+    "as_typed",
     "complete",
     "default_of",
     "explain_foreign_flag",

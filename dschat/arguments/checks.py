@@ -52,10 +52,7 @@ def check_4bit(run: RunArguments, only_optimize_lora: bool, *models: ModelArgume
             f"{given} needs adapters to train, as 4-bit weights cannot be; add --{p}lora_dim 64 or "
             f"--{p}lora_config.",
         )
-        require(
-            only_optimize_lora,
-            f"{given} trains the adapters alone; add --only_optimize_lora.",
-        )
+        require(only_optimize_lora, f"{given} trains the adapters alone; add --only_optimize_lora.")
         require(
             model.zero_stage < 3,
             f"{given} cannot be combined with --{p}zero_stage 3, which would shard packed weights; use "

@@ -48,6 +48,8 @@ class ReadableParser(argparse.ArgumentParser):
 
     command: ClassVar[str] = ""
     """The words that started the program where the command dschat did, such as "dschat sft"."""
+    commands: ClassVar[Mapping[str, str]] = {}
+    """What follows `dschat` for each program's file, where the command dschat started this one."""
     to_know: Sequence[str] = ()
     """The names of the flags with which the help begins."""
     prefixes: Mapping[str, str] = {}
@@ -57,6 +59,7 @@ class ReadableParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         prog = self.command or (sys.argv[0] if sys.argv[0].endswith(".py") else None)
+        kwargs["description"] = as_typed(kwargs.get("description") or "")
         super().__init__(*args, **{"prog": prog, "allow_abbrev": False, **kwargs})
         self.add_argument(
             "--config",
@@ -211,6 +214,13 @@ class ReadableParser(argparse.ArgumentParser):
 
     def _takes_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs in ("+", "*")
+
+
+def as_typed(text: str) -> str:
+    """A text with commands, those of files in the words of `dschat` where that started this program."""
+    for file, name in ReadableParser.commands.items():
+        text = text.replace(f"python {file}", f"dschat {name}").replace(file, f"--module dschat {name}")
+    return text
 
 
 def to_bool(word: str) -> bool:

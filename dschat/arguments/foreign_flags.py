@@ -71,7 +71,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "test_freq": (EVALUATION,),
     "do_eval": (EVALUATION,),
     "do_train": ("not there: a step always trains",),
-    "do_predict": ("not there: scripts/compare.py answers prompts",),
+    "do_predict": ("not there: dschat compare answers prompts",),
     "load_best_model_at_end": BEST,
     "metric_for_best_model": BEST,
     "greater_is_better": BEST,

@@ -25,8 +25,7 @@ class ModelArguments:
         "range of widths, else what transformers chooses for the model, mostly sdpa.",
     )
     zero_stage: int = flag(
-        0,
-        "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
+        0, "What ZeRO shards: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights."
     )
     tensor_parallel_size: int = flag(
         1, "Ranks that share the weights of each layer; they read the same rows. See docs/parallel.md."
@@ -38,8 +37,7 @@ class ModelArguments:
     )
     lora_dropout: float = flag(0.0, "Dropout probability of what goes into the adapters.")
     lora_module_name: str = flag(
-        "",
-        "Layers that get adapters: parts of their names, separated by commas; default: all linear layers.",
+        "", "Layers that get adapters: parts of their names, separated by commas; default: all linear layers."
     )
     lora_config: str | None = flag(
         None,
@@ -98,8 +96,7 @@ class OptimizerArguments:
     """What the trained models of a step share."""
 
     num_train_epochs: float = flag(
-        1.0,
-        "Passes over the rows that are used for training, 0.5 for half of one; steps are rounded up.",
+        1.0, "Passes over the rows that are used for training, 0.5 for half of one; steps are rounded up."
     )
     gradient_accumulation_steps: int = flag(
         1, "Micro-batches a rank adds up for one optimiser step.", at_resume="divided"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-from dschat.arguments.command_line import LIKENESS, FlagHelp, ReadableParser, to_bool
+from dschat.arguments.command_line import LIKENESS, FlagHelp, ReadableParser, as_typed, to_bool
 from dschat.arguments.foreign import explain_foreign_flag
 from dschat.arguments.foreign_flags import FOREIGN
 from dschat.arguments.steps import STEPS, InspectArguments, StepArguments
@@ -73,7 +73,8 @@ class FlagParser(ReadableParser):
             for step, program in PROGRAMS.items():
                 explanation = explain_foreign_flag(spelt, flags_of(step))
                 if explanation:
-                    return f"not of this program; in {program}: {explanation.removeprefix('here: ')}"
+                    start = as_typed(f"python {program}").removeprefix("python ")
+                    return f"not of this program; in {start}: {explanation.removeprefix('here: ')}"
         return None
 
 

@@ -7,13 +7,7 @@ from typing import Any
 
 from dschat.arguments import STARTING, RunArguments, RunDescription, Setting
 from dschat.checkpoints.checkpoint import PROGRESS, Checkpoints, identity, read_progress
-from dschat.checkpoints.spread import (
-    Holdings,
-    complete_disks,
-    damage_of_all,
-    gather_holdings,
-    holdings,
-)
+from dschat.checkpoints.spread import Holdings, complete_disks, damage_of_all, gather_holdings, holdings
 from dschat.console import messages
 from dschat.distributed import restart
 from dschat.distributed.collectives import all_gather_object, barrier, first_error_across_ranks

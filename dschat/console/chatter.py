@@ -8,7 +8,7 @@ from typing import Any
 from dschat.console.log_file import Lines
 from dschat.console.streams import log_of_streams
 
-CHATTY_LOGGERS = ("DeepSpeed",)
+CHATTY_LOGGERS = ("DeepSpeed", "torch.utils.cpp_extension")
 
 
 class _OnlyErrors(logging.Filter):
@@ -34,7 +34,7 @@ class _InLog(io.TextIOBase):
 
 
 def quieten_loggers() -> None:
-    """Before the libraries are imported: DeepSpeed warns as it is."""
+    """Before the libraries are imported: they warn as they are."""
     for name in CHATTY_LOGGERS:
         logger = logging.getLogger(name)
         if not logger.filters:

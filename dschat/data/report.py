@@ -26,12 +26,7 @@ REASONS = {
 
 
 def source_report(
-    number: int,
-    index: ComparisonIndex,
-    first: np.ndarray,
-    parts: np.ndarray,
-    findings: Findings,
-    task: Task,
+    number: int, index: ComparisonIndex, first: np.ndarray, parts: np.ndarray, findings: Findings, task: Task
 ) -> dict[str, Any]:
     """Counts of what became of one source's rows, for `report.json`.
 

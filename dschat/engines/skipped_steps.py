@@ -59,5 +59,5 @@ class SkippedSteps:
             f"step {step}: the {reason} of the {model} was not finite in {self._in_a_row[model]} optimiser "
             f"steps in a row, more than --max_skipped_steps {self._run.max_skipped_steps}. {kept}. What "
             f"usually helps: a lower learning rate or a longer --num_warmup_steps, a smaller "
-            f"--max_grad_norm, {remedy}, or a look at the rows (scripts/inspect_data.py)."
+            f"--max_grad_norm, {remedy}, or a look at the rows (dschat inspect)."
         )

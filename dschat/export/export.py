@@ -8,12 +8,7 @@ from typing import Any
 import tokenizers
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.console import messages
 from dschat.data.tokenizer_fingerprint import tokenizer_fingerprint

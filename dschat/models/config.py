@@ -14,6 +14,7 @@ from transformers import (
 
 from dschat.console import messages
 from dschat.data.files import is_local
+from dschat.data.hub import reach_hub
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
 
@@ -29,6 +30,8 @@ def read_config(model_name_or_path: str, dropout: float | None, **settings: Any)
 
     Other noise of training is switched off with it: dropped layers, an expert router's jitter.
     """
+    if not is_local(model_name_or_path):
+        reach_hub()
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **settings, **loading_consent())
     except Exception as error:  # a family's own checks raise what they like

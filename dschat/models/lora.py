@@ -311,10 +311,7 @@ def _name_in_transformers(model: PreTrainedModel | RewardModel, name: str) -> st
 
 
 def _layers_of_file(
-    layers: dict[str, nn.Module],
-    args: ModelArguments,
-    wanted: "LoraConfig",
-    own_name: Callable[[str], str],
+    layers: dict[str, nn.Module], args: ModelArguments, wanted: "LoraConfig", own_name: Callable[[str], str]
 ) -> dict[str, nn.Module]:
     """The layers that PEFT would choose. Raises `UserError` for a name or pattern that fits none."""
     from peft.tuners.tuners_utils import check_target_module_exists

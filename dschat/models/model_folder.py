@@ -77,7 +77,7 @@ def _check_is_no_adapter(folder: Path, flag: str) -> None:
         )
     raise UserError(
         f"{flag} {folder} is an adapter and no whole model. Merge it into the model that it was trained on, "
-        f"and give the result: python scripts/merge_adapter.py {folder} OUTPUT"
+        f"and give the result: dschat merge-adapter {folder} OUTPUT"
     )
 
 

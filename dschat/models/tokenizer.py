@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dschat.arguments import TokenizerArguments
 from dschat.console import messages
 from dschat.data.files import is_local
+from dschat.data.hub import reach_hub
 from dschat.data.template_trial import configure_template
 from dschat.errors import UserError
 from dschat.models.remote_code import loading_consent, remedy
@@ -28,6 +29,8 @@ def load_tokenizer(
     serve.
     """
     args = TokenizerArguments() if args is None else args
+    if not is_local(model_name_or_path):
+        reach_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **loading_consent())
         tokenizer("tea")  # settings of the wrong kind are met in use

@@ -37,11 +37,7 @@ class MeasuredChoices:
     """The choices of one run. Every rank makes the same calls in the same order."""
 
     def __init__(
-        self,
-        recorded: Mapping[str, str] | None = None,
-        *,
-        folder: Path | None = None,
-        measures: bool = True,
+        self, recorded: Mapping[str, str] | None = None, *, folder: Path | None = None, measures: bool = True
     ) -> None:
         """`recorded` are the choices of the checkpoint that the run goes on from.
 

@@ -66,7 +66,7 @@ _SUPERVISED = (
     Metric("loss", "train", "nats per token", "negative log-likelihood of the tokens to be learned",
            "falls quickly at first, then slowly; 1 to 3 for a pretrained model on text",
            "rises or jumps: lower --learning_rate, lengthen --num_warmup_steps; flat from the start: look "
-           "at what is learned (scripts/inspect_data.py); near 0: the model repeats its rows, fewer "
+           "at what is learned (dschat inspect); near 0: the model repeats its rows, fewer "
            "--num_train_epochs", low=0, steps=("sft",), is_main=True),
     Metric("loss", "train", "nats per pair",
            "ranking loss: -log sigmoid of the chosen answer's score less the rejected one's",
@@ -87,7 +87,7 @@ _SUPERVISED = (
            "pairs whose chosen answer has the larger implicit reward: --beta times the log-ratio to the "
            "reference model; a tie counts half",
            "0.6 to 0.8 on human preferences, after 0.5 at the first step",
-           "stays at 0.5: raise --learning_rate, look at the pairs (scripts/inspect_data.py)", low=0.5,
+           "stays at 0.5: raise --learning_rate, look at the pairs (dschat inspect)", low=0.5,
            steps=("dpo",), is_main=True),
     Metric("reward_margin", "train", "nats", "the chosen answer's implicit reward less the rejected one's",
            "rises from 0", "falls below 0: chosen and rejected may be the wrong way round", low=0,

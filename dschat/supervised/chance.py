@@ -59,7 +59,7 @@ class ChanceWatch:
         chosen, rejected = (self._data.train.lengths(name) for name in SEQUENCES[1:])
         cut = float(np.mean(np.maximum(chosen, rejected) >= self._max_seq_len))
         longer = float(np.mean(np.sign(chosen - rejected) + 1) / 2)
-        noise = "labels that are noise or the wrong way round: read some pairs (scripts/inspect_data.py)"
+        noise = "labels that are noise or the wrong way round: read some pairs (dschat inspect)"
         slow = (
             f"a learning rate too low for the new head: --learning_rate {self._learning_rate:g}, or "
             "--num_warmup_steps too long"

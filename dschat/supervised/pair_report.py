@@ -17,13 +17,7 @@ from dschat.data.rows import Rows
 from dschat.distributed.collectives import gather_rows
 from dschat.engines.pipeline import of_last_stage
 from dschat.reports.page import write_page
-from dschat.reports.reward_model import (
-    ScoredPairs,
-    beyond_accuracy,
-    mistakes,
-    report_page,
-    reward_report,
-)
+from dschat.reports.reward_model import ScoredPairs, beyond_accuracy, mistakes, report_page, reward_report
 from dschat.reports.statistics import Z
 
 REPORT = "reward_report"

@@ -1,11 +1,27 @@
 """The hub is asked for what the entry names, and its refusals say what to write."""
 
+import time
+
 import datasets
 import pytest
+from huggingface_hub import constants, is_offline_mode
 from written_folders import saved
 
+from dschat.data.hub import reach_hub
 from dschat.data.sources import open_source
 from dschat.errors import UserError
+
+
+def test_a_hub_without_a_connection_is_said_at_once_and_not_asked_again(monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    reach_hub.cache_clear()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("huggingface_hub waits to try again"))
+    with pytest.raises(UserError, match="some/set: there is no such file or folder here"):
+        open_source("some/set")
+    assert is_offline_mode()
+    assert capsys.readouterr().out.count("WARNING: http://127.0.0.1:9 cannot be reached (") == 1
+    reach_hub.cache_clear()
 
 
 def test_the_hub_is_asked_for_configuration_and_revision(monkeypatch, tmp_path):

@@ -49,7 +49,7 @@ def trained_by_peft(model, folder: Path, **settings) -> torch.Tensor:
 def test_pefts_adapter_is_merged_into_the_base_that_it_names(settings, base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     expected = trained_by_peft(model, tmp_path / "lora", task_type="CAUSAL_LM", **settings)
-    with pytest.raises(UserError, match=r"an adapter and no whole model.*merge_adapter.py .*lora OUTPUT"):
+    with pytest.raises(UserError, match=r"an adapter and no whole model.*dschat merge-adapter .*lora OUTPUT"):
         check_model_path(str(tmp_path / "lora"), "--model_name_or_path")
     output = merge(tmp_path / "lora", tmp_path / "out")
     check_language_model(str(output), "--model_name_or_path")
