@@ -5,8 +5,8 @@
 Parts: a PPO, RLOO, GRPO, REINFORCE++ and DPO on the quickstart task, whose answers a program checks; b
 important choices on and off; c real preferences (needs --hh-data); d the same task in TRL (needs
 --trl-python, a Python that has trl==1.12.0); e a reward model made weak on purpose. Each seed has its own SFT
-model, reward models and split of the prompts. A finished run is not run again. benchmarks/README.md says how
-to read the result.
+model, reward models and split of the prompts. A finished run is not run again; a killed one is made anew.
+benchmarks/README.md says how to read the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -293,13 +293,20 @@ class Benchmark:
         return json.loads(kept.read_text())
 
     def step(self, program: str, folder: Path, flags: list[str]) -> dict[str, Any]:
-        """Run a program of this project's that takes --output_dir. -> its summary."""
-        return self.program(program, folder, [*flags, "--output_dir", str(folder)], python=sys.executable)
+        """Run a program of this project's that takes --output_dir. -> its summary.
 
-    def program(self, name: str, folder: Path, flags: list[str], *, python: str | Path) -> dict[str, Any]:
+        What a killed run left in the folder is replaced, a checkpoint too: the figures are of whole runs.
+        """
+        flags = [*flags, "--output_dir", str(folder)]
+        return self.program(program, folder, flags, python=sys.executable, anew=["--overwrite_output_dir"])
+
+    def program(
+        self, name: str, folder: Path, flags: list[str], *, python: str | Path, anew: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Run it unless it finished before with the same flags. -> its summary, empty where it writes none.
 
-        Exits with the end of its log where it fails.
+        `anew` are flags that let it write into the folder of a run that did not finish. Exits with the end of
+        its log where it fails.
         """
         summary, kept = folder / "summary.json", folder / COMMAND
         command = [str(python), str(ROOT / name), *flags]
@@ -314,7 +321,9 @@ class Benchmark:
         log = folder / "console.log"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)} if python == sys.executable else None
         with log.open("w") as console:
-            done = subprocess.run(command, stdout=console, stderr=console, check=False, env=environment)
+            done = subprocess.run(
+                [*command, *anew], stdout=console, stderr=console, check=False, env=environment
+            )
         if done.returncode != 0:
             end = "\n".join(log.read_text().splitlines()[-10:])
             raise UserError(f"a run failed:\n{shlex.join(command)}\n{end}")

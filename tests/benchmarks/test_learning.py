@@ -1,6 +1,7 @@
 """The pure parts of benchmarks/learning.py: its command lines, its arithmetic, its report."""
 
 import json
+import subprocess
 import sys
 
 import learning
@@ -181,6 +182,14 @@ def test_a_finished_run_is_reused_only_with_the_same_flags(tmp_path):
 
     first = once()
     assert once() == first
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning.subprocess, "run", lambda command, **_: started.append(command) or ended)
+        ended = subprocess.CompletedProcess([], 0)
+        (target / "summary.json").unlink()  # a run that was killed
+        bench.step(program, target, [])
+    assert started[0][-3:] == ["--output_dir", str(target), "--overwrite_output_dir"]
+    assert json.loads((target / "command.json").read_text()) == started[0][:-1]
     assert once("--other") != first
     (target / "summary.json").unlink()
     program.write_text("raise SystemExit('it broke')")
