@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-PROGRAMS = {"sft": "step1_sft/main.py", "reward": "step2_reward/main.py", "rlhf": "step3_ppo/main.py"}
-SIZES = {"cpu": ("6m", "27m", "89m"), "cuda": ("opt-350m", "opt-1.3b")}
+PROGRAMS = {
+    "sft": "step1_sft/main.py",
+    "reward": "step2_reward/main.py",
+    "dpo": "step2_reward/dpo.py",
+    "rlhf": "step3_ppo/main.py",
+}
+SIZES = {
+    "cpu": ("6m", "27m", "89m", "llama-13m", "llama-58m", "llama-50m-tied"),
+    "cuda": ("opt-350m", "opt-1.3b"),
+}
 WITHIN = {"memory": 0.15, "seconds": 0.25}
 """How far a prediction may be off."""
 
@@ -46,9 +54,19 @@ class Case:
     size: str
     flags: str = ""
     ranks: int = 1
+    rows: int = 4
+    """Rows (pairs) per rank and micro-batch; of PPO half of the answers."""
+    length: int = 128
+    """Tokens per row, of PPO of prompt and answer together."""
+    answer: int = 0
+    """Tokens of an answer of PPO; 0 for half of the row."""
+    is_held_out: bool = False
+    """Whether the planner was left alone after this run."""
 
     def __str__(self) -> str:
-        return f"{self.step} {self.size} {self.ranks} {self.flags}"
+        held_out = "held out " * self.is_held_out
+        shape = f"{self.rows} x {self.length}" + f" {self.answer}" * (self.answer > 0)
+        return f"{held_out}{self.step} {self.size} {self.ranks} {shape} {self.flags}"
 
     @property
     def folder(self) -> str:
@@ -74,6 +92,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 LORA = "--lora_dim 8 --only_optimize_lora"
 BOTH = "--actor_zero_stage {0} --critic_zero_stage {0}"
+BOTH_LORA = "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora"
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -85,7 +104,7 @@ def cases(device: str) -> Iterator[Case]:
         yield Case("reward", "opt-350m")
         yield Case("rlhf", "opt-350m")
         return
-    small, middle, large = SIZES["cpu"]
+    small, middle, large = SIZES["cpu"][:3]
     for ranks in (1, 2):
         for stage in range(4):
             yield Case("sft", middle, f"--zero_stage {stage}", ranks)
@@ -104,84 +123,113 @@ def cases(device: str) -> Iterator[Case]:
     yield Case("rlhf", middle)
     yield Case("rlhf", middle, BOTH.format(2), 2)
     yield Case("rlhf", middle, BOTH.format(3), 2)
-    yield Case("rlhf", middle, "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora")
+    yield Case("rlhf", middle, BOTH_LORA)
+    yield from held_out()
+
+
+def held_out() -> Iterator[Case]:
+    """Runs that no number of the planner was chosen by."""
+    small, wide, deep = SIZES["cpu"][3:]
+    for step, size, flags, ranks, rows, length, answer in (
+        ("sft", small, "", 1, 8, 192, 0),
+        ("sft", small, "--zero_stage 3", 2, 6, 96, 0),
+        ("sft", wide, "", 1, 4, 128, 0),
+        ("sft", wide, "--gradient_checkpointing", 1, 8, 256, 0),
+        ("sft", wide, "--dtype bf16", 1, 3, 160, 0),
+        ("sft", wide, "--zero_stage 1 --offload", 1, 4, 96, 0),
+        ("sft", deep, "--zero_stage 2", 1, 5, 160, 0),
+        ("sft", deep, "--gradient_accumulation_steps 4", 1, 2, 160, 0),
+        ("sft", deep, "--lora_dim 16 --only_optimize_lora", 1, 6, 160, 0),
+        ("reward", wide, "", 1, 2, 192, 0),
+        ("reward", deep, "--zero_stage 3", 1, 3, 128, 0),
+        ("dpo", small, "", 1, 4, 160, 0),
+        ("dpo", deep, "--lora_dim 16 --only_optimize_lora", 1, 2, 128, 0),
+        ("rlhf", small, "", 1, 4, 128, 32),
+        ("rlhf", deep, "--enable_ema", 1, 2, 96, 64),
+        ("rlhf", small, BOTH.format(2), 2, 2, 160, 96),
+        ("rlhf", small, BOTH.format(3), 2, 4, 128, 48),
+        ("rlhf", deep, BOTH_LORA, 1, 3, 128, 80),
+        ("rlhf", wide, "--dtype bf16 --actor_gradient_checkpointing", 1, 4, 192, 64),
+    ):
+        yield Case(step, size, flags, ranks, rows, length, answer, is_held_out=True)
 
 
 def flags_of(case: Case, folder: Path, device: str) -> list[str]:
     """The flags of a run's step."""
-    rows, length = (4, 128) if device == "cpu" else (16, 512)
+    rows, length = (case.rows, case.length) if device == "cpu" else (16, 512)
+    split = {"sft": "1,0,0", "rlhf": "0,0,1"}.get(case.step, "0,1,0")
     found = [
-        *case.models(folder), "--data_path", str(folder / "pairs.jsonl"), "--chat_template", "none",
+        *case.models(folder), "--data_path", str(folder / f"pairs-{length}.jsonl"), "--chat_template", "none",
         "--eval_fraction", "0", "--data_output_path", str(folder / "cache"),
-        "--output_dir", str(folder / case.folder),
-        "--data_split", {"sft": "1,0,0", "reward": "0,1,0", "rlhf": "0,0,1"}[case.step],
+        "--output_dir", str(folder / case.folder), "--data_split", split,
     ]  # fmt: skip
     if case.step == "rlhf":
+        answer = case.answer or length // 2
         found += [
-            "--enable_test_mode", "--test_stop_step", "4", "--max_prompt_seq_len", str(length // 2),
-            "--max_answer_seq_len", str(length // 2), "--per_device_generation_batch_size", str(2 * rows),
+            "--enable_test_mode", "--test_stop_step", "4", "--max_prompt_seq_len", str(length - answer),
+            "--max_answer_seq_len", str(answer), "--per_device_generation_batch_size", str(2 * rows),
             "--per_device_training_batch_size", str(2 * rows),
         ]  # fmt: skip
     else:
         steps = 5 if device == "cpu" else 12
-        number = steps * rows * case.ranks * (2 if "accumulation" in case.flags else 1)
+        parts = int(case.flags.split("accumulation_steps ")[-1][0]) if "accumulation" in case.flags else 1
         found += [
             "--per_device_train_batch_size", str(rows), "--max_seq_len", str(length),
-            "--max_train_samples", str(number),
+            "--max_train_samples", str(steps * rows * case.ranks * parts),
         ]  # fmt: skip
     dtype = ["--dtype", "bf16" if device == "cuda" else "fp32"] if "--dtype" not in case.flags else []
     return [*found, *dtype, *case.flags.split()]
 
 
 def prepare(folder: Path, device: str) -> None:
-    """Models of random weights and pairs of random words."""
+    """Models of random weights, and pairs of random words for rows of every length."""
     import torch
     from random_models import SHAPES, save_random_model, word_tokenizer
 
-    length, chance = 128 if device == "cpu" else 512, random.Random(0)
     for size in SIZES[device]:
         tokenizer = word_tokenizer(SHAPES[size]["vocab_size"])
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         for name, scores in ((size, False), (f"{size}-scores", True)):
             save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
 
-    def words(most: int) -> str:
-        number = chance.randint(most // 2, most)
-        return " ".join(f"w{chance.randrange(1, 4000)}" for _ in range(number))
-
-    half = length // 2
-    rows = [
-        {"prompt": words(half - 4), "chosen": words(half - 4), "rejected": words(half - 4)}
-        for _ in range(400)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for length in {case.length for case in cases(device)} if device == "cpu" else {512}:
+        chance, half = random.Random(0), length // 2 - 4
+        rows = [{name: words(half, chance) for name in ("prompt", "chosen", "rejected")} for _ in range(400)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"pairs-{length}.jsonl").write_text(lines)
 
 
-def run(case: Case, folder: Path, device: str) -> dict[str, Any]:
-    """The plan.json of a run, or why there is none."""
+def words(most: int, chance: random.Random) -> str:
+    """Half of `most` random words at least."""
+    return " ".join(f"w{chance.randrange(1, 4000)}" for _ in range(chance.randint(most // 2, most)))
+
+
+def run(case: Case, folder: Path, device: str, *, with_seconds: bool = True) -> dict[str, Any]:
+    """The plan.json of a run, or why there is none; `with_seconds` the device is measured before it."""
     flags, written = flags_of(case, folder, device), folder / case.folder / "plan.json"
     log = folder / f"{case.folder}.txt"
     written.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
-    for ranks, words in (
-        (case.ranks, ["scripts/plan.py", case.step, *flags]),
-        (case.ranks, [PROGRAMS[case.step], *flags, "--overwrite_output_dir"]),
-    ):
+    planning = ["scripts/plan.py", case.step, *flags]
+    for words in [planning] * with_seconds + [[PROGRAMS[case.step], *flags, "--overwrite_output_dir"]]:
         with closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        sizes = {
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-        }
+        ranks = case.ranks
+        sizes: dict[str, Any] = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), ranks)
+        sizes |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         of_ranks = [{**sizes, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
         children = [forked(words, log, device, environment) for environment in of_ranks]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes) and (words[0] != "scripts/plan.py" or not log.read_text().count("plan:")):
             return {"failed": f"{words[0]} ended with {codes}: see {log.name}"}
-    return json.loads(written.read_text())
+    return written_plan(case, folder)
+
+
+def written_plan(case: Case, folder: Path) -> dict[str, Any]:
+    """The plan.json that a run left. Raises `OSError` where there was none."""
+    plan: dict[str, Any] = json.loads((folder / case.folder / "plan.json").read_text())
+    return plan
 
 
 def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, Any]) -> int:
@@ -219,14 +267,14 @@ def error(predicted: float, measured: float) -> float:
 def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
     """A row of the table, and what is further off than it may be."""
     if "failed" in plan:
-        return f"| {case.step} | {case.size} | {case.ranks} | `{case.flags}` | {plan['failed']} |", [
-            str(case)
-        ]
+        return f"| {case.step} | {case.size} | {case} | {plan['failed']} |", [str(case)]
     measured, off = plan["measured"], []
     memory = error(plan["device_peak"], measured["device_peak"])
     worst = max(plan["phases"], key=lambda name: plan["phases"][name]["device"])
+    length = f"{case.length - case.answer} + {case.answer}" if case.answer else str(case.length)
     cells = [
-        *(case.step, case.size, str(case.ranks), f"`{case.flags}`" if case.flags else "", worst),
+        *("held out" * case.is_held_out, case.step, case.size, str(case.ranks), f"{case.rows} x {length}"),
+        *(f"`{case.flags}`" if case.flags else "", worst),
         *(f"{plan['device_peak'] / 1e6:,.0f}", f"{measured['device_peak'] / 1e6:,.0f}", f"{memory:+.0%}"),
     ]
     if abs(memory) > WITHIN["memory"]:
@@ -236,11 +284,14 @@ def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
     for name, seconds in predicted.items():
         if found.get(name):
             phases.append(f"{name} {seconds:.3g} / {found[name]:.3g}")
-    whole = sum(found.get(name, 0.0) for name in predicted)
-    seconds = error(sum(predicted.values()), whole)
-    if predicted and abs(seconds) > WITHIN["seconds"]:
-        off.append(f"seconds of {case}: {seconds:+.0%}")
-    cells += [f"{sum(predicted.values()):.3g}", f"{whole:.3g}", f"{seconds:+.0%}", "; ".join(phases)]
+    if predicted:
+        whole = sum(found.get(name, 0.0) for name in predicted)
+        seconds = error(sum(predicted.values()), whole)
+        cells += [f"{sum(predicted.values()):.3g}", f"{whole:.3g}", f"{seconds:+.0%}", "; ".join(phases)]
+        if abs(seconds) > WITHIN["seconds"]:
+            off.append(f"seconds of {case}: {seconds:+.0%}")
+    else:
+        cells += [""] * 4
     return f"| {' | '.join(cells)} |", off
 
 
@@ -266,9 +317,9 @@ def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> st
             "MB, on a CPU the largest resident memory of a rank less what it held before its models; seconds "
             f"are of an optimiser step (PPO: a PPO step), {clock}.",
             "",
-            "| step | model | ranks | flags | worst phase | MB planned | measured | error "
+            "| | step | model | ranks | rows x tokens | flags | worst phase | MB planned | measured | error "
             "| s a step planned | measured | error | by phase, planned / measured |",
-            "|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---|",
+            "|---|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
             *rows,
             "",
             f"Off by more than {WITHIN['memory']:.0%} in memory or {WITHIN['seconds']:.0%} in seconds: "
@@ -312,6 +363,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--folder", type=Path, default=Path("output/planner"), help="Models, text and runs.")
     add("--output", type=Path, help="Markdown file to write beside what is printed.")
     add("--only", default="", help="Cases that contain this text alone, as in 'sft 6m'.")
+    add(
+        "--memory_only", action="store_true", help="Do not measure the device, which takes longer than a run."
+    )
+    add("--report", action="store_true", help="Run nothing: the table of the runs that are in --folder.")
     return parser.parse_args(arguments)
 
 
@@ -319,15 +374,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run every case, print the table."""
     args = parse(arguments)
     folder, start, found = args.folder.resolve(), time.monotonic(), {}
-    import_libraries(folder)
-    if not (child := os.fork()):  # so that models that were written are no memory of the runs
-        prepare(folder, args.device)
-        os._exit(0)
-    os.waitpid(child, 0)
-    for case in cases(args.device):
-        if args.only in str(case):
-            found[case] = run(case, folder, args.device)
-            print(row(case, found[case])[0], file=sys.stderr, flush=True)
+    wanted = [case for case in cases(args.device) if args.only in str(case)]
+    if args.report:
+        for case in wanted:
+            with suppress(OSError):
+                found[case] = written_plan(case, folder)
+        wanted = []
+    else:
+        import_libraries(folder)
+        if not (child := os.fork()):  # so that models that were written are no memory of the runs
+            prepare(folder, args.device)
+            os._exit(0)
+        os.waitpid(child, 0)
+    for case in wanted:
+        found[case] = run(case, folder, args.device, with_seconds=not args.memory_only)
+        print(row(case, found[case])[0], file=sys.stderr, flush=True)
     text = report(found, args.device, (time.monotonic() - start) / 60)
     print(text)
     if args.output:

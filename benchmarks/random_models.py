@@ -1,5 +1,5 @@
-"""OPT models of random weights by size, for benchmarks: the layout of the issue's model, of OPT-125m and
-OPT-1.3b."""
+"""Models of random weights by size, for benchmarks: the layout of the issue's model, of OPT-125m and OPT-1.3b
+and of Llama."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "max_position_embeddings": 2048, "vocab_size": 50272},
     "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32,
                  "max_position_embeddings": 2048, "vocab_size": 50272},
+    "llama-13m": {"model_type": "llama", "hidden_size": 320, "num_hidden_layers": 7, "vocab_size": 8192,
+                  "intermediate_size": 864, "num_attention_heads": 5, "num_key_value_heads": 1,
+                  "max_position_embeddings": 1024},
+    "llama-58m": {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 6, "vocab_size": 32000,
+                  "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+                  "max_position_embeddings": 1024},
+    "llama-50m-tied": {"model_type": "llama", "hidden_size": 448, "num_hidden_layers": 14,
+                       "vocab_size": 32000, "intermediate_size": 1280, "num_attention_heads": 7,
+                       "max_position_embeddings": 1024, "tie_word_embeddings": True},
 }  # fmt: skip
-"""6.05 million parameters; OPT-125m's body with a small vocabulary; OPT-350m's size with OPT-1.3b's order
-of norms."""
+"""Those of OPT: 6.05 million parameters; OPT-125m's body with a small vocabulary; OPT-350m's size with
+OPT-1.3b's order of norms."""
 
 
 def word_tokenizer(vocab_size: int) -> Any:
@@ -36,17 +45,18 @@ def word_tokenizer(vocab_size: int) -> Any:
 def random_model(
     size: str, tokenizer: Any, *, device: str = "cpu", dtype: Any = None, scores: bool = False
 ) -> Any:
-    """An `OPTForCausalLM` of random weights, made on the device; with `scores` a classifier of one label."""
+    """A language model of random weights, made on the device; with `scores` a classifier of one label."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     shape = SHAPES[size]
     if len(tokenizer) > shape["vocab_size"]:
         raise ValueError(
             f"{len(tokenizer)} tokens do not fit the vocabulary of {size}, {shape['vocab_size']}"
         )
-    config = OPTConfig(
-        **shape, word_embed_proj_dim=shape["hidden_size"], dropout=0.0, bos_token_id=None,
+    of_opt = {"model_type": "opt", "word_embed_proj_dim": shape["hidden_size"], "dropout": 0.0}
+    config = AutoConfig.for_model(
+        **(shape if "model_type" in shape else of_opt | shape), bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dschat.arguments import PassSizes
+from dschat.distributed.heap import LARGE
 from dschat.planning.hardware import Hardware
 from dschat.planning.meta_pass import Rows
 from dschat.planning.models import PlannedModel
@@ -22,14 +23,9 @@ ROUND = 32
 """A KV cache has a multiple of so many columns, as in rlhf/rollout/decode_cache.py."""
 DRAWN = 16
 """Bytes per entry of the vocabulary and row while a token is drawn."""
-FREED = {0: 1.0, 1: 1.2, 2: 1.2, 3: 2.8}
-"""Bytes per trained weight, in units of its size, that malloc keeps on a CPU, by ZeRO stage: as measured in
-runs of 27 and 89 million weights, stages 1 and 2 between 0.5 and 1.4."""
-FREED_ACCUMULATING = {1: 1.6, 2: 1.6}
-"""The same where gradients of micro-batches add up, as measured with 85 million weights."""
-HOLES = 0.6
-"""The share of a forward pass's temporary blocks for which malloc finds no room among freed ones: 0.67, 0.54
-and 0.61 in runs that train adapters of 6, 27 and 89 million weights."""
+REUSED = 0.5
+"""The share of what the C library's heap has free between blocks in use where new ones find room: a freed
+block is too small for the next aligned one of its size (glibc's bug 14581), two neighbours hold one."""
 LIBRARIES = {"cpu": 20e6, "cuda": 0.0}
 """Bytes that libraries take on their first use, beside models: as a run of 6 million weights took, most of it
 pages of oneDNN's code."""
@@ -41,10 +37,9 @@ class Part:
 
     model: str
     kind: str
-    """weights, gradients, optimiser, activations, logits, KV cache, gathered weights, buffers, freed, holes.
+    """weights, gradients, optimiser, activations, logits, KV cache, gathered weights, buffers, heap.
 
-    Holes are what glibc's malloc leaves between activations on a CPU: an aligned block that was freed is too
-    small for the next aligned block of its size (glibc's bug 14581).
+    The heap is what glibc's malloc keeps on a CPU beside what is in use.
     """
     bytes: float
     on_host: bool = False
@@ -143,8 +138,8 @@ class EngineMemory:
         """What ZeRO-3 gathers for a pass."""
         if self._stage < 3 or (self.data_ranks == 1 and not self.model.spec.offload):
             return ()
-        live, ahead = min(self._weights, LIVE), min(self._weights, PREFETCHED)
-        return (self._part("gathered weights", (live + ahead) * self.model.element),)
+        gathered = min(self._weights, LIVE + PREFETCHED)
+        return (self._part("gathered weights", gathered * self.model.element),)
 
     def _bucket(self) -> Moment:
         """Buffers in which gradients are reduced. On a CPU what is not written to takes no memory."""
@@ -166,7 +161,9 @@ class EngineMemory:
         if self._stage == 0:
             flat = self._part("buffers", min(trained, BUCKET) * element)
             return (self._part("gradients", trained * element), flat)
-        share = self._share * trained if self._stage < 3 else min(trained, BUCKET)
+        share = self._share * trained
+        if self._stage == 3:  # a flat copy of the bucket, and Gloo's own on a CPU
+            share = (2 if self.hardware.is_cpu else 1) * min(trained, BUCKET)
         return (self._part("gradients", share * element), *self._bucket(), *self.gathered())
 
     def optimizer_step(self) -> Moment:
@@ -179,22 +176,6 @@ class EngineMemory:
             number += self.model.element
         share = self._share if self._stage else 1.0
         return (self._part("gradients", number * self._trained * share),)
-
-    def freed(self, *, is_over: bool = False) -> Moment:
-        """On a CPU: freed gradients and, at stage 3, whole weights that malloc keeps for later.
-
-        `is_over` is for what its update has left while another model learns.
-
-        Blocks below its largest threshold, 32 MiB, are not given back to the system, and those above it, in
-        which the optimiser steps, are not made of them.
-        """
-        if not self.hardware.is_cpu:
-            return ()
-        is_kept = is_over or self._stage or (self._is_low and self.data_ranks > 1)
-        by_stage = FREED | (FREED_ACCUMULATING if self.accumulates else {})
-        kept = by_stage[self._stage] if is_kept else 0.0
-        share = self._share if self._stage == 3 else 1.0
-        return (self._part("freed", kept * share * self._trained * self.model.element),)
 
     def building(self) -> Moment:
         """The engine at the worst moment of its construction."""
@@ -265,24 +246,33 @@ class MemoryModel:
         logits = (2 if trains else 1) * shape.logits.size(rows) if shape.logits else 0.0
         # Of a tensor-parallel layer the parts between its two products are shared out, about half of it.
         share = 1.0 if ranks == 1 else (1 + 1 / ranks) / 2
-        peak = shape.peak(rows)
-        holes = HOLES * (shape.asked_for(rows) - shape.kept(rows)) if trains and self.hardware.is_cpu else 0.0
         return (
-            Part(model.spec.name, "activations", max(peak - logits, 0.0) * share),
-            Part(model.spec.name, "holes", max(holes * share - self._room(model), 0.0)),
+            Part(model.spec.name, "activations", max(shape.peak(rows) - logits, 0.0) * share),
+            Part(model.spec.name, "heap", self._holes(model, rows) * share if trains else 0.0),
             Part(model.spec.name, "logits", logits),
         )
 
-    def _room(self, model: PlannedModel) -> float:
-        """On a CPU: what malloc keeps of the gradients of the step before, and a pass's holes lie in.
-
-        None where gradients of earlier micro-batches are there, where the backward pass computes activations
-        again beside its gradients, or where another model's passes come in between.
-        """
-        is_taken = self.sizes.accumulation > 1 or model.mode.recomputes
-        if is_taken or sum(m.spec.trained for m in self.models) > 1:
+    def _holes(self, model: PlannedModel, rows: Rows) -> float:
+        """On a CPU: what a forward pass leaves free in the heap between activations."""
+        if not self.hardware.is_cpu:
             return 0.0
-        return total(self._engine(model).freed(is_over=True))
+        shape = model.shape(rows, trains=True)
+        found = (1 - REUSED) * shape.freed(rows, below=LARGE)
+        if self.sizes.accumulation > 1:  # gradients stand in what the micro-batch before took
+            taken = found + shape.kept(rows, below=LARGE)
+            found += (1 - REUSED) * max(taken - self._gradients_in_heap(model), 0.0)
+        return found
+
+    def _gradients_in_heap(self, model: PlannedModel) -> float:
+        return model.counts.in_heap * model.element / model.tensor_ranks
+
+    def _left(self, model: PlannedModel, rows: Rows) -> Moment:
+        """What the heap has free on a CPU after the backward pass: gradients lie in it too, unless they came
+        before activations that were computed again."""
+        found = self._holes(model, rows) + model.shape(rows, trains=True).kept(rows, below=LARGE)
+        if model.spec.zero_stage == 0 and not model.mode.recomputes and self.sizes.accumulation == 1:
+            found -= min(self._gradients_in_heap(model), REUSED * found)
+        return (Part(model.spec.name, "heap", max(found, 0.0)),)
 
     def _rows(self, number: int) -> Rows:
         return Rows(number, self.sizes.length, self.sizes.num_outputs)
@@ -358,12 +348,9 @@ class MemoryModel:
             passed = self._pass(model, rows, trains=True)
             passed = (*passed, *(held if model is trained[0] else ()))
             ends = (engine.end_of_backward(), engine.optimizer_step())
-            if self.hardware.is_cpu:  # malloc keeps what activations took
-                others = [p for m in trained if m is not model for p in self._engine(m).freed(is_over=True)]
-                found += [(*standing, *end, *engine.freed(), *others, *passed) for end in ends]
-            else:
-                found.append((*standing, *engine.top_of_backward(), *passed))
-                found += [(*standing, *end) for end in ends]
+            left = self._left(model, rows) if self.hardware.is_cpu else ()
+            found.append((*standing, *engine.top_of_backward(), *passed))
+            found += [(*standing, *end, *left) for end in ends]
         return found
 
     def _evaluating(self) -> list[Moment]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
+from math import inf, isqrt
 from typing import Any
 
 import torch
@@ -88,21 +88,23 @@ class PassShape:
         """Bytes at the worst moment."""
         return max(_bytes_of(moment, rows) for moment in (*self.moments, self.saved)) + self._further(rows)
 
-    def kept(self, rows: Rows) -> float:
-        """Bytes that the forward pass leaves for the backward pass, logits among them."""
-        return _bytes_of(self.saved, rows) + self._further(rows)
+    def kept(self, rows: Rows, *, below: float = inf) -> float:
+        """Bytes that the forward pass leaves for the backward pass, logits among them, in blocks `below` a
+        size in bytes."""
+        return _bytes_of(self.saved, rows, below) + self._further(rows, below)
 
-    def asked_for(self, rows: Rows) -> float:
-        """Bytes of all that the forward pass allocates."""
-        further = (self.num_layers - NUM_LAYERS) * _bytes_of(self.allocated_layer, rows)
-        return _bytes_of(self.allocated, rows) + further
+    def freed(self, rows: Rows, *, below: float) -> float:
+        """Bytes in such blocks that the forward pass allocates and does not leave."""
+        further = (self.num_layers - NUM_LAYERS) * _bytes_of(self.allocated_layer, rows, below)
+        return _bytes_of(self.allocated, rows, below) + further - self.kept(rows, below=below)
 
-    def _further(self, rows: Rows) -> float:
-        return (self.num_layers - NUM_LAYERS) * _bytes_of(self.layer, rows)
+    def _further(self, rows: Rows, below: float = inf) -> float:
+        return (self.num_layers - NUM_LAYERS) * _bytes_of(self.layer, rows, below)
 
 
-def _bytes_of(blocks: Blocks, rows: Rows) -> float:
-    return sum(number * block.size(rows) for block, number in blocks.items())
+def _bytes_of(blocks: Blocks, rows: Rows, below: float = inf) -> float:
+    sizes = ((block.size(rows), number) for block, number in blocks.items())
+    return sum(number * size for size, number in sizes if size < below)
 
 
 class Recorder(TorchDispatchMode):

@@ -16,7 +16,7 @@ from dschat.planning.timing import Timing
 from dschat.runs.measured_choices import MeasuredChoices
 
 GB = 1e9
-OF_PASSES = ("activations", "logits", "holes")
+OF_PASSES = ("activations", "logits", "heap")
 """Kinds of parts that malloc on a CPU may hold more than once, for rows of other widths."""
 
 

@@ -26,9 +26,6 @@ from dschat.runs.output_folder import METRICS
 
 PLAN = "plan.json"
 """The file of the plan in a run's folder."""
-MUCH = 0.25
-"""A plan that takes a smaller share of the memory names no flags that would cut it: to find them takes tenths
-of a second."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class RunPlan:
         steps: int,
         mean_length: float | None = None,
     ) -> "RunPlan":
-        """Print the plan, where it takes `MUCH` with what would cut most, and write it to plan.json.
+        """Print the plan and what would cut its memory most, and write it to plan.json.
 
         `specs_of` tells the models of arguments, `longest` is the length of the longest row in tokens,
         `mean_length` that of all rows, padding included, and `steps` how many optimiser steps (step 3: PPO
@@ -70,8 +67,7 @@ class RunPlan:
         try:
             with torch.random.fork_rng(devices=[]):
                 plan = planned(args, choices=choices, mean_length=mean_length, steps=steps)
-                is_much = plan.peak >= MUCH * hardware.usable
-                saving = cut_most(args, plan, planned) if is_much else []
+                saving = cut_most(args, plan, planned) if is_main_process() else []
         except Exception as error:  # the code of a family may do anything on the meta device
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             messages.note(f"no plan of memory and time: no pass without weights ({reason}).")

@@ -12,8 +12,16 @@ PLAN = {
 
 def test_a_row_has_what_was_planned_beside_what_was_measured_and_names_what_is_far_off():
     line, off = planner.row(planner.Case("sft", "6m", "--zero_stage 2"), PLAN)
+    assert line.startswith("|  | sft | 6m | 1 | 4 x 128 | `--zero_stage 2` |")
     assert "| train | 900 | 1,000 | -10% | 2.5 | 1.75 | +43% |" in line
-    assert off == ["seconds of sft 6m 1 --zero_stage 2: +43%"]
+    assert off == ["seconds of sft 6m 1 4 x 128 --zero_stage 2: +43%"]
+
+
+def test_seconds_stand_only_where_they_were_planned_and_runs_that_were_held_out_say_so():
+    line, off = planner.row(planner.Case("rlhf", "6m", answer=32, is_held_out=True), PLAN | {"seconds": None})
+    assert line.startswith("| held out | rlhf | 6m | 1 | 4 x 96 + 32 |  |")
+    assert line.endswith("| -10% |  |  |  |  |")
+    assert off == []
 
 
 def test_a_run_that_failed_is_a_row_too():

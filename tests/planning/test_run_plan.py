@@ -8,8 +8,6 @@ from plans import arguments, specs_of
 from tiny import save_tiny_model
 
 from dschat.distributed.device import peak_memory_gib
-from dschat.planning import run_plan as run_plan_module
-from dschat.planning.hardware import Hardware
 from dschat.planning.run_plan import PLAN, RunPlan, measured_seconds, resident_memory
 from dschat.runs.measured_choices import MeasuredChoices
 
@@ -25,21 +23,13 @@ def run_plan(tmp_path, capsys):
 def test_a_run_says_what_was_predicted_and_what_was_measured(run_plan, tmp_path, capsys):
     lines = [{"step": n, "seconds_forward_backward": n, "seconds_optimizer": 0.5} for n in (9, 2, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "plan: would cut most: --" in capsys.readouterr().out  # however much memory there is
     run_plan.finish()
     assert "predicted" in capsys.readouterr().out
     written = json.loads((tmp_path / PLAN).read_text())
     assert written["steps"] == 7
     assert written["measured"]["seconds"] == {"forward_backward": 3.0, "optimizer": 0.5}
     assert written["measured"]["device_peak"] >= 0
-
-
-def test_flags_that_would_cut_memory_are_named_where_the_run_takes_much_of_it(tmp_path, monkeypatch, capsys):
-    args = arguments("sft", f"--model_name_or_path={save_tiny_model(tmp_path / 'm')}")
-    for room, is_named in ((1e12, False), (1e8, True)):
-        hardware = Hardware(device="cpu", device_memory=room)
-        monkeypatch.setattr(run_plan_module, "this_hardware", lambda hardware=hardware: hardware)
-        RunPlan.begin(args, specs_of, MeasuredChoices(folder=tmp_path), longest=512, steps=7)
-        assert ("would cut most" in capsys.readouterr().out) is is_named
 
 
 def test_runs_without_metrics_have_no_seconds(tmp_path):
