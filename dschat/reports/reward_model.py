@@ -295,7 +295,7 @@ def _cells(estimate: dict[str, float | None], form: str) -> tuple[str, str]:
     value, low, high = (
         "-" if x is None else f"{x:{form}}" for x in (estimate[n] for n in ("value", "low", "high"))
     )
-    return value, f"{low} to {high}"
+    return value, "unknown" if low == "-" else f"{low} to {high}"
 
 
 def _sample(number: int, wrong: dict[str, Any]) -> Samples:

@@ -29,19 +29,20 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        return self.shown(".3f")
 
     def shown(self, form: str) -> str:
         """All three numbers in a format, such as ".1%"."""
-        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+        known = f"{self.low:{form}} to {self.high:{form}}" if self.low <= self.high else "interval unknown"
+        return f"{self.value:{form}} ({known})"
 
 
 def mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """The mean and its interval by the standard error clustered by group; both [N].
 
-    With G groups the quantile is that of the normal distribution: it is narrow for fewer than about 20.
+    With G groups the quantile is that of the normal distribution: narrow for fewer than 20, and NaN for one.
     """
-    value, error = float(values.mean()), _error(values, groups)
+    value, error = float(values.mean()), _error(values, groups) if len(np.unique(groups)) > 1 else math.nan
     return Estimate(value, value - Z * error, value + Z * error)
 
 

@@ -27,9 +27,8 @@ def checked(name: str, value: Any, *, most: float | None = None) -> float:
     low, high = BOUNDS[name]
     high = high if most is None else min(high, most)
     kind = type(DEFAULTS[name])
-    problem = (
-        f"{name} must be a {'whole ' if kind is int else ''}number in [{low:g}, {high:g}], got {value!r}."
-    )
+    whole, opened = "whole " if kind is int else "", "(" if name == "top_p" else "["
+    problem = f"{name} must be a {whole}number in {opened}{low:g}, {high:g}], got {value!r}."
     try:
         number = kind(value) if isinstance(value, str) else value
     except ValueError as error:

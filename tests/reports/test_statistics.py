@@ -93,6 +93,9 @@ def test_nothing_is_known_of_one_group():
     found = bootstrapped(lambda column: float(column.mean()), [np.arange(4.0)], np.zeros(4, int))
     assert found.value == 1.5
     assert math.isnan(found.low)
+    several = mean(np.array([1.0, 1.0, 0.0]), np.zeros(3, dtype=int))
+    assert (several.value, several.low != several.low) == (2 / 3, True)
+    assert several.shown("+.1%") == "+66.7% (interval unknown)"
 
 
 def test_the_interval_of_agresti_and_coull_by_hand():

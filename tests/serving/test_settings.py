@@ -22,6 +22,8 @@ def test_what_cannot_be_sampled_with_is_refused(name, value):
 
 
 def test_bounds_are_part_of_the_ranges():
+    with pytest.raises(UserError, match=r"top_p must be a number in \(0, 1\], got 0\."):
+        checked("top_p", 0)
     assert [checked("top_p", 1), checked("temperature", "0"), checked("max_tokens", 7.0)] == [1, 0, 7]
     with pytest.raises(UserError, match=r"whole number in \[1, 64\], got 65"):
         checked("max_tokens", 65, most=64)
