@@ -9,6 +9,8 @@ from torch.testing import assert_close
 EPSILON = 1e-3
 """Adam's: with its own default rounding in a gradient that ought to be 0, such as a key's bias has, is a step
 of the whole learning rate."""
+COMPARED = {"adam_epsilon": EPSILON, "export_actor": "last"}
+"""Flags of step 3, so that the actor that is compared is one that has learned."""
 
 
 def assert_alike(one: Path, other: Path, *, exactly: bool) -> None:

@@ -64,8 +64,19 @@ def build_optimizer(
         "eps": args.adam_epsilon,
     }
     if offload:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+        optimizer.register_step_pre_hook(_take_powers_of_betas)
+        return optimizer
     return torch.optim.AdamW(groups, fused=get_accelerator().device_name() in ("cuda", "cpu"), **settings)
+
+
+def _take_powers_of_betas(optimizer: Any, *_: Any) -> None:
+    """Have DeepSpeed's Adam correct its moments' bias by powers of the betas in every step.
+
+    It multiplies the powers up from step to step and takes them anew after a checkpoint only, which rounds
+    otherwise: a resumed run would differ from one that was not stopped.
+    """
+    optimizer.ds_opt_adam.create_adam(optimizer.opt_id, 0, 0, 0, 0, 0, optimizer.adam_w_mode, False)
 
 
 def train_config(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny import save_tiny_model, tiny_tokenizer
@@ -5,7 +7,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments, OptimizerArguments, RunArguments
-from dschat.engines.build import frozen_config, note_long_warmup, parameter_groups, train_config
+from dschat.engines.build import (
+    build_optimizer,
+    frozen_config,
+    note_long_warmup,
+    parameter_groups,
+    train_config,
+)
 from dschat.engines.schedule import learning_rate_schedule
 from dschat.errors import UserError
 from dschat.models.loading import create_hf_model
@@ -56,6 +64,23 @@ def test_the_schedule_scales_every_group(model):
     scheduler.step()
     # Three of four steps remain.
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1.5e-4, 0.75e-5, 0.75e-5])
+
+
+@pytest.mark.slow  # compiles DeepSpeed's Adam where nothing has before
+def test_an_offloaded_adam_goes_on_after_a_checkpoint_to_the_last_bit():
+    layers = [nn.Linear(64, 1, bias=False) for _ in range(2)]
+    args, settings = ModelArguments(model_name_or_path="m", learning_rate=0.1), OptimizerArguments()
+    whole, resumed = (build_optimizer(layer, args, settings, offload=True) for layer in layers)
+    for step in range(1, 13):
+        gradient = torch.randn(1, 64, generator=torch.Generator().manual_seed(step))
+        layers[0].weight.grad = layers[1].weight.grad = gradient
+        whole.step()
+        if step == 5:
+            resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+            layers[1].load_state_dict(layers[0].state_dict())
+        elif step > 5:
+            resumed.step()
+            assert torch.equal(layers[1].weight, layers[0].weight), step
 
 
 def test_a_warm_up_of_most_of_the_run_is_said_once(capsys):

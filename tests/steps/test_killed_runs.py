@@ -72,7 +72,7 @@ def test_step_3(stage, tensor_ranks, tmp_path):
     save_models_and_pairs(tmp_path)
     options = {f"{model}_tensor_parallel_size": tensor_ranks for model in ("actor", "critic")}
     options |= {"actor_zero_stage": stage, "critic_zero_stage": stage, "save_interval": 2}
-    options |= {**STEERED, **HALF_A_RANK}
+    options |= {"export_actor": "last", **STEERED, **HALF_A_RANK}
     ranks = 2 * tensor_ranks
     whole, killed = ({"flags": flags_of(tmp_path, name, options)} for name in ("whole", "killed"))
     (tmp_path / "whole.json").write_text(json.dumps([whole]))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from alike_runs import EPSILON, assert_alike
+from alike_runs import COMPARED, EPSILON, assert_alike
 from processes import ROOT, python
 from test_ppo_resume import HALF_A_RANK, STEERED, flags_of, save_models_and_pairs
 from tiny import save_counting_pairs, save_tiny_model
@@ -104,10 +104,10 @@ def test_a_run_goes_on_with_another_number_of_data_ranks(before, after, tmp_path
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_step_3(tmp_path, ranks):
     save_models_and_pairs(tmp_path)
-    shape = {"adam_epsilon": EPSILON, **(HALF_A_RANK if ranks == 4 else {})}
+    shape = COMPARED | (HALF_A_RANK if ranks == 4 else {})
     whole, shared = [], []
     for name, (options, sizes) in PPO.items():
-        alone = options | {"adam_epsilon": EPSILON}
+        alone = options | COMPARED
         whole.append({"flags": flags_of(tmp_path, f"whole/{name}", alone)})
         shared.append({"flags": flags_of(tmp_path, f"shared/{name}", shape | options | sizes)})
         stopped = flags_of(tmp_path, f"resumed/{name}", shape | options | sizes)

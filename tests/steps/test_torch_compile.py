@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from alike_runs import EPSILON, assert_alike
+from alike_runs import COMPARED, EPSILON, assert_alike
 from processes import ROOT, python
 from test_ppo_resume import flags_of, save_models_and_pairs
 from tiny import save_counting_pairs, save_tiny_model
@@ -61,7 +61,7 @@ def test_steps_1_and_2_and_dpo(case, tmp_path):
 def test_step_3(tmp_path):
     save_models_and_pairs(tmp_path)
     names = ("plain", "compiled", "stopped")
-    plain, compiled, stopped = (flags_of(tmp_path, name, {"adam_epsilon": EPSILON}) for name in names)
+    plain, compiled, stopped = (flags_of(tmp_path, name, COMPARED) for name in names)
     runs = [{"flags": plain}, {"flags": [*compiled, COMPILED]}]
     runs.append({"flags": [*stopped, COMPILED], "stop_after": 5})
     runs.append({"flags": [*stopped, COMPILED, "--resume_from_checkpoint=latest"]})

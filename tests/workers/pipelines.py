@@ -50,6 +50,7 @@ CASES = {
     "recomputed": ("sft", "opt", ["--gradient_checkpointing"]),
     "recomputed_lora": ("reward", "llama", [*LORA, "--only_optimize_lora", "--gradient_checkpointing"]),
     "packed": ("sft", "llama", ["--packing=on"]),
+    "partial": ("sft", "qwen3", ["--gradient_accumulation_steps=3"]),  # 12 rows a step, the last has 7
     "budget": ("sft", "qwen3", ["--max_tokens_per_batch=300"]),
     "best": ("reward", "opt", ["--export_model=best", "--eval_interval=1", "--eval_iters=1"]),
     "bf16": ("sft", "qwen3", ["--dtype=bf16"]),
@@ -68,6 +69,7 @@ RESUMED = (
     "sft_llama_1",
     "lora",
     "lora_only",
+    "partial",
     "bf16",
     "bf16_1",
     "dropout",

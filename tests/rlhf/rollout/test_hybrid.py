@@ -171,6 +171,7 @@ def test_a_stopped_run_goes_on_bit_by_bit_on_two_ranks(family, tmp_path):
     runs = []
     for stage in (0, 3):
         options = HALF_A_RANK | {"actor_zero_stage": stage, "enable_hybrid_engine": True}
+        options["export_actor"] = "last"
         whole, stopped = (flags_of(tmp_path, f"{name} {stage}", options) for name in ("whole", "stopped"))
         runs += [{"flags": whole}, {"flags": stopped, "stop_after": 5}]
         runs.append({"flags": [*stopped, "--resume_from_checkpoint=latest"]})
