@@ -224,7 +224,7 @@ class Comparison:
 def compare(args: argparse.Namespace) -> Comparison:
     """Ask all models, and compare their answers."""
     from dschat.rlhf.answering import check_vocabularies, load
-    from scripts.compare_scores import Said, check_files, score_all
+    from scripts.compare_scores import Said, check_files, reward_models, score_all, text_sources
 
     check_files(args)
     asked = read_prompts(args)
@@ -232,6 +232,10 @@ def compare(args: argparse.Namespace) -> Comparison:
     for warning in asked.warnings:
         print(f"WARNING: {printable(warning)}.", flush=True)
     models = {name: load(path, f"--model {name}=") for name, path in args.models.items()}
+    rewards, sources = (
+        reward_models(args),
+        text_sources(args, asked.rows),
+    )  # before the answers take their time
     found = Comparison(asked, {}, {})
     reference: str | None = args.reference or next(iter(models))
     try:
@@ -250,7 +254,7 @@ def compare(args: argparse.Namespace) -> Comparison:
         found.answers[name] = one.answers.texts
         found.figures[name] = {**one.answers.metrics, "repetition": repetition(one.answers)}
     measure(found, said, args, reference)
-    found.scores = score_all(args, said)
+    found.scores = score_all(said, rewards, sources)
     if args.demo_task:
         add_demo_task(found)
     add_wins(found, args)

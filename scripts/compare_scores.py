@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dschat.console import messages
 from dschat.errors import UserError
 from dschat.reports.statistics import Estimate, mean, rate
 
@@ -37,12 +38,23 @@ def reward_model_names(paths: list[str]) -> dict[str, str]:
     return found
 
 
-def score_all(args: argparse.Namespace, said: dict[str, Said]) -> dict[str, dict[str, np.ndarray]]:
-    """Scores [N] by source and model, NaN where an answer has none. Raises `UserError`."""
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    for source, path in reward_model_names(args.reward_model).items():
-        scores[source] = by_reward_model(path, said)
-    for source in text_sources(args, said):
+def reward_models(args: argparse.Namespace) -> dict[str, AskedModel]:
+    """Those of --reward-model by their names. Raises `UserError`."""
+    from dschat.rlhf.answering import load_reward_model
+
+    names = reward_model_names(args.reward_model)
+    return {name: load_reward_model(path, "--reward-model") for name, path in names.items()}
+
+
+def score_all(
+    said: dict[str, Said], rewards: dict[str, AskedModel], sources: list[Any]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Scores [N] by reward model or other source and model, NaN where an answer has none.
+
+    Raises `UserError`.
+    """
+    scores = {name: by_reward_model(reward, said) for name, reward in rewards.items()}
+    for source in sources:
         scores[source.name] = {name: by_text(source, one) for name, one in said.items()}
     for source, of_models in scores.items():
         for name, values in of_models.items():
@@ -51,18 +63,17 @@ def score_all(args: argparse.Namespace, said: dict[str, Said]) -> dict[str, dict
     return scores
 
 
-def by_reward_model(path: str, said: dict[str, Said]) -> dict[str, np.ndarray]:
+def by_reward_model(reward: AskedModel, said: dict[str, Said]) -> dict[str, np.ndarray]:
     """A reward model's scores of every model's answers."""
-    from dschat.rlhf.answering import load_reward_model, reward_scores
+    from dschat.rlhf.answering import reward_scores
 
-    reward = load_reward_model(path, "--reward-model")
     return {
         name: reward_scores(reward, one.model, one.prompts, one.answers).double().numpy()
         for name, one in said.items()
     }
 
 
-def text_sources(args: argparse.Namespace, said: dict[str, Said]) -> list[Any]:
+def text_sources(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[Any]:
     """The functions and endpoints, which read text. Raises `UserError` for one that cannot be used."""
     from dschat.arguments import RewardSourceArguments
     from dschat.rlhf.rewards.endpoint import RewardEndpoint
@@ -72,7 +83,6 @@ def text_sources(args: argparse.Namespace, said: dict[str, Said]) -> list[Any]:
     settings = RewardSourceArguments(
         reward_function=args.reward_function, reward_endpoint=args.reward_endpoint
     )
-    rows = next(iter(said.values())).rows
     available = tuple(sorted({column_name(name) for row in rows for name in row}))
     size, seconds = settings.reward_batch_size, settings.reward_timeout
     functions = [
@@ -96,7 +106,7 @@ def by_text(source: Any, one: Said) -> np.ndarray:
     """A function's or an endpoint's scores of a model's answers."""
     from dschat.rlhf.rewards.retokenize import prompt_texts
     from dschat.rlhf.rewards.sources import column_name
-    from dschat.rlhf.rewards.text_answers import TextAnswers
+    from dschat.rlhf.rewards.text_answers import Problem, TextAnswers
 
     texts = [text for batch in one.answers.batches for text in prompt_texts(batch, one.model.tokenizer)]
     places = np.concatenate([batch.prompt_rows.cpu().numpy() for batch in one.answers.batches])
@@ -104,6 +114,11 @@ def by_text(source: Any, one: Said) -> np.ndarray:
     names = sorted({name for row in one.rows for name in row})
     columns = {column_name(name): [row.get(name) for row in one.rows] for name in names}
     scores = source.score(TextAnswers(prompts, one.answers.texts, columns))
+    problems = [score.text for score in scores if isinstance(score, Problem)]
+    if problems:
+        messages.warning(
+            f"{source.name} has no score for {len(problems)} of {len(scores)} answers: {problems[0]}"
+        )
     return np.array([score if isinstance(score, float) else np.nan for score in scores])
 
 

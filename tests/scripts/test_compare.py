@@ -324,6 +324,17 @@ def test_prompts_that_models_were_trained_on_are_asked_with_a_warning_and_runs_m
         compare.compare(of_run(run, "--html", "nowhere/c.html"))
 
 
+def test_what_cannot_score_is_told_before_the_answers_and_why_it_gives_no_score(run, tmp_path, capsys):
+    (tmp_path / "no.py").write_text("def no(prompts, answers):\n    raise ValueError('no idea')\n")
+    for flags in (["--reward-function", f"{tmp_path / 'no.py'}:yes"], ["--reward-model", run / "other"]):
+        with pytest.raises(UserError, match=r"no function 'yes'|A reward model comes from step 2"):
+            compare.compare(of_run(run, *flags))
+    assert "answers in" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no gives none of the answers"):
+        compare.compare(of_run(run, "--reward-function", f"{tmp_path / 'no.py'}:no", "--num-prompts", "1"))
+    assert "no has no score for 1 of 1 answers: ValueError: no idea (no.py:2)" in capsys.readouterr().out
+
+
 def test_repetition_is_the_share_of_pieces_of_four_tokens_that_stood_there_before():
     ids = torch.tensor([[1, 2, 1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 0, 0, 0, 0, 0]])
     batch = SimpleNamespace(answers=ids, answer_lengths=torch.tensor([8, 8, 3]))
