@@ -136,13 +136,13 @@ class ReadableParser(argparse.ArgumentParser):
         for key, value in values_in(file, self.prefixes).items():
             spelt = (f"--{key}", f"--{key.replace('-', '_')}", f"--{key.replace('_', '-')}")
             flag = next((name for name in spelt if name in self._option_string_actions), None)
-            if flag is None:
+            if flag in (None, "--config", "--help"):
                 meant = self.explain(key)
                 hint = f" ({meant})" if meant else ""
                 raise UserError(f"--config {file}: unknown flag {key}{hint}. --help lists every flag.")
             action = self._option_string_actions[flag]
             if action not in replaced:
-                found += words_of(file, flag, value, is_switch=action.nargs == 0)
+                found += words_of(file, flag, value, action)
         return found
 
     def own_words(self, words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 """--config FILE: flags of a program from a YAML or JSON file, as words of its command line."""
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,10 @@ def values_in(path: Path, prefixes: Mapping[str, str]) -> dict[str, Any]:
         elif name in prefixes:
             found |= {prefixes[name] + key: v for key, v in value.items() if key not in ("prefix", *STARTING)}
         else:
-            raise UserError(f"--config {path}: {name} holds a mapping, and no group of flags is called so.")
+            groups = f" (there are {', '.join(prefixes)})" if prefixes else ""
+            raise UserError(
+                f"--config {path}: {name} holds a mapping, and no group of flags is called so{groups}."
+            )
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 
@@ -60,10 +64,10 @@ def _kind(value: Any) -> str:
     return "list" if isinstance(value, list) else "single value"
 
 
-def words_of(path: Path, flag: str, value: Any, *, is_switch: bool = False) -> list[str]:
-    """A flag and its value as words of a command line; a switch is a flag that takes no value.
+def words_of(path: Path, flag: str, value: Any, action: argparse.Action) -> list[str]:
+    """A flag and its value, or its values, as the words of a command line that `action` reads.
 
-    Raises `UserError` for a value that no flag has, and for one whose password was not kept in the file.
+    Raises `UserError` for a value that the flag cannot have, and for one whose password was not kept.
     """
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
@@ -74,13 +78,17 @@ def words_of(path: Path, flag: str, value: Any, *, is_switch: bool = False) -> l
                 f"--config {path}: the password or token in {flag[2:]} was not kept; give {flag} on the "
                 "command line."
             )
-    if is_switch:
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"--config {path}: {flag[2:]} must be true or false, got {value!r}.")
         return [flag] if value else []
     if isinstance(value, bool):
         return [f"{flag}={str(value).lower()}"]
-    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        return [flag, *map(str, value)]
+    if len(entries) > 1 and not isinstance(action, argparse._AppendAction):
+        raise UserError(f"--config {path}: {flag[2:]} takes one value, got {value}.")
+    return [f"{flag}={entry}" for entry in entries]
 
 
 def without_config(words: Sequence[str]) -> tuple[list[str], Path | None]:

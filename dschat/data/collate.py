@@ -158,9 +158,7 @@ def _token_batch(input_ids: np.ndarray, attention_mask: np.ndarray, is_label: np
     """Rows [B, L] with labels from the first column on that has one: what stands before needs no logits."""
     first = int(is_label.any(axis=0).argmax())
     return TokenBatch.of(
-        _integers(input_ids),
-        torch.from_numpy(is_label[:, first:]),
-        attention_mask=_integers(attention_mask),
+        _integers(input_ids), torch.from_numpy(is_label[:, first:]), attention_mask=_integers(attention_mask)
     )
 
 

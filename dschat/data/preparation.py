@@ -180,9 +180,7 @@ def _prepare(
         }
     )
     folder = cached(
-        cache_folder(data.data_output_path),
-        key,
-        lambda place: _build(place, task, data, seed, sources, form),
+        cache_folder(data.data_output_path), key, lambda place: _build(place, task, data, seed, sources, form)
     )
     try:
         report = json.loads((folder / "report.json").read_text())

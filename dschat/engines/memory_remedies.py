@@ -124,11 +124,7 @@ def memory_flags(args: StepArguments) -> MemoryFlags:
     return MemoryFlags(
         run=args.run,
         models=(args.actor, args.critic),
-        batches={
-            PhaseKind.SAMPLING: rollout,
-            PhaseKind.ANALYZING: minibatch,
-            PhaseKind.TRAINING: minibatch,
-        },
+        batches={PhaseKind.SAMPLING: rollout, PhaseKind.ANALYZING: minibatch, PhaseKind.TRAINING: minibatch},
         length=("max_answer_seq_len", args.rollout.max_answer_seq_len, 1),
         gather=args.rollout.rollout_gather if may_gather else None,
         holds_first_pass=args.rlhf.reuse_first_pass == "both" and args.ppo.has_critic,

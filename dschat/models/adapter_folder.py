@@ -1,6 +1,7 @@
 """Adapter folders as PEFT writes them, and the whole model of an adapter and its base."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def merged_model(
     model = model_class.from_pretrained(base, config=config, dtype="auto", **source, **loading_consent())
     _grow(model, tokenizer, state)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks models by a name that is going
+            adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"the adapter in {folder} does not fit {base!r}: {reason}.") from error

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -29,7 +31,7 @@ EVERYWHERE = ("rotary_emb",)
 """Parts without weights that every stage needs."""
 
 
-OF_TUPLES = ("gptj", "bloom", "falcon")
+OF_TUPLES = ("bloom", "falcon", *(("gptj",) if Version(transformers.__version__) < Version("5.24") else ()))
 """Kinds of models whose layers return a tuple, the hidden states first."""
 
 

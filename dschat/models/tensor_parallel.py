@@ -39,6 +39,9 @@ KINDS = {
 }
 """What transformers' plans call the ways to share a layer, and what `shard_layers` does."""
 
+WHOLE = "embedding_rowwise"
+"""What plans from transformers 5.24 on share besides; here every rank keeps all rows of the embeddings."""
+
 
 def check_tensor_parallel(model_name_or_path: str, args: ModelArguments) -> None:
     """Raise `UserError` where --tensor_parallel_size ranks cannot share the model's layers. Reads no weights.
@@ -112,7 +115,7 @@ def _plan(config: PretrainedConfig) -> dict[str, str] | None:
         return dict(zip(OWN_PLANS[config.model_type], ("column", "column", "row", "row"), strict=True))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     plan = getattr(config, "base_model_tp_plan", None)
-    if not plan or not set(plan.values()) <= KINDS.keys():
+    if not plan or not set(plan.values()) <= {WHOLE, *KINDS}:
         return None
     of_head = {} if config.tie_word_embeddings else getattr(model_class, "_tp_plan", None) or {}
     return {name: KINDS[kind] for name, kind in {**plan, **of_head}.items() if kind in KINDS}

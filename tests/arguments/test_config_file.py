@@ -74,7 +74,9 @@ def test_a_flag_replaces_the_one_in_the_file_that_excludes_it(tmp_path):
         ("- learning_rate", ["must hold a mapping of flags to values, not a list"]),
         ("seed: 1\nseed: 2", ["line 2: seed is given twice"]),
         ("seed: [1", ["cannot be read as YAML or JSON"]),
-        ("speed: {seed: 1}", ["speed holds a mapping, and no group of flags is called so"]),
+        ("speed: {seed: 1}", ["speed holds a mapping, and no group of flags is called so (there are data,"]),
+        ("learning_rate: [1, 2]", ["learning_rate takes one value, got [1, 2]"]),
+        ("config: other.yaml", ["unknown flag config"]),
         ("run: {seed: {a: 1}}", ["seed must be a word, a number or a list of them"]),
         ("data_path: https://***@host/d", ["password or token in data_path was not kept; give --data_path"]),
     ],
@@ -98,6 +100,13 @@ def test_no_file_no_second_file_and_none_that_is_not_there(tmp_path):
             parse_arguments("reward", [*REWARD, *words])
         assert problem in str(error.value)
     assert without_config(["--a", "--", "--config"])[0] == ["--a", "--", "--config"]
+
+
+def test_a_flag_that_is_given_again_for_each_value_takes_a_list(tmp_path):
+    parser = ReadableParser()
+    parser.add_argument("--model", action="append")
+    file = written(tmp_path, "model: [a=-x, b=y]")
+    assert parser.parse_args(["--config", file]).model == ["a=-x", "b=y"]
 
 
 def test_a_switch_of_a_tool_is_there_or_not(tmp_path):
