@@ -28,6 +28,7 @@ from dschat.program import readable_errors
 if TYPE_CHECKING:  # torch takes seconds to import, and --help is to answer at once
     from dschat.planning.hardware import Hardware
     from dschat.planning.models import Spec
+    from dschat.planning.plan import Plan
     from dschat.planning.slices import Slices
     from dschat.runs.measured_choices import MeasuredChoices
 
@@ -51,9 +52,33 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     own, rest = parser.own_words(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
     args.step = "rlhf" if args.step == "ppo" else args.step
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, got {args.gpus}.")
+    for name in ("gpus", "gpus_per_host", "steps"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} must be at least 1, got {number}.")
+    if args.price_per_hour < 0:
+        raise UserError(f"--price_per_hour must not be negative, got {args.price_per_hour:g}.")
+    if args.gpus is not None and args.gpus > args.gpus_per_host and args.gpus % args.gpus_per_host:
+        raise UserError(
+            f"--gpus {args.gpus} are no whole hosts of --gpus_per_host {args.gpus_per_host}: hosts are alike."
+        )
     return args, rest
+
+
+def memory_of_gpu(flag: str, text: str) -> float:
+    """The bytes that a flag names. Raises `UserError` where tensors would have none of them."""
+    from dschat.planning.hardware import CUDA_CONTEXT, bytes_of
+
+    try:
+        found = bytes_of(text)
+    except UserError as error:
+        raise UserError(f"--{flag} {error}") from None
+    if found <= CUDA_CONTEXT:
+        raise UserError(
+            f"--{flag} {text} is {found:,.0f} bytes, of which a GPU's libraries take {CUDA_CONTEXT:,.0f}; "
+            "write it as in 24GB or 24GiB."
+        )
+    return found
 
 
 def hardware_of(args: argparse.Namespace) -> "Hardware":
@@ -67,7 +92,7 @@ def hardware_of(args: argparse.Namespace) -> "Hardware":
         device="cuda",
         ranks=gpus,
         ranks_per_host=min(gpus, args.gpus_per_host),
-        device_memory=bytes_of(args.fit or args.gpu_memory),
+        device_memory=memory_of_gpu("gpu_memory" if args.fit is None else "fit", args.fit or args.gpu_memory),
         host_memory=bytes_of(args.host_memory) if args.host_memory else 0.0,
     )
 
@@ -116,12 +141,24 @@ def command(step: TrainingStep, words: Sequence[str], flags: dict[str, Any], gpu
     for name, value in flags.items():
         if value is True:
             kept.append(f"--{name}")
-        elif value not in (False, None):
+        elif value is not False:
             kept.append(f"--{name} {value}")
     hosts = -(-gpus // per_host)
     launcher = f"torchrun --nproc_per_node {min(gpus, per_host)}" if gpus > 1 else "python"
-    launcher += f" --nnodes {hosts}" if hosts > 1 else ""
+    launcher += f" --nnodes {hosts} --rdzv_backend c10d --rdzv_endpoint FIRST_HOST:29500" if hosts > 1 else ""
     return " ".join([launcher, PROGRAMS[step.step], *kept])
+
+
+def plan_lines(plan: "Plan", price_per_hour: float) -> list[str]:
+    """The plan, and where a price was given without what it is multiplied with, what is missing."""
+    found = plan.lines(price_per_hour=price_per_hour)
+    if price_per_hour and plan.seconds is None:
+        found.append(
+            "plan: no cost, as the time of a step is not known: it is measured on a device of that kind"
+        )
+    elif price_per_hour and plan.steps is None:
+        found.append("plan: no cost, as the number of steps is not known: give --steps")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,13 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, words = parse(argv)
     step: Any = parse_arguments(own.step, words)
     from dschat.distributed.mesh import is_main_process
-    from dschat.planning.plan import Plan, plan_of
+    from dschat.planning.plan import plan_of
     from dschat.planning.savings import cut_most, fitting, savings_lines
     from dschat.runs.measured_choices import MeasuredChoices
 
     hardware = hardware_of(own)
 
-    def planned(step: TrainingStep, **options: Any) -> Plan:
+    def planned(step: TrainingStep, **options: Any) -> "Plan":
         return plan_of(step, specs_of(step), hardware, steps=own.steps, **options)
 
     choices = MeasuredChoices()
@@ -153,9 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         flags, plan = found
         print(command(step, words, flags, hardware.ranks, hardware.ranks_per_host))
-        print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
+        print(*plan_lines(plan, own.price_per_hour), sep="\n")
         return 0
-    print(*plan.lines(price_per_hour=own.price_per_hour), sep="\n")
+    print(*plan_lines(plan, own.price_per_hour), sep="\n")
     print(*savings_lines(cut_most(step, plan, planned)), sep="\n")
     if plan.fits is False:
         print("plan: does not fit")

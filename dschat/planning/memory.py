@@ -269,6 +269,8 @@ class MemoryModel:
     def _left(self, model: PlannedModel, rows: Rows) -> Moment:
         """What the heap has free on a CPU after the backward pass: gradients lie in it too, unless they came
         before activations that were computed again."""
+        if not self.hardware.is_cpu:
+            return ()
         found = self._holes(model, rows) + model.shape(rows, trains=True).kept(rows, below=LARGE)
         if model.spec.zero_stage == 0 and not model.mode.recomputes and self.sizes.accumulation == 1:
             found -= min(self._gradients_in_heap(model), REUSED * found)
@@ -348,7 +350,10 @@ class MemoryModel:
             passed = self._pass(model, rows, trains=True)
             passed = (*passed, *(held if model is trained[0] else ()))
             ends = (engine.end_of_backward(), engine.optimizer_step())
-            left = self._left(model, rows) if self.hardware.is_cpu else ()
+            # Batches of shorter rows have smaller blocks, of which more come from the heap.
+            length = rows.length * 3 // 4
+            shorter = replace(rows, length=length, outputs=min(rows.outputs, length))
+            left = max((self._left(model, each) for each in (rows, shorter)), key=total)
             found.append((*standing, *engine.top_of_backward(), *passed))
             found += [(*standing, *end, *left) for end in ends]
         return found

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from dschat.arguments import TrainingStep
 from dschat.console import messages
 from dschat.distributed.collectives import max_across_ranks
-from dschat.distributed.device import current_device, device_type, give_back_memory, peak_memory_gib
+from dschat.distributed.device import current_device, give_back_memory, peak_memory_gib
 from dschat.distributed.mesh import is_main_process
 from dschat.engines.speed import SECONDS
 from dschat.planning.hardware import this_hardware
@@ -56,7 +57,10 @@ class RunPlan:
         machine for these flags.
         """
         folder = Path(args.run.output_dir) if args.run.output_dir and is_main_process() else None
-        baseline, hardware = resident_memory() if device_type() == "cpu" else 0.0, this_hardware()
+        hardware = this_hardware()
+        if hardware.is_cpu and any(spec.zero_stage for spec in specs_of(args)):
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed would after the baseline
+        baseline = resident_memory() if hardware.is_cpu else 0.0
 
         def planned(changed: TrainingStep, **options: Any) -> Plan:
             sizes = changed.pass_sizes

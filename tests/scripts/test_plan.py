@@ -38,8 +38,39 @@ def test_what_does_not_fit_is_said(flags, capsys):
 def test_flags_of_the_step_are_checked(flags):
     with pytest.raises(UserError, match="max_seq_len"):
         plan.main(["sft", *flags, "--max_seq_length", "5", "--gpus", "1"])
-    with pytest.raises(UserError, match="--gpus must be at least 1"):
-        plan.parse(["sft", "--gpus", "0"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus 0", "--gpus must be at least 1, got 0"),
+        ("--gpus_per_host 0", "--gpus_per_host must be at least 1"),
+        ("--steps -3", "--steps must be at least 1"),
+        ("--price_per_hour -2", "--price_per_hour must not be negative"),
+        ("--gpus 12", "--gpus 12 are no whole hosts of --gpus_per_host 8"),
+        ("--fit 24", "--fit 24 is 24 bytes, .*as in 24GB"),
+        ("--fit 0GB", "--fit 0GB is 0 bytes"),
+        ("--gpu_memory lots --gpus 1", "--gpu_memory 'lots' is no size"),
+    ],
+)
+def test_values_that_are_none_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        plan.hardware_of(plan.parse(["sft", *words.split()])[0])
+
+
+def test_a_price_without_time_says_what_is_missing(flags, capsys):
+    assert plan.main(["sft", *flags, "--gpus", "16", "--price_per_hour", "2"]) == 0
+    assert "plan: no cost, as the time of a step is not known" in capsys.readouterr().out
+
+
+def test_a_command_line_names_hosts_and_stage_0():
+    step = parse_arguments("sft", ["--model_name_or_path=m", "--data_path=d"])
+    words = ["--model_name_or_path=m", "--data_path=d", "--zero_stage", "3"]
+    found = plan.command(step, words, {"zero_stage": 0, "gradient_checkpointing": False}, 16, 8)
+    assert found == (
+        "torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint FIRST_HOST:29500 "
+        "step1_sft/main.py --model_name_or_path=m --data_path=d --zero_stage 0"
+    )
 
 
 @pytest.mark.matrix

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.arguments import RolloutArguments
 from dschat.data.collate import PromptBatch
 from dschat.distributed.deepspeed_private import whole_size
+from dschat.distributed.device import give_back_memory
 from dschat.distributed.mesh import mesh
 from dschat.engines.step import DeepSpeedEngine
 from dschat.errors import UserError
@@ -79,6 +80,7 @@ def _chosen(
     if args.rollout_backend == "auto" and _may_be_fastest(continuous, longest):
         ways["continuous"] = trial(continuous)
     way = choices.choose(CHOICE, ways, key=_work(plain.engine, len(prompts.keys)), rounds=2)
+    give_back_memory()  # of ways that were slower
     if way == "hf":
         return plain
     if way == "continuous":
