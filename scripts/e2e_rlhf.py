@@ -196,7 +196,7 @@ def check(args: argparse.Namespace, todo: list[Command]) -> None:
             "--deployment-type multi_node needs --hostfile, a file of lines such as 'worker-1 slots=8'."
         )
     for command in todo:
-        parsed = command.parsed()
+        parsed = command.parsed
         if isinstance(parsed, RlhfArguments) and parsed.forecast.words:
             _check_forecast([*parsed.forecast.words, *command.flags])
     for entry in args.data_path:
@@ -246,7 +246,7 @@ def unfinished(args: argparse.Namespace, steps: list[Command]) -> list[Command]:
     """
     todo: list[Command] = []
     for command in steps:
-        arguments = command.parsed()
+        arguments = command.parsed
         if read_summary(command.folder) is None or arguments.run.overwrite_output_dir:
             todo.append(command)
             continue
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if 3 in args.step and args.compare_prompts:
         compare_actors(args.output_dir, args.compare_prompts)
     report_on(args.output_dir)
-    print_next(steps[-1].parsed().description)
+    print_next(steps[-1].parsed.description)
     return 0
 
 

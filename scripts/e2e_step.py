@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Literal, cast
@@ -55,6 +56,7 @@ class Command:
         """Where its console goes, after that of earlier runs."""
         return self.folder / LOG
 
+    @cached_property  # what is said of flags is said once
     def parsed(self) -> StepArguments:
         """Its flags as the step itself understands and checks them. Raises `UserError`."""
         try:

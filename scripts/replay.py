@@ -295,6 +295,8 @@ def compared(logged: Mapping[str, Any], replayed: Mapping[str, Any]) -> dict[str
 
 def say(found: Mapping[str, Any], folder: Path) -> None:
     """Print what was found."""
+    from scripts.replay_page import both_shown
+
     start, between = found["checkpoint"] or "the beginning of the run", found["steps_between"]
     way = f" over {between} PPO step(s) between" if between else ""
     messages.info(f"PPO step {found['ppo_step']} of {found['run']} again, from {start}{way}:")
@@ -312,15 +314,11 @@ def say(found: Mapping[str, Any], folder: Path) -> None:
         flags = (f"--{name} {new} in place of {old}" for name, (old, new) in what_if["flags"].items())
         messages.info(f"with {', '.join(flags) or 'the same flags'}:")
         for name, (was, now) in what_if["metrics"].items():
-            messages.info(f"  {name}: {_short(was)} -> {_short(now)}")
+            messages.info(f"  {name}: {' -> '.join(both_shown(was, now))}")
         messages.info(f"  unchanged metrics: {', '.join(what_if['same_metrics']) or 'none'}")
         messages.info(f"  of the answers change: {', '.join(what_if['columns']) or 'no numbers'}")
         messages.info(f"  the same to the last bit: {', '.join(what_if['same_columns']) or 'none'}")
     messages.info(f"token by token: {folder / PAGE}, all numbers: {folder / NAME}")
-
-
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def _equality(found: Mapping[str, Any]) -> list[Block]:
 
 
 def _changes(what_if: Mapping[str, Any]) -> list[Block]:
-    rows = [(name, _number(was), _number(now)) for name, (was, now) in what_if["metrics"].items()]
+    rows = [(name, *both_shown(was, now)) for name, (was, now) in what_if["metrics"].items()]
     moved = [
         (name, "other answers" if size is None else f"{size:.3g}")
         for name, size in what_if["columns"].items()
@@ -69,8 +69,10 @@ def _changes(what_if: Mapping[str, Any]) -> list[Block]:
     return [Section(f"With {flags_in_words(what_if['flags'])}", blocks)]
 
 
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def both_shown(was: Any, now: Any) -> tuple[str, str]:
+    """Two values that differ: floats in six digits, and in all where six do not tell them apart."""
+    first, second = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in (was, now))
+    return (first, second) if first != second else (repr(was), repr(now))
 
 
 def _shown(answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def fake_steps(tmp_path, monkeypatch):
     def run_and_keep_arguments(command):
         result = e2e_step.run(command)
         if result[0] == 0:
-            command.parsed().description.write(command.folder / "arguments.json")
+            command.parsed.description.write(command.folder / "arguments.json")
         return result
 
     monkeypatch.setattr(e2e_rlhf, "run", run_and_keep_arguments)
@@ -159,7 +159,7 @@ def test_every_step_runs_in_order_and_its_output_is_kept(fake_steps, tmp_path, c
 def test_a_forecast_goes_to_step_three_and_its_flags_are_checked_before_anything_runs(fake_steps, tmp_path):
     words = ["--forecast", "--gold_function right.py:right --num_answers 32", "--force"]
     _, _, ppo = e2e_rlhf.commands(e2e_rlhf.parse([*fake_steps, *words]))
-    asked = ppo.parsed().forecast
+    asked = ppo.parsed.forecast
     assert (asked.words[-1], asked.force) == ("32", True)
     for flags, message in (
         ("--num_answers 32", "nothing says what good answers are"),

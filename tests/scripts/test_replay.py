@@ -16,7 +16,7 @@ from tiny import save_reward_model, save_tiny_model
 
 from dschat.errors import UserError
 from scripts import replay
-from scripts.replay_page import replay_page
+from scripts.replay_page import both_shown, replay_page
 
 WORKER = ROOT / "tests" / "workers" / "replays.py"
 FLAGS = ppo_flags | STEERED | {"eval_interval": 2, "save_interval": 8}
@@ -210,3 +210,9 @@ def test_the_page_shows_every_token_of_both_versions_and_escapes_them(replays):
 def test_the_page_in_a_browser(browser, folder, replays):
     browser.check(folder / "replayed1" / "replay.html", "replay")
     assert browser.evaluate("document.querySelectorAll('.token').length") > 0
+
+
+def test_values_that_six_digits_do_not_tell_apart_are_shown_in_all():
+    assert both_shown(0.25, 1e-9) == ("0.25", "1e-09")
+    assert both_shown(1.0, 1.0000001) == ("1.0", "1.0000001")
+    assert both_shown(3, 4) == ("3", "4")
