@@ -112,7 +112,7 @@ def _translate_one(done: Translation, name: str, value: str) -> None:
     elif done.step == "rlhf" and name in LENGTHS:
         done.note("see", f"--{name} {value}: prompt and answer have --max_prompt_seq_len and --{ANSWERS}")
     elif name in RULES:
-        flags, text = RULES[name](value)
+        flags, text = RULES[name](re.sub(r"""^(['"])([^'"$]*)\1$""", r"\2", value))  # one word without quotes
         names = done.give(flags)
         to = " ".join(f"--{spelt} {done.flags[spelt]}" for spelt in names)
         kind = ("kept" if names == [name] else "renamed") if names else "left out"

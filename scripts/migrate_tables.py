@@ -84,6 +84,16 @@ def _four_bits(value: str) -> tuple[Words, str]:
     return ({"load_in_4bit": "true"}, "") if value == "4" else ({}, f"{value} bits are not there, 4 are")
 
 
+def _trackers(value: str) -> tuple[Words, str]:
+    if value in ("none", "", "[]"):
+        return {}, "without the flag nothing is sent"
+    return {"report_to": value.replace(",", " ")}, ""
+
+
+def _renamed(flag: str) -> Rule:
+    return lambda value: ({flag: value}, "")
+
+
 def _nothing(text: str) -> Rule:
     return lambda value: ({}, text)
 
@@ -132,6 +142,22 @@ RULES: dict[str, Rule] = {
         ("stage", "rlhf_type", "do_train", "task_type"),
         _nothing("the program is the step, and always trains"),
     ),
+    "report_to": _trackers,
+    "use_wandb": _switch("report_to", "wandb"),
+    **dict.fromkeys(
+        ("total_episodes", "num_episodes"),
+        _nothing("--num_train_epochs counts passes over the prompts, each of which has one answer"),
+    ),
+    "dataset_train_split": _nothing("--data_path NAME:split=SPLIT"),
+    "dataset_test_split": _nothing("--eval_data_path NAME:split=SPLIT"),
+    **dict.fromkeys(("disable_actor_dropout", "disable_critic_dropout"), _nothing("the default here")),
+    "prompt_dataset": _renamed("data_path"),
+    "experience_batch_size": _renamed("per_device_generation_batch_size"),
+    "num_collect_steps": _renamed("generation_batches"),
+    "num_update_steps": _renamed("ppo_epochs"),
+    "accumulation_steps": _renamed("gradient_accumulation_steps"),
+    "grad_checkpoint": _switch("gradient_checkpointing", "true"),
+    "reward_type": _nothing("a reward model scores, and --reward_function FILE.py:NAME is a rule"),
     "plot_loss": _nothing("curves are in TensorBoard and metrics.jsonl"),
     "ddp_timeout": _nothing("ranks wait two hours for each other"),
     "tokenizer_dir": _nothing("the tokenizer is the model's"),

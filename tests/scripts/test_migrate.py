@@ -42,6 +42,7 @@ dataset: identity,alpaca_en_demo
 template: llama3
 cutoff_len: 2048
 overwrite_output_dir: true
+report_to: none
 output_dir: saves/ppo
 save_steps: 500
 per_device_train_batch_size: 1
@@ -142,6 +143,22 @@ def test_colossalchat(tmp_path):
     assert flags["max_seq_len"] == "4096"
 
 
+def test_ppo_of_colossalchat_with_quoted_values_and_a_switch_for_its_tracker(tmp_path):
+    text = (
+        "colossalai run --nproc_per_node 8 train_ppo.py --pretrain a --rm_pretrain b \\\n"
+        "    --prompt_dataset p.jsonl --num_episodes 2000 --accumulation_steps 2 \\\n"
+        "    --plugin \"zero2_cpu\" --mixed_precision 'fp16' --use_wandb --grad_checkpoint \\\n"
+        "    --num_collect_steps 4 --num_update_steps 2 --experience_batch_size 8\n"
+    )
+    script, flags, _ = migrated(tmp_path, "train_ppo.sh", text)
+    assert "# unknown" not in script
+    args = parse_arguments("rlhf", [word for f, v in flags.items() for word in (f"--{f}", *shlex.split(v))])
+    assert (args.data.data_path, args.run.report_to, args.run.dtype) == (["p.jsonl"], ["wandb"], "fp16")
+    assert (args.actor.zero_stage, args.critic.gradient_checkpointing) == (2, True)
+    assert (args.rollout.generation_batches, args.ppo.ppo_epochs) == (4, 2)
+    assert flags["gradient_accumulation_steps"] == "2"
+
+
 def test_a_program_of_trl_is_read_for_its_literals(tmp_path):
     script, flags, notes = migrated(tmp_path, "train.py", TRL)
     args = parse_arguments("dpo", [word for f, v in flags.items() for word in (f"--{f}", *shlex.split(v))])
@@ -166,6 +183,7 @@ def test_ppo_of_trl(tmp_path):
     assert (args.ppo.ppo_epochs, args.ppo.missing_eos_penalty) == (2, 1.0)
     assert args.rollout.max_answer_seq_len == 53
     assert "--total_episodes" in notes
+    assert "num_train_epochs" not in flags  # episodes are no epochs
 
 
 @pytest.mark.parametrize(
