@@ -98,11 +98,14 @@ BOTH_LORA = "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora"
 def cases(device: str) -> Iterator[Case]:
     """What is run: every way to shard one size, and some of them with the others."""
     if device == "cuda":
-        for flags in ("", "--zero_stage 2", "--zero_stage 3", LORA, "--gradient_checkpointing"):
-            yield Case("sft", "opt-350m", flags)
-        yield Case("sft", "opt-1.3b", "--zero_stage 2 --offload --gradient_checkpointing")
-        yield Case("reward", "opt-350m")
-        yield Case("rlhf", "opt-350m")
+        for step, size, flags in (
+            *(("sft", "opt-350m", flags) for flags in ("", *map("--zero_stage {}".format, (2, 3)), LORA)),
+            ("sft", "opt-350m", "--gradient_checkpointing"),
+            ("sft", "opt-1.3b", "--zero_stage 2 --offload --gradient_checkpointing"),
+            ("reward", "opt-350m", ""),
+            ("rlhf", "opt-350m", ""),
+        ):
+            yield Case(step, size, flags, rows=16, length=512)
         return
     small, middle, large = SIZES["cpu"][:3]
     for ranks in (1, 2):
@@ -156,7 +159,7 @@ def held_out() -> Iterator[Case]:
 
 def flags_of(case: Case, folder: Path, device: str) -> list[str]:
     """The flags of a run's step."""
-    rows, length = (case.rows, case.length) if device == "cpu" else (16, 512)
+    rows, length = case.rows, case.length
     split = {"sft": "1,0,0", "rlhf": "0,0,1"}.get(case.step, "0,1,0")
     found = [
         *case.models(folder), "--data_path", str(folder / f"pairs-{length}.jsonl"), "--chat_template", "none",
@@ -192,7 +195,7 @@ def prepare(folder: Path, device: str) -> None:
         for name, scores in ((size, False), (f"{size}-scores", True)):
             save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
 
-    for length in {case.length for case in cases(device)} if device == "cpu" else {512}:
+    for length in {case.length for case in cases(device)}:
         chance, half = random.Random(0), length // 2 - 4
         rows = [{name: words(half, chance) for name in ("prompt", "chosen", "rejected")} for _ in range(400)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -306,13 +309,13 @@ def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> st
         rows.append(line)
         off += more
     clock = "processor time of one thread" if device == "cpu" else "by the clock"
-    card = f" {torch.cuda.get_device_name()};" if device == "cuda" else ""
+    card = f" {torch.cuda.get_device_name()};" if torch.cuda.is_available() and device == "cuda" else ""
     return "\n".join(
         [
             f"# Planned against measured memory and time, {device}",
             "",
             f"`python benchmarks/planner.py --device {device}`;{card} {versus_report.machine()}; torch "
-            f"{torch.__version__}; {minutes:.0f} minutes in all. OPT's layout with random weights. Predicted "
+            f"{torch.__version__}; {minutes:.0f} minutes in all. Random weights. Predicted "
             "is what a run printed before it loaded its models, measured what it found at its end: memory in "
             "MB, on a CPU the largest resident memory of a rank less what it held before its models; seconds "
             f"are of an optimiser step (PPO: a PPO step), {clock}.",
@@ -366,6 +369,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--memory_only", action="store_true", help="Do not measure the device, which takes longer than a run."
     )
+    add("--missing", action="store_true", help="Only cases of which --folder has no finished run.")
     add("--report", action="store_true", help="Run nothing: the table of the runs that are in --folder.")
     return parser.parse_args(arguments)
 
@@ -375,12 +379,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     folder, start, found = args.folder.resolve(), time.monotonic(), {}
     wanted = [case for case in cases(args.device) if args.only in str(case)]
-    if args.report:
+    if args.report or args.missing:
         for case in wanted:
             with suppress(OSError):
-                found[case] = written_plan(case, folder)
-        wanted = []
-    else:
+                plan = written_plan(case, folder)
+                found |= {case: plan} if "measured" in plan else {}
+        wanted = [] if args.report else [case for case in wanted if case not in found]
+    if wanted:
         import_libraries(folder)
         if not (child := os.fork()):  # so that models that were written are no memory of the runs
             prepare(folder, args.device)
