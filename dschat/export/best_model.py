@@ -87,11 +87,9 @@ class BestModel:
 
     def is_there(self) -> bool:
         """Whether there is a best model with intact weights. Rank 0 prints a warning where they are gone."""
-        if self.step is None:
-            return False
         folder = self._folder
-        if folder is None:
-            return True
+        if self.step is None or folder is None:
+            return self.step is not None
         place = broadcast_from_rank_0(lambda: self._place_of(folder, self._manifest))
         if place is None:
             messages.warning(

@@ -90,12 +90,11 @@ class App:
         """The file or list at a path. Raises `ApiError`."""
         if path in self.files:
             return self.files[path]
-        models = [self._about(name) for name in self.workers]
+        models = {f"/v1/models/{name}": self._about(name) for name in self.workers}
         if path == "/v1/models":
-            return {"object": "list", "data": models}
-        found = next((model for model in models if path == f"/v1/models/{model['id']}"), None)
-        if found is not None:
-            return found
+            return {"object": "list", "data": list(models.values())}
+        if path in models:
+            return models[path]
         if path == "/health":
             return {"status": "ok"}
         if path == "/about.json":

@@ -34,9 +34,8 @@ def checked(name: str, value: Any, *, most: float | None = None) -> float:
     except ValueError as error:
         raise UserError(problem) from error
     is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-    if not is_number or not low <= number <= high or (name == "top_p" and number == 0):
-        raise UserError(problem)
-    if kind is int and number != int(number):
+    is_within = is_number and low <= number <= high and not (name == "top_p" and number == 0)
+    if not is_within or (kind is int and number != int(number)):
         raise UserError(problem)
     return kind(number)
 
