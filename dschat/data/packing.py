@@ -178,13 +178,17 @@ class Placement:
         whole = torch.zeros(like.numel(), dtype=values.dtype, device=values.device)
         return whole.index_copy(0, self.label_places, values[: len(self.label_places)]).view(like.shape)
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to attention's scores where a mask separates the sequences: [R, 1, W, W], or None.
+    def lengths(self) -> Tensor:
+        """The tokens of each sequence of the only row, and of the padding behind: [1, 1, 1, S] int64."""
+        assert self.segments is not None, "told apart by a mask"
+        return self.segments[0].unique_consecutive(return_counts=True)[1].view(1, 1, 1, -1)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to attention's scores where a mask separates the sequences: [R, 1, W, W].
 
         0 where a token sees another: not after itself, and of its own sequence; else the least finite number.
         """
-        if self.segments is None:
-            return None
+        assert self.segments is not None, "told apart by a mask"
         is_own = self.segments.unsqueeze(2) == self.segments.unsqueeze(1)
         return torch.where(is_own.tril(), 0, torch.finfo(dtype).min).to(dtype).unsqueeze(1)
 

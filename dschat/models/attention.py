@@ -209,17 +209,27 @@ def measured_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it: queries [B, H, Q, D], keys and values [B, G, K, D],
-    mask [B, 1, Q, K] or None. -> [B, Q, H, D] and None.
+    mask [B, 1, Q, K] or None, or [1, 1, 1, S] int64, the lengths of the sequences of one row, each of which
+    attends to itself alone. -> [B, Q, H, D] and None.
 
     Rows that attend to themselves go the measured way; decoding steps, and options that only SDPA knows of,
     go to SDPA.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return _one_by_one(module, (query, key, value), attention_mask, **options), None
     heads = (query.shape[1], key.shape[1], query.shape[3], query.dtype)
     way = process_wide(MeasuredWays).of(heads, query.shape[2])
     others = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
     if others or query.shape[2] != key.shape[2] or (way == "eager" and options.get("dropout")):
         way = "sdpa"
     return WAYS[way](module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable  # or each batch's lengths would be compiled anew
+def _one_by_one(module: nn.Module, states: Iterable[Tensor], lengths: Tensor, **options: Any) -> Tensor:
+    """The attention of sequences of such lengths that stand one behind the other. -> [1, Q, H, D]."""
+    parts = zip(*(tensor.split(lengths.flatten().tolist(), dim=2) for tensor in states), strict=True)
+    return torch.cat([measured_attention(module, q, k, v, None, **options)[0] for q, k, v in parts], dim=1)
 
 
 def _sdpa_in_fp32(

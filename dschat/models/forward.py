@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dschat.data.collate import PairBatch
-from dschat.data.packing import PADDED
+from dschat.data.packing import PADDED, Placement
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.collectives import sum_with_gradient
 from dschat.distributed.mesh import mesh
+from dschat.models.attention import MEASURED
 from dschat.models.reward_model import RewardModel, at_last_token, scores_of_all
 from dschat.models.sequence_attention import shares_rows
 from dschat.models.softmax import logprobs_and_entropy, token_logprobs
@@ -178,9 +179,16 @@ def model_inputs(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
         ids, mask, position_ids = batch.input_ids, batch.attention_mask, batch.position_ids
     else:
         ids, position_ids = batch.input_ids.flatten()[place.source], place.position_ids
-        mask = None if place.segments is None else place.mask(next(model.parameters()).dtype)
+        mask = None if place.segments is None else _mask_of(model, place)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
     return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _mask_of(model: Any, place: Placement) -> Tensor:
+    """What separates sequences that share rows: the lengths where our own attention reads one, or a mask."""
+    attention = getattr(model, "module", model).config._attn_implementation
+    by_lengths = attention == MEASURED and len(place.source) == 1
+    return place.lengths() if by_lengths else place.mask(next(model.parameters()).dtype)
 
 
 @contextlib.contextmanager

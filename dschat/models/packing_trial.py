@@ -21,6 +21,7 @@ from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
 from dschat.distributed.device import DTYPES
 from dschat.distributed.mesh import mesh
+from dschat.models.attention import MEASURED
 from dschat.models.forward import model_inputs
 from dschat.models.products import use_chosen_products
 from dschat.runs.measured_choices import MeasuredChoices
@@ -121,22 +122,21 @@ def choose_row_layout(
     trial = next(iter(trials.values()))
     assert trial is not None, "a model without a trial is unable"
     batches = [batch_of(part) for part in lengths]
-    ways = {
-        "padding": partial(trial.train, batches, padded),
-        "packing": partial(trial.train, batches, packed),
-    }
-    key = {"dtype": dtype, **_key(trial.model.config, lengths), "multiple_of": padded.multiple_of}
-    choice = choices.choose("packing", ways, key=key, rounds=1, on_one_thread=True)
-    return packed if choice == "packing" else padded
+    layouts = {"padding": padded, "packing": packed}
+    ways = {name: partial(trial.train, batches, layout) for name, layout in layouts.items()}
+    key = {"dtype": dtype, **_key(trial.model.config, lengths), "layout": repr(packed)}
+    return layouts[choices.choose("packing", ways, key=key, rounds=1, on_one_thread=True)]
 
 
 def packed_layout(padded: RowLayout, configs: Mapping[str, PretrainedConfig], *, longest: int) -> RowLayout:
-    """The layout in which sequences share rows: told apart by positions where attention takes flat rows,
-    else by a mask, which a model takes instead of its own."""
-    flat = all(str(config._attn_implementation).startswith("flash") for config in configs.values())
+    """The layout in which sequences share rows: told apart by positions where flash attention takes one row,
+    else by a mask, which a model takes instead of its own. Our own attention takes one row as well."""
+    ways = {str(config._attn_implementation) for config in configs.values()}
+    flash = all(way.startswith("flash") for way in ways)
     windows = [getattr(config, "sliding_window", None) for config in configs.values()]
-    own_mask = any(window is not None and window < longest for window in windows)
-    return replace(padded, separated_by="positions" if flat or own_mask else "mask", in_one_row=flat)
+    if flash or any(window is not None and window < longest for window in windows):
+        return replace(padded, separated_by="positions", in_one_row=flash)
+    return replace(padded, separated_by="mask", in_one_row=ways == {MEASURED})
 
 
 def batch_of(lengths: np.ndarray) -> TokenBatch:

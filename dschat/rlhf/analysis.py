@@ -113,19 +113,15 @@ class AnswerAnalyzer:
         ]
         parts.reverse()
         outputs = ModelOutputs.gather(parts, rows, rollout.answer_mask.shape[1])
-        logprobs, entropy, ref_logprobs = outputs.logprobs, outputs.entropy, outputs.ref_logprobs
+        of_models = (outputs.logprobs, outputs.entropy, outputs.ref_logprobs, outputs.values)
         if self._rewards is None:
             assert outputs.scores is not None, "without other sources of scores there is a reward model"
-            return AnswerAnalysis(logprobs, entropy, ref_logprobs, outputs.values, outputs.scores)
+            return AnswerAnalysis(*of_models, outputs.scores)
         assert self._prompts is not None, "sources of scores beside a model read the data rows of prompts"
         summed = self._rewards.score(
             rollout, rows, self._prompts, outputs.scores, in_evaluation=self._in_evaluation
         )
-        return AnswerAnalysis(
-            *(logprobs, entropy, ref_logprobs, outputs.values, summed.scores),
-            by_source=summed.by_source,
-            num_errors=summed.num_errors,
-        )
+        return AnswerAnalysis(*of_models, summed.scores, summed.by_source, summed.num_errors)
 
     # No logits outlive their call: they are the largest tensor here.
 

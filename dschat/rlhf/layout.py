@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dschat.arguments import RlhfArguments
-from dschat.data.packing import PACKED_WIDTH, RowLayout
+from dschat.data.packing import RowLayout
 from dschat.data.rows import Rows
 from dschat.distributed.device import current_device
 from dschat.models.attention import set_attention
@@ -34,8 +34,7 @@ def choose_ways_and_layout(
     No answers are known yet: the trial's are of any length up to --max_answer_seq_len. `longest` is the
     longest prompt with the longest answer, in tokens. Every rank must call it.
     """
-    widest = longest if args.widths.packing == "off" else max(longest, PACKED_WIDTH)
-    choose_ways(specs, longest=widest, choices=choices)
+    choose_ways(specs, longest=longest, choices=choices)
     configs, limits = {}, []
     for spec in specs:
         configs[spec.name] = read_config(spec.path, 0.0)

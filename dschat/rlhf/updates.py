@@ -16,7 +16,6 @@ from dschat.engines.memory_remedies import PhaseKind
 from dschat.engines.out_of_memory import phase
 from dschat.engines.skipped_steps import SkippedSteps
 from dschat.engines.step import (
-    DeepSpeedEngine,
     backward_on,
     gradient_norm,
     learning_rate,
@@ -71,6 +70,7 @@ class ActorCriticUpdates:
         self._engine, self._settings = engine, settings
         self._texts, self._text_steps = texts, iter(texts or ())
         self._first_pass = first_pass or FirstPass()
+        self._train_on = backward_on if settings.aligns_overflow else train_on
 
     def begin_ppo_step(self) -> None:
         """Begin the statistics anew."""
@@ -126,10 +126,6 @@ class ActorCriticUpdates:
             target is not None
             and sum_across_ranks(reduce(torch.add, moved), axis="data").item() / minibatch.num_tokens > target
         )
-
-    def _train_on(self, engine: DeepSpeedEngine, loss: Tensor) -> None:
-        """Backward and step, or the backward alone where the steps are taken together."""
-        (backward_on if self._settings.aligns_overflow else train_on)(engine, loss)
 
     @phase(PhaseKind.TRAINING, "actor")
     def _train_actor(self, batch: MicroBatch, minibatch: Minibatch, text: TokenBatch | None) -> Tensor:

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dschat.arguments import SupervisedArguments
 from dschat.checkpoints.checkpoint import Checkpoints
 from dschat.data.loaders import Collate
-from dschat.data.packing import PACKED_WIDTH
 from dschat.data.preparation import SplitData
 from dschat.distributed.device import current_device, device_type
 from dschat.distributed.mesh import mesh, stage
@@ -113,7 +112,7 @@ class SupervisedRun:
         choose_attention(
             [(self.base.path, settings.model)],
             dtype=settings.run.dtype,
-            longest=max(loaders.longest_row, PACKED_WIDTH if settings.widths.packing != "off" else 0),
+            longest=loaders.longest_row,
             choices=checkpoints.choices,
         )
         choose_products(settings.run.dtype, checkpoints.choices)

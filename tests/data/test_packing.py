@@ -81,6 +81,9 @@ def test_one_row_holds_all_sequences_in_their_order():
     batch = batch_of([3, 5, 4], [1] * 3).placed(RowLayout(16, "positions", in_one_row=True))
     assert as_read(batch).tolist() == [[*range(100, 103), *range(200, 205), *range(300, 304), *[100] * 4]]
     assert batch.placement.position_ids.tolist() == [[*range(3), *range(5), *range(4), *[0] * 4]]
+    for multiple_of, padding in ((16, [4]), (4, [])):
+        batch = batch.placed(RowLayout(multiple_of, "mask", in_one_row=True))
+        assert batch.placement.lengths().tolist() == [[[[3, 5, 4, *padding]]]]
 
 
 def test_a_token_sees_those_before_it_in_its_own_sequence():

@@ -98,6 +98,18 @@ def test_a_way_is_attention(name, dtype, tolerance):
     torch.testing.assert_close(output.double(), by_hand(query, key, value, mask), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("way", attention.WAYS, indirect=True)
+def test_sequences_of_one_row_attend_to_themselves_alone(way, dtype, tolerance):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, 9, 8).to(dtype) for n in (4, 2, 2))
+    lengths = torch.tensor([[[[4, 1, 3, 1]]]])
+    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths.flatten())).bool()
+    output, _ = attention.measured_attention(GroupedHeads(2), query, key, value, lengths, scaling=8**-0.5)
+    expected = by_hand(query, key, value, mask[None, None])
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("way", attention.WAYS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_see_nothing_are_finite(way, dtype):

@@ -15,8 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from dschat.data.collate import collate_text
 from dschat.data.packing import RowLayout
 from dschat.data.token_batch import TokenBatch
+from dschat.models.attention import set_attention
 from dschat.models.forward import (
     logits_of,
+    model_inputs,
     predictions_of,
     scores_of,
     token_logprobs_of,
@@ -191,7 +193,9 @@ def sequences(vocab_size: int) -> TokenBatch:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_have_the_same_probability_in_every_layout_of_the_rows(family):
-    model = AutoModelForCausalLM.from_config(tiny_config(family, 60)).eval()
+    config = tiny_config(family, 60)
+    set_attention(config, "auto")
+    model = AutoModelForCausalLM.from_config(config).eval()
     batch = sequences(50)
     layouts = [RowLayout(), RowLayout(32)]
     if family not in PACKS_NOT:
@@ -202,6 +206,16 @@ def test_labels_have_the_same_probability_in_every_layout_of_the_rows(family):
         counts = batch.label_mask
         torch.testing.assert_close(logprobs[counts], expected[counts], atol=1e-5, rtol=0)
         torch.testing.assert_close(entropy[counts], expected_entropy[counts], atol=1e-5, rtol=0)
+
+
+def test_our_own_attention_is_told_the_lengths_of_one_row_and_others_a_mask():
+    batch, shapes = sequences(60).placed(RowLayout(8, "mask", in_one_row=True)), []
+    for attention in ("auto", "sdpa"):
+        config = tiny_config("opt", 60)
+        set_attention(config, attention)
+        model = AutoModelForCausalLM.from_config(config)
+        shapes.append(tuple(model_inputs(model, batch)["attention_mask"].shape))
+    assert shapes == [(1, 1, 1, 8), (1, 1, 160, 160)]  # seven sequences, and the padding behind them
 
 
 def test_the_head_reads_the_outputs_that_are_needed_alone():
@@ -215,9 +229,13 @@ def test_the_head_reads_the_outputs_that_are_needed_alone():
     assert not model.lm_head._forward_pre_hooks  # other callers get all logits
 
 
-@pytest.mark.parametrize("layout", [RowLayout(), RowLayout(32), RowLayout(32, "mask")])
+@pytest.mark.parametrize(
+    "layout",
+    [RowLayout(), RowLayout(32), RowLayout(32, "mask"), RowLayout(32, "mask", in_one_row=True)],
+)
 def test_values_and_scores_are_the_same_in_every_layout_of_the_rows(layout):
     config = tiny_config("opt", 60)
+    set_attention(config, "auto")
     model = RewardModel(AutoModel.from_config(config), torch.nn.Linear(32, 1, bias=False), config).eval()
     plain = sequences(60)
     placed = plain.placed(layout)

@@ -10,6 +10,7 @@ from tiny import FAMILIES, tiny_config
 from dschat.arguments import parse_arguments
 from dschat.data.packing import RowLayout
 from dschat.models import packing_trial
+from dschat.models.attention import set_attention
 from dschat.models.packing_trial import PackingTrial, choose_row_layout, packed_layout
 from dschat.runs.measured_choices import MeasuredChoices
 
@@ -17,6 +18,8 @@ CPU = torch.device("cpu")
 PACKED = RowLayout(32, "mask")
 PACKS_NOT = ("bloom", "falcon_alibi")
 """They make their biases from a mask of two dimensions."""
+OTHERS_ATTENTION = (*PACKS_NOT, "falcon", "gptj")
+"""Theirs is code of their own."""
 
 
 def config_of(family: str):
@@ -30,6 +33,16 @@ def config_of(family: str):
 def test_a_mask_separates_sequences_in_all_families_but_those_of_alibi(family, dtype):
     trial = PackingTrial.of(config_of(family), dtype, CPU)
     assert trial.separates(PACKED) == (family not in PACKS_NOT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_own_attention_takes_all_sequences_in_one_row(family):
+    config = config_of(family)
+    set_attention(config, "auto")
+    layout = packed_layout(RowLayout(32), {"model": config}, longest=8)
+    assert layout == RowLayout(32, "mask", in_one_row=family not in OTHERS_ATTENTION)
+    trial = PackingTrial.of(config, torch.float32, CPU)
+    assert trial.separates(layout) == (family not in PACKS_NOT)
 
 
 @pytest.mark.parametrize(("family", "is_separated"), [("llama", True), ("gpt2", True), ("opt", False)])

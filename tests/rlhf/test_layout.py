@@ -46,7 +46,8 @@ def test_the_fewest_learned_positions_of_all_models_bound_the_width(tmp_path):
 
 
 def test_rows_are_packed_where_every_model_tells_sequences_apart(tmp_path):
-    assert layout_of(tmp_path, "llama", "opt", "--packing=on").separated_by == "mask"
+    layout = layout_of(tmp_path, "llama", "opt", "--packing=on")
+    assert (layout.separated_by, layout.in_one_row) == ("mask", True)
 
 
 @pytest.mark.parametrize(("actor", "reward"), [("bloom", "llama"), ("llama", "bloom")])
