@@ -191,7 +191,7 @@ def test_what_is_no_value_head_model_is_an_error_that_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no model\*\.safetensors and no pytorch_model\*\.bin"):
         convert("trl-valuehead", tmp_path / "adapter", tmp_path / "out")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds an adapter.*scripts/merge_adapter\.py"):
+    with pytest.raises(UserError, match=r"holds an adapter.*dschat merge-adapter"):
         convert("trl-valuehead", tmp_path / "adapter", tmp_path / "out")
 
 
