@@ -228,7 +228,8 @@ def measured_attention(
 @torch.compiler.disable  # or each batch's lengths would be compiled anew
 def _one_by_one(module: nn.Module, states: Iterable[Tensor], lengths: Tensor, **options: Any) -> Tensor:
     """The attention of sequences of such lengths that stand one behind the other. -> [1, Q, H, D]."""
-    parts = zip(*(tensor.split(lengths.flatten().tolist(), dim=2) for tensor in states), strict=True)
+    sizes = lengths.flatten().tolist()
+    parts = zip(*(tensor.split(sizes, dim=2) for tensor in states), strict=True)
     return torch.cat([measured_attention(module, q, k, v, None, **options)[0] for q, k, v in parts], dim=1)
 
 

@@ -134,9 +134,8 @@ class Exports:
         is_start = takes_best and self.best_step == 0
         verdict = did_it_help(self._start, self._last if is_start else exported)
         if is_start and step > 0:
-            verdict = (
-                f"the start itself{': the last actor' if self._last_step == step else WARNED} is {verdict}"
-            )
+            last = ": the last actor" if self._last_step == step else WARNED
+            verdict = f"the start itself{last} is {verdict}"
         return {
             **{f"initial_{name}": value for name, value in self._start_metrics.items()},
             "score_gain": score.mean,
