@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from dschat.runs.atomic_folder import Files, flushed, names_of_files, private_fi
 from dschat.runs.lock import note_stopping
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS, checkpoints_folder, finished_checkpoints
+from dschat.runs.started import installed_versions
 
 FORMAT = 4
 """Raise it when older checkpoints cannot be read any more, or a run would not go on as it began.
@@ -274,7 +274,7 @@ def identity(description: RunDescription, data: str) -> dict[str, Any]:
         "world_size": mesh().world.size,
         "sizes": description.global_sizes(mesh().data.size),
         "settings": {name: setting.value for name, setting in description.settings.items()},
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": installed_versions(VERSIONED),
     }
 
 

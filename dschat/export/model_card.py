@@ -3,7 +3,6 @@
 import math
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.export.manifest import Head
 from dschat.export.provenance import Provenance
 from dschat.export.snippets import adapter_snippet, snippet
+from dschat.runs.started import installed_versions
 
 CARD = "README.md"
 """The name of the file in a model's folder."""
@@ -57,6 +57,7 @@ def model_card(
     )
     name = Path(folder).name or head
     used = ", ".join(f"{number} rows for {part}" for part, number in provenance.num_used.items())
+    versions = {"python": platform.python_version(), **installed_versions(LIBRARIES)}
     sections = [
         f"# {name}\n\n{kind}, made by {TITLES[provenance.step]} from `{provenance.base_model}` "
         f"with dschat on {datetime.now(UTC).date()}.",
@@ -69,7 +70,7 @@ def model_card(
         _table("Data", ("source", "rows"), provenance.num_rows) + (f"\n\nOf these: {used}." if used else ""),
         _table("Flags that are not at their defaults", ("flag", "value"), _named(provenance.flags)),
         _table("Final metrics", ("metric", "value"), provenance.metrics),
-        _table("Versions", ("library", "version"), {"python": platform.python_version(), **_versions()}),
+        _table("Versions", ("library", "version"), versions),
     ]
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
@@ -93,13 +94,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         value = " ".join(map(str, value))
     return str(value).replace("|", "\\|").replace("\n", "\\n")
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:  # one that this installation does without
-            continue
-    return versions

@@ -4,6 +4,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def how_started() -> dict[str, Any]:
     """The command without passwords, when it began, versions of libraries, and the checkout's commit."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version(), **installed_versions(LIBRARIES)}
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"command": without_secrets(command), "time": now, "versions": versions, "commit": _commit()}
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """By name, without what is not installed; dschat itself may run from a checkout that is not."""
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _commit() -> str | None:

@@ -23,3 +23,13 @@ def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "")
     assert started.how_started()["commit"] is None
+
+
+def test_a_checkout_that_is_not_installed_has_no_version_of_its_own(monkeypatch):
+    def version(name):
+        if name == "dschat":
+            raise started.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(started, "version", version)
+    assert started.installed_versions(("dschat", "torch")) == {"torch": "1"}
