@@ -80,13 +80,10 @@ def _chosen(
     if args.rollout_backend == "auto" and _may_be_fastest(continuous, longest):
         ways["continuous"] = trial(continuous)
     way = choices.choose(CHOICE, ways, key=_work(plain.engine, len(prompts.keys)), rounds=2)
+    static.configure(way.removeprefix("static, "))
     give_back_memory()  # of ways that were slower
-    if way == "hf":
-        return plain
-    if way == "continuous":
-        return continuous
-    static.mode = way.removeprefix("static, ")
-    return static
+    others: dict[str, RolloutBackend] = {"hf": plain, "continuous": continuous}
+    return others.get(way, static)
 
 
 def _may_be_fastest(continuous: ContinuousBatching, longest: int) -> bool:

@@ -1,6 +1,6 @@
 """Keys and values of a batch of answers, in buffers whose length is known before the first token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ class DecodeLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: "DecodeCache") -> None:
+    def __init__(self, cache: "DecodeCache", number: int) -> None:
         super().__init__()
-        self._cache = cache
+        self._cache, self._number = cache, number
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prompts' are kept as they come."""
@@ -59,11 +59,15 @@ class DecodeLayer(CacheLayerMixin):
 
     def spread(self, rows: Tensor) -> None:
         """Make room for the answers: row i of the batch begins with what is in row `rows[i]` now."""
-        self.keys, self.values = (self._spread(states, rows) for states in self.pair)
+        self._put(self._spread(states, rows) for states in self.pair)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in this order."""
-        self.keys, self.values = (states[rows] for states in self.pair)
+        self._put(states[rows] for states in self.pair)
+
+    def _put(self, pair: Iterable[Tensor]) -> None:
+        names = (f"keys {self._number}", f"values {self._number}")
+        self.keys, self.values = map(self._cache.place, names, pair)
 
     def _spread(self, states: Tensor, rows: Tensor) -> Tensor:
         _, num_heads, length, size = states.shape
@@ -79,14 +83,23 @@ class DecodeCache(Cache):
     columns, in which a mask hides what is not written yet.
     """
 
-    def __init__(self, num_layers: int, prompt_length: int, answer_length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        prompt_length: int,
+        answer_length: int,
+        device: torch.device,
+        place: Callable[[str, Tensor], Tensor] = lambda name, values: values,
+    ) -> None:
+        """`place` is given what decoding reads and writes, by a name, and returns it where it is to stand."""
+        self.place = place
         self.capacity = _rounded(prompt_length + answer_length)
         self.length = prompt_length
         """Columns that are written, but for the pass in progress."""
         self.width = prompt_length
-        self.column = torch.tensor([prompt_length], device=device)
+        self.column = place("column", torch.tensor([prompt_length], device=device))
         """[1]: where the next token's keys and values go; a tensor, for passes that are recorded."""
-        self._own = [DecodeLayer(self) for _ in range(num_layers)]
+        self._own = [DecodeLayer(self, number) for number in range(num_layers)]
         super().__init__(layers=[*self._own])
 
     @staticmethod

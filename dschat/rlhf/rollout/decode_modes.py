@@ -14,6 +14,7 @@ from dschat.models.forward import logits_of
 from dschat.rlhf.rollout import decode_attention
 from dschat.rlhf.rollout.agreement import usual_tolerance
 from dschat.rlhf.rollout.decode_cache import ROUND, DecodeCache
+from dschat.rlhf.rollout.graphed_pass import GraphedPass
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
 HIDDEN = torch.finfo(torch.float32).min
@@ -37,6 +38,17 @@ class DecodeMode:
     """Whether the pass is recorded once and then repeated without Python."""
     in_fp32: bool = False
     """Whether a model in bf16 computes in fp32, with copies of its weights that are made for each batch."""
+    is_graphed: bool = False
+    """Whether the pass is captured as a CUDA graph."""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether Python runs once, and what it called is repeated from then on."""
+        return self.is_traced or self.is_graphed
+
+    def recorded_pass(self, model: Any) -> TracedPass | GraphedPass:
+        """What makes the passes of a model in this mode where they are recorded."""
+        return GraphedPass(model) if self.is_graphed else TracedPass(model, in_fp32=self.in_fp32)
 
     def mask(self, attention_mask: Tensor, capacity: int) -> Tensor:
         """The mask of the prompts [B, P] with room for answers."""
@@ -54,6 +66,8 @@ class DecodeMode:
 
 
 MODES = {
+    "graphed": DecodeMode(decode_attention.NAME, ready_mask=True, is_graphed=True),
+    "graphed sdpa": DecodeMode(ready_mask=True, is_graphed=True),
     "traced in fp32": DecodeMode(decode_attention.NAME, ready_mask=True, is_traced=True, in_fp32=True),
     "traced": DecodeMode(decode_attention.NAME, ready_mask=True, is_traced=True),
     "matmul": DecodeMode(decode_attention.NAME, ready_mask=True),
@@ -72,25 +86,24 @@ class Decoding:
         prompts: PromptBatch,
         mode: DecodeMode,
         answer_length: int,
-        traced: TracedPass,
+        recorded: TracedPass | GraphedPass,
     ) -> None:
         """Read the prompts, each distinct one once: `logits` [B, V] predict the first tokens of answers.
 
-        `traced` is a pass of the model, for modes that are, in the mode's precision.
+        `recorded` is the mode's `recorded_pass` of the model.
         """
         ids, mask = prompts.input_ids, prompts.attention_mask.long()
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         num_layers = model.config.get_text_config().num_hidden_layers
-        self._model, self._mode, self._traced = model, mode, traced
-        self._weights = traced.weights() if mode.is_traced else []
-        self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device)
+        self._model, self._mode, self._recorded = model, mode, recorded
+        recorded.begin()
+        self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device, recorded.place)
         first, prompt_of_row = distinct_rows(ids.masked_fill(mask == 0, -1))
-        with traced.replaced(self._weights) if mode.in_fp32 else contextlib.nullcontext():
+        with recorded.weights_in_place():
             logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)
         self.logits = logits[prompt_of_row]
         self._cache.spread(prompt_of_row)
-        self._mask = mode.mask(mask, self._cache.capacity)
-        self._positions = positions[:, -1:] + 1
+        self._place(mode.mask(mask, self._cache.capacity), positions[:, -1:] + 1)
 
     def read(self, tokens: Tensor) -> None:
         """Read the next token of each row, int64 [B]: `logits` predict the tokens that follow."""
@@ -98,8 +111,8 @@ class Decoding:
         self._mask.index_fill_(-1, cache.column, mode.shown)
         mask = self._mask[..., : cache.width]
         with attention_named(self._model.config, mode.attention):
-            if mode.is_traced:
-                self.logits = self._traced(tokens[:, None], mask, self._positions, cache, self._weights)
+            if mode.is_recorded:
+                self.logits = self._recorded(tokens[:, None], mask, self._positions, cache)
             else:
                 self.logits = self._pass(tokens[:, None], mask, self._positions)
         cache.advance()
@@ -107,8 +120,12 @@ class Decoding:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in this order."""
-        self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._place(self._mask[rows], self._positions[rows])
         self._cache.keep(rows)
+
+    def _place(self, mask: Tensor, positions: Tensor) -> None:
+        self._mask = self._recorded.place("mask", mask)
+        self._positions = self._recorded.place("positions", positions)
 
     def _pass(self, ids: Tensor, mask: Tensor, positions: Tensor, **options: int) -> Tensor:
         output = self._model(
@@ -156,8 +173,9 @@ def agreeing_modes(
 ) -> list[str]:
     """The names in MODES in which passes predict what passes without a cache do.
 
-    Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model. Passes
-    in which Python has to gather weights (by the layer) or add up what tensor ranks compute are not traced.
+    Rows will have no more than `longest` columns. A few tokens are tried, on the device of the model; where
+    CUDA graphs agree, which spare a GPU hundreds of launches a token, they are all there is. Passes
+    in which Python has to gather weights (by the layer) or add up what tensor ranks compute are not recorded.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -165,15 +183,19 @@ def agreeing_modes(
         return []
     window = getattr(config, "sliding_window", None)
     is_recordable = can_be_traced(config) and not with_python_hooks
-    is_bf16_on_cpu = model.device.type == "cpu" and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    on_cpu = model.device.type == "cpu"
+    is_bf16_on_cpu = on_cpu and any(p.dtype == torch.bfloat16 for p in model.parameters())
     candidates = [
         name
         for name, mode in MODES.items()
-        if (is_recordable or not mode.is_traced) and (is_bf16_on_cpu or not mode.in_fp32)
+        if (is_recordable or not mode.is_recorded)
+        and (is_bf16_on_cpu or not mode.in_fp32)
+        and not (on_cpu and mode.is_graphed)
     ]
     if window is not None and window < longest:
         candidates = ["model"]  # it knows which layers have the window
-    return [name for name in candidates if _agrees(model, MODES[name], num_tokens)]
+    agreeing = [name for name in candidates if _agrees(model, MODES[name], num_tokens)]
+    return [name for name in agreeing if MODES[name].is_graphed] or agreeing
 
 
 def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
@@ -195,7 +217,7 @@ def _agrees(model: Any, mode: DecodeMode, num_tokens: int) -> bool:
     )
     expected = logits_of(model, whole, num_tokens=num_tokens, every_position=True)
     try:
-        decoding = Decoding(model, prompts, mode, 3, TracedPass(model, in_fp32=mode.in_fp32))
+        decoding = Decoding(model, prompts, mode, 3, mode.recorded_pass(model))
         found = [decoding.logits]
         for column in (length, length + 1):
             decoding.read(ids[:, column])

@@ -8,7 +8,8 @@ import torch
 
 from dschat.data.collate import PromptBatch
 from dschat.planning.meta_pass import Rows
-from dschat.rlhf.rollout.decode_modes import MODES, Decoding
+from dschat.rlhf.rollout.decode_modes import MODES, DecodeMode, Decoding
+from dschat.rlhf.rollout.graphed_pass import GraphedPass
 from dschat.rlhf.rollout.keyed_sampling import TokenDraw
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
@@ -21,12 +22,12 @@ def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
     ids = torch.arange(rows.rows * rows.length, device=model.device).view(rows.rows, -1) % vocabulary
     zeros = torch.zeros(rows.rows, dtype=torch.long, device=model.device)
     prompts = PromptBatch(ids, torch.ones_like(ids), zeros, zeros, zeros)
-    is_in_fp32 = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    traced = "traced in fp32" if is_in_fp32 else "traced"
-    mode = MODES[traced if can_be_traced(model.config.get_text_config()) else "matmul"]
+    on_cpu = "traced in fp32" if model.dtype == torch.bfloat16 else "traced"
+    recorded = on_cpu if model.device.type == "cpu" else "graphed"
+    mode = MODES[recorded if can_be_traced(model.config.get_text_config()) else "matmul"]
     draw = TokenDraw(num_tokens=vocabulary, with_logprobs=True)
     uniforms = torch.full((rows.rows,), 0.5, dtype=torch.float64, device=model.device)
-    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _traced(model, mode.in_fp32))
+    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _recorded(model, mode))
     end_of("reading")
     for _ in range(rows.outputs):
         decoding.read(draw(decoding.logits, uniforms)[0])
@@ -34,6 +35,6 @@ def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _traced(model: Any, in_fp32: bool) -> TracedPass:
+def _recorded(model: Any, mode: DecodeMode) -> TracedPass | GraphedPass:
     """One record for all batches, as in a run."""
-    return TracedPass(model, in_fp32=in_fp32)
+    return mode.recorded_pass(model)

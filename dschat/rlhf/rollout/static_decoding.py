@@ -15,6 +15,7 @@ from dschat.distributed.mesh import mesh
 from dschat.rlhf.rollout.backend import Ability, Sampling
 from dschat.rlhf.rollout.batch import RolloutBatch
 from dschat.rlhf.rollout.decode_modes import MODES, Decoding, agreeing_modes
+from dschat.rlhf.rollout.graphed_pass import GraphedPass
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.traced_pass import TracedPass
 
@@ -37,9 +38,7 @@ class StaticDecoding:
         self.mode: str | None = None
         """The name in MODES of how passes are called; None where `plain` answers."""
         self._plain, self._longest = plain, longest
-        self._traced = {
-            in_fp32: TracedPass(plain.engine.module, in_fp32=in_fp32) for in_fp32 in (False, True)
-        }
+        self._recorded: dict[str, TracedPass | GraphedPass] = {}
         self._agreeing: list[str] | None = None
 
     @contextlib.contextmanager
@@ -49,6 +48,13 @@ class StaticDecoding:
             if self._agreeing is None:
                 self.mode = next(iter(self.modes()), None)
             yield
+            for recorded in self._recorded.values():
+                recorded.end()
+
+    def configure(self, mode: str) -> None:
+        """Generate in that mode, and forget what others have recorded."""
+        self.mode = mode
+        self._recorded = {name: one for name, one in self._recorded.items() if name == mode}
 
     def modes(self) -> list[str]:
         """The modes that agree with passes without a cache, the preferred first; for use in a session."""
@@ -77,9 +83,9 @@ class StaticDecoding:
         logprobs = torch.zeros(uniforms.shape, device=device) if sampling.with_logprobs else None
         rows = torch.arange(len(answers), device=device)  # which answers those in the batch are
         ended = torch.zeros_like(rows, dtype=torch.bool)
-        mode = MODES[self.mode]
-        traced = self._traced[mode.in_fp32]
-        decoding = Decoding(plain.engine.module, prompts, mode, sampling.max_answer_length, traced)
+        mode, model = MODES[self.mode], plain.engine.module
+        recorded = self._recorded.setdefault(self.mode, mode.recorded_pass(model))
+        decoding = Decoding(model, prompts, mode, sampling.max_answer_length, recorded)
         for length in range(1, sampling.max_answer_length + 1):
             tokens, drawn = draw(decoding.logits, uniforms[:, length - 1])
             answers[rows, length - 1] = tokens

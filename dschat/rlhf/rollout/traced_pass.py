@@ -32,17 +32,30 @@ class TracedPass:
         """With `in_fp32` a model in bf16 computes in fp32, with copies of its weights."""
         self._model, self._in_fp32 = model, in_fp32
         self._parameters = list(model.parameters())
+        self._weights: list[Tensor] = []
         self._recorded: Callable[..., Tensor] | None = None
 
-    def weights(self) -> list[Tensor]:
-        """The parameters, or copies of them in fp32: what a batch of answers is computed with."""
-        return [p.detach().float() for p in self._parameters] if self._in_fp32 else [*self._parameters]
+    def begin(self) -> None:
+        """Before a batch: take the parameters, or copies of them in fp32, to compute its answers with."""
+        self._weights = (
+            [p.detach().float() for p in self._parameters] if self._in_fp32 else [*self._parameters]
+        )
 
-    def __call__(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache, weights: Sequence[Tensor]
-    ) -> Tensor:
+    def end(self) -> None:
+        """After a rollout: give the copies back."""
+        self._weights = []
+
+    def place(self, name: str, values: Tensor) -> Tensor:
+        """The values, as a record takes them from wherever they are."""
+        return values
+
+    def weights_in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Copies in fp32, if there are any, in the place of the parameters."""
+        return self._replaced(self._weights) if self._in_fp32 else contextlib.nullcontext()
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
         """The logits that follow one token per row: [B, 1], mask [B, 1, 1, W], [B, 1] -> [B, V]."""
-        inputs = (ids, mask, positions, cache.column, *cache.states, *weights)
+        inputs = (ids, mask, positions, cache.column, *cache.states, *self._weights)
         if self._recorded is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes that become numbers; the trial sees what matters
@@ -59,11 +72,11 @@ class TracedPass:
             "past_key_values": cache,
             "use_cache": True,
         }
-        with self.replaced(others[num_states:]):
+        with self._replaced(others[num_states:]):
             return self._model(**options).logits[:, -1]
 
     @contextlib.contextmanager
-    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def _replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Tensors in the place of the parameters; torch's functional_call is not to be had in a record."""
         number = {id(parameter): n for n, parameter in enumerate(self._parameters)}
         places = [

@@ -11,7 +11,7 @@ from dschat.rlhf.rollout.decode_modes import MODES
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.static_decoding import StaticDecoding, batch_size_of
 
-OF_FP32_MODELS = [name for name, mode in MODES.items() if not mode.in_fp32]
+OF_FP32_MODELS = [name for name, mode in MODES.items() if not mode.in_fp32 and not mode.is_graphed]
 WITHOUT_READY_MASK = ("gptj", "bloom", "falcon", "falcon_alibi")
 
 

@@ -1,0 +1,242 @@
+"""Whether a GPU computes what a CPU does: short runs of every step in fp32, and how their metrics differ.
+
+CUDA_VISIBLE_DEVICES= python benchmarks/gpu_numbers.py --record cpu.json
+python benchmarks/gpu_numbers.py --compare cpu.json
+
+Models have random weights and two layers, text is random words. Runs go side by side (--jobs). Each line is
+a run, with the largest difference of a metric of any step, relative to its size where that is above 1. Runs
+that were stopped and resumed are compared with themselves, to the last bit. Exit code 1 where a run fails or
+a difference is above --tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+PROGRAMS = {
+    "sft": "step1_sft/main.py",
+    "reward": "step2_reward/main.py",
+    "dpo": "step2_reward/dpo.py",
+    "ppo": "step3_ppo/main.py",
+}
+FAMILIES = ("llama", "opt", "qwen3", "gpt2", "gpt_neox")
+UNEQUAL = ("seconds", "per_second", "peak_share", "memory", "time", "rollout_logprob_difference")
+"""Parts of the names of metrics that are not compared."""
+TRAINED = "--per_device_train_batch_size 4 --max_seq_len 64 --max_train_samples 24 --learning_rate 1e-3"
+PPO = (
+    "--max_prompt_seq_len 32 --max_answer_seq_len 40 --per_device_generation_batch_size 8 --eval_interval 0 "
+    "--per_device_training_batch_size 4 --gradient_accumulation_steps 2 --enable_test_mode --test_stop_step 3"
+)
+LORA = "--lora_dim 4 --only_optimize_lora"
+
+
+DIES_WITH_A_CHECKPOINT = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from dschat.checkpoints.checkpoint import Checkpoints
+save = Checkpoints.save
+def save_and_die(*args, **options):
+    save(*args, **options)
+    os._exit(9)
+Checkpoints.save = save_and_die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a program, whose path and arguments follow, up to its first checkpoint."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run."""
+
+    step: str
+    family: str
+    flags: str = ""
+    like: str = ""
+    """The name of the run that it must equal, if that is not its own on a CPU."""
+    stops_at: int = 0
+    """The step after which it is stopped, to be resumed."""
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        return " ".join(
+            filter(None, (self.step, self.family, self.flags, "resumed" if self.stops_at else ""))
+        )
+
+
+def cases() -> list[Case]:
+    """Every step and family, then ways to run one of them."""
+    found = [Case(step, family) for step in PROGRAMS for family in FAMILIES]
+    found += [Case("sft", "llama", f"--zero_stage {stage}", like="sft llama") for stage in (1, 2, 3)]
+    found += [
+        Case("ppo", "llama", f"--actor_zero_stage {stage} --critic_zero_stage {stage}", like="ppo llama")
+        for stage in (2, 3)
+    ]
+    found += [
+        Case("ppo", family, f"--rollout_backend {backend}", like=f"ppo {family}")
+        for family, backend in (("llama", "hf"), ("opt", "hf"), ("llama", "continuous"))
+    ]
+    found += [Case("sft", "opt", f"--packing {packing}", like="sft opt") for packing in ("on", "off")]
+    found += [
+        Case("sft", "llama", LORA),
+        Case("sft", "llama", "--gradient_checkpointing", like="sft llama"),
+        Case("reward", "llama", "--packing on", like="reward llama"),
+        Case("ppo", "opt", "--enable_ema --ppo_epochs 2"),
+        Case("ppo", "llama", "--enable_hybrid_engine", like="ppo llama"),
+        Case("sft", "opt", stops_at=3, like="sft opt"),
+        Case("ppo", "opt", stops_at=2, like="ppo opt"),
+    ]
+    return found
+
+
+def main() -> None:
+    """Run, then keep or compare."""
+    args = parse()
+    args.folder = args.folder.resolve()
+    prepare(args.folder)
+    chosen = [case for case in cases() if args.only in case.name]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(
+            zip((case.name for case in chosen), pool.map(lambda c: run(c, args.folder), chosen), strict=True)
+        )
+    if args.record:
+        args.record.write_text(json.dumps(found) + "\n")
+        failed = [f"{name}: {result}" for name, result in found.items() if isinstance(result, str)]
+        sys.exit("\n".join(failed) or 0)
+    recorded = json.loads(args.compare.read_text())
+    print("| run in fp32 | compared with | largest difference | of |\n| --- | --- | ---: | --- |")
+    worst = 0.0
+    for case in chosen:
+        result = found[case.name]
+        if isinstance(result, str):
+            print(f"| {case.name} | | failed | {result} |")
+            worst = math.inf
+            continue
+        itself = case.stops_at > 0 and not isinstance(found.get(case.like, ""), str)
+        other = found[case.like] if itself else recorded.get(case.like or case.name)
+        difference, metric = largest_difference(result, other)
+        print(
+            f"| {case.name} | {'itself, not stopped' if itself else 'a CPU'} | {difference:.1e} | {metric} |"
+        )
+        worst = max(worst, math.inf if itself and difference else difference)
+    sys.exit(int(worst > args.tolerance))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add, kind = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--record", type=Path, help="Write the metrics of these runs to this file.")
+    kind.add_argument("--compare", type=Path, help="Compare these runs with those of this file.")
+    add("--folder", type=Path, default=Path("output/gpu_numbers"), help="Models, text and runs.")
+    add("--jobs", type=int, default=2, help="Runs at once (default 2).")
+    add("--only", default="", help="Runs whose names contain this alone.")
+    add("--tolerance", type=float, default=2e-3, help="Largest difference of a metric (default 2e-3).")
+    return parser.parse_args()
+
+
+def prepare(folder: Path) -> None:
+    """Models, reward models and pairs."""
+    import torch
+    from families import config_of
+    from random_models import word_tokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tokenizer: Any = word_tokenizer(512)
+    for family in FAMILIES:
+        torch.manual_seed(0)
+        config = config_of(family, tokenizer, 64, 2)
+        for name in (
+            "hidden_dropout",
+            "attention_dropout",
+            "dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+        ):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder / family)
+        config.num_labels = 1
+        scores: Any = AutoModelForSequenceClassification.from_config(config)
+        scores.save_pretrained(folder / f"{family}-scores")
+        for path in (folder / family, folder / f"{family}-scores"):
+            tokenizer.save_pretrained(path)
+    chance = random.Random(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{chance.randrange(1, 500)}" for _ in range(chance.randint(least, most)))
+
+    rows = [{"prompt": words(4, 24), "chosen": words(4, 30), "rejected": words(4, 30)} for _ in range(64)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(case: Case, folder: Path) -> list[dict[str, float]] | str:
+    """The metrics of a run's steps, or how it failed."""
+    output = folder / "runs" / "".join(c if c.isalnum() else "_" for c in case.name)
+    model = str(folder / case.family)
+    if case.step == "ppo":
+        flags = f"--actor_model_name_or_path {model} --critic_model_name_or_path {model}-scores {PPO}"
+        split = "0,0,1"
+    else:
+        flags = f"--model_name_or_path {model} {TRAINED}"
+        split = "1,0,0" if case.step == "sft" else "0,1,0"
+    shared = (
+        f"--data_path {folder / 'pairs.jsonl'} --data_output_path {folder / 'cache'} --data_split {split} "
+        f"--eval_fraction 0 --seed 5 --dtype fp32 --chat_template none --output_dir {output}"
+    )
+    flags = f"{flags} {case.flags} {shared} --save_interval {case.stops_at}"
+    command = [str(ROOT / PROGRAMS[case.step]), *flags.split()]
+    if case.stops_at:
+        _call([sys.executable, "-c", DIES_WITH_A_CHECKPOINT, *command, "--overwrite_output_dir"])
+        problem = _call([sys.executable, *command, "--resume_from_checkpoint", "latest"])
+    else:
+        problem = _call([sys.executable, *command, "--overwrite_output_dir"])
+    if problem:
+        return problem
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _call(command: list[str]) -> str:
+    """What a command that failed said last."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **settings, "PYTHONPATH": path}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return "" if ended.returncode == 0 else f"{ended.returncode}: {(ended.stdout + ended.stderr)[-300:]!r}"
+
+
+def largest_difference(result: list[dict[str, float]], other: Any) -> tuple[float, str]:
+    """Of a metric of any step, relative where that is above 1; and which metric has it."""
+    if not isinstance(other, list) or len(other) != len(result):
+        return math.inf, "no run to compare with, or not as many steps"
+    worst = (0.0, "")
+    for ours, theirs in zip(result, other, strict=True):
+        for name in ours.keys() & theirs.keys():
+            value, expected = ours[name], theirs[name]
+            if isinstance(value, int | float) and not any(part in name for part in UNEQUAL):
+                difference = abs(value - expected) / max(1.0, abs(expected))
+                worst = max(worst, (difference, f"{name} at {ours.get('step')}"))
+    return worst
+
+
+if __name__ == "__main__":
+    main()
