@@ -7,7 +7,8 @@ Each run is a program of a step as it is, in processes of its own, after `script
 device for its flags on as many ranks. Programs whose memory is not that of the process, those on a GPU and
 `scripts/plan.py`, are forked from a process that has imported the libraries, which takes longer than they
 do. Both numbers are those of the run's plan.json: what it predicted before its models were
-loaded, and what it measured. On a CPU every process has one thread, and seconds are processor time, which
+loaded, and what it measured. Rows are what a plan is for: as long as they may be, with a label for nearly
+every token, and not packed. On a CPU every process has one thread, and seconds are processor time, which
 other programs move less than the clock; waiting for other ranks is not among them.
 """
 
@@ -19,7 +20,9 @@ import json
 import os
 import random
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -42,8 +45,10 @@ SIZES = {
     "cpu": ("6m", "27m", "89m", "llama-13m", "llama-58m", "llama-50m-tied"),
     "cuda": ("opt-350m", "opt-1.3b"),
 }
-WITHIN = {"memory": 0.15, "seconds": 0.25}
+WITHIN = {"cpu": {"memory": 0.15, "seconds": 0.25}, "cuda": {"memory": 0.10, "seconds": 0.25}}
 """How far a prediction may be off."""
+LIMIT = {"cpu": 800, "cuda": 150}
+"""Seconds that one program may take."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class Case:
         """A name for its files."""
         return "".join(c if c.isalnum() else "_" for c in str(self))
 
+    @property
+    def prompt(self) -> int:
+        """Words of a prompt, some less than tokens that there is room for."""
+        return self.length - (self.answer or self.length // 2) - 4 if self.step == "rlhf" else 4
+
+    @property
+    def text(self) -> str:
+        """The name of its data."""
+        return f"pairs-{self.length}-{self.prompt}.jsonl"
+
     def models(self, folder: Path) -> list[str]:
         """The flags that name its models."""
         model = str(folder / self.size)
@@ -99,11 +114,11 @@ def cases(device: str) -> Iterator[Case]:
     """What is run: every way to shard one size, and some of them with the others."""
     if device == "cuda":
         for step, size, flags in (
-            *(("sft", "opt-350m", flags) for flags in ("", *map("--zero_stage {}".format, (2, 3)), LORA)),
-            ("sft", "opt-350m", "--gradient_checkpointing"),
-            ("sft", "opt-1.3b", "--zero_stage 2 --offload --gradient_checkpointing"),
+            *(("sft", "opt-350m", flags) for flags in ("", "--zero_stage 2", "--zero_stage 3", LORA)),
+            ("sft", "opt-1.3b", "--gradient_checkpointing"),
             ("reward", "opt-350m", ""),
             ("rlhf", "opt-350m", ""),
+            ("sft", "opt-1.3b", "--zero_stage 2 --offload --gradient_checkpointing"),  # compiles first
         ):
             yield Case(step, size, flags, rows=16, length=512)
         return
@@ -160,10 +175,11 @@ def held_out() -> Iterator[Case]:
 def flags_of(case: Case, folder: Path, device: str) -> list[str]:
     """The flags of a run's step."""
     rows, length = case.rows, case.length
+    text = str(folder / case.text)
     split = {"sft": "1,0,0", "rlhf": "0,0,1"}.get(case.step, "0,1,0")
     found = [
-        *case.models(folder), "--data_path", str(folder / f"pairs-{length}.jsonl"), "--chat_template", "none",
-        "--eval_fraction", "0", "--data_output_path", str(folder / "cache"),
+        *case.models(folder), "--data_path", text, "--chat_template", "none",
+        "--eval_fraction", "0", "--packing", "off", "--data_output_path", str(folder / "cache"),
         "--output_dir", str(folder / case.folder), "--data_split", split,
     ]  # fmt: skip
     if case.step == "rlhf":
@@ -195,20 +211,21 @@ def prepare(folder: Path, device: str) -> None:
         for name, scores in ((size, False), (f"{size}-scores", True)):
             save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
 
-    for length in {case.length for case in cases(device)}:
-        chance, half = random.Random(0), length // 2 - 4
-        rows = [{name: words(half, chance) for name in ("prompt", "chosen", "rejected")} for _ in range(400)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"pairs-{length}.jsonl").write_text(lines)
+    for case in {case.text: case for case in cases(device)}.values():
+        chance, answer = random.Random(0), case.length - case.prompt - 4
+        sizes = {"prompt": case.prompt, "chosen": answer, "rejected": answer}
+        rows = [{name: words(number, chance) for name, number in sizes.items()} for _ in range(400)]
+        (folder / case.text).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def words(most: int, chance: random.Random) -> str:
-    """Half of `most` random words at least."""
-    return " ".join(f"w{chance.randrange(1, 4000)}" for _ in range(chance.randint(most // 2, most)))
+def words(number: int, chance: random.Random) -> str:
+    """So many random words."""
+    return " ".join(f"w{chance.randrange(1, 4000)}" for _ in range(number))
 
 
 def run(case: Case, folder: Path, device: str, *, with_seconds: bool = True) -> dict[str, Any]:
-    """The plan.json of a run, or why there is none; `with_seconds` the device is measured before it."""
+    """The plan.json of a run, or why there is none or what it lacks; `with_seconds` the device is measured
+    before it."""
     flags, written = flags_of(case, folder, device), folder / case.folder / "plan.json"
     log = folder / f"{case.folder}.txt"
     written.unlink(missing_ok=True)
@@ -225,14 +242,17 @@ def run(case: Case, folder: Path, device: str, *, with_seconds: bool = True) -> 
         children = [forked(words, log, device, environment) for environment in of_ranks]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes) and (words[0] != "scripts/plan.py" or not log.read_text().count("plan:")):
-            return {"failed": f"{words[0]} ended with {codes}: see {log.name}"}
-    return written_plan(case, folder)
+            last = log.read_text().strip().splitlines()[-1:]
+            return {"failed": f"{words[0]} ended with {codes}: {' '.join(last)} ({log.name})"}
+    return written_plan(case, folder) or {"failed": f"no plan, or nothing measured: see {log.name}"}
 
 
-def written_plan(case: Case, folder: Path) -> dict[str, Any]:
-    """The plan.json that a run left. Raises `OSError` where there was none."""
-    plan: dict[str, Any] = json.loads((folder / case.folder / "plan.json").read_text())
-    return plan
+def written_plan(case: Case, folder: Path) -> dict[str, Any] | None:
+    """The plan.json that a run left; None where there is none, or the run did not end."""
+    with suppress(OSError):
+        plan: dict[str, Any] = json.loads((folder / case.folder / "plan.json").read_text())
+        return plan if "measured" in plan else None
+    return None
 
 
 def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, Any]) -> int:
@@ -240,6 +260,8 @@ def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, 
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LIMIT[device])
     try:
         with log.open("a") as out:
             os.dup2(out.fileno(), 1)
@@ -248,6 +270,8 @@ def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, 
         if device == "cpu":
             time.perf_counter = time.process_time
         program = ROOT / words[0]
+        if device == "cuda" and cannot_start_cuda():
+            os.execv(sys.executable, [sys.executable, str(program), *words[1:]])
         if device == "cpu" and words[0] != "scripts/plan.py":
             os.execv(sys.executable, [sys.executable, "-c", BY_PROCESSOR_TIME, str(program), *words[1:]])
         sys.argv = [str(program), *words[1:]]
@@ -262,16 +286,24 @@ def forked(words: Sequence[str], log: Path, device: str, environment: dict[str, 
         os._exit(1)
 
 
+def cannot_start_cuda() -> bool:
+    """Whether this process was forked from one that had asked CUDA for something."""
+    import torch
+
+    return torch.cuda._is_in_bad_fork()
+
+
 def error(predicted: float, measured: float) -> float:
     """How far a prediction is above what was measured, as a share of that."""
     return predicted / measured - 1 if measured else 0.0
 
 
-def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
+def row(case: Case, plan: dict[str, Any], device: str) -> tuple[str, list[str]]:
     """A row of the table, and what is further off than it may be."""
     if "failed" in plan:
-        return f"| {case.step} | {case.size} | {case} | {plan['failed']} |", [str(case)]
-    measured, off = plan["measured"], []
+        reason = plan["failed"].replace("|", "/")
+        return f"| | {case.step} | {case.size} | {case.ranks} | | `{case.flags}` | {reason} |", [str(case)]
+    measured, within, off = plan["measured"], WITHIN[device], []
     memory = error(plan["device_peak"], measured["device_peak"])
     worst = max(plan["phases"], key=lambda name: plan["phases"][name]["device"])
     length = f"{case.length - case.answer} + {case.answer}" if case.answer else str(case.length)
@@ -280,7 +312,7 @@ def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
         *(f"`{case.flags}`" if case.flags else "", worst),
         *(f"{plan['device_peak'] / 1e6:,.0f}", f"{measured['device_peak'] / 1e6:,.0f}", f"{memory:+.0%}"),
     ]
-    if abs(memory) > WITHIN["memory"]:
+    if abs(memory) > within["memory"]:
         off.append(f"memory of {case}: {memory:+.0%}")
     predicted, found = plan["seconds"] or {}, measured.get("seconds", {})
     phases = []
@@ -291,7 +323,7 @@ def row(case: Case, plan: dict[str, Any]) -> tuple[str, list[str]]:
         whole = sum(found.get(name, 0.0) for name in predicted)
         seconds = error(sum(predicted.values()), whole)
         cells += [f"{sum(predicted.values()):.3g}", f"{whole:.3g}", f"{seconds:+.0%}", "; ".join(phases)]
-        if abs(seconds) > WITHIN["seconds"]:
+        if abs(seconds) > within["seconds"]:
             off.append(f"seconds of {case}: {seconds:+.0%}")
     else:
         cells += [""] * 4
@@ -305,11 +337,14 @@ def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> st
 
     rows, off = [], []
     for case, plan in found.items():
-        line, more = row(case, plan)
+        line, more = row(case, plan, device)
         rows.append(line)
         off += more
     clock = "processor time of one thread" if device == "cpu" else "by the clock"
-    card = f" {torch.cuda.get_device_name()};" if torch.cuda.is_available() and device == "cuda" else ""
+    beside = [plan["measured"].get("beside_tensors", 0) for plan in found.values() if "measured" in plan]
+    card = f" {card_name()}; {max(beside, default=0) / 1e6:,.0f} MB of it beside the allocator's;"
+    card = card if device == "cuda" else ""
+    within = WITHIN[device]
     return "\n".join(
         [
             f"# Planned against measured memory and time, {device}",
@@ -325,15 +360,25 @@ def report(found: dict[Case, dict[str, Any]], device: str, minutes: float) -> st
             "|---|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
             *rows,
             "",
-            f"Off by more than {WITHIN['memory']:.0%} in memory or {WITHIN['seconds']:.0%} in seconds: "
+            f"Off by more than {within['memory']:.0%} in memory or {within['seconds']:.0%} in seconds: "
             f"{'; '.join(off) or 'none'}.",
             "",
         ]
     )
 
 
+def card_name() -> str:
+    """The GPU's name, from a program of its own: a process that has asked CUDA cannot be forked for a run."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with suppress(OSError):
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return "an unknown GPU"
+
+
 def import_libraries(folder: Path) -> None:
     """What every run imports, once, with the environment that it is to see."""
+    # Imports ask torch.cuda.is_available(), which is to leave CUDA alone, for children.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     from torch.utils.cpp_extension import get_default_build_root
 
     machine = folder / "machine"  # so that times stay out of the user's own folder
@@ -344,7 +389,6 @@ def import_libraries(folder: Path) -> None:
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
         XDG_CACHE_HOME=str(machine),
-        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # torch.cuda.is_available() leaves CUDA alone, for children
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     )
     for name in (
@@ -381,9 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [case for case in cases(args.device) if args.only in str(case)]
     if args.report or args.missing:
         for case in wanted:
-            with suppress(OSError):
-                plan = written_plan(case, folder)
-                found |= {case: plan} if "measured" in plan else {}
+            if plan := written_plan(case, folder):
+                found[case] = plan
         wanted = [] if args.report else [case for case in wanted if case not in found]
     if wanted:
         import_libraries(folder)
@@ -391,13 +434,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prepare(folder, args.device)
             os._exit(0)
         os.waitpid(child, 0)
+    text = report(found, args.device, 0.0)
     for case in wanted:
         found[case] = run(case, folder, args.device, with_seconds=not args.memory_only)
-        print(row(case, found[case])[0], file=sys.stderr, flush=True)
-    text = report(found, args.device, (time.monotonic() - start) / 60)
+        print(row(case, found[case], args.device)[0], file=sys.stderr, flush=True)
+        text = report(found, args.device, (time.monotonic() - start) / 60)
+        if args.output:  # after each, so that what was measured stays if the next is killed
+            args.output.write_text(text)
     print(text)
-    if args.output:
-        args.output.write_text(text)
 
 
 if __name__ == "__main__":

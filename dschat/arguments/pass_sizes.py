@@ -30,10 +30,8 @@ class PassSizes:
     """Whether a moving average of the actor is kept, in fp32."""
     holds_both: bool = False
     """Whether activations of actor and critic are held at one time."""
-    outputs: int | None = None
-    """Positions per row whose logits are computed; None: all."""
 
     @property
     def num_outputs(self) -> int:
         """Positions per row whose logits are computed, at most."""
-        return self.outputs or self.answer_length or self.length
+        return self.answer_length or self.length

@@ -26,9 +26,9 @@ DRAWN = 16
 REUSED = 0.5
 """The share of what the C library's heap has free between blocks in use where new ones find room: a freed
 block is too small for the next aligned one of its size (glibc's bug 14581), two neighbours hold one."""
-LIBRARIES = {"cpu": 20e6, "cuda": 0.0}
-"""Bytes that libraries take on their first use, beside models: as a run of 6 million weights took, most of it
-pages of oneDNN's code."""
+LIBRARIES = {"cpu": 20e6, "cuda": 3 * 2**25}
+"""Bytes that libraries take on their first use, beside models: mostly pages of oneDNN's code, as a run of 6
+million weights took; on a GPU cuBLAS's workspaces of forward and backward passes and softmax's fp32 copies."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class EngineMemory:
             weights,
             self._part("optimiser", (master + 8) * self._trained * share, on_host=spec.offload),
             self._part("gradients", gradients * self._trained * share, on_host=spec.offload),
+            *(self._bucket() if self._stage == 3 else ()),
         )
 
     def gathered(self) -> Moment:
@@ -143,8 +144,6 @@ class EngineMemory:
 
     def _bucket(self) -> Moment:
         """Buffers in which gradients are reduced. On a CPU what is not written to takes no memory."""
-        if self._stage == 0:
-            return ()
         size = min(self._trained, BUCKET) if self.hardware.is_cpu else BUCKET
         number = 1 if self.hardware.is_cpu or self._stage == 3 else 2
         return (self._part("buffers", number * size * self.model.element),)
@@ -153,7 +152,7 @@ class EngineMemory:
         """Beside activations: buffers, gathered weights, and gradients of earlier micro-batches."""
         kept = {0: 1.0, 1: self._share, 2: self._share, 3: 0.0}[self._stage] if self.accumulates else 0.0
         gradients = self._part("gradients", kept * self._trained * self.model.element)
-        return (gradients, *self._bucket(), *self.gathered())
+        return (gradients, *(self._bucket() if self._stage in (1, 2) else self.gathered()))
 
     def end_of_backward(self) -> Moment:
         """Gradients as they are reduced, without activations."""
@@ -161,10 +160,10 @@ class EngineMemory:
         if self._stage == 0:
             flat = self._part("buffers", min(trained, BUCKET) * element)
             return (self._part("gradients", trained * element), flat)
-        share = self._share * trained
-        if self._stage == 3:  # a flat copy of the bucket, and Gloo's own on a CPU
-            share = (2 if self.hardware.is_cpu else 1) * min(trained, BUCKET)
-        return (self._part("gradients", share * element), *self._bucket(), *self.gathered())
+        if self._stage < 3:
+            return (self._part("gradients", self._share * trained * element), *self._bucket())
+        copies = (2 if self.hardware.is_cpu else 1) * min(trained, BUCKET)  # flat, and Gloo's own
+        return (self._part("gradients", copies * element), *self.gathered())
 
     def optimizer_step(self) -> Moment:
         """Gradients as the optimiser takes them."""
@@ -183,9 +182,9 @@ class EngineMemory:
             return self.standing()
         if self._stage == 0:
             return (*self.standing(), *(self.optimizer_step() if self._is_low else ()))
-        weights, optimiser, gradients = self.standing()
+        weights, optimiser, *others = self.standing()
         # One set of zeros in place of Adam's two averages, which the first step makes.
-        return (weights, gradients, replace(optimiser, bytes=8 / 12 * optimiser.bytes))
+        return (weights, *others, replace(optimiser, bytes=8 / 12 * optimiser.bytes))
 
 
 def total(moment: Iterable[Part], *, on_host: bool = False) -> float:

@@ -139,10 +139,8 @@ class Recorder(TorchDispatchMode):
         self._alive.add(key)
         self.now[block] += 1
         self.allocated[block] += 1
-        self._bytes = [
-            self._bytes[0] + storage.nbytes(),
-            self._bytes[1] + storage.nbytes() * bool(block.power),
-        ]
+        self._bytes[0] += storage.nbytes()
+        self._bytes[1] += storage.nbytes() * bool(block.power)
         for i, most in enumerate(self._most):
             if self._bytes[i] > most:
                 self._most[i], self.moments[i] = self._bytes[i], Counter(self.now)

@@ -92,6 +92,9 @@ class RunPlan:
         peak = max_across_ranks(torch.tensor(own, device=current_device()), axis="world").item()
         line = f"plan: peak {self.plan.reported_peak} GB predicted, {peak / GB:.2f} measured"
         measured: dict[str, Any] = {"device_peak": peak, "baseline": self.baseline}
+        if self.plan.hardware.device == "cuda":
+            free, all_of_it = torch.cuda.mem_get_info()
+            measured["beside_tensors"] = all_of_it - free - torch.cuda.memory_reserved()
         seconds = {} if self.folder is None else measured_seconds(self.folder)
         if seconds:
             measured["seconds"] = seconds

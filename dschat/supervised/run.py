@@ -118,21 +118,21 @@ class SupervisedRun:
         choose_products(settings.run.dtype, checkpoints.choices)
         if mesh().sequence.size > 1:
             try_sequence_parallel(self.base.path, current_device())
-        laid_out, mean_length = self._lay_out(loaders, checkpoints)
+        laid_out, width, mean_length = self._lay_out(loaders, checkpoints)
         self.plans.append(
             RunPlan.begin(
                 self.args,
                 supervised_specs,
                 checkpoints.choices,
-                longest=loaders.longest_row,
+                longest=width,
                 mean_length=mean_length,
                 steps=loaders.train.num_steps_of(settings.optimizer.num_train_epochs),
             )
         )
         return checkpoints, laid_out
 
-    def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> tuple[Loaders, float]:
-        """The loaders with the layout of rows, and the tokens that a sequence takes in them on average."""
+    def _lay_out(self, loaders: Loaders, checkpoints: Checkpoints) -> tuple[Loaders, int, float]:
+        """The loaders with the layout of rows, and a sequence's tokens, padding included: most and mean."""
         path, model = self.base.path, self.settings.model
         config = read_config(path, model.dropout)
         set_attention(config, model.attn_implementation)
@@ -147,7 +147,8 @@ class SupervisedRun:
             limit=learned_positions(path),
             lengths=lengths[:NUM_TRIED],
         )
-        return loaders.laid_out(layout), layout.tokens_per_sequence(lengths)
+        mean = layout.tokens_per_sequence(lengths)
+        return loaders.laid_out(layout), layout.width_of(loaders.longest_row), mean
 
     def build_language_model(self, loaders: Loaders) -> DeepSpeedEngine:
         """The language model to be trained, in its engine; checked against the outputs promised with it."""

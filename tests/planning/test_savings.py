@@ -33,7 +33,7 @@ def test_cheaper_settings_come_first_and_keep_the_batch():
 
 def test_the_first_that_fits_is_taken():
     args = arguments("sft")
-    roomy, tight = (fitting(args, [""], partial(planned, memory=m), with_lora=False) for m in (80e9, 0.62e9))
+    roomy, tight = (fitting(args, [""], partial(planned, memory=m), with_lora=False) for m in (80e9, 0.72e9))
     assert roomy is not None
     assert roomy[0]["per_device_train_batch_size"] == 16
     assert tight is not None
