@@ -27,8 +27,8 @@ REUSED = 0.5
 """The share of what the C library's heap has free between blocks in use where new ones find room: a freed
 block is too small for the next aligned one of its size (glibc's bug 14581), two neighbours hold one."""
 LIBRARIES = {"cpu": 20e6, "cuda": 3 * 2**25}
-"""Bytes that libraries take on their first use, beside models: mostly pages of oneDNN's code, as a run of 6
-million weights took; on a GPU cuBLAS's workspaces of forward and backward passes and softmax's fp32 copies."""
+"""Bytes that libraries take on their first use: most of it pages of oneDNN's code, as a run of 6 million
+weights took; on a GPU cuBLAS's workspaces of forward and backward passes, and fp32 copies of some logits."""
 
 
 @dataclass(frozen=True)
