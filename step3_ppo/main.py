@@ -127,9 +127,8 @@ def assemble(args: RlhfArguments, context: RunContext, *, forecasts: bool = Fals
 
     checkpoints = context.begin(data.key, received.all)
     choices = checkpoints.choices
-    layout, mean = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
+    layout, widest, mean = choose_ways_and_layout(args, specs, data.train, choices, longest=longest)
     steps = min(args.rlhf.test_stop_step, len(prompts)) if args.rlhf.enable_test_mode else len(prompts)
-    widest = layout.width_of(longest)
     plan = RunPlan.begin(args, engine_specs, choices, longest=widest, mean_length=mean, steps=steps)
     if forecasts:
         check_worth(args, steps * args.rollout_size * mesh().data.size, len(data.evaluation))

@@ -26,10 +26,11 @@ def choose_ways_and_layout(
     choices: MeasuredChoices,
     *,
     longest: int,
-) -> tuple[RowLayout, float]:
+) -> tuple[RowLayout, int, float]:
     """`choose_ways` of the models, and `choose_row_layout` for all together: they read the same rows.
 
-    The number is of the tokens in rows, padding included, that a prompt takes with the longest answer.
+    The numbers are of the tokens in rows, padding included, that a prompt takes with the longest answer: the
+    longest in a row of its own, and the mean.
 
     No answers are known yet: the trial's are of any length up to --max_answer_seq_len. `longest` is the
     longest prompt with the longest answer, in tokens. Every rank must call it.
@@ -58,4 +59,4 @@ def choose_ways_and_layout(
     )
     longest_answers = known[: NUM_MEASURED * size] + args.rollout.max_answer_seq_len
     batches = [longest_answers[i : i + size] for i in range(0, len(longest_answers), size)]
-    return layout, layout.tokens_per_sequence(batches)
+    return layout, layout.width_of(longest), layout.tokens_per_sequence(batches)

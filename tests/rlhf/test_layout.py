@@ -15,7 +15,7 @@ from dschat.runs.measured_choices import MeasuredChoices
 PROMPTS = Rows.from_dict({"length": [5, 9, 7]})
 
 
-def layout_and_mean(tmp_path, actor: str, reward: str, *flags: str) -> tuple[RowLayout, float]:
+def layout_and_widths(tmp_path, actor: str, reward: str, *flags: str) -> tuple[RowLayout, int, float]:
     """`choose_ways_and_layout` for an actor and a critic of these families.
 
     Only their configurations are read.
@@ -29,14 +29,17 @@ def layout_and_mean(tmp_path, actor: str, reward: str, *flags: str) -> tuple[Row
 
 def layout_of(*args: Any) -> RowLayout:
     """The layout alone."""
-    return layout_and_mean(*args)[0]
+    return layout_and_widths(*args)[0]
 
 
 def test_rows_are_padded_to_the_multiple_that_is_asked_for(tmp_path):
-    layout, mean = layout_and_mean(tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8")
+    layout, widest, mean = layout_and_widths(
+        tmp_path, "llama", "llama", "--packing=off", "--pad_to_multiple_of=8"
+    )
     assert layout == RowLayout(multiple_of=8)
     longest = max(PROMPTS.column("length"))
     assert mean == layout.rounded(longest + 8)
+    assert widest == layout.rounded(17)
 
 
 def test_the_fewest_learned_positions_of_all_models_bound_the_width(tmp_path):
