@@ -3,10 +3,10 @@
 CUDA_VISIBLE_DEVICES= python benchmarks/gpu_numbers.py --record cpu.json
 python benchmarks/gpu_numbers.py --compare cpu.json
 
-Models have random weights and two layers, text is random words. Runs go side by side (--jobs). Each line is
-a run, with the largest difference of a metric of any step, relative to its size where that is above 1. Runs
-that were stopped and resumed are compared with themselves, to the last bit. Exit code 1 where a run fails or
-a difference is above --tolerance.
+Models have random weights and two layers, text is random words. Runs are forked from a process that has
+imported the libraries, and go side by side (--jobs). Each line is a run, with the largest difference of a
+metric of any step, relative to its size where that is above 1. Runs that were stopped and resumed are
+compared with themselves, to the last bit. Exit code 1 where a run fails or a difference is above --tolerance.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from planner import forked, import_libraries
 
 PROGRAMS = {
     "sft": "step1_sft/main.py",
@@ -73,9 +73,13 @@ class Case:
     @property
     def name(self) -> str:
         """As the table has it."""
-        return " ".join(
-            filter(None, (self.step, self.family, self.flags, "resumed" if self.stops_at else ""))
-        )
+        words = (self.step, self.family, self.flags, "resumed" if self.stops_at else "")
+        return " ".join(filter(None, words))
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return "".join(c if c.isalnum() else "_" for c in self.name)
 
 
 def cases() -> list[Case]:
@@ -106,18 +110,24 @@ def cases() -> list[Case]:
 def main() -> None:
     """Run, then keep or compare."""
     args = parse()
-    args.folder = args.folder.resolve()
-    prepare(args.folder)
+    folder = args.folder.resolve()
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    (folder / "dies.py").write_text(DIES_WITH_A_CHECKPOINT)
+    import_libraries(folder)
+    prepare(folder)
     chosen = [case for case in cases() if args.only in case.name]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(
-            zip((case.name for case in chosen), pool.map(lambda c: run(c, args.folder), chosen), strict=True)
-        )
+    run_all(chosen, folder, args.jobs)
+    found = {case.name: result_of(case, folder) for case in chosen}
     if args.record:
         args.record.write_text(json.dumps(found) + "\n")
-        failed = [f"{name}: {result}" for name, result in found.items() if isinstance(result, str)]
-        sys.exit("\n".join(failed) or 0)
-    recorded = json.loads(args.compare.read_text())
+        sys.exit(
+            "\n".join(f"{name}: {result}" for name, result in found.items() if isinstance(result, str)) or 0
+        )
+    sys.exit(int(not (report(chosen, found, json.loads(args.compare.read_text())) <= args.tolerance)))
+
+
+def report(chosen: list[Case], found: dict[str, Any], recorded: dict[str, Any]) -> float:
+    """Print the table; the largest difference, infinite where a run failed or is not resumed to the bit."""
     print("| run in fp32 | compared with | largest difference | of |\n| --- | --- | ---: | --- |")
     worst = 0.0
     for case in chosen:
@@ -133,7 +143,7 @@ def main() -> None:
             f"| {case.name} | {'itself, not stopped' if itself else 'a CPU'} | {difference:.1e} | {metric} |"
         )
         worst = max(worst, math.inf if itself and difference else difference)
-    sys.exit(int(worst > args.tolerance))
+    return worst
 
 
 def parse() -> argparse.Namespace:
@@ -188,9 +198,23 @@ def prepare(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(case: Case, folder: Path) -> list[dict[str, float]] | str:
-    """The metrics of a run's steps, or how it failed."""
-    output = folder / "runs" / "".join(c if c.isalnum() else "_" for c in case.name)
+def run_all(chosen: list[Case], folder: Path, jobs: int) -> None:
+    """Run the programs of all cases, so many at once."""
+    waiting = [(case, programs_of(case, folder)) for case in reversed(chosen)]
+    running: dict[int, tuple[Case, list[list[str]]]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            case, programs = waiting.pop()
+            log = folder / "runs" / f"{case.folder}.txt"
+            running[forked(programs[0], log, "cuda", {})] = case, programs[1:]
+        child, _ = os.wait()
+        case, programs = running.pop(child)
+        if programs:
+            waiting.append((case, programs))
+
+
+def programs_of(case: Case, folder: Path) -> list[list[str]]:
+    """The programs of a run with their flags, one after the other."""
     model = str(folder / case.family)
     if case.step == "ppo":
         flags = f"--actor_model_name_or_path {model} --critic_model_name_or_path {model}-scores {PPO}"
@@ -200,28 +224,24 @@ def run(case: Case, folder: Path) -> list[dict[str, float]] | str:
         split = "1,0,0" if case.step == "sft" else "0,1,0"
     shared = (
         f"--data_path {folder / 'pairs.jsonl'} --data_output_path {folder / 'cache'} --data_split {split} "
-        f"--eval_fraction 0 --seed 5 --dtype fp32 --chat_template none --output_dir {output}"
+        "--eval_fraction 0 --seed 5 --dtype fp32 --chat_template none "
+        f"--output_dir {folder / 'runs' / case.folder} --save_interval {case.stops_at}"
     )
-    flags = f"{flags} {case.flags} {shared} --save_interval {case.stops_at}"
+    flags = f"{flags} {case.flags} {shared}"
     command = [str(ROOT / PROGRAMS[case.step]), *flags.split()]
-    if case.stops_at:
-        _call([sys.executable, "-c", DIES_WITH_A_CHECKPOINT, *command, "--overwrite_output_dir"])
-        problem = _call([sys.executable, *command, "--resume_from_checkpoint", "latest"])
-    else:
-        problem = _call([sys.executable, *command, "--overwrite_output_dir"])
-    if problem:
-        return problem
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    if not case.stops_at:
+        return [[*command, "--overwrite_output_dir"]]
+    dying = [str(folder / "dies.py"), *command, "--overwrite_output_dir"]
+    return [dying, [*command, "--resume_from_checkpoint", "latest"]]
 
 
-def _call(command: list[str]) -> str:
-    """What a command that failed said last."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **settings, "PYTHONPATH": path}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return "" if ended.returncode == 0 else f"{ended.returncode}: {(ended.stdout + ended.stderr)[-300:]!r}"
+def result_of(case: Case, folder: Path) -> list[dict[str, float]] | str:
+    """The metrics of a run's steps, or what it said last where it did not end."""
+    output = folder / "runs" / case.folder
+    log = output.with_suffix(".txt").read_text()
+    if not (output / "manifest.json").exists() and not (output / "actor" / "manifest.json").exists():
+        return repr(log[-300:])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def largest_difference(result: list[dict[str, float]], other: Any) -> tuple[float, str]:

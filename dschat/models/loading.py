@@ -99,12 +99,13 @@ def create_critic_model(
 def _options(ds_config: dict[str, Any] | None, stage: int = 0) -> dict[str, Any]:
     """What `from_pretrained` is told: the precision, and where a model that is to be an engine's belongs.
 
-    Weights go to a GPU one by one, from a file that all ranks of a machine map into memory once: its memory
-    never holds a copy per rank. A model whose layers ranks are to share is cut on the CPU first.
+    Weights of an engine, whose configuration has a batch size, go to a GPU one by one, from a file that all
+    ranks of a machine map into memory once: its memory never holds a copy per rank. A model whose layers
+    ranks are to share is cut on the CPU first.
     """
     options: dict[str, Any] = {"dtype": _dtype(ds_config)}
     is_whole = max(stage, _zero_stage(ds_config)) < 3 and "tensor_parallel" not in (ds_config or {})
-    if ds_config is not None and is_whole and device_type() != "cpu":
+    if "train_micro_batch_size_per_gpu" in (ds_config or {}) and is_whole and device_type() != "cpu":
         options["device_map"] = {"": current_device()}
     return options
 

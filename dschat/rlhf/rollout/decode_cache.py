@@ -33,8 +33,11 @@ class DecodeLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         keys, values = self.pair
-        keys.index_copy_(2, self._cache.column, key_states)
-        values.index_copy_(2, self._cache.column, value_states)
+        if self._cache.store is None:
+            keys.index_copy_(2, self._cache.column, key_states)
+            values.index_copy_(2, self._cache.column, value_states)
+        else:
+            self._cache.store(keys, values, self._cache.column, key_states, value_states)
         width = self._cache.width
         return keys[:, :, :width], values[:, :, :width]
 
@@ -93,6 +96,8 @@ class DecodeCache(Cache):
     ) -> None:
         """`place` is given what decoding reads and writes, by a name, and returns it where it is to stand."""
         self.place = place
+        self.store: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None
+        """What writes a token's keys and values to a column, in place of torch."""
         self.capacity = _rounded(prompt_length + answer_length)
         self.length = prompt_length
         """Columns that are written, but for the pass in progress."""
@@ -103,10 +108,12 @@ class DecodeCache(Cache):
         super().__init__(layers=[*self._own])
 
     @staticmethod
-    def of_states(column: Tensor, states: Sequence[Tensor], *, width: int) -> "DecodeCache":
+    def of_states(
+        column: Tensor, states: Sequence[Tensor], *, width: int, store: Callable[..., None] | None = None
+    ) -> "DecodeCache":
         """One in the middle of answers, of the keys and the values of each layer in turn."""
         cache = DecodeCache(len(states) // 2, 1, 1, column.device)
-        cache.column, cache.width = column, width
+        cache.column, cache.width, cache.store = column, width, store
         for layer, keys, values in zip(cache._own, states[::2], states[1::2], strict=True):
             layer.lazy_initialization(keys, values)
         return cache

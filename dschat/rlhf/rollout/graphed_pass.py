@@ -1,22 +1,29 @@
-"""The forward pass of one token per row as CUDA graphs: a step costs one launch in place of hundreds.
+"""Decoding as CUDA graphs: a forward pass of one token per row, and a draw, cost a launch each, not hundreds.
 
-A graph repeats kernels on the memory that it was captured with. So what a pass reads and writes stands in
-buffers that belong to `GraphedPass` and stay from batch to batch, and there is a graph for each number of
-rows and each number of columns that is read.
+A graph repeats kernels on the memory that it was captured with. So what is read and written stands in buffers
+that belong to `GraphedPass` and stay from batch to batch, and there is a graph for each number of rows and
+each number of columns that is read.
 """
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
+import importlib.util
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dschat.rlhf.rollout.decode_cache import DecodeCache
+from dschat.rlhf.rollout.fused_projections import FusedProjections
+from dschat.rlhf.rollout.keyed_sampling import TokenDraw
 
 KEPT_SHARE = 0.1
 """Buffers that take more of the device's memory are given back between rollouts, and captured again."""
+
+
+def has_kernels() -> bool:
+    """Whether `decode_kernels` can be used."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class GraphedPass:
@@ -25,31 +32,36 @@ class GraphedPass:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers: dict[str, Tensor] = {}
-        self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+        self._graphs: dict[Hashable, tuple[Callable[[], object], dict[str, Tensor]]] = {}
+        """What replays each, and the buffers of its results."""
         self._pool: Any = None
         self._weights: list[int] = []
+        self._projections = FusedProjections(model)
+        self._store: Callable[..., None] | None = None
+        if has_kernels():
+            from dschat.rlhf.rollout.decode_kernels import store_token
+
+            self._store = store_token
 
     def begin(self) -> None:
-        """Before a batch: forget the graphs where the weights are no longer where they were (ZeRO-3)."""
+        """Before a batch: take the weights of now, and forget the graphs of others that were elsewhere."""
         weights = [parameter.data_ptr() for parameter in self._model.parameters()]
         if weights != self._weights:
             self._forget()
             self._weights = weights
+        self._projections.refresh()
 
     def end(self) -> None:
         """After a rollout: give back buffers that training may need the memory of."""
-        size = sum(buffer.nbytes for buffer in self._buffers.values())
+        size = self._projections.size + sum(buffer.nbytes for buffer in self._buffers.values())
         if size > KEPT_SHARE * device_memory():
             self._forget()
             self._buffers.clear()
+            self._projections.free()
 
     def weights_in_place(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to put there."""
+        """The model's own weights read prompts."""
         return contextlib.nullcontext()
-
-    def _forget(self) -> None:
-        self._graphs.clear()
-        self._pool = None
 
     def place(self, name: str, values: Tensor) -> Tensor:
         """The values in the buffer of that name, which grows where it is too small."""
@@ -58,27 +70,57 @@ class GraphedPass:
             sizes = values.shape if buffer is None else torch.Size(map(max, values.shape, buffer.shape))
             buffer = self._buffers[name] = values.new_zeros(sizes)
             self._forget()
-        return buffer[tuple(map(slice, values.shape))].copy_(values)
+        placed = buffer[tuple(map(slice, values.shape))]
+        if values.data_ptr() != placed.data_ptr() or values.stride() != placed.stride():
+            placed.copy_(values)
+        return placed
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
         """The logits that follow one token per row: [B, 1], mask [B, 1, 1, W], [B, 1] -> [B, V].
 
-        All but the ids must stand in buffers of this object.
+        All but the ids must stand in buffers of this object. The logits do as well, until the next pass.
         """
-        ids, shape = self.place("ids", ids), (len(ids), cache.width)
-        if shape not in self._graphs:
-            view = DecodeCache.of_states(cache.column, cache.states, width=cache.width)
-            run = partial(self._pass, ids, mask, positions, view)
-            logits = on_side_stream(run)  # libraries prepare what they need before a capture
-            logits = self.place("logits", logits)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[shape] = captured(lambda: logits.copy_(run()), self._pool)
-        self._graphs[shape]()
-        return self._buffers["logits"][: len(ids)].clone()
+        ids = self.place("ids", ids)
+        view = DecodeCache.of_states(cache.column, cache.states, width=cache.width, store=self._store)
 
-    def _pass(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
-        options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-        return self._model(input_ids=ids, past_key_values=cache, **options).logits[:, -1]
+        def logits() -> dict[str, Tensor]:
+            options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+            with self._projections.in_place():
+                output = self._model(input_ids=ids, past_key_values=view, **options)
+            return {"logits": output.logits[:, -1]}
+
+        return self._replayed((len(ids), cache.width), logits)["logits"]
+
+    def draw(self, draw: TokenDraw, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `draw` returns for logits [B, V] and uniforms [B], until the next draw."""
+        placed = self.place("logits", logits), self.place("uniforms", uniforms)
+
+        def drawn() -> dict[str, Tensor]:
+            tokens, logprobs = draw(*placed)
+            return {"tokens": tokens} | ({} if logprobs is None else {"logprobs": logprobs})
+
+        found = self._replayed((len(logits), draw), drawn)
+        return found["tokens"], found.get("logprobs")
+
+    def _replayed(self, key: Hashable, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `run` computes, in the buffers of its names, by the graph of that key."""
+        if key not in self._graphs:
+            first = on_side_stream(run)  # libraries prepare what they need before a capture
+            places = {name: self.place(name, values) for name, values in first.items()}
+
+            def computed() -> None:
+                for name, values in run().items():
+                    places[name].copy_(values)
+
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = captured(computed, self._pool), places
+        replay, results = self._graphs[key]
+        replay()
+        return results
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._pool = None
 
 
 def device_memory() -> int:
@@ -86,7 +128,7 @@ def device_memory() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def on_side_stream(run: Callable[[], Tensor]) -> Tensor:
+def on_side_stream(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `run` returns, computed in another stream, as a first pass before a capture is to be."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

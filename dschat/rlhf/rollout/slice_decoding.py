@@ -9,7 +9,7 @@ import torch
 from dschat.data.collate import PromptBatch
 from dschat.planning.meta_pass import Rows
 from dschat.rlhf.rollout.decode_modes import MODES, DecodeMode, Decoding
-from dschat.rlhf.rollout.graphed_pass import GraphedPass
+from dschat.rlhf.rollout.graphed_pass import GraphedPass, has_kernels
 from dschat.rlhf.rollout.keyed_sampling import TokenDraw
 from dschat.rlhf.rollout.traced_pass import TracedPass, can_be_traced
 
@@ -23,14 +23,16 @@ def decode(model: Any, rows: Rows, end_of: Callable[[str], None]) -> None:
     zeros = torch.zeros(rows.rows, dtype=torch.long, device=model.device)
     prompts = PromptBatch(ids, torch.ones_like(ids), zeros, zeros, zeros)
     on_cpu = "traced in fp32" if model.dtype == torch.bfloat16 else "traced"
-    recorded = on_cpu if model.device.type == "cpu" else "graphed"
-    mode = MODES[recorded if can_be_traced(model.config.get_text_config()) else "matmul"]
+    on_gpu = "graphed" if has_kernels() else "graphed sdpa"
+    name = on_cpu if model.device.type == "cpu" else on_gpu
+    mode = MODES[name if can_be_traced(model.config.get_text_config()) else "matmul"]
     draw = TokenDraw(num_tokens=vocabulary, with_logprobs=True)
     uniforms = torch.full((rows.rows,), 0.5, dtype=torch.float64, device=model.device)
-    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, _recorded(model, mode))
+    recorded = _recorded(model, mode)
+    decoding = Decoding(model, prompts, mode, 2 * rows.outputs, recorded)
     end_of("reading")
     for _ in range(rows.outputs):
-        decoding.read(draw(decoding.logits, uniforms)[0])
+        decoding.read(recorded.draw(draw, decoding.logits, uniforms)[0])
     end_of("writing")
 
 

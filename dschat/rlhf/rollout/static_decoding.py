@@ -19,7 +19,7 @@ from dschat.rlhf.rollout.graphed_pass import GraphedPass
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
 from dschat.rlhf.rollout.traced_pass import TracedPass
 
-CHECK_INTERVAL_ON_GPU = 8
+CHECK_INTERVAL_ON_GPU = 16
 """Tokens between two looks at which rows have ended: a look waits for the GPU."""
 
 
@@ -87,7 +87,7 @@ class StaticDecoding:
         recorded = self._recorded.setdefault(self.mode, mode.recorded_pass(model))
         decoding = Decoding(model, prompts, mode, sampling.max_answer_length, recorded)
         for length in range(1, sampling.max_answer_length + 1):
-            tokens, drawn = draw(decoding.logits, uniforms[:, length - 1])
+            tokens, drawn = recorded.draw(draw, decoding.logits, uniforms[:, length - 1])
             answers[rows, length - 1] = tokens
             if logprobs is not None and drawn is not None:
                 logprobs[rows, length - 1] = drawn

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat.rlhf.rollout.decode_cache import DecodeCache
+from dschat.rlhf.rollout.keyed_sampling import TokenDraw
 
 READ_PER_CALL = ("dynamic", "longrope")
 """Kinds of rotary positions that decide in Python by the length of a row, which a record would not."""
@@ -52,6 +53,10 @@ class TracedPass:
     def weights_in_place(self) -> contextlib.AbstractContextManager[None]:
         """Copies in fp32, if there are any, in the place of the parameters."""
         return self._replaced(self._weights) if self._in_fp32 else contextlib.nullcontext()
+
+    def draw(self, draw: TokenDraw, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `draw` returns for logits [B, V] and uniforms [B]."""
+        return draw(logits, uniforms)
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
         """The logits that follow one token per row: [B, 1], mask [B, 1, 1, W], [B, 1] -> [B, V]."""

@@ -1,0 +1,95 @@
+"""Linear layers that read the same input as one matrix product: queries, keys and values; gate and up.
+
+With a token per row a product reads its weights once and little else, so one large product is faster than
+several small ones.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that transformers' models call one after the other with the same input."""
+
+
+class FusedProjections:
+    """Copies of such layers' weights, side by side, and the products with them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = (_children(module, names) for module in model.modules() for names in TOGETHER)
+        self._groups = [_Group(layers) for layers in found if layers]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the copies."""
+        return sum(tensor.nbytes for group in self._groups for tensor in group.copies)
+
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        for group in self._groups:
+            group.refresh()
+
+    def free(self) -> None:
+        """Give the copies back."""
+        for group in self._groups:
+            group.copies = []
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The layers compute with the copies: the first of a group for all, the others hand theirs out."""
+        forwards: list[tuple[Any, Callable[..., Tensor]]] = [
+            (layer, forward)
+            for group in self._groups
+            for layer, forward in zip(group.layers, group.forwards(), strict=True)
+        ]
+        for layer, forward in forwards:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer, _ in forwards:
+                del layer.forward
+
+
+class _Group:
+    """Layers with the same input."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        self.layers = layers
+        self.copies: list[Tensor] = []
+        """Their weights, and their biases if they have some."""
+
+    def refresh(self) -> None:
+        """Copy the weights, into the memory of the copies before."""
+        parts = [[layer.weight for layer in self.layers]]
+        if self.layers[0].bias is not None:
+            parts.append([layer.bias for layer in self.layers])
+        with torch.no_grad():
+            if self.copies:
+                for copy, tensors in zip(self.copies, parts, strict=True):
+                    torch.cat(tensors, out=copy)
+            else:
+                self.copies = [torch.cat(tensors) for tensors in parts]
+
+    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
+        """What takes the place of each layer's `forward`, in their order."""
+        sizes = [layer.out_features for layer in self.layers]
+        parts: list[Tensor] = []
+
+        def first(x: Tensor) -> Tensor:
+            parts[:] = F.linear(x, *self.copies).split(sizes, dim=-1)
+            return parts[0]
+
+        return [first, *(lambda x, number=number: parts[number] for number in range(1, len(sizes)))]
+
+
+def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    """The module's layers of these names; none where one is missing, adapted, or unlike the others."""
+    layers = [module._modules.get(name) for name in names]
+    linear = [layer for layer in layers if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linear}
+    return linear if len(linear) == len(names) and len(alike) == 1 else []
