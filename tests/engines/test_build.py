@@ -83,6 +83,33 @@ def test_an_offloaded_adam_goes_on_after_a_checkpoint_to_the_last_bit():
             assert torch.equal(layers[1].weight, layers[0].weight), step
 
 
+def test_the_fused_optimiser_is_adamw():
+    """As torch's without fused or grouped operators, and as the formulas in double precision."""
+    args = ModelArguments(model_name_or_path="m", learning_rate=0.01, weight_decay=0.1)
+    layers = [nn.Linear(64, 8) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    ours = build_optimizer(layers[0], args, OptimizerArguments(), offload=False)
+    assert ours.defaults["fused"]
+    groups = parameter_groups(layers[1], args)
+    plain = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    exact, mean, square = layers[0].weight.detach().double(), 0.0, 0.0
+    for step in range(1, 13):
+        generator = torch.Generator().manual_seed(step)
+        for parameters in zip(*(layer.parameters() for layer in layers), strict=True):
+            gradient = torch.randn(parameters[0].shape, generator=generator)
+            for parameter in parameters:
+                parameter.grad = gradient
+        ours.step()
+        plain.step()
+        wide = layers[0].weight.grad.double()
+        mean, square = 0.9 * mean + 0.1 * wide, 0.95 * square + 0.05 * wide**2
+        exact = exact * (1 - 0.01 * 0.1)
+        exact = exact - 0.01 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+    for one, other in zip(*(layer.parameters() for layer in layers), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layers[0].weight.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_a_warm_up_of_most_of_the_run_is_said_once(capsys):
     default = OptimizerArguments(num_warmup_steps=100)
     for _ in ("actor", "critic"):

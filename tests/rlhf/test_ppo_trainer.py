@@ -1,6 +1,7 @@
 """The invariants of docs/ppo.md that need a model. Those that need DeepSpeed are in test_ppo_on_ranks.py."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import PpoArguments
+from dschat.data.packing import PADDED, RowLayout
+from dschat.data.token_batch import TokenBatch
 from dschat.losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -34,6 +37,17 @@ NUM_TOKENS = 10**6  # of the tokenizer: no limit here
 LENGTHS = [len(answer) for answer in ANSWERS]
 
 
+@dataclass(frozen=True)
+class LaidOut(RolloutBatch):
+    """Prompts and answers that models read in rows of a layout."""
+
+    layout: RowLayout = PADDED
+
+    @property
+    def tokens(self) -> TokenBatch:
+        return super().tokens.placed(self.layout)
+
+
 def rollout_of(prompts, answers, *, pad: int = 1) -> RolloutBatch:
     """Prompts padded on the left, answers on the right, with `pad` in the padding."""
     width, length = max(map(len, prompts)), max(map(len, answers))
@@ -46,7 +60,7 @@ def rollout_of(prompts, answers, *, pad: int = 1) -> RolloutBatch:
         for p, a in zip(prompts, answers, strict=True)
     ]
     answer_mask = torch.tensor(mask)[:, width:].bool()
-    ended = torch.tensor([a[-1] == 0 for a in answers])
+    ended = torch.tensor([a[-1:] == (0,) for a in answers])
     rows = torch.arange(len(ids))
     return RolloutBatch(torch.tensor(ids), torch.tensor(mask), answer_mask, ended, rows, width)
 
@@ -55,19 +69,26 @@ BATCH = rollout_of(PROMPTS, ANSWERS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def folder(request, tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"), request.param)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), family)
 
 
 @pytest.fixture(scope="module")
 def actor(folder):
     tokenizer = load_tokenizer(str(folder))
-    return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, dropout=0.0).eval()
+    options = {"dropout": 0.0, "attn_implementation": "auto"}
+    return create_hf_model(AutoModelForCausalLM, str(folder), tokenizer, **options).eval()
 
 
 @pytest.fixture(scope="module")
 def critic(folder):
-    return create_critic_model(str(folder), load_tokenizer(str(folder)), None).eval()
+    tokenizer = load_tokenizer(str(folder))
+    return create_critic_model(str(folder), tokenizer, None, attn_implementation="auto").eval()
 
 
 def logprobs_of(model, batch: RolloutBatch) -> Tensor:
@@ -150,6 +171,30 @@ def test_losses_and_gradients_do_not_change_with(change, actor, critic):
         assert expected.keys() == actual.keys()
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+NOT_PACKED = ("bloom", "falcon_alibi")
+LAYOUTS = (RowLayout(16), RowLayout(8, "mask"), RowLayout(8, "mask", in_one_row=True))
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, ((40, 41, 42, 0), (), (60, 61, 62, 63))], ids=["", "one empty"])
+def test_no_layout_of_rows_and_no_empty_answer_changes_losses_or_gradients(answers, family, actor, critic):
+    padded = rollout_of(PROMPTS, answers)
+    filled = torch.tensor([row for row, answer in enumerate(answers) if answer])
+    for layout in LAYOUTS:
+        if layout.separated_by and family in NOT_PACKED:
+            continue
+        batch = LaidOut(**vars(padded), layout=layout)
+        torch.testing.assert_close(
+            scores_of(critic, batch.tokens), scores_of(critic, padded.tokens), atol=1e-5, rtol=1e-5
+        )
+        for model, loss in ((actor, policy_loss), (actor, whole_actor_loss), (critic, value_loss)):
+            few, wanted = padded.rows(filled), targets(4)[filled]
+            expected = gradients(model, lambda: loss(model, few, wanted, 10))  # noqa: B023
+            actual = gradients(model, lambda: loss(model, batch, targets(4), 10))  # noqa: B023
+            assert expected.keys() == actual.keys()
+            for name in expected:
+                torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_micro_batches_add_up_to_the_gradient_of_the_whole(actor, critic):

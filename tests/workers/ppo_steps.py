@@ -38,12 +38,15 @@ from dschat.runs.measured_choices import MeasuredChoices
 GLOBAL_ROWS = 8
 
 
-def prompts(tokenizer, ppo_step: int, num_batches: int, times: int) -> list[PromptBatch]:
-    """This rank's share of eight answers' prompts of different lengths, each `times` times, as dealt."""
+def prompts(
+    tokenizer, ppo_step: int, num_batches: int, times: int, *, whole: bool = False
+) -> list[PromptBatch]:
+    """This rank's share or the whole of eight answers' prompts of several lengths, each `times` times."""
     numbers = torch.arange(GLOBAL_ROWS) // times
     texts = [f"\n\nHuman: Count to {n}{' please' * (n % 3)}.\n\nAssistant:" for n in numbers.tolist()]
     tokens = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     parts = torch.arange(GLOBAL_ROWS).chunk(num_batches)
+    own = slice(None) if whole else slice(mesh().world.rank, None, mesh().world.size)
     return [
         PromptBatch(
             input_ids=tokens["input_ids"][mine],
@@ -52,7 +55,7 @@ def prompts(tokenizer, ppo_step: int, num_batches: int, times: int) -> list[Prom
             rows=numbers[mine],
             samples=mine % times,
         )
-        for mine in (part[mesh().world.rank :: mesh().world.size] for part in parts)
+        for mine in (part[own] for part in parts)
     ]
 
 
