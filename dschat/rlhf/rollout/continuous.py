@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dschat.data.collate import PromptBatch
 from dschat.errors import UserError
@@ -107,7 +108,8 @@ class ContinuousBatching:
         draws = PagedDraws(
             sampling.token_draw(plain.num_tokens), sampling.uniforms(prompts), prompts.attention_mask
         )
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(*_on_host(prompts), strict=True)]
+        tokens, masks = prompts.input_ids.cpu(), prompts.attention_mask.cpu()
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(tokens, masks, strict=True)]
         found = self._answers(rows, draws, sampling.max_answer_length)
         device = prompts.input_ids.device
         answers = pad_sequence(
@@ -128,17 +130,16 @@ class ContinuousBatching:
         longest = max(map(len, rows)) + length
         page = FLASH_PAGE if self.has_flash_attention else PAGE
         batching = ContinuousBatchingConfig(
-            page_size=page,
             num_blocks=len(rows) * (longest // page + 2),
             max_batch_tokens=max(len(rows), min(MOST_TOKENS_PER_PASS, sum(map(len, rows)))),
             max_requests_per_batch=len(rows),
-            auto_switch_to_flash=False,
             use_cuda_graph=False,  # a manager would record its own in each batch
             use_async_batching=False,
+            **_paging(page),
         )
         ends = list(self._plain.end_ids)
         settings = GenerationConfig(do_sample=False, eos_token_id=ends, max_new_tokens=length)
-        with attention_named(model.config, attention), _generators_untouched(model.device):
+        with attention_named(model.config, _paged(attention)), _generators_untouched(model.device):
             try:
                 return self._run(model, rows, draws, settings, batching)
             except (MemoryError, RuntimeError, ValueError) as error:
@@ -159,6 +160,8 @@ class ContinuousBatching:
         manager.logit_processor = draws.processors
         try:
             manager.warmup()  # makes the pages
+            # The OPT of transformers 5.24 asks them for a number that it does not need.
+            manager.batch_processor.cache.get_seq_length = lambda: 0
             for row, ids in enumerate(rows):
                 manager.add_request(ids, request_id=str(row), row=row)
             manager.start()
@@ -194,14 +197,22 @@ class ContinuousBatching:
         return apart <= usual_tolerance(model.dtype)
 
 
-def _on_host(prompts: PromptBatch) -> tuple[Tensor, Tensor]:
-    return prompts.input_ids.cpu(), prompts.attention_mask.cpu()
-
-
 def _attention(model: Any) -> str:
     """The name of the attention that transformers pages: the model's own, or SDPA for one by our tables."""
     own = str(model.config._attn_implementation)
     return "sdpa" if own == MEASURED else own
+
+
+def _paging(page: int) -> dict[str, Any]:
+    """The settings of pages by the names of this transformers: in 5.17 they are blocks."""
+    known = ContinuousBatchingConfig.__dataclass_fields__
+    keeps = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in known else {}
+    return {"page_size" if "page_size" in known else "block_size": page, **keeps}
+
+
+def _paged(attention: str) -> str:
+    """What transformers calls that attention with pages: before 5.20 it has a name of its own."""
+    return f"paged|{attention}" if f"paged|{attention}" in ALL_ATTENTION_FUNCTIONS else attention
 
 
 @contextlib.contextmanager
