@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from alike_runs import EPSILON
 from processes import ROOT
 from tiny import save_tiny_model, tiny_tokenizer
 from torch import Tensor
@@ -70,6 +71,7 @@ def flags(folder: Path, family: str, stage: int) -> dict[str, list[str]]:
     supervised = [
         f"--model_name_or_path={folder / family / 'base'}",
         *(f"--per_device_train_batch_size={rows}", "--learning_rate=1e-3", f"--zero_stage={stage}"),
+        f"--adam_epsilon={EPSILON}",
     ]
     models = {"actor": "sft", "critic": "reward"}
     ppo = [
