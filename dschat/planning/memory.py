@@ -4,8 +4,10 @@ What DeepSpeed 0.19.8 holds at each ZeRO stage was counted by following every al
 two optimiser steps (docs/hardware.md says how); `EngineMemory` has these numbers per weight.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 
 from dschat.arguments import PassSizes
 from dschat.distributed.heap import LARGE
@@ -187,6 +189,14 @@ class EngineMemory:
         return (weights, *others, replace(optimiser, bytes=8 / 12 * optimiser.bytes))
 
 
+def _in_heap(bytes_of: Callable[..., float]) -> float:
+    """The bytes that come from the C library's heap of those that `bytes_of` counts in blocks `below` a size.
+
+    It grows for small blocks alone, but gives large ones what room it has, so that the small ones need more.
+    """
+    return min(bytes_of(below=inf), bytes_of(below=LARGE) / REUSED)
+
+
 def total(moment: Iterable[Part], *, on_host: bool = False) -> float:
     """Bytes on the device, or those that a rank has put on the host."""
     return sum(part.bytes for part in moment if part.on_host == on_host)
@@ -253,27 +263,18 @@ class MemoryModel:
 
     def _holes(self, model: PlannedModel, rows: Rows) -> float:
         """On a CPU: what a forward pass leaves free in the heap between activations."""
-        if not self.hardware.is_cpu:
-            return 0.0
-        shape = model.shape(rows, trains=True)
-        found = (1 - REUSED) * shape.freed(rows, below=LARGE)
-        if self.sizes.accumulation > 1:  # gradients stand in what the micro-batch before took
-            taken = found + shape.kept(rows, below=LARGE)
-            found += (1 - REUSED) * max(taken - self._gradients_in_heap(model), 0.0)
-        return found
+        found = (1 - REUSED) * _in_heap(partial(model.shape(rows, trains=True).freed, rows))
+        if self.sizes.accumulation > 1:  # gradients stand among what the micro-batch before left
+            found += (1 - REUSED) * (found + self._kept_in_heap(model, rows))
+        return found if self.hardware.is_cpu else 0.0
 
-    def _gradients_in_heap(self, model: PlannedModel) -> float:
-        return model.counts.in_heap * model.element / model.tensor_ranks
+    def _kept_in_heap(self, model: PlannedModel, rows: Rows) -> float:
+        return _in_heap(partial(model.shape(rows, trains=True).kept, rows)) if self.hardware.is_cpu else 0.0
 
     def _left(self, model: PlannedModel, rows: Rows) -> Moment:
-        """What the heap has free on a CPU after the backward pass: gradients lie in it too, unless they came
-        before activations that were computed again."""
-        if not self.hardware.is_cpu:
-            return ()
-        found = self._holes(model, rows) + model.shape(rows, trains=True).kept(rows, below=LARGE)
-        if model.spec.zero_stage == 0 and not model.mode.recomputes and self.sizes.accumulation == 1:
-            found -= min(self._gradients_in_heap(model), REUSED * found)
-        return (Part(model.spec.name, "heap", max(found, 0.0)),)
+        """What the heap has free on a CPU after the backward pass."""
+        found = self._holes(model, rows) + self._kept_in_heap(model, rows)
+        return (Part(model.spec.name, "heap", found),)
 
     def _rows(self, number: int) -> Rows:
         return Rows(number, self.sizes.length, self.sizes.num_outputs)

@@ -10,7 +10,6 @@ from transformers import PretrainedConfig
 
 from dschat.arguments import DpoArguments, ModelArguments, RunArguments
 from dschat.distributed.device import DTYPES
-from dschat.distributed.heap import LARGE
 from dschat.models.attention import way_of
 from dschat.models.config import head_width, read_config
 from dschat.models.lora import adapted_layers
@@ -99,8 +98,6 @@ class Counts:
     """Frozen ones of those, which --load_in_4bit packs."""
     persistent: int = 0
     """Of those in small parameters, which ZeRO-3 does not shard."""
-    in_heap: int = 0
-    """Trained ones whose gradients the C library takes from its heap."""
 
 
 class Mode(NamedTuple):
@@ -273,7 +270,6 @@ def _count(model: nn.Module) -> Counts:
         linear=_total(linear),
         packed=_total([weight for weight in linear if not weight.requires_grad]),
         persistent=_total([p for p in parameters if p.numel() <= PERSISTENT]),
-        in_heap=_total([p for p in parameters if p.requires_grad and p.nbytes < LARGE]),
     )
 
 

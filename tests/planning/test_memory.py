@@ -60,36 +60,35 @@ def test_a_gpu_holds_its_shard_from_the_start_at_stage_3():
 
 
 ROWS = Rows(2, 10, 10)
-TOKENS, BIG = (
-    Block(8.0, 1),
-    Block(LARGE / 20, 1),
-)  # of 160 bytes, and of just what does not come from the heap
-SHAPE = PassShape(
-    saved=Counter({TOKENS: 3, BIG: 1}), layer=Counter(), moments=(Counter(), Counter()),
-    allocated=Counter({TOKENS: 5, BIG: 4}), allocated_layer=Counter(), logits=None, num_layers=2,
-)  # fmt: skip
+TOKENS, BIG = Block(8.0, 1), Block(LARGE / 20, 1)
+"""Of 160 bytes, and of just what the heap does not grow for."""
+
+
+def shape(kept: int, freed: int, *, big: int = 0) -> PassShape:
+    """A pass that keeps so many small blocks, and frees others; it keeps `big` ones too."""
+    saved = Counter({TOKENS: kept, BIG: big})
+    return PassShape(
+        saved=saved, layer=Counter(), moments=(Counter(), Counter()), logits=None, num_layers=2,
+        allocated=saved + Counter({TOKENS: freed}), allocated_layer=Counter(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("weights", "recomputes", "accumulation", "left"),
+    ("blocks", "accumulation", "left"),
     [
-        # three blocks were kept, and of two that were freed one is no room for the next: 480 + 160 bytes
-        (0, False, 1, 640),
-        (25, False, 1, 540),  # 100 bytes of gradients lie in them
-        (200, False, 1, 320),  # of 800 bytes as much as half of them holds
-        (25, True, 1, 640),
-        # the second micro-batch finds room in half of what the first left beside its gradients
-        (25, False, 2, 640 + 270),
+        # three blocks were kept, and of two that were freed one is no room for the next
+        (shape(3, 2), 1, 3 + 1),
+        # large blocks take the room of as many bytes as small ones need
+        (shape(3, 2, big=1), 1, 6 + 1),
+        # the second micro-batch finds room in half of what the first left
+        (shape(3, 2), 2, 4 + 2),
     ],
 )
-def test_on_a_cpu_the_heap_keeps_small_blocks_of_a_pass(weights, recomputes, accumulation, left):
-    model = SimpleNamespace(
-        spec=SimpleNamespace(name="model", zero_stage=0), counts=SimpleNamespace(in_heap=weights), element=4,
-        tensor_ranks=1, mode=SimpleNamespace(recomputes=recomputes), shape=lambda rows, *, trains: SHAPE,
-    )  # fmt: skip
+def test_on_a_cpu_the_heap_keeps_small_blocks_of_a_pass(blocks, accumulation, left):
+    model = SimpleNamespace(spec=SimpleNamespace(name="model"), shape=lambda rows, *, trains: blocks)
     sizes = PassSizes(train_rows=2, train_rows_flag="", length=10, accumulation=accumulation)
     planner = MemoryModel([model], sizes, Hardware(device="cpu"), data_ranks=1)
-    assert total(planner._left(model, ROWS)) == left
+    assert total(planner._left(model, ROWS)) == 160 * left
 
 
 def test_large_blocks_leave_nothing_and_a_gpu_has_no_such_heap(monkeypatch):

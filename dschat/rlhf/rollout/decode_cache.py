@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ class DecodeLayer(CacheLayerMixin):
 
     def __init__(self, cache: "DecodeCache", number: int) -> None:
         super().__init__()
-        self._cache, self._number = cache, number
+        self._number = number
+        self._cache = proxy(cache)  # in a circle keys and values would stay until Python looks for circles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prompts' are kept as they come."""

@@ -1,3 +1,6 @@
+import gc
+from weakref import ref
+
 import torch
 
 from dschat.rlhf.rollout.decode_cache import ROUND, DecodeCache
@@ -34,3 +37,16 @@ def test_a_pass_reads_a_multiple_of_so_many_columns_and_its_own_among_them():
         cache.advance()
     assert widths == [ROUND, 2 * ROUND, 2 * ROUND]
     assert cache.capacity == 2 * ROUND
+
+
+def test_keys_and_values_go_with_the_cache_and_do_not_wait_for_the_garbage_collector():
+    cache = DecodeCache(1, 2, 3, torch.device("cpu"))
+    cache.update(states([1.0, 2.0]), states([5.0, 6.0]), 0)
+    cache.spread(torch.tensor([0, 0]))
+    keys = ref(cache.states[0])
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
