@@ -17,6 +17,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,34 +117,36 @@ def main() -> None:
     import_libraries(folder)
     prepare(folder)
     chosen = [case for case in cases() if args.only in case.name]
-    run_all(chosen, folder, args.jobs)
-    found = {case.name: result_of(case, folder) for case in chosen}
+    recorded = json.loads(args.compare.read_text()) if args.compare else None
+    found: dict[str, Any] = {}
+    worst = 0.0
+    print("| run in fp32 | compared with | largest difference | of |\n| --- | --- | ---: | --- |")
+    for case in run_all(chosen, folder, args.jobs):
+        found[case.name] = result_of(case, folder)
+        if recorded is not None and not case.stops_at:
+            worst = max(worst, compared(case, found, recorded))
+    for case in chosen:
+        if recorded is not None and case.stops_at:
+            worst = max(worst, compared(case, found, recorded))
     if args.record:
         args.record.write_text(json.dumps(found) + "\n")
-        sys.exit(
-            "\n".join(f"{name}: {result}" for name, result in found.items() if isinstance(result, str)) or 0
-        )
-    sys.exit(int(not (report(chosen, found, json.loads(args.compare.read_text())) <= args.tolerance)))
+        failed = [f"{name}: {result}" for name, result in found.items() if isinstance(result, str)]
+        sys.exit("\n".join(failed) or 0)
+    sys.exit(int(worst > args.tolerance))
 
 
-def report(chosen: list[Case], found: dict[str, Any], recorded: dict[str, Any]) -> float:
-    """Print the table; the largest difference, infinite where a run failed or is not resumed to the bit."""
-    print("| run in fp32 | compared with | largest difference | of |\n| --- | --- | ---: | --- |")
-    worst = 0.0
-    for case in chosen:
-        result = found[case.name]
-        if isinstance(result, str):
-            print(f"| {case.name} | | failed | {result} |")
-            worst = math.inf
-            continue
-        itself = case.stops_at > 0 and not isinstance(found.get(case.like, ""), str)
-        other = found[case.like] if itself else recorded.get(case.like or case.name)
-        difference, metric = largest_difference(result, other)
-        print(
-            f"| {case.name} | {'itself, not stopped' if itself else 'a CPU'} | {difference:.1e} | {metric} |"
-        )
-        worst = max(worst, math.inf if itself and difference else difference)
-    return worst
+def compared(case: Case, found: dict[str, Any], recorded: dict[str, Any]) -> float:
+    """Print a line; the largest difference, infinite where a run failed or is not resumed to the bit."""
+    result = found[case.name]
+    if isinstance(result, str):
+        print(f"| {case.name} | | failed | {result} |", flush=True)
+        return math.inf
+    itself = case.stops_at > 0 and not isinstance(found.get(case.like, ""), str)
+    other = found[case.like] if itself else recorded.get(case.like or case.name)
+    difference, metric = largest_difference(result, other)
+    beside = "itself, not stopped" if itself else "a CPU"
+    print(f"| {case.name} | {beside} | {difference:.1e} | {metric} |", flush=True)
+    return math.inf if itself and difference else difference
 
 
 def parse() -> argparse.Namespace:
@@ -198,8 +201,8 @@ def prepare(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_all(chosen: list[Case], folder: Path, jobs: int) -> None:
-    """Run the programs of all cases, so many at once."""
+def run_all(chosen: list[Case], folder: Path, jobs: int) -> Iterator[Case]:
+    """Run the programs of all cases, so many at once; yields each case when it has ended."""
     waiting = [(case, programs_of(case, folder)) for case in reversed(chosen)]
     running: dict[int, tuple[Case, list[list[str]]]] = {}
     while waiting or running:
@@ -211,6 +214,8 @@ def run_all(chosen: list[Case], folder: Path, jobs: int) -> None:
         case, programs = running.pop(child)
         if programs:
             waiting.append((case, programs))
+        else:
+            yield case
 
 
 def programs_of(case: Case, folder: Path) -> list[list[str]]:

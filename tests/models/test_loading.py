@@ -17,8 +17,10 @@ from transformers import (
     PretrainedConfig,
 )
 
+from dschat.engines.deepspeed_config import get_eval_ds_config, get_train_ds_config
 from dschat.errors import UserError
 from dschat.export.export import export_model
+from dschat.models import loading
 from dschat.models.loading import create_critic_model, create_hf_model
 from dschat.models.preflight import check_language_model
 
@@ -250,3 +252,15 @@ def test_what_transformers_wrote_as_a_classifier_loads_too(base, tmp_path):
     classifier.save_pretrained(tmp_path / "classifier")
     critic = create_critic_model(str(tmp_path / "classifier"), tiny_tokenizer(), None, rlhf_training=True)
     assert torch.equal(critic.v_head.weight, classifier.score.weight)
+
+
+def test_only_the_weights_of_an_engine_are_loaded_onto_a_gpu(monkeypatch):
+    monkeypatch.setattr(loading, "device_type", lambda: "cuda")
+    monkeypatch.setattr(loading, "current_device", lambda: torch.device("cuda", 1))
+    for config in (None, {"bf16": {"enabled": True}}):  # as the export reads a model back, on the CPU
+        assert "device_map" not in loading._options(config)
+    for stage, is_mapped in ((0, True), (2, True), (3, False)):
+        options = loading._options(get_train_ds_config(stage=stage))
+        assert ("device_map" in options) is is_mapped
+    assert "device_map" not in loading._options(get_train_ds_config(stage=0, tensor_parallel_size=2))
+    assert "device_map" in loading._options(get_eval_ds_config(stage=0))

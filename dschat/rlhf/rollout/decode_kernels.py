@@ -17,6 +17,9 @@ from transformers import AttentionInterface
 
 from dschat.rlhf.rollout.decode_attention import KERNEL_NAME, check_options
 
+NOTHING: tl.constexpr = tl.constexpr(-1.0e38)
+"""Less than every score, and more than what hides a column."""
+
 TILE, WARPS = 64, 2
 """Columns that a program reads at once, and its warps: the fastest of five pairs on an H200."""
 
@@ -34,22 +37,23 @@ def _attend(
     inside = place < SIZE
     scaled = tl.load(query + program * SIZE + place, mask=inside, other=0.0).to(tl.float32) * scaling
     start = row.to(tl.int64) * row_stride + (head // SHARING) * head_stride
-    highest, total = -1.0e38, 0.0
+    highest, total = NOTHING, 0.0
     sums = tl.zeros([ROUND_SIZE], tl.float32)
     for first in range(0, width, TILE):
         columns = first + tl.arange(0, TILE)
-        offsets = start + columns[:, None] * column_stride + place[None, :]
-        is_read = (columns < width)[:, None] & inside[None, :]
-        keys = tl.load(key + offsets, mask=is_read, other=0.0).to(tl.float32)
-        hidden = tl.load(mask + row * mask_stride + columns, mask=columns < width, other=-1.0e38)
-        scores = tl.sum(keys * scaled[None, :], 1).to(tl.float32) + hidden
-        higher = tl.maximum(highest, tl.max(scores, 0))
-        weights = tl.exp(scores - higher)
-        kept = tl.exp(highest - higher)
-        values = tl.load(value + offsets, mask=is_read, other=0.0).to(tl.float32)
-        sums = sums * kept + tl.sum(values * weights[:, None], 0)
-        total = total * kept + tl.sum(weights, 0)
-        highest = higher
+        hidden = tl.load(mask + row * mask_stride + columns, mask=columns < width, other=NOTHING)
+        if tl.max(hidden, 0) > NOTHING:  # a tile of padding is not read
+            offsets = start + columns[:, None] * column_stride + place[None, :]
+            is_read = (columns < width)[:, None] & inside[None, :]
+            keys = tl.load(key + offsets, mask=is_read, other=0.0).to(tl.float32)
+            scores = tl.sum(keys * scaled[None, :], 1) + hidden
+            higher = tl.maximum(highest, tl.max(scores, 0))
+            weights = tl.exp(scores - higher)
+            kept = tl.exp(highest - higher)
+            values = tl.load(value + offsets, mask=is_read, other=0.0).to(tl.float32)
+            sums = sums * kept + tl.sum(values * weights[:, None], 0)
+            total = total * kept + tl.sum(weights, 0)
+            highest = higher
     tl.store(result + program * SIZE + place, (sums / total).to(result.dtype.element_ty), mask=inside)
 
 

@@ -6,6 +6,7 @@ each number of columns that is read.
 """
 
 import contextlib
+import gc
 import importlib.util
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -141,9 +142,15 @@ def on_side_stream(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
 def captured(run: Callable[[], object], pool: Any) -> Callable[[], object]:
     """What repeats the kernels of `run`. What they pass on to each other is in the memory of `pool`.
 
-    Other threads, such as NCCL's watchdog, may go on calling CUDA meanwhile.
+    Other threads, such as NCCL's watchdog, may go on calling CUDA meanwhile. Python's garbage collector may
+    not: a graph that it finds then cannot be freed, and ends the capture.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
+    graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            run()
+    finally:
+        if was_enabled:
+            gc.enable()
     return graph.replay

@@ -49,7 +49,9 @@ def test_answers_and_log_probabilities_are_those_of_generate(family, tmp_path):
 def test_architectures_without_paged_attention_are_refused_at_the_start(family, tmp_path, capfd):
     engine, tokenizer = actor_of(tmp_path, family)
     ours = ContinuousBatching(HuggingFaceGenerate(engine, tokenizer))
-    with pytest.raises(UserError, match=f"the model of type '{family.removesuffix('_alibi')}' does not predict"):
+    with pytest.raises(
+        UserError, match=f"the model of type '{family.removesuffix('_alibi')}' does not predict"
+    ):
         ours.check(longest=80)
     assert "Traceback" not in capfd.readouterr().err
 
