@@ -168,7 +168,8 @@ def test_models_are_called_in_one_file():
 
     Sampling calls models itself, in the files that are named here, and so does the planner, without numbers.
     """
-    sampling = ("static_decoding.py", "decode_modes.py", "traced_pass.py", "hybrid.py", "slice_decoding.py")
+    decoding = ("static_decoding.py", "slice_decoding.py", "traced_pass.py", "graphed_pass.py")
+    sampling = (*decoding, "decode_modes.py", "hybrid.py")
     for path in LIBRARY:
         if path.name in ("forward.py", "reward_model.py", *sampling) or path.parent.name == "planning":
             continue
