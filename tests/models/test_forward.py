@@ -270,5 +270,7 @@ def test_a_pass_waits_for_the_device_only_where_transformers_makes_the_mask_of_p
         with HostReads() as reads:
             logprobs, entropy = predictions_of(model, batch)
             (logprobs.sum() + entropy.sum()).backward()
-        assert all("masking_utils.py" in stack for stack in reads.stacks)
-        assert len(reads.stacks) <= 2
+        # OPT draws layers to drop on the host, before transformers 5.23 also where none is dropped.
+        waits = [stack for stack in reads.stacks if "self.layerdrop" not in stack]
+        assert all("masking_utils.py" in stack for stack in waits)
+        assert len(waits) <= 2
