@@ -33,9 +33,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="Markdown file to write beside what is printed.")
-    parser.add_argument("--share", type=int, default=1, help="Divide the sizes by this, for a short run.")
+    parser.add_argument(
+        "--share", type=int, default=1, help="Divide the sizes by this, 1 to 64, for a short run."
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not 1 <= args.share <= 64:
+        parser.error(f"--share {args.share} is not from 1 to 64: sizes would be too few for a slope.")
+    return args
 
 
 if __name__ == "__main__":
@@ -219,16 +224,23 @@ ANSWERS, LENGTHS, VOCABULARIES, RANKS, DECODED = (
 )
 
 
+def divided(sizes: Sequence[int], share: int, multiple_of: int) -> list[int]:
+    """The sizes divided by the share, in whole multiples, each once."""
+    return list(dict.fromkeys(max(size // share // multiple_of, 1) * multiple_of for size in sizes))
+
+
 def series(share: int = 1) -> Iterator[tuple[str, str, list[Size]]]:
     """Part, axis and sizes of each line of the table; `share` divides the sizes, for a short run."""
     for part in BESIDE_MODELS:
-        yield part, "answers", [Size(answers=max(number // share, 64)) for number in ANSWERS]
+        yield part, "answers", [Size(answers=number) for number in divided(ANSWERS, share, 64)]
         if part != "comparison of answers (RLOO)":
-            yield part, "length", [Size(length=max(number // share, 8)) for number in LENGTHS]
+            yield part, "length", [Size(length=number) for number in divided(LENGTHS, share, 8)]
+    (answers,) = divided([4096], share, 64)
     for part in GATHERS:
-        yield part, "ranks", [Size(answers=4096 // share, ranks=number) for number in RANKS]
+        yield part, "ranks", [Size(answers=answers, ranks=number) for number in RANKS]
     yield DECODING, "answers", [Size(answers=number) for number in DECODED]
-    yield DECODING, "vocabulary", [Size(answers=32, vocabulary=number // share) for number in VOCABULARIES]
+    vocabularies = divided(VOCABULARIES, share, 64)
+    yield DECODING, "vocabulary", [Size(answers=32, vocabulary=number) for number in vocabularies]
 
 
 def measure(part: str, size: Size, *, repeats: int = 5) -> Cost:
@@ -337,9 +349,9 @@ def report(share: int) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}.",
         "",
         f"What is not varied is {Size().answers:,} answers of up to {Size().length} tokens, to prompts of up "
-        f"to as many, on 1 rank. Gathers against ranks have {4096 // share:,} answers in all; draws have a "
-        f"vocabulary of {Size().vocabulary:,} or 32 rows. MiB are the most during a call beyond what the "
-        "process held before, the result included.",
+        f"to as many, on 1 rank. Gathers against ranks have {divided([4096], share, 64)[0]:,} answers in "
+        f"all; draws have a vocabulary of {Size().vocabulary:,} or 32 rows. MiB are the most during a call "
+        "beyond what the process held before, the result included.",
         "",
         table(results),
         "",

@@ -34,8 +34,20 @@ def test_a_row_says_sizes_costs_and_slopes():
     assert small.endswith("| 1.00 | 0, 0.1 |  |")
 
 
-def test_answers_are_dealt_in_whole_optimiser_steps_and_ranks():
-    for part, axis, sizes in [*scaling.series(), *scaling.series(share=16)]:
+@pytest.mark.parametrize("share", [1, 3, 10, 16, 64])
+def test_a_share_leaves_several_sizes_that_are_dealt_in_whole_optimiser_steps_and_ranks(share):
+    for part, axis, sizes in scaling.series(share):
+        along = [getattr(size, axis) for size in sizes]
+        assert along == sorted(set(along)), (part, axis)
+        assert len(along) > 1, (part, axis)
         for size in sizes:
             if part != scaling.DECODING:
                 assert size.answers % (16 * size.ranks) == 0, (part, axis)
+                assert size.answers % (16 * max(size.answers // 64, 1)) == 0, (part, axis)
+
+
+@pytest.mark.parametrize("share", ["0", "65"])
+def test_a_share_that_leaves_no_slope_is_refused(share, capsys):
+    with pytest.raises(SystemExit):
+        scaling.parse(["--share", share])
+    assert f"--share {share} is not from 1 to 64" in capsys.readouterr().err
