@@ -43,7 +43,11 @@ def parse() -> argparse.Namespace:
         help="Of the process, not the clock; for one thread on a CPU.",
     )
     add("--json", action="store_true", help="Print one JSON object.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, least in (("batch", 1), ("prompt", 1), ("answer", 2), ("rounds", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} is below {least}.")
+    return args
 
 
 if __name__ == "__main__":
@@ -185,6 +189,8 @@ def all_ways(
         prompts.input_ids,
         prompts.attention_mask,
     )
+    if unknown := set(only or ()) - ways.keys():
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: no such way; here are {', '.join(ways)}.")
     for name, make in ways.items():
         if only is None or name in only:
             yield name, make()

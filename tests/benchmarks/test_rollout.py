@@ -44,6 +44,16 @@ def test_every_way_generates_answers_of_the_length_asked_for(tmp_path):
         found = generate(2)
         answers = found.shape[1] if isinstance(found, torch.Tensor) else found.input_ids.shape[1]
         assert answers in (2, 8), name
+    with pytest.raises(SystemExit, match="--only traced: no such way; here are hf, continuous, static"):
+        list(rollout.all_ways(rollout.PlainEngine(model), tokenizer, prompts, 4, only=["hf", "traced"]))
+
+
+@pytest.mark.parametrize("flag", [("--answer", "1"), ("--rounds", "0"), ("--batch", "0")])
+def test_what_leaves_nothing_to_measure_is_refused(flag, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rollout.py", *flag])
+    with pytest.raises(SystemExit):
+        rollout.parse()
+    assert f"{' '.join(flag)} is below" in capsys.readouterr().err
 
 
 def test_the_floor_counts_weights_and_cache(monkeypatch):
