@@ -1,4 +1,4 @@
-"""How rows are laid out for a model changes what a step costs, and nothing that it learns."""
+"""How rows are laid out, and the way of attention, change what a step costs, and nothing that it learns."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,8 @@ LAYOUTS = {
     "plain": ["--packing=off", "--pad_to_multiple_of=1"],
     "round": ["--packing=off", "--pad_to_multiple_of=16"],
     "packed": ["--packing=on"],
+    "under_a_mask": ["--packing=on", "--attn_implementation=sdpa"],
+    "eager": ["--packing=off", "--pad_to_multiple_of=1", "--attn_implementation=eager"],
 }
 
 
@@ -45,6 +47,15 @@ def ppo_flags(folder: Path, name: str, ranks: int) -> list[str]:
     ]
 
 
+def layout_flags(step: str, layout: str) -> list[str]:
+    """Those of a layout, in step 3 for both models."""
+    if step != "rlhf":
+        return LAYOUTS[layout]
+    own = [flag for flag in LAYOUTS[layout] if flag.startswith("--attn")]
+    shared = [flag for flag in LAYOUTS[layout] if flag not in own]
+    return [*shared, *(flag.replace("--", f"--{model}_") for model in ("actor", "critic") for flag in own)]
+
+
 STEPS = {"sft": flags, "reward": flags, "dpo": flags, "rlhf": ppo_flags}
 
 
@@ -58,10 +69,10 @@ def folder(tmp_path_factory) -> Path:
         runs = {
             f"{step}_{name}_{ranks}": (
                 step,
-                [*flags_of(folder, f"{step}_{name}_{ranks}", ranks), *layout],
+                [*flags_of(folder, f"{step}_{name}_{ranks}", ranks), *layout_flags(step, name)],
             )
             for step, flags_of in STEPS.items()
-            for name, layout in LAYOUTS.items()
+            for name in LAYOUTS
         }
         (folder / "runs.json").write_text(json.dumps(runs))
         said = python(WORKER, folder / "runs.json", ranks=ranks).stdout
@@ -72,7 +83,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", STEPS)
-def test_the_curves_of_padded_rounded_and_packed_rows_are_equal(step, ranks, folder):
+def test_the_curves_are_equal_in_every_layout_and_with_every_attention(step, ranks, folder):
     plain, *others = (timeless_lines(folder / f"{step}_{name}_{ranks}") for name in LAYOUTS)
     assert len(plain) > 2
     for other in others:
