@@ -84,6 +84,11 @@ class Case:
         return self.length - (self.answer or self.length // 2) - 4 if self.step == "rlhf" else 4
 
     @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Of its models, whether they have scores."""
+        return (False, True) if self.step == "rlhf" else (False,)
+
+    @property
     def text(self) -> str:
         """The name of its data."""
         return f"pairs-{self.length}-{self.prompt}.jsonl"
@@ -200,18 +205,17 @@ def flags_of(case: Case, folder: Path, device: str) -> list[str]:
     return [*found, *dtype, *case.flags.split()]
 
 
-def prepare(folder: Path, device: str) -> None:
-    """Models of random weights, and pairs of random words for rows of every length."""
+def prepare(wanted: Sequence[Case], folder: Path, device: str) -> None:
+    """Models of random weights, and pairs of random words, for these cases."""
     import torch
     from random_models import SHAPES, save_random_model, word_tokenizer
 
-    for size in SIZES[device]:
-        tokenizer = word_tokenizer(SHAPES[size]["vocab_size"])
+    for size, scores in sorted({(case.size, scores) for case in wanted for scores in case.kinds}):
+        tokenizer, name = word_tokenizer(SHAPES[size]["vocab_size"]), f"{size}{'-scores' * scores}"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        for name, scores in ((size, False), (f"{size}-scores", True)):
-            save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
+        save_random_model(folder / name, size, tokenizer, device=device, dtype=dtype, scores=scores)
 
-    for case in {case.text: case for case in cases(device)}.values():
+    for case in {case.text: case for case in wanted}.values():
         chance, answer = random.Random(0), case.length - case.prompt - 4
         sizes = {"prompt": case.prompt, "chosen": answer, "rejected": answer}
         rows = [{name: words(number, chance) for name, number in sizes.items()} for _ in range(400)]
@@ -409,7 +413,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=tuple(SIZES), default="cpu", help="Where to train (default cpu).")
     add("--folder", type=Path, default=Path("output/planner"), help="Models, text and runs.")
     add("--output", type=Path, help="Markdown file to write beside what is printed.")
-    add("--only", default="", help="Cases that contain this text alone, as in 'sft 6m'.")
+    add("--only", nargs="*", default=[""], help="Cases that contain one of these texts, as in 'sft 6m'.")
     add(
         "--memory_only", action="store_true", help="Do not measure the device, which takes longer than a run."
     )
@@ -422,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run every case, print the table."""
     args = parse(arguments)
     folder, start, found = args.folder.resolve(), time.monotonic(), {}
-    wanted = [case for case in cases(args.device) if args.only in str(case)]
+    wanted = [case for case in cases(args.device) if any(text in str(case) for text in args.only)]
     if args.report or args.missing:
         for case in wanted:
             if plan := written_plan(case, folder):
@@ -431,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wanted:
         import_libraries(folder)
         if not (child := os.fork()):  # so that models that were written are no memory of the runs
-            prepare(folder, args.device)
+            prepare(wanted, folder, args.device)
             os._exit(0)
         os.waitpid(child, 0)
     text = report(found, args.device, 0.0)
