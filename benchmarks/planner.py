@@ -413,7 +413,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=tuple(SIZES), default="cpu", help="Where to train (default cpu).")
     add("--folder", type=Path, default=Path("output/planner"), help="Models, text and runs.")
     add("--output", type=Path, help="Markdown file to write beside what is printed.")
-    add("--only", nargs="*", default=[""], help="Cases that contain one of these texts, as in 'sft 6m'.")
+    add(
+        "--only",
+        nargs="*",
+        default=[""],
+        help="Cases that contain one of these texts, as 'sft 6m'; | is their end.",
+    )
     add(
         "--memory_only", action="store_true", help="Do not measure the device, which takes longer than a run."
     )
@@ -426,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run every case, print the table."""
     args = parse(arguments)
     folder, start, found = args.folder.resolve(), time.monotonic(), {}
-    wanted = [case for case in cases(args.device) if any(text in str(case) for text in args.only)]
+    wanted = [case for case in cases(args.device) if any(text in f"{case}|" for text in args.only)]
     if args.report or args.missing:
         for case in wanted:
             if plan := written_plan(case, folder):
