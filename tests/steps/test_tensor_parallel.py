@@ -17,6 +17,7 @@ SUPERVISED = {
     "sft 0": ("sft", "llama", "--zero_stage=0"),
     "sft 1": ("sft", "opt", "--zero_stage=1", "--gradient_accumulation_steps=2"),
     "sft 2 adapters": ("sft", "gpt_neox", "--zero_stage=2", "--lora_dim=4"),
+    "sft 1 packed": ("sft", "llama", "--zero_stage=1", "--packing=on"),
     "sft 3 recomputed": ("sft", "qwen3", "--zero_stage=3", "--gradient_checkpointing"),
     "reward 0": ("reward", "opt", "--zero_stage=0"),
     "reward 1 adapters": ("reward", "llama", "--zero_stage=1", "--lora_dim=4", "--only_optimize_lora"),
@@ -24,6 +25,7 @@ SUPERVISED = {
     "reward 3": ("reward", "llama", "--zero_stage=3"),
     "dpo 0 adapters": ("dpo", "qwen3", "--zero_stage=0", "--lora_dim=4", "--only_optimize_lora"),
     "dpo 1": ("dpo", "llama", "--zero_stage=1"),
+    "dpo 3 packed": ("dpo", "qwen3", "--zero_stage=3", "--packing=on"),
     "dpo 2": ("dpo", "gpt_neox", "--zero_stage=2"),
     "dpo 3": ("dpo", "opt", "--zero_stage=3"),
 }
@@ -35,6 +37,7 @@ PPO = {
     "average": (STEERED, ACTOR | CRITIC),
     "average 3": ({"actor_zero_stage": 3, "critic_zero_stage": 3, **STEERED}, ACTOR | CRITIC),
     "recomputed, offloaded": (STEERED | RECOMPUTED, ACTOR | CRITIC),
+    "packed": (STEERED | {"packing": "on", "actor_zero_stage": 3}, ACTOR | CRITIC),
     "adapters": ({"actor_lora_dim": 4, "critic_lora_dim": 4, "only_optimize_lora": True}, ACTOR | CRITIC),
     "actor alone": ({"actor_zero_stage": 1, "critic_zero_stage": 2}, ACTOR),
     "critic alone": ({"actor_zero_stage": 3, "enable_ema": True}, CRITIC),
