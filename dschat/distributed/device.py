@@ -17,6 +17,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions by their names in flags and files."""
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 """The names of precisions."""
+KEPT_SHARE = 0.1
+"""Of a GPU's memory: buffers of decoding that take more are given back between rollouts."""
 
 
 def check_precision(dtype: str, offload: bool) -> None:

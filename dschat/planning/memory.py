@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 
 from dschat.arguments import PassSizes
+from dschat.distributed.device import KEPT_SHARE
 from dschat.distributed.heap import LARGE
 from dschat.planning.hardware import Hardware
 from dschat.planning.meta_pass import Rows
@@ -303,13 +304,25 @@ class MemoryModel:
                 before = (*before, *engine.standing(in_use=False))
         return found
 
+    @property
+    def _cache(self) -> Part:
+        """Keys and values of the answers that are sampled at once."""
+        actor, columns = self.models[0], -(-self.sizes.length // ROUND) * ROUND
+        numbers = self.sizes.generation_rows * columns * actor.cache_width
+        return Part(actor.spec.name, "KV cache", numbers * actor.element / actor.tensor_ranks)
+
+    @property
+    def _kept(self) -> Moment:
+        """On a GPU: the keys and values, which stay between rollouts with the graphs that were captured."""
+        most = KEPT_SHARE * (self.hardware.device_memory or float("inf"))
+        samples_on_gpu = self.sizes.answer_length > 0 and not self.hardware.is_cpu
+        return (self._cache,) if samples_on_gpu and self._cache.bytes <= most else ()
+
     def _generating(self) -> list[Moment]:
         if not self.sizes.answer_length:
             return []
         actor, sizes = self.models[0], self.sizes
         engine, rows = self._engine(actor), sizes.generation_rows
-        columns = -(-sizes.length // ROUND) * ROUND
-        cache = rows * columns * actor.cache_width * actor.element / actor.tensor_ranks
         vocabulary = getattr(actor.config, "vocab_size", 0)
         gathered: Moment = ()
         if actor.spec.zero_stage == 3 and self.data_ranks > 1:
@@ -318,7 +331,7 @@ class MemoryModel:
             fits = not self.hardware.usable or needed <= self.hardware.usable
             is_whole = fits if sizes.gather == "auto" else sizes.gather == "always"
             gathered = (whole,) if is_whole else engine.gathered()
-        standing = (*self._standing(), *gathered, Part(actor.spec.name, "KV cache", cache))
+        standing = (*self._standing(), *gathered, self._cache)
         read = Rows(rows, max(sizes.length - sizes.answer_length, 1), 1)
         return [
             (*standing, Part(actor.spec.name, "logits", rows * vocabulary * DRAWN)),
@@ -333,7 +346,8 @@ class MemoryModel:
         for model in self.models:
             if self.sizes.answer_length or not model.spec.trained:
                 passed = self._pass(model, self._rows(self.sizes.train_rows), trains=False)
-                found.append((*self._standing(model), *self._engine(model).gathered(), *passed))
+                gathered = self._engine(model).gathered()
+                found.append((*self._standing(model), *self._kept, *gathered, *passed))
         return found
 
     def _training(self) -> list[Moment]:
@@ -346,7 +360,7 @@ class MemoryModel:
             held = (Part(trained[1].spec.name, "activations", saved),)
         for model in trained:
             engine = self._engine(model)
-            standing = self._standing()
+            standing = (*self._standing(), *self._kept)
             passed = self._pass(model, rows, trains=True)
             passed = (*passed, *(held if model is trained[0] else ()))
             ends = (engine.end_of_backward(), engine.optimizer_step())

@@ -196,3 +196,16 @@ def test_stage_3_copies_a_bucket_to_reduce_it_and_gloo_once_more():
     )
     assert size(on_gpu, "gradients") == model.counts.whole * 4
     assert size(on_cpu, "gradients") == 2 * model.counts.whole * 4
+
+
+def test_a_gpu_keeps_small_caches_between_rollouts():
+    def caches(**options) -> list[float]:
+        phases = planned(arguments("rlhf"), **options).phases
+        return [size(phases[name], "KV cache") for name in ("generate", "experience", "train")]
+
+    needed, *others = caches()
+    assert others == [needed, needed]
+    assert caches(memory=10 * needed) == [needed] * 3
+    assert caches(memory=9 * needed) == [needed, 0, 0]
+    assert caches(device="cpu") == [needed, 0, 0]
+    assert size(planned(arguments("sft")).phases["train"], "KV cache") == 0

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat.distributed.device import KEPT_SHARE
 from dschat.rlhf.rollout.decode_cache import DecodeCache
 from dschat.rlhf.rollout.fused_projections import FusedProjections
 from dschat.rlhf.rollout.keyed_sampling import TokenDraw
-
-KEPT_SHARE = 0.1
-"""Buffers that take more of the device's memory are given back between rollouts, and captured again."""
 
 
 def has_kernels() -> bool:

@@ -22,7 +22,7 @@ def model_of(family: str):
 
 @torch.no_grad()
 def test_the_model_computes_the_same_and_is_left_as_it_was():
-    for family, expected in (("llama", 5), ("opt", 3), ("qwen2", 5), ("gpt2", 0)):
+    for family, expected in (("llama", 3), ("opt", 3), ("qwen2", 3), ("gpt2", 0)):
         model = model_of(family)
         projections = FusedProjections(model)
         assert len(names(projections, model)) == expected * model.config.num_hidden_layers
@@ -49,7 +49,7 @@ def test_copies_are_refreshed_in_their_memory():
     alone = model(ids).logits
     with projections.in_place():
         torch.testing.assert_close(model(ids).logits, alone, rtol=0, atol=1e-5)
-    fused = re.compile(r"\.(q|k|v|gate|up)_proj\.")
+    fused = re.compile(r"\.(q|k|v)_proj\.")
     assert projections.size == sum(p.nbytes for name, p in model.named_parameters() if fused.search(name))
     projections.free()
     assert projections.size == 0
@@ -61,4 +61,4 @@ def test_adapted_layers_keep_their_own_products(tmp_path):
         model, ModelArguments(model_name_or_path=str(tmp_path), lora_dim=4, lora_module_name="self_attn.")
     )
     projections = FusedProjections(model)
-    assert set(names(projections, model)) == {"gate_proj", "up_proj"}
+    assert names(projections, model) == []

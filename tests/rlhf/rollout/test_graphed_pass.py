@@ -1,5 +1,7 @@
 """Passes as CUDA graphs; on a CPU a graph is played by calling what it was captured of on the same memory."""
 
+import contextlib
+import gc
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = MODES["graphed"] if DEVICE == "cuda" else replace(MODES["graphed"], attention=decode_attention.NAME)
 GRAPHED = {"graphed": (KERNELS, MODES["matmul"]), "graphed sdpa": (MODES["graphed sdpa"], MODES["sdpa"])}
 """Modes, and those that do the same without graphs. On a CPU there are no kernels of Triton."""
+CAPTURED = graphed_pass.captured
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -122,3 +125,24 @@ def test_graphs_are_for_gpus_and_there_the_only_modes(model):
     with torch.no_grad():
         found = agreeing_modes(model, num_tokens=90, longest=64)
     assert {MODES[name].is_graphed for name in found} == {DEVICE == "cuda"}
+
+
+def test_pythons_collector_is_off_while_a_pass_is_captured(monkeypatch):
+    seen = []
+
+    class Graph:
+        replay = staticmethod(lambda: seen.append("replayed"))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    replay = CAPTURED(lambda: seen.append(gc.isenabled()), (0, 1))
+    replay()
+    assert seen == [False, "replayed"]
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        CAPTURED(raise_error, (0, 1))
+    assert gc.isenabled()
+
+
+def raise_error() -> None:
+    raise RuntimeError("no kernel")
