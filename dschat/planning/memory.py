@@ -135,8 +135,13 @@ class EngineMemory:
             weights,
             self._part("optimiser", (master + 8) * self._trained * share, on_host=spec.offload),
             self._part("gradients", gradients * self._trained * share, on_host=spec.offload),
-            *(self._bucket() if self._stage == 3 else ()),
+            *(self._bucket() if self._stage == 3 else self._passed_on() if spec.offload else ()),
         )
+
+    def _passed_on(self) -> Moment:
+        """Buffers on the host and on the device in which ZeRO-1 and 2 offload gradients, one by one."""
+        size = self.model.largest * self.model.element
+        return self._part("buffers", size, on_host=True), self._part("buffers", size)
 
     def gathered(self) -> Moment:
         """What ZeRO-3 gathers for a pass."""

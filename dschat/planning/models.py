@@ -196,6 +196,12 @@ class PlannedModel:
         """How many weights."""
         return _counts(self.structure, self.mode)
 
+    @property
+    def largest(self) -> int:
+        """Weights of the largest parameter that is trained."""
+        parameters = self.structure.prepared(self.mode).parameters()
+        return max(p.numel() for p in parameters if p.requires_grad)
+
     def shape(self, rows: Rows, *, trains: bool) -> PassShape:
         """What a pass over such rows holds; it is found once."""
         way = self.way(rows.length)

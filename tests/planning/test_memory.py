@@ -99,6 +99,15 @@ def test_large_blocks_leave_nothing_and_a_gpu_has_no_such_heap(monkeypatch):
     assert size(planned(arguments("sft"), device="cpu").phases["train"], "heap") == 0
 
 
+def test_offloaded_gradients_pass_through_two_buffers_of_the_largest_parameter():
+    args = arguments("sft", "--zero_stage=2", "--offload")
+    (model,) = planned_models(specs_of(args), only_adapters=False, configs=CONFIGS)
+    buffers = [part for part in planned(args).phases["train"] if part.kind == "buffers"]
+    assert model.largest == model.config.vocab_size * 32
+    assert [part.bytes for part in buffers if part.on_host] == [model.largest * 4]
+    assert model.largest * 4 in [part.bytes for part in buffers if not part.on_host]
+
+
 def test_offloaded_gradients_are_kept_twice_where_they_add_up():
     once, twice = (
         planned(arguments("sft", "--zero_stage=2", "--offload", *more)).phases["train"]
