@@ -386,17 +386,10 @@ class MemoryModel:
 
     def _saving(self) -> list[Moment]:
         """Rank 0 writes a whole copy, and reads it back."""
-        on_host = not self.hardware.is_cpu
-        return [
-            (
-                *self._standing(),
-                Part(
-                    model.spec.name,
-                    "buffers",
-                    2 * self._engine(model).file_bytes * self.stages / self._mapped_by,
-                    on_host,
-                ),
-            )
-            for model in self.models
-            if model.spec.trained
-        ]
+        found = []
+        for model in self.models:
+            if model.spec.trained:
+                size = 2 * self._engine(model).file_bytes * self.stages / self._mapped_by
+                copies = Part(model.spec.name, "buffers", size, on_host=not self.hardware.is_cpu)
+                found.append((*self._standing(), copies))
+        return found
