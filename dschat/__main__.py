@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,7 +86,10 @@ def chosen(name: str) -> Program:
         print(overview())
         sys.exit()
     if name == "--version":
-        print(f"dschat {version('dschat')}")
+        try:
+            print(f"dschat {version('dschat')}")
+        except PackageNotFoundError:
+            print("dschat, a checkout that is not installed")
         sys.exit()
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -6,13 +6,16 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from processes import ROOT, environment, python
 from safetensors.torch import load_file
 from tiny import save_counting_pairs, save_tiny_model
 
+from dschat import __main__ as main_module
 from dschat.__main__ import COMMANDS, overview, programs_root
 from dschat.arguments import ReadableParser, as_typed
 
@@ -143,3 +146,10 @@ def test_a_wheel_holds_the_programs_and_a_run_repeats_by_its_arguments(tmp_path)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "again")]
     assert weights[0].keys() == weights[1].keys()
     assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
+    monkeypatch.setattr(main_module, "version", Mock(side_effect=PackageNotFoundError))
+    with pytest.raises(SystemExit):
+        main_module.chosen("--version")
+    assert capsys.readouterr().out == "dschat, a checkout that is not installed\n"
