@@ -190,7 +190,7 @@ def all_ways(
         prompts.attention_mask,
     )
     if unknown := set(only or ()) - ways.keys():
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: no such way; here are {', '.join(ways)}.")
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: no such way; here are {'; '.join(ways)}.")
     for name, make in ways.items():
         if only is None or name in only:
             yield name, make()

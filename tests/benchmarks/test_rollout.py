@@ -44,7 +44,7 @@ def test_every_way_generates_answers_of_the_length_asked_for(tmp_path):
         found = generate(2)
         answers = found.shape[1] if isinstance(found, torch.Tensor) else found.input_ids.shape[1]
         assert answers in (2, 8), name
-    with pytest.raises(SystemExit, match="--only traced: no such way; here are hf, continuous, static"):
+    with pytest.raises(SystemExit, match="--only traced: no such way; here are hf; continuous; static"):
         list(rollout.all_ways(rollout.PlainEngine(model), tokenizer, prompts, 4, only=["hf", "traced"]))
 
 
