@@ -72,7 +72,7 @@ def cases_of(family: str, run: str) -> Cases:
 
 
 def save_models(folder: Path, family: str) -> None:
-    """An actor whose answers have all lengths, and a reward model."""
+    """An actor whose answers have many lengths, and a reward model."""
     save_tiny_model(folder / "actor", family)
     save_tiny_model(folder / "base", family, seed=1)
     save_reward_model(folder / "base", folder / "reward")
