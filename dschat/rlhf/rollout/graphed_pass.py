@@ -19,6 +19,9 @@ from dschat.rlhf.rollout.decode_cache import DecodeCache
 from dschat.rlhf.rollout.fused_projections import FusedProjections
 from dschat.rlhf.rollout.keyed_sampling import TokenDraw
 
+Run = Callable[[], dict[str, Tensor]]
+"""Computes tensors by name."""
+
 
 def has_kernels() -> bool:
     """Whether `decode_kernels` can be used."""
@@ -80,15 +83,19 @@ class GraphedPass:
         All but the ids must stand in buffers of this object. The logits do as well, until the next pass.
         """
         ids = self.place("ids", ids)
-        view = DecodeCache.of_states(cache.column, cache.states, width=cache.width, store=self._store)
 
-        def logits() -> dict[str, Tensor]:
+        def prepared() -> Run:
+            view = DecodeCache.of_states(cache.column, cache.states, width=cache.width, store=self._store)
             options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-            with self._projections.in_place():
-                output = self._model(input_ids=ids, past_key_values=view, **options)
-            return {"logits": output.logits[:, -1]}
 
-        return self._replayed((len(ids), cache.width), logits)["logits"]
+            def logits() -> dict[str, Tensor]:
+                with self._projections.in_place():
+                    output = self._model(input_ids=ids, past_key_values=view, **options)
+                return {"logits": output.logits[:, -1]}
+
+            return logits
+
+        return self._replayed((len(ids), cache.width), prepared)["logits"]
 
     def draw(self, draw: TokenDraw, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `draw` returns for logits [B, V] and uniforms [B], until the next draw."""
@@ -98,12 +105,16 @@ class GraphedPass:
             tokens, logprobs = draw(*placed)
             return {"tokens": tokens} | ({} if logprobs is None else {"logprobs": logprobs})
 
-        found = self._replayed((len(logits), draw), drawn)
+        found = self._replayed((len(logits), draw), lambda: drawn)
         return found["tokens"], found.get("logprobs")
 
-    def _replayed(self, key: Hashable, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `run` computes, in the buffers of its names, by the graph of that key."""
+    def _replayed(self, key: Hashable, prepared: Callable[[], Run]) -> dict[str, Tensor]:
+        """What the run computes, in the buffers of its names, by the graph of that key.
+
+        Where there is a graph, nothing is prepared: a tensor that is made would wait for the GPU.
+        """
         if key not in self._graphs:
+            run = prepared()
             first = on_side_stream(run)  # libraries prepare what they need before a capture
             places = {name: self.place(name, values) for name, values in first.items()}
 
@@ -127,7 +138,7 @@ def device_memory() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def on_side_stream(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def on_side_stream(run: Run) -> dict[str, Tensor]:
     """What `run` returns, computed in another stream, as a first pass before a capture is to be."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dschat.data.collate import PromptBatch
 from dschat.rlhf.rollout import decode_attention, graphed_pass
+from dschat.rlhf.rollout.decode_cache import DecodeCache
 from dschat.rlhf.rollout.decode_modes import MODES, Decoding, agreeing_modes
 from dschat.rlhf.rollout.graphed_pass import GraphedPass
 from dschat.rlhf.rollout.keyed_sampling import TokenDraw
@@ -81,6 +82,16 @@ def test_a_shape_is_captured_once(model, captures):
         decoded(model, recorded, num_rows, length)
     assert before == 3  # 6 rows of 32 and of 64 columns, 3 of 64
     assert len(captures) - before == 2  # 4 rows and 2 rows of 32 columns
+
+
+def test_what_is_replayed_prepares_nothing(model, monkeypatch):
+    recorded, prepared = GraphedPass(model), []
+    of_states = DecodeCache.of_states
+    monkeypatch.setattr(DecodeCache, "of_states", lambda *a, **b: prepared.append(1) or of_states(*a, **b))
+    decoded(model, recorded, 6, 31)
+    before = len(prepared)
+    decoded(model, recorded, 6, 31)
+    assert len(prepared) == before == 3
 
 
 def test_weights_that_changed_or_moved_are_those_of_the_next_batch(model):
