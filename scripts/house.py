@@ -195,7 +195,7 @@ def figures(root: Path) -> list[Figure]:
     longest_function, function = longest(house, ast.FunctionDef)
     longest_class, name = longest(house, ast.ClassDef)
     return [
-        Figure("lines of the library", sum(lines.values()), 36_210),
+        Figure("lines of the library", sum(lines.values()), 36_211),
         Figure("lines of the longest module", lines[module], 400, str(module.relative_to(root))),
         Figure("lines of the longest function", longest_function, 67, function),
         Figure("lines of the longest class", longest_class, 200, name),
