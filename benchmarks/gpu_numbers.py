@@ -26,13 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from planner import forked, import_libraries
+from steps import STEPS
 
-PROGRAMS = {
-    "sft": "step1_sft/main.py",
-    "reward": "step2_reward/main.py",
-    "dpo": "step2_reward/dpo.py",
-    "ppo": "step3_ppo/main.py",
-}
 FAMILIES = ("llama", "opt", "qwen3", "gpt2", "gpt_neox")
 UNEQUAL = ("seconds", "per_second", "peak_share", "memory", "time", "rollout_logprob_difference")
 """Parts of the names of metrics that are not compared."""
@@ -85,7 +80,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every step and family, then ways to run one of them."""
-    found = [Case(step, family) for step in PROGRAMS for family in FAMILIES]
+    found = [Case(step, family) for step in STEPS for family in FAMILIES]
     found += [Case("sft", "llama", f"--zero_stage {stage}", like="sft llama") for stage in (1, 2, 3)]
     found += [
         Case("ppo", "llama", f"--actor_zero_stage {stage} --critic_zero_stage {stage}", like="ppo llama")
@@ -171,20 +166,13 @@ def prepare(folder: Path) -> None:
     from random_models import word_tokenizer
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from dschat.models.config import read_config
+
     tokenizer: Any = word_tokenizer(512)
     for family in FAMILIES:
         torch.manual_seed(0)
-        config = config_of(family, tokenizer, 64, 2)
-        for name in (
-            "hidden_dropout",
-            "attention_dropout",
-            "dropout",
-            "resid_pdrop",
-            "embd_pdrop",
-            "attn_pdrop",
-        ):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
+        config_of(family, tokenizer, 64, 2).save_pretrained(folder / family)
+        config = read_config(str(folder / family), dropout=0.0)
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder / family)
         config.num_labels = 1
@@ -233,7 +221,7 @@ def programs_of(case: Case, folder: Path) -> list[list[str]]:
         f"--output_dir {folder / 'runs' / case.folder} --save_interval {case.stops_at}"
     )
     flags = f"{flags} {case.flags} {shared}"
-    command = [str(ROOT / PROGRAMS[case.step]), *flags.split()]
+    command = [str(ROOT / STEPS[case.step]), *flags.split()]
     if not case.stops_at:
         return [[*command, "--overwrite_output_dir"]]
     dying = [str(folder / "dies.py"), *command, "--overwrite_output_dir"]

@@ -10,13 +10,13 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
 from dschat.arguments import ReadableParser, complete
 from dschat.errors import UserError
 from dschat.program import readable_errors
+from dschat.runs.started import installed_versions
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -86,10 +86,8 @@ def chosen(name: str) -> Program:
         print(overview())
         sys.exit()
     if name == "--version":
-        try:
-            print(f"dschat {version('dschat')}")
-        except PackageNotFoundError:
-            print("dschat, a checkout that is not installed")
+        installed = installed_versions(["dschat"])
+        print(f"dschat {installed['dschat']}" if installed else "dschat, a checkout that is not installed")
         sys.exit()
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

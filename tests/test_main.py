@@ -18,6 +18,7 @@ from tiny import save_counting_pairs, save_tiny_model
 from dschat import __main__ as main_module
 from dschat.__main__ import COMMANDS, overview, programs_root
 from dschat.arguments import ReadableParser, as_typed
+from dschat.runs import started
 
 
 def dschat(*words: object, cwd=None, **env: str) -> subprocess.CompletedProcess:
@@ -149,7 +150,7 @@ def test_a_wheel_holds_the_programs_and_a_run_repeats_by_its_arguments(tmp_path)
 
 
 def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
-    monkeypatch.setattr(main_module, "version", Mock(side_effect=PackageNotFoundError))
+    monkeypatch.setattr(started, "version", Mock(side_effect=PackageNotFoundError))
     with pytest.raises(SystemExit):
         main_module.chosen("--version")
     assert capsys.readouterr().out == "dschat, a checkout that is not installed\n"

@@ -319,7 +319,7 @@ class MemoryModel:
     @property
     def _kept(self) -> Moment:
         """On a GPU: the keys and values, which stay between rollouts with the graphs that were captured."""
-        most = KEPT_SHARE * (self.hardware.device_memory or float("inf"))
+        most = KEPT_SHARE * (self.hardware.device_memory or inf)
         samples_on_gpu = self.sizes.answer_length > 0 and not self.hardware.is_cpu
         return (self._cache,) if samples_on_gpu and self._cache.bytes <= most else ()
 

@@ -199,8 +199,7 @@ class PlannedModel:
     @property
     def largest(self) -> int:
         """Weights of the largest parameter that is trained."""
-        parameters = self.structure.prepared(self.mode).parameters()
-        return max(p.numel() for p in parameters if p.requires_grad)
+        return _largest(self.structure, self.mode)
 
     def shape(self, rows: Rows, *, trains: bool) -> PassShape:
         """What a pass over such rows holds; it is found once."""
@@ -250,6 +249,11 @@ def _counts(structure: Structure, mode: Mode) -> Counts:
     whole, layer = _count(few), _count(layers_of(few)[-1])
     more = structure.model.config.num_hidden_layers - NUM_LAYERS
     return Counts(**{name: value + more * getattr(layer, name) for name, value in vars(whole).items()})
+
+
+@cache
+def _largest(structure: Structure, mode: Mode) -> int:
+    return max(p.numel() for p in structure.prepared(mode).parameters() if p.requires_grad)
 
 
 @cache

@@ -80,9 +80,9 @@ def _chosen(
     if args.rollout_backend == "auto" and _may_be_fastest(continuous, longest):
         ways["continuous"] = trial(continuous)
     way = choices.choose(CHOICE, ways, key=_work(plain.engine, len(prompts.keys)), rounds=2)
-    static.configure(way.removeprefix("static, "))
-    give_back_memory()  # of ways that were slower
     others: dict[str, RolloutBackend] = {"hf": plain, "continuous": continuous}
+    static.configure(None if way in others else way.removeprefix("static, "))
+    give_back_memory()  # of ways that were slower
     return others.get(way, static)
 
 

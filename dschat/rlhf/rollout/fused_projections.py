@@ -6,7 +6,7 @@ gate and the input of an MLP are larger, and would gain less.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class FusedProjections:
     """Copies of such layers' weights, side by side, and the products with them."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = (_children(module, TOGETHER) for module in model.modules())
+        found = map(_projections_of, model.modules())
         self._groups = [_Group(layers) for layers in found if layers]
 
     @property
@@ -69,12 +69,9 @@ class _Group:
         parts = [[layer.weight for layer in self.layers]]
         if self.layers[0].bias is not None:
             parts.append([layer.bias for layer in self.layers])
+        before: Sequence[Tensor | None] = self.copies or [None] * len(parts)
         with torch.no_grad():
-            if self.copies:
-                for copy, tensors in zip(self.copies, parts, strict=True):
-                    torch.cat(tensors, out=copy)
-            else:
-                self.copies = [torch.cat(tensors) for tensors in parts]
+            self.copies = [torch.cat(part, out=copy) for part, copy in zip(parts, before, strict=True)]
 
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
         """What takes the place of each layer's `forward`, in their order."""
@@ -88,9 +85,9 @@ class _Group:
         return [first, *(lambda x, number=number: parts[number] for number in range(1, len(sizes)))]
 
 
-def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
-    """The module's layers of these names; none where one is missing, adapted, or unlike the others."""
-    layers = [module._modules.get(name) for name in names]
+def _projections_of(module: nn.Module) -> list[nn.Linear]:
+    """The module's layers named in TOGETHER; none where one is missing, adapted, or unlike the others."""
+    layers = [module._modules.get(name) for name in TOGETHER]
     linear = [layer for layer in layers if type(layer) is nn.Linear and "forward" not in vars(layer)]
     alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linear}
-    return linear if len(linear) == len(names) and len(alike) == 1 else []
+    return linear if len(linear) == len(TOGETHER) and len(alike) == 1 else []

@@ -51,8 +51,8 @@ class StaticDecoding:
             for recorded in self._recorded.values():
                 recorded.end()
 
-    def configure(self, mode: str) -> None:
-        """Generate in that mode, and forget what others have recorded."""
+    def configure(self, mode: str | None) -> None:
+        """Generate in that mode, with None by `plain`, and forget what others have recorded."""
         self.mode = mode
         self._recorded = {name: one for name, one in self._recorded.items() if name == mode}
 
@@ -84,7 +84,9 @@ class StaticDecoding:
         rows = torch.arange(len(answers), device=device)  # which answers those in the batch are
         ended = torch.zeros_like(rows, dtype=torch.bool)
         mode, model = MODES[self.mode], plain.engine.module
-        recorded = self._recorded.setdefault(self.mode, mode.recorded_pass(model))
+        if self.mode not in self._recorded:
+            self._recorded[self.mode] = mode.recorded_pass(model)
+        recorded = self._recorded[self.mode]
         decoding = Decoding(model, prompts, mode, sampling.max_answer_length, recorded)
         for length in range(1, sampling.max_answer_length + 1):
             tokens, drawn = recorded.draw(draw, decoding.logits, uniforms[:, length - 1])

@@ -38,9 +38,8 @@ class TracedPass:
 
     def begin(self) -> None:
         """Before a batch: take the parameters, or copies of them in fp32, to compute its answers with."""
-        self._weights = (
-            [p.detach().float() for p in self._parameters] if self._in_fp32 else [*self._parameters]
-        )
+        self._weights = []  # the last batch's copies go before there are others
+        self._weights = [p.detach().float() if self._in_fp32 else p for p in self._parameters]
 
     def end(self) -> None:
         """After a rollout: give the copies back."""
