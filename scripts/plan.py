@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step: Any = parse_arguments(own.step, words)
     from dschat.distributed.mesh import is_main_process
     from dschat.planning.plan import plan_of
-    from dschat.planning.savings import cut_most, fitting, savings_lines
+    from dschat.planning.savings import fitting, would_cut_most
     from dschat.runs.measured_choices import MeasuredChoices
 
     hardware = hardware_of(own)
@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     slices = slices_for(step, hardware, choices)
     timed = {"choices": choices, "slices": slices} if slices else {}
     plan = planned(step, **timed)
+    saving = [] if own.fit is not None else would_cut_most(step, plan, planned, choices)
     if not is_main_process():
         return int(plan.fits is False)
     if own.fit is not None:
@@ -192,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(command(step, words, flags, hardware.ranks, hardware.ranks_per_host))
         print(*plan_lines(plan, own.price_per_hour), sep="\n")
         return 0
-    print(*plan_lines(plan, own.price_per_hour), sep="\n")
-    print(*savings_lines(cut_most(step, plan, planned)), sep="\n")
+    print(*plan_lines(plan, own.price_per_hour), *saving, sep="\n")
     if plan.fits is False:
         print("plan: does not fit")
     return int(plan.fits is False)

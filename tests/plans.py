@@ -25,7 +25,7 @@ class Remembered:
     def __init__(self, seconds: dict[str, float] | None, ranks: int = 1) -> None:
         self._seconds, self._ranks = seconds, ranks
 
-    def kept_seconds(self, name: str, measure: Any, *, key: Any) -> dict[str, float] | None:
+    def kept_numbers(self, name: str, measure: Any, *, key: Any) -> dict[str, float] | None:
         """Those seconds."""
         return self._seconds and dict(self._seconds) if key["ranks"] == self._ranks else None
 

@@ -75,8 +75,9 @@ class Rows:
 
 
 def array_of(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Numbers or truth values as an array [N]. Arrow's own `to_numpy` imports pandas."""
-    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    if pa.types.is_boolean(array.type):  # bits, of which numpy has none
-        return np.from_dlpack(array.cast(pa.uint8())).astype(bool)
-    return np.from_dlpack(array)
+    """Numbers or truth values as an array [N]. `to_numpy` would import pandas, as would joining no chunks."""
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks() if values.num_chunks else pa.nulls(0, values.type)
+    if pa.types.is_boolean(values.type):  # bits, of which numpy has none
+        return np.from_dlpack(values.cast(pa.uint8())).astype(bool)
+    return np.from_dlpack(values)

@@ -20,7 +20,7 @@ from dschat.engines.speed import SECONDS
 from dschat.planning.hardware import this_hardware
 from dschat.planning.models import Spec
 from dschat.planning.plan import GB, Plan, plan_of
-from dschat.planning.savings import cut_most, savings_lines
+from dschat.planning.savings import would_cut_most
 from dschat.runs.atomic_folder import write_json
 from dschat.runs.measured_choices import MeasuredChoices
 from dschat.runs.output_folder import METRICS
@@ -71,12 +71,12 @@ class RunPlan:
         try:
             with torch.random.fork_rng(devices=[]):
                 plan = planned(args, choices=choices, mean_length=mean_length, steps=steps)
-                saving = cut_most(args, plan, planned) if is_main_process() else []
+                saving = would_cut_most(args, plan, planned, choices)
         except Exception as error:  # the code of a family may do anything on the meta device
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             messages.note(f"no plan of memory and time: no pass without weights ({reason}).")
             return RunPlan(None, None, baseline)
-        for line in [*plan.lines(), *savings_lines(saving)]:
+        for line in [*plan.lines(), *saving]:
             messages.info(line)
         if plan.fits is False:
             messages.warning("by the plan the run does not fit this machine.")

@@ -6,9 +6,10 @@ from io import StringIO
 from typing import Any
 
 from dschat.arguments import TrainingStep
-from dschat.engines.memory_remedies import Change, Phase, PhaseKind, changes, memory_flags
+from dschat.engines.memory_remedies import Phase, PhaseKind, changes, memory_flags
 from dschat.errors import UserError
 from dschat.planning.plan import GB, Plan
+from dschat.runs.measured_choices import MeasuredChoices
 
 KINDS = {
     "load": PhaseKind.LOADING,
@@ -35,24 +36,23 @@ def changed(args: TrainingStep, flags: Mapping[str, Any]) -> TrainingStep | None
         return None
 
 
-def cut_most(args: Any, plan: Plan, plan_of: PlanOf) -> list[tuple[Change, float]]:
-    """The changes of a step's arguments that lower the peak most and the bytes that each saves, best first.
+def would_cut_most(args: Any, plan: Plan, plan_of: PlanOf, choices: MeasuredChoices) -> list[str]:
+    """One line of the changes of a step's arguments that lower the peak most; none where there are none.
 
-    They are those that a message would name where memory ran out in the plan's worst phase.
+    They are those that a message would name where memory ran out in the plan's worst phase. A plan is made
+    for each, so the machine remembers what was found. Every rank must call it.
     """
     ranks, on_cpu = plan.hardware.ranks, plan.hardware.is_cpu
-    found = []
-    for change in changes(Phase(KINDS[plan.worst]), memory_flags(args), ranks=ranks, on_cpu=on_cpu):
-        other = changed(args, change.flags)
-        saved = 0.0 if other is None else plan.peak - plan_of(other).peak
-        if saved > LEAST * plan.peak:
-            found.append((change, saved))
-    return sorted(found, key=lambda pair: -pair[1])[:NUM_SHOWN]
-
-
-def savings_lines(found: Iterable[tuple[Change, float]]) -> list[str]:
-    """One line of the changes; none where there are none."""
-    texts = [f"{change.text} (-{saved / GB:.2f} GB)" for change, saved in found]
+    tried = list(changes(Phase(KINDS[plan.worst]), memory_flags(args), ranks=ranks, on_cpu=on_cpu))
+    others = ((change.text, changed(args, change.flags)) for change in tried)
+    peaks = choices.kept_numbers(
+        "peaks after changes",
+        lambda: {text: plan_of(other).peak for text, other in others if other is not None},
+        key={"phases": plan.as_json()["phases"], "changes": [change.text for change in tried]},
+    )
+    least = sorted((peaks or {}).items(), key=lambda item: item[1])[:NUM_SHOWN]
+    saved = ((text, plan.peak - peak) for text, peak in least)
+    texts = [f"{text} (-{less / GB:.2f} GB)" for text, less in saved if less > LEAST * plan.peak]
     return [f"plan: would cut most: {'; '.join(texts)}"] if texts else []
 
 
@@ -64,8 +64,7 @@ def cheaper_first(
     A larger ZeRO stage costs communication, gradient checkpointing a third of the computation, a smaller
     micro-batch the speed of the products, offloading the most.
     """
-    sizes = args.pass_sizes
-    rows, parts = args.micro_batch
+    sizes, (rows, parts) = args.pass_sizes, args.micro_batch
     total = rows * parts
     divisors = [size for size in range(rows, 0, -1) if total % size == 0]
     prefixes = list(prefixes)

@@ -55,7 +55,7 @@ class Timing:
                 prompts = Rows(timed.generation_rows, middle, WRITTEN) if samples else None
                 for ranks in dict.fromkeys((memory.data_ranks, 1)):
                     measuring = slices if ranks == mesh().data.size else None
-                    seconds = choices.kept_seconds(
+                    seconds = choices.kept_numbers(
                         "seconds of a slice",
                         partial(measuring.seconds, alike, rows, prompts) if measuring else None,
                         key=key_of(alike, rows, prompts, run, ranks=ranks),

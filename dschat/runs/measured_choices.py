@@ -82,7 +82,7 @@ class MeasuredChoices:
             found = self._found(name, ways, key, rounds, time.perf_counter)
         times = "; ".join(
             f"{way} {spent:.3g} s" if spent >= 1 else f"{way} {1000 * spent:.3g} ms"
-            for way, spent in found["seconds"].items()
+            for way, spent in found["numbers"].items()
         )
         messages.info(f"{name}: {found['way']} (measured on this machine: {times})")
         self.made[name] = found["way"]
@@ -98,24 +98,23 @@ class MeasuredChoices:
         path = self._path(name, [name], key)
         found = None if alone else broadcast_from_rank_0(lambda: _remembered(path, kept_for=SECONDS_KEPT))
         if found is None:
-            decision = _decision(name, _times({name: run}, 10, time.perf_counter), key)
-            keep = partial(_least_kept, path, decision)
+            keep = partial(_least_kept, path, _record(name, _times({name: run}, 10, time.perf_counter), key))
             found = keep() if alone else broadcast_from_rank_0(keep)
-        return float(found["seconds"][name])
+        return float(found["numbers"][name])
 
-    def kept_seconds(
+    def kept_numbers(
         self, name: str, measure: Callable[[], Mapping[str, float]] | None, *, key: Mapping[str, Any]
     ) -> dict[str, float] | None:
-        """Seconds by phase as `measure` returns them, called once per machine and `key`; nothing is chosen.
+        """Numbers by name as `measure` returns them, called once per machine and `key`; nothing is chosen.
 
         None where the machine does not remember them and `measure` is None.
         """
         path = self._path(name, [], key)
         found = broadcast_from_rank_0(lambda: _remembered(path))
         if found is None and measure is not None:
-            seconds = measure()
-            found = broadcast_from_rank_0(lambda: _first_kept(path, _decision(name, seconds, key)))
-        return None if found is None else dict(found["seconds"])
+            numbers = measure()
+            found = broadcast_from_rank_0(lambda: _first_kept(path, _record(name, numbers, key)))
+        return None if found is None else dict(found["numbers"])
 
     def _path(self, name: str, ways: Iterable[str], key: Mapping[str, Any] | None) -> Path:
         """The file in which the machine remembers what it measured of these ways."""
@@ -133,9 +132,12 @@ class MeasuredChoices:
         """What the machine remembers of these ways, or what is measured now and kept."""
         path = self._path(name, ways, key)
         found = broadcast_from_rank_0(lambda: _remembered(path))
-        if found is None or found["way"] not in ways:
+        if found is None or found.get("way") not in ways:
             seconds = _times(ways, rounds, clock)
-            found = broadcast_from_rank_0(lambda: _first_kept(path, _decision(name, seconds, key)))
+            fastest, first = min(ways, key=seconds.__getitem__), next(iter(ways))
+            way = fastest if seconds[fastest] < MARGIN * seconds[first] else first
+            record = _record(name, seconds, key) | {"way": way}
+            found = broadcast_from_rank_0(lambda: _first_kept(path, record))
         return found
 
 
@@ -148,7 +150,7 @@ def machine() -> dict[str, Any]:
     """What times depend on besides the work: the processor or GPU, its threads, and the libraries."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {name: version(name) for name in VERSIONED}
-    return {"device": device, "threads": torch.get_num_threads(), **versions}
+    return {"device": device, "threads": torch.get_num_threads()} | versions
 
 
 def _processor() -> str:
@@ -167,7 +169,7 @@ def _times(
     """The least seconds that each way took, in turn so that a slow moment of the machine meets all."""
     for run in ways.values():
         run()
-    seconds = dict.fromkeys(ways, float("inf"))
+    seconds = dict.fromkeys(ways, inf)
     for _ in range(rounds):
         for way, run in ways.items():
             synchronize()
@@ -178,42 +180,40 @@ def _times(
     return seconds
 
 
-def _decision(name: str, seconds: Mapping[str, float], key: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a choice's file holds."""
-    first, fastest = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
-    way = fastest if seconds[fastest] < MARGIN * seconds[first] else first
-    return {"name": name, "way": way, "seconds": dict(seconds), "key": dict(key or {}), "machine": machine()}
+def _record(name: str, numbers: Mapping[str, float], key: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a file holds of what was measured."""
+    return {"name": name, "numbers": dict(numbers), "key": dict(key or {}), "machine": machine()}
 
 
 def _remembered(path: Path, *, kept_for: float = inf) -> dict[str, Any] | None:
-    """The decision in a file; None where there is none of the last `kept_for` seconds that can be read."""
+    """What a file holds; None where there is none of the last `kept_for` seconds that can be read."""
     try:
         if time.time() - path.stat().st_mtime > kept_for:
             return None
-        decision = json.loads(path.read_text(encoding="utf-8"))
-        return decision if {"way", "seconds"} <= decision.keys() else None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record.get("numbers") is not None else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _least_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
-    """Keep a decision with the least seconds of it and of the one that it replaces."""
-    known = (_remembered(path) or decision)["seconds"]
-    least = {way: min(seconds, known.get(way, seconds)) for way, seconds in decision["seconds"].items()}
+def _least_kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Keep a record with the least seconds of it and of the one that it replaces."""
+    known = (_remembered(path) or record)["numbers"]
+    least = {name: min(seconds, known.get(name, seconds)) for name, seconds in record["numbers"].items()}
     with contextlib.suppress(OSError):
         path.unlink()
-    return _first_kept(path, {**decision, "seconds": least})
+    return _first_kept(path, {**record, "numbers": least})
 
 
-def _first_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
-    """Keep a decision for later runs; return that of another run which measured at once and was first.
+def _first_kept(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Keep a record for later runs; return that of another run which measured at once and was first.
 
     Where the folder cannot be written, nothing is kept.
     """
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -222,8 +222,8 @@ def _first_kept(path: Path, decision: dict[str, Any]) -> dict[str, Any]:
                 return first
             temporary.replace(path)  # what is there cannot be read
     except OSError:
-        return _remembered(path) or decision
+        return _remembered(path) or record
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return decision
+    return record

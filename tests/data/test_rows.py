@@ -67,6 +67,7 @@ def test_reading_needs_no_datasets_and_reads_few_pages(tmp_path):
         "rows[np.array([3, 19_000])]\n"
         "read = mib() - before\n"
         "assert rows.column('length').sum() == rows.lengths('input_ids').sum() == 2_000_000\n"
+        "assert Rows(rows.table.slice(0, 0)).lengths('input_ids').shape == (0,)\n"
         "from dschat.data.collate import collate_sft\n"
         "collate_sft(rows[np.array([3, 19_000])], 3, 1.0, pad_id=0)\n"
         "print(json.dumps([read, sorted({'datasets', 'pandas'} & set(sys.modules))]))"
@@ -83,6 +84,8 @@ def test_arrays_are_those_of_arrow():
         chunked,
         chunked.slice(1),
         pa.array([], pa.int32()),
+        pa.chunked_array([], pa.int64()),
+        pa.chunked_array([], pa.bool_()),
         pa.array([True, False, True]).slice(1),
     ):
         array = array_of(values)

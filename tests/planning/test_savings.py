@@ -1,24 +1,43 @@
 """Which flags cut most, and which fit."""
 
+import re
 from functools import partial
 
 from plans import arguments, planned
 
-from dschat.planning.savings import cheaper_first, cut_most, fitting, savings_lines
+from dschat.planning.plan import GB
+from dschat.planning.savings import cheaper_first, fitting, would_cut_most
+from dschat.runs.measured_choices import MeasuredChoices
 
 
-def test_the_changes_that_cut_most_are_those_of_messages_about_memory():
+def test_the_changes_that_cut_most_are_those_of_messages_about_memory(tmp_path):
     args = arguments("sft", "--zero_stage=0")
-    plan_of = partial(planned, ranks=4)
-    plan = plan_of(args)
-    found = cut_most(args, plan, plan_of)
-    assert 1 <= len(found) <= 3
-    assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
-    for change, saved in found:
-        assert saved == plan.peak - plan_of(args.with_flags(change.flags)).peak
-    (line,) = savings_lines(found)
-    assert "--max_seq_len 512 -> 256" in line
-    assert savings_lines([]) == []
+    made = []
+
+    def plan_of(args):
+        made.append(args)
+        return planned(args, ranks=4)
+
+    plan = planned(args, ranks=4)
+    (line,) = would_cut_most(args, plan, plan_of, MeasuredChoices(folder=tmp_path))
+    shorter = (plan.peak - planned(args.with_flags({"max_seq_len": 256}), ranks=4).peak) / GB
+    assert f"--max_seq_len 512 -> 256 (-{shorter:.2f} GB)" in line
+    saved = [float(text) for text in re.findall(r"\(-([0-9.]+) GB\)", line)]
+    assert 1 <= len(saved) <= 3
+    assert saved == sorted(saved, reverse=True)
+    # The machine remembers what was planned, for these flags alone.
+    tried = len(made)
+    assert would_cut_most(args, plan, plan_of, MeasuredChoices(folder=tmp_path)) == [line]
+    assert len(made) == tried > 0
+    other = args.with_flags({"max_seq_len": 128})
+    assert would_cut_most(other, planned(other, ranks=4), plan_of, MeasuredChoices(folder=tmp_path)) != [line]
+    assert len(made) > tried
+
+
+def test_no_line_where_no_change_saves_memory(tmp_path):
+    args = arguments("sft")
+    plan = planned(args)
+    assert would_cut_most(args, plan, lambda _: plan, MeasuredChoices(folder=tmp_path)) == []
 
 
 def test_cheaper_settings_come_first_and_keep_the_batch():
