@@ -31,6 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 OPT-1.3b's order of norms."""
 
 
+def require_device(device: str) -> None:
+    """End the program where it is to run on a GPU and there is none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out for the CPU.")
+
+
 def word_tokenizer(vocab_size: int) -> Any:
     """One token a word, "w5" and so on, with an end and a padding token: no data is needed to make it."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -47,6 +47,8 @@ def parse() -> argparse.Namespace:
     for name, least in (("batch", 1), ("prompt", 1), ("answer", 2), ("rounds", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} is below {least}.")
+    if args.model_folder and not (args.model_folder / "config.json").is_file():
+        parser.error(f"--model-folder {args.model_folder}: no config.json is there.")
     return args
 
 
@@ -55,7 +57,7 @@ if __name__ == "__main__":
 
 import torch
 from hand_written_decode import HandWrittenDecode
-from random_models import random_model, word_tokenizer
+from random_models import SHAPES, random_model, require_device, word_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from versus_marks import median
@@ -97,12 +99,13 @@ class PlainEngine:
 def main() -> None:
     """Measure and print."""
     args = parse()
+    require_device(args.device)
     device = torch.device(args.device)
     if args.model_folder:
         tokenizer = AutoTokenizer.from_pretrained(args.model_folder)
         model = AutoModelForCausalLM.from_pretrained(args.model_folder, dtype=torch.bfloat16).to(device)
     else:
-        tokenizer = word_tokenizer(4096 if args.device == "cpu" else 50272)
+        tokenizer = word_tokenizer(SHAPES[args.model]["vocab_size"])
         model = random_model(args.model, tokenizer, device=args.device, dtype=torch.bfloat16)
     prompts = random_prompts(args.batch, args.prompt, len(tokenizer)).to(device)
     clock = clock_of(args)

@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from matrix_peak import peak, products_of
-from random_models import SHAPES, save_random_model, word_tokenizer
+from random_models import SHAPES, require_device, save_random_model, word_tokenizer
 from versus_marks import STARTED, last_json_line
 
 STEPS = {
@@ -65,6 +66,7 @@ SIZES = {
 def main() -> None:
     """Prepare, run each step, print the table."""
     args = parse()
+    require_device(args.device)
     args.folder = args.folder.resolve()
     size = SIZES[args.model]
     start = time.monotonic()
@@ -78,8 +80,8 @@ def main() -> None:
     print(f"\n{time.monotonic() - start:.0f} s in all")
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Ends the program where a number leaves nothing to run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -91,7 +93,12 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="Threads on a CPU; 1: processor time (default 2).")
     add("--share", type=float, default=1.0, help="Share of the steps of each run, for a trial (default 1).")
     add("--flags", default="", help="More flags for every step, as one argument.")
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads} is below 1.")
+    if not 0 < args.share <= 1:
+        parser.error(f"--share {args.share} is not above 0 and at most 1.")
+    return args
 
 
 def prepare(args: argparse.Namespace, size: Size) -> None:

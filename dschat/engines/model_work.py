@@ -35,9 +35,9 @@ class Rows:
 
     @staticmethod
     def counted(batch: TokenBatch) -> dict[str, Tensor]:
-        """The three numbers of a batch as scalars on its device, fp32, by their names."""
+        """The numbers of a batch without its fillers as scalars on its device, fp32, by their names."""
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        lengths = mask.sum(dim=1).float()
+        lengths = (mask.sum(dim=1) * batch.label_mask.any(dim=1)).float()
         return {
             "tokens": lengths.sum(),
             "squares": lengths.square().sum(),

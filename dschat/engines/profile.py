@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from dschat.arguments import RunArguments
 from dschat.console import messages
@@ -18,6 +18,7 @@ from dschat.engines.speed import SECONDS
 from dschat.runs.measured_choices import machine
 from dschat.runs.output_folder import PROFILE
 
+SUMMARY = "summary.md"
 NUM_OPERATORS = 20
 """Operators in the summary's table."""
 COPIES = ("aten::copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_", "aten::_foreach_copy_")
@@ -45,17 +46,16 @@ class StepProfiler:
             if step >= self._last:
                 self._finish(step)
         elif self._first <= step + 1 <= self._last and not self._figures:
-            self._profiler = profile(activities=_activities())
+            self._profiler = profile()
             self._profiler.start()
 
     def close(self, step: int) -> None:
         """The run ends after this step: write what was profiled; say where a profile never began."""
         if self._profiler is not None:
             self._finish(step)
-        elif self._first > step:
-            messages.warning(
-                f"--profile: the run ended with step {step}, so step {self._first} has no profile."
-            )
+        elif self._first and not self._figures and not (self._folder / SUMMARY).exists():
+            asked = _named((self._first, self._last))
+            messages.warning(f"--profile: the run went on to step {step} without {asked}: no profile.")
 
     def _finish(self, last: int) -> None:
         profiler, self._profiler = self._profiler, None
@@ -68,13 +68,8 @@ class StepProfiler:
         if world.rank == 0:
             first = last - len(self._figures) + 1
             page = summary(profiler.key_averages(), self._figures, steps=(first, last))
-            (self._folder / "summary.md").write_text(page, encoding="utf-8")
-            messages.info(f"profile of {_named((first, last))}: {self._folder}/summary.md")
-
-
-def _activities() -> list[ProfilerActivity]:
-    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    return [ProfilerActivity.CPU, *on_gpu]
+            (self._folder / SUMMARY).write_text(page, encoding="utf-8")
+            messages.info(f"profile of {_named((first, last))}: {self._folder}/{SUMMARY}")
 
 
 def _write_trace(profiler: profile, path: Path) -> None:

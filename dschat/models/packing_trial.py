@@ -96,12 +96,14 @@ def choose_row_layout(
     device: torch.device,
     limit: int | None,
     lengths: Sequence[np.ndarray],
+    longest: int,
 ) -> RowLayout:
     """The layout of rows that the flags ask for, or with --packing auto the faster one.
 
     `configs` are those of the models that read the rows, by their names in messages; the first one's layers
-    are timed, with micro-batches of `lengths`. `limit` is the number of positions that all of them have
-    learned. Where a model cannot tell sequences apart that share a row, none do. Every rank must call it.
+    are timed, with micro-batches of `lengths`; `longest` is the longest sequence of the run. `limit` is the
+    number of positions that all have learned. Where a model cannot tell sequences apart that share a row,
+    none do. Every rank must call it.
     """
     padded = RowLayout(args.multiple_of(device.type, mesh().sequence.size), limit=limit)
     if mesh().sequence.size > 1:
@@ -110,7 +112,7 @@ def choose_row_layout(
         return padded
     if args.packing == "off" or (args.packing == "auto" and max(map(len, lengths), default=0) < 2):
         return padded
-    packed = packed_layout(padded, configs, longest=max(int(part.max()) for part in lengths))
+    packed = packed_layout(padded, configs, longest=longest)
     trials = {name: _trial(config, DTYPES[dtype], device) for name, config in configs.items()}
     unable = next((name for name, trial in trials.items() if not (trial and trial.separates(packed))), None)
     if unable is not None:

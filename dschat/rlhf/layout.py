@@ -56,6 +56,7 @@ def choose_ways_and_layout(
         device=current_device(),
         limit=min((limit for limit in limits if limit is not None), default=None),
         lengths=lengths,
+        longest=longest,
     )
     longest_answers = known[: NUM_MEASURED * size] + args.rollout.max_answer_seq_len
     batches = [longest_answers[i : i + size] for i in range(0, len(longest_answers), size)]

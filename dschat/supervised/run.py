@@ -146,6 +146,7 @@ class SupervisedRun:
             device=current_device(),
             limit=learned_positions(path),
             lengths=lengths[:NUM_TRIED],
+            longest=loaders.longest_row,
         )
         mean = layout.tokens_per_sequence(lengths)
         return loaders.laid_out(layout), layout.width_of(loaders.longest_row), mean

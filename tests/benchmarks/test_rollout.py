@@ -4,6 +4,7 @@ import argparse
 import itertools
 
 import pytest
+import random_models
 import rollout
 import torch
 from tiny import save_tiny_model
@@ -54,6 +55,29 @@ def test_what_leaves_nothing_to_measure_is_refused(flag, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rollout.parse()
     assert f"{' '.join(flag)} is below" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["rollout.py", "--model-folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        rollout.parse()
+    assert f"--model-folder {tmp_path}: no config.json is there." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["6m", "89m", "opt-350m", "opt-1.3b"])
+def test_a_gpu_s_tokens_fit_every_model_that_has_a_name(size, monkeypatch):
+    made = {}
+
+    def random_model(name, tokenizer, **options):
+        made[name] = len(tokenizer)
+        raise SystemExit
+
+    monkeypatch.setattr("sys.argv", ["rollout.py", "--device", "cuda", "--model", size])
+    monkeypatch.setattr(rollout, "require_device", lambda device: None)
+    monkeypatch.setattr(rollout, "random_model", random_model)
+    with pytest.raises(SystemExit):
+        rollout.main()
+    assert made == {size: random_models.SHAPES[size]["vocab_size"]}
 
 
 def test_the_floor_counts_weights_and_cache(monkeypatch):

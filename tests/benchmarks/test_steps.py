@@ -23,6 +23,21 @@ def test_every_step_is_a_command_line_that_it_accepts(size, step, parser):
     assert left_out >= 1
 
 
+@pytest.mark.parametrize("flag", [("--threads", "0"), ("--share", "0"), ("--share", "nan"), ("--share", "2")])
+def test_a_number_that_leaves_nothing_to_run_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        steps.parse(flag)
+    assert f"{flag[0]} {flag[1]}" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_said_before_models_are_made(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["steps.py", "--device", "cuda", "--folder", str(tmp_path / "models")])
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no GPU here"):
+        steps.main()
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_forward_pass_takes_two_operations_a_weight_of_its_matrices():
     shape = random_models.SHAPES["6m"]
     matrices = 6 * (4 * 256 * 256 + 2 * 256 * 1024) + 256 * 4096

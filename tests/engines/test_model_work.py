@@ -44,6 +44,12 @@ def test_a_batch_is_counted_without_its_padding():
     labels = torch.tensor([[False, True, False], [False, True, True]])
     batch = TokenBatch.of(tokens, labels, attention_mask=mask)
     assert {name: count.item() for name, count in Rows.counted(batch).items()} == vars(ROWS)
+    filled = TokenBatch.of(
+        torch.cat([tokens, tokens[:1]]),
+        torch.cat([labels, torch.zeros(1, 3, dtype=torch.bool)]),
+        attention_mask=torch.cat([mask, torch.tensor([[1, 0, 0, 0, 0, 0]])]),
+    )
+    assert {name: count.item() for name, count in Rows.counted(filled).items()} == vars(ROWS)
     whole = Rows.counted(TokenBatch.of(tokens, labels))
     assert (whole["tokens"].item(), whole["squares"].item()) == (12, 72)
 

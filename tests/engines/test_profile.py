@@ -70,9 +70,15 @@ def test_every_rank_has_a_trace_of_its_own(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace_rank1.json.gz"]
 
 
-def test_a_run_that_ends_before_its_profile_says_so(tmp_path, capsys):
+def test_a_run_without_the_steps_of_its_profile_says_so(tmp_path, capsys):
     assert run(tmp_path, "8-9") == []
-    assert "--profile: the run ended with step 6, so step 8 has no profile." in str(capsys.readouterr())
+    assert "the run went on to step 6 without steps 8 to 9: no profile." in str(capsys.readouterr())
+    assert run(tmp_path, "2", first=3) == []  # resumed
+    assert "--profile: the run went on to step 6 without step 2: no profile." in str(capsys.readouterr())
+    assert run(tmp_path, "2") == [2]
+    capsys.readouterr()
+    assert run(tmp_path, "2", first=3) == []  # resumed after its profile
+    assert "no profile" not in str(capsys.readouterr())
 
 
 def test_advice_is_of_what_is_large():

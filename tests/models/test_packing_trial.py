@@ -51,7 +51,7 @@ def test_positions_that_begin_anew_separate_them_in_some(family, is_separated):
     assert trial.separates(RowLayout(1, "positions", in_one_row=True)) == is_separated
 
 
-def chosen(family: str, *flags: str, choices: MeasuredChoices | None = None) -> RowLayout:
+def chosen(family: str, *flags: str, choices: MeasuredChoices | None = None, longest: int = 9) -> RowLayout:
     return choose_row_layout(
         parse_arguments("sft", ["--model_name_or_path=m", *flags]).widths,
         {"model": config_of(family)},
@@ -60,6 +60,7 @@ def chosen(family: str, *flags: str, choices: MeasuredChoices | None = None) -> 
         device=CPU,
         limit=512,
         lengths=[np.array([9, 5, 3])],
+        longest=longest,
     )
 
 
@@ -106,6 +107,11 @@ def test_flash_attention_takes_all_sequences_in_one_row():
 
 def test_a_mask_in_place_of_the_models_own_is_not_given_where_that_has_a_window():
     layouts = [packed_layout(RowLayout(), {"model": config_of("mistral")}, longest=n) for n in (256, 257)]
+    assert [layout.separated_by for layout in layouts] == ["mask", "positions"]
+
+
+def test_the_longest_row_of_the_run_decides_it_and_not_those_that_are_tried():
+    layouts = [chosen("mistral", "--packing=on", longest=n) for n in (256, 257)]
     assert [layout.separated_by for layout in layouts] == ["mask", "positions"]
 
 

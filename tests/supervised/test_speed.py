@@ -25,14 +25,14 @@ def meter(monkeypatch):
 
 
 def test_real_tokens_are_counted_and_taken_out_of_the_metrics(meter):
-    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])  # the second row is a filler
     tokens = TokenBatch.of(torch.ones_like(mask), mask.bool(), attention_mask=mask)
     counting = meter.counting(lambda batch: {"loss": torch.tensor(2.0)})
     counted = counting(SimpleNamespace(tokens=tokens))
     assert {name: float(value) for name, value in counted.items()} == {
         "loss": 2.0,
-        "rows_tokens": 4.0,
-        "rows_squares": 10.0,
+        "rows_tokens": 3.0,
+        "rows_squares": 9.0,
         "rows_labels": 2.0,
     }
 

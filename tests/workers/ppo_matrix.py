@@ -78,6 +78,7 @@ def layout_of(args: RlhfArguments) -> RowLayout:
         device=current_device(),
         limit=None,
         lengths=[np.array([40, 30])],
+        longest=40,
     )
 
 
