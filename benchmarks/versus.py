@@ -48,7 +48,7 @@ def main() -> None:
     """Prepare, run, report."""
     args = parse()
     args.folder.mkdir(parents=True, exist_ok=True)
-    args.folder, started = args.folder.resolve(), time.monotonic()
+    args.folder, args.hh_data, started = args.folder.resolve(), args.hh_data.resolve(), time.monotonic()
     if not (args.folder / "setting.json").exists():
         program = str(ROOT / "benchmarks" / "versus_setting.py")
         prepare = [sys.executable, program, str(args.folder), "--hh-data", str(args.hh_data)]
@@ -150,7 +150,7 @@ def peer(args: argparse.Namespace, template: str, workload: Workload, output: Pa
     model = "sft" if workload.step == "rlhf" else workload.model
     places = {
         "workload": workload.name, "model": args.folder / model, "reward": args.folder / "reward",
-        "rows": args.folder / f"{workload.rows}.jsonl", "data": args.hh_data.resolve(), "output": output,
+        "rows": args.folder / f"{workload.rows}.jsonl", "data": args.hh_data, "output": output,
         "batch": workload.batch, "steps": steps, "left_out": left_out,
     }  # fmt: skip
     return [part.format(**places) for part in shlex.split(template)]
