@@ -63,6 +63,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from versus_marks import median
 
 from dschat.data.collate import PromptBatch
+from dschat.models.config import head_width
 from dschat.rlhf.rollout.backend import RolloutBackend, Sampling
 from dschat.rlhf.rollout.continuous import ContinuousBatching
 from dschat.rlhf.rollout.hf_generate import HuggingFaceGenerate
@@ -244,7 +245,8 @@ def floor_ms(model: Any, args: argparse.Namespace) -> float:
     config, size = model.config, torch.bfloat16.itemsize
     weights = sum(p.numel() for p in model.parameters()) * size
     columns = args.prompt + args.answer / 2
-    cache = 2 * config.num_hidden_layers * args.batch * columns * config.hidden_size * size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * args.batch * columns * heads * head_width(config) * size
     return (weights + cache) / bandwidth(torch.device(args.device)) * 1e3
 
 

@@ -29,7 +29,6 @@ class PhaseTimes:
             synchronize()
         self.seconds[phase] += time.perf_counter() - start
 
-    def metrics(self, num_tokens: int) -> dict[str, float]:
-        """Seconds of each phase, and tokens per second of all phases."""
-        seconds = {f"seconds_{phase}": spent for phase, spent in self.seconds.items()}
-        return {**seconds, "tokens_per_second": num_tokens / sum(seconds.values())}
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each phase."""
+        return {f"seconds_{phase}": spent for phase, spent in self.seconds.items()}

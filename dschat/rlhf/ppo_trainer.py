@@ -138,7 +138,7 @@ class PPOTrainer:
         return {
             **experience.metrics(),
             **self.updates.metrics(self.position),
-            **self._times.metrics(int(experience.rollout.attention_mask.sum())),
+            **self._times.metrics(),
             "peak_memory_gib": peak_memory_gib(),
         }
 

@@ -80,11 +80,13 @@ def test_a_gpu_s_tokens_fit_every_model_that_has_a_name(size, monkeypatch):
     assert made == {size: random_models.SHAPES[size]["vocab_size"]}
 
 
-def test_the_floor_counts_weights_and_cache(monkeypatch):
+@pytest.mark.parametrize(("key_heads", "cached"), [(None, 4), (1, 2)])
+def test_the_floor_counts_weights_and_cache(monkeypatch, key_heads, cached):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": key_heads}
     model = argparse.Namespace(
-        config=argparse.Namespace(num_hidden_layers=2, hidden_size=4),
+        config=argparse.Namespace(num_hidden_layers=2, hidden_size=4, **heads),
         parameters=lambda: [torch.zeros(10)],
     )
     monkeypatch.setattr(rollout, "bandwidth", lambda device: 1000.0)
     args = argparse.Namespace(device="cpu", batch=3, prompt=8, answer=4)
-    assert rollout.floor_ms(model, args) == pytest.approx((10 * 2 + 2 * 2 * 3 * 10 * 4 * 2) / 1000 * 1e3)
+    assert rollout.floor_ms(model, args) == pytest.approx((10 * 2 + 2 * 2 * 3 * 10 * cached * 2) / 1000 * 1e3)

@@ -1,5 +1,3 @@
-import pytest
-
 from dschat.rlhf import phase_times
 from dschat.rlhf.phase_times import PhaseTimes
 
@@ -11,7 +9,6 @@ def test_seconds_add_up_by_phase_until_the_next_ppo_step(monkeypatch):
     for phase in ("generation", "training", "training"):
         with times.measured(phase):
             pass
-    metrics = times.metrics(num_tokens=100)
-    assert metrics == {"seconds_generation": 2, "seconds_training": 2, "tokens_per_second": pytest.approx(25)}
+    assert times.metrics() == {"seconds_generation": 2, "seconds_training": 2}
     times.reset()
     assert not times.seconds

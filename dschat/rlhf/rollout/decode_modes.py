@@ -175,9 +175,9 @@ def agreeing_modes(
     in which Python has to gather weights (by the layer) or add up what tensor ranks compute are not recorded.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        return []
+    kinds = {kind for name in ("layer_types", "attention_layers") for kind in getattr(config, name, ()) or ()}
+    if not kinds <= {"full_attention", "sliding_attention", "global"}:  # GPT-Neo's "local" has a window
+        return []  # that it counts from the last column, written or not
     window = getattr(config, "sliding_window", None)
     is_recordable = can_be_traced(config) and not with_python_hooks
     on_cpu = model.device.type == "cpu"

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from dschat.rlhf.rollout.decode_modes import MODES, agreeing_modes, distinct_rows
 
@@ -48,6 +48,13 @@ def test_a_model_whose_window_is_shorter_than_rows_makes_its_own_masks(mistral):
 def test_layers_without_keys_and_values_have_no_mode(mistral, monkeypatch):
     monkeypatch.setattr(mistral.config, "layer_types", ["linear_attention", "full_attention"], raising=False)
     assert modes(mistral) == []
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_layers_whose_window_ends_with_the_last_column_have_no_mode(kind):
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 64, "vocab_size": 100}
+    config = GPTNeoConfig(**shape, attention_types=[[["global", kind], 1]], eos_token_id=0)
+    assert bool(modes(AutoModelForCausalLM.from_config(config).eval())) == (kind == "global")
 
 
 def test_a_mode_that_computes_something_else_is_left_out(mistral, monkeypatch):
