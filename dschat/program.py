@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dschat.arguments import InspectArguments, RunDescription, StepArguments, parse_arguments
 from dschat.console import messages
@@ -77,24 +77,30 @@ def run_step(step: Literal["sft", "reward", "dpo", "rlhf"], file: str) -> NoRetu
         assert not isinstance(args, InspectArguments)  # it trains nothing, and has no output folder
         check_free(args.run)
     with readable_errors(args.run.debug):
-        with _nothing_collected():
-            program = importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")
-        program.main(args, prepare(args))
-        _copy_results(args.run.output_dir)
+        _imported(file).main(args, prepare(args))
+        from dschat.runs.results import copy_results  # which imports torch
+
+        copy_results(args.run.output_dir)  # so every host has what the run has made
         print_last_lines(args.description)
         _destroy_process_group()
     sys.exit()
 
 
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Import without the garbage collector, and leave what was imported out of its later passes.
+def _imported(file: str) -> Any:
+    """Import the module of a step's program, fast.
 
-    It would look again and again through millions of objects that all stay: a quarter of a start.
+    The garbage collector is off, and leaves what was imported out of its later passes: it would look again
+    and again through millions of objects that all stay, a quarter of a start.
+    transformers reads the sources of its models for their names twice, 0.3 s each: it keeps what it found by
+    path, and asks for the folder of models first and then for a file in it, which here is the same.
     """
     gc.disable()
     try:
-        yield
+        from transformers.utils import import_utils
+
+        if find := getattr(import_utils, name := "create_import_structure_from_path", None):
+            setattr(import_utils, name, lambda path: find(path if Path(path).is_dir() else Path(path).parent))
+        return importlib.import_module(f"{Path(file).resolve().parent.name}.{Path(file).stem}")
     finally:
         gc.freeze()
         gc.enable()
@@ -186,13 +192,6 @@ def _errors_reported(debug: bool) -> Iterator[None]:
         if not report_lost_peers(error):
             raise
         sys.exit(1)
-
-
-def _copy_results(output_dir: str | None) -> None:
-    """Let every host have what the run has made."""
-    from dschat.runs.results import copy_results  # which imports torch
-
-    copy_results(output_dir)
 
 
 def _destroy_process_group(exit_code: int = 0) -> None:

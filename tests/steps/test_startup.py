@@ -1,6 +1,8 @@
 """What a run settles before it reads anything."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,33 @@ def tell():
     print(json.dumps({"modules": sorted(sys.modules), "imported": imported, **collector}))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+LISTED = """
+import json, sys
+read = []
+@sys.addaudithook
+def note(event, values):
+    if event == "open" and "transformers/models/" in str(values[0]) and str(values[0]).endswith(".py"):
+        read.append(str(values[0]))
+{imported}
+import transformers.models
+print(json.dumps([len(read), len(set(read)), sorted(dir(transformers.models))]))
+"""
+
+
+def test_transformers_reads_the_sources_of_its_models_once():
+    program = f"from dschat.program import _imported; _imported({str(ROOT / 'step1_sft' / 'main.py')!r})"
+    (ours, files, names), (without, _, all_names) = (
+        json.loads(
+            subprocess.check_output(
+                [sys.executable, "-c", LISTED.replace("{imported}", imported)]
+            ).splitlines()[-1]
+        )
+        for imported in (program, "")
+    )
+    assert files <= ours < files + 20 < without
+    assert names == all_names
 
 
 @pytest.mark.slow
