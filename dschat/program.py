@@ -218,12 +218,7 @@ def _storage_errors_reported(debug: bool) -> Iterator[None]:
         yield
     except (UserError, Stopped):
         raise
-    except Exception as error:
-        if debug or not _is_about_storage(error):
+    except Exception as error:  # libraries wrap the system's message
+        if debug or not any(os.strerror(number) in str(error) for number in (ENOSPC, EDQUOT, EROFS)):
             raise
         raise UserError(f"nothing more can be written: {error}. {STORAGE_REMEDY}") from error
-
-
-def _is_about_storage(error: Exception) -> bool:
-    """Whether the disk is full, or cannot be written any more; libraries wrap the system's message."""
-    return any(os.strerror(number) in str(error) for number in (ENOSPC, EDQUOT, EROFS))

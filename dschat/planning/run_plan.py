@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,6 @@ class RunPlan:
         """
         folder = Path(args.run.output_dir) if args.run.output_dir and is_main_process() else None
         hardware = this_hardware()
-        if hardware.is_cpu and any(spec.zero_stage for spec in specs_of(args)):
-            import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed would after the baseline
         baseline = resident_memory() if hardware.is_cpu else 0.0
 
         def planned(changed: TrainingStep, **options: Any) -> Plan:

@@ -1,6 +1,6 @@
 """Which flags would cut the memory of a run most, and the cheapest flags with which it fits."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -45,19 +45,18 @@ def would_cut_most(args: Any, plan: Plan, plan_of: PlanOf, choices: MeasuredChoi
     ranks, on_cpu = plan.hardware.ranks, plan.hardware.is_cpu
     tried = list(changes(Phase(KINDS[plan.worst]), memory_flags(args), ranks=ranks, on_cpu=on_cpu))
     others = ((change.text, changed(args, change.flags)) for change in tried)
-    peaks = choices.kept_numbers(
-        "peaks after changes",
-        lambda: {text: plan_of(other).peak for text, other in others if other is not None},
+    saved = choices.kept_numbers(
+        "bytes that changes save",
+        lambda: {text: plan.peak - plan_of(other).peak for text, other in others if other is not None},
         key={"phases": plan.as_json()["phases"], "changes": [change.text for change in tried]},
     )
-    least = sorted((peaks or {}).items(), key=lambda item: item[1])[:NUM_SHOWN]
-    saved = ((text, plan.peak - peak) for text, peak in least)
-    texts = [f"{text} (-{less / GB:.2f} GB)" for text, less in saved if less > LEAST * plan.peak]
+    most = sorted((saved or {}).items(), key=lambda item: -item[1])[:NUM_SHOWN]
+    texts = [f"{text} (-{less / GB:.2f} GB)" for text, less in most if less > LEAST * plan.peak]
     return [f"plan: would cut most: {'; '.join(texts)}"] if texts else []
 
 
 def cheaper_first(
-    args: TrainingStep, prefixes: Iterable[str], *, with_lora: bool
+    args: TrainingStep, prefixes: Sequence[str], *, with_lora: bool
 ) -> Iterator[dict[str, Any]]:
     """Settings of the flags that decide memory, those that cost least time first.
 
@@ -67,7 +66,6 @@ def cheaper_first(
     sizes, (rows, parts) = args.pass_sizes, args.micro_batch
     total = rows * parts
     divisors = [size for size in range(rows, 0, -1) if total % size == 0]
-    prefixes = list(prefixes)
     adapters = [{}, {f"{p}lora_dim": 64 for p in prefixes} | {"only_optimize_lora": True}]
     for lora in adapters if with_lora else adapters[:1]:
         for offload in (False, True):
@@ -85,7 +83,7 @@ def cheaper_first(
 
 
 def fitting(
-    args: TrainingStep, prefixes: Iterable[str], plan_of: PlanOf, *, with_lora: bool
+    args: TrainingStep, prefixes: Sequence[str], plan_of: PlanOf, *, with_lora: bool
 ) -> tuple[dict[str, Any], Plan] | None:
     """The first of `cheaper_first` whose plan fits, with its plan; None where none does."""
     for flags in cheaper_first(args, prefixes, with_lora=with_lora):

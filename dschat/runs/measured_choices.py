@@ -30,8 +30,6 @@ MARGIN = 0.95
 SECONDS_KEPT = 7 * 24 * 3600.0
 """After so long what one thing takes is timed again: it may have been timed on a busy machine."""
 
-VERSIONED = ("torch", "transformers", "deepspeed")
-
 
 class MeasuredChoices:
     """The choices of one run. Every rank makes the same calls in the same order."""
@@ -149,7 +147,7 @@ def machine_folder() -> Path:
 def machine() -> dict[str, Any]:
     """What times depend on besides the work: the processor or GPU, its threads, and the libraries."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    versions = {name: version(name) for name in VERSIONED}
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
     return {"device": device, "threads": torch.get_num_threads()} | versions
 
 
