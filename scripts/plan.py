@@ -12,9 +12,10 @@ run does not fit.
 """
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         number = getattr(args, name)
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1, got {number}.")
-    if args.price_per_hour < 0:
-        raise UserError(f"--price_per_hour must not be negative, got {args.price_per_hour:g}.")
+    if not 0 <= args.price_per_hour < math.inf:
+        raise UserError(f"--price_per_hour must be a number of at least 0, got {args.price_per_hour:g}.")
     if args.gpus is not None and args.gpus > args.gpus_per_host and args.gpus % args.gpus_per_host:
         raise UserError(
             f"--gpus {args.gpus} are no whole hosts of --gpus_per_host {args.gpus_per_host}: hosts are alike."
@@ -65,14 +66,21 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     return args, rest
 
 
-def memory_of_gpu(flag: str, text: str) -> float:
-    """The bytes that a flag names. Raises `UserError` where tensors would have none of them."""
-    from dschat.planning.hardware import CUDA_CONTEXT, bytes_of
+def bytes_named(flag: str, text: str) -> float:
+    """The bytes that a flag names."""
+    from dschat.planning.hardware import bytes_of
 
     try:
-        found = bytes_of(text)
+        return bytes_of(text)
     except UserError as error:
         raise UserError(f"--{flag} {error}") from None
+
+
+def memory_of_gpu(flag: str, text: str) -> float:
+    """The bytes that a flag names. Raises `UserError` where tensors would have none of them."""
+    from dschat.planning.hardware import CUDA_CONTEXT
+
+    found = bytes_named(flag, text)
     if found <= CUDA_CONTEXT:
         raise UserError(
             f"--{flag} {text} is {found:,.0f} bytes, of which a GPU's libraries take {CUDA_CONTEXT:,.0f}; "
@@ -83,7 +91,7 @@ def memory_of_gpu(flag: str, text: str) -> float:
 
 def hardware_of(args: argparse.Namespace) -> "Hardware":
     """The devices that the plan is for."""
-    from dschat.planning.hardware import Hardware, bytes_of, this_hardware
+    from dschat.planning.hardware import Hardware, this_hardware
 
     if args.gpus is None and args.fit is None:
         return this_hardware()
@@ -93,8 +101,26 @@ def hardware_of(args: argparse.Namespace) -> "Hardware":
         ranks=gpus,
         ranks_per_host=min(gpus, args.gpus_per_host),
         device_memory=memory_of_gpu("gpu_memory" if args.fit is None else "fit", args.fit or args.gpu_memory),
-        host_memory=bytes_of(args.host_memory) if args.host_memory else 0.0,
+        host_memory=bytes_named("host_memory", args.host_memory) if args.host_memory else 0.0,
     )
+
+
+def check_sharing(step: TrainingStep, ranks: int) -> None:
+    """Raise `UserError` where a run would refuse to share its models among so many ranks."""
+    from dschat.distributed.mesh import check_parallel_sizes
+    from dschat.models.preflight import meta_model
+    from dschat.models.sequence_trial import check_sequence_parallel
+    from dschat.models.stage import check_stages
+    from dschat.models.tensor_parallel import check_tensor_parallel
+
+    sizes = step.parallel_sizes
+    check_parallel_sizes(sizes, ranks)
+    for spec in specs_of(step):
+        check_tensor_parallel(spec.path, spec.settings)
+        check_sequence_parallel(spec.path, sizes.get("sequence", 1))
+        if (stages := sizes.get("pipeline", 1)) > 1:
+            model = meta_model(spec.path, is_reward_model=spec.head == "score")
+            check_stages(model, stages, lambda _: [])  # which tokens are new, the tokenizer says in the run
 
 
 def specs_of(step: Any) -> "Sequence[Spec]":
@@ -121,7 +147,7 @@ def slices_for(step: TrainingStep, hardware: "Hardware", choices: "MeasuredChoic
     if device_type() != hardware.device:
         return None
     if mesh().world.size > 1:  # slices are whole on each of the ranks that share a model in the run
-        set_parallel_sizes(tensor=prod(step.parallel_sizes.values()))
+        set_parallel_sizes(tensor=math.prod(step.parallel_sizes.values()))
     init_process_group()
     models = [(spec.path, spec.settings) for spec in specs_of(step)]
     choose_attention(models, dtype=step.run.dtype, longest=step.pass_sizes.length, choices=choices)
@@ -142,11 +168,11 @@ def command(step: TrainingStep, words: Sequence[str], flags: dict[str, Any], gpu
         if value is True:
             kept.append(f"--{name}")
         elif value is not False:
-            kept.append(f"--{name} {value}")
+            kept += [f"--{name}", str(value)]
     hosts = -(-gpus // per_host)
     launcher = f"torchrun --nproc_per_node {min(gpus, per_host)}" if gpus > 1 else "python"
     launcher += f" --nnodes {hosts} --rdzv_backend c10d --rdzv_endpoint FIRST_HOST:29500" if hosts > 1 else ""
-    return " ".join([launcher, PROGRAMS[step.step], *kept])
+    return f"{launcher} {PROGRAMS[step.step]} {shlex.join(kept)}"
 
 
 def plan_lines(plan: "Plan", price_per_hour: float) -> list[str]:
@@ -171,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dschat.runs.measured_choices import MeasuredChoices
 
     hardware = hardware_of(own)
+    check_sharing(step, hardware.ranks)
 
     def planned(step: TrainingStep, **options: Any) -> "Plan":
         return plan_of(step, specs_of(step), hardware, steps=own.steps, **options)

@@ -1,6 +1,7 @@
 """Which process this is among how many, along each axis of parallelism."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -92,18 +93,22 @@ def stage() -> Axis | None:
 def set_parallel_sizes(*, tensor: int = 1, sequence: int = 1, pipeline: int = 1) -> None:
     """Divide the processes among the axes; what the three do not take is the size of data.
 
-    Raises `UserError` where the number of processes is no multiple of their product.
+    Raises `UserError` as `check_parallel_sizes` does.
     """
     sizes = {"pipeline": pipeline, "tensor": tensor, "sequence": sequence}
-    world = mesh().world.size
-    if world % prod(sizes.values()):
-        given = " times ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        raise UserError(
-            f"the parallel sizes, {given}, need a multiple of {prod(sizes.values())} ranks, and this run has "
-            f"{world}: start as many with torchrun --nproc_per_node or deepspeed --num_gpus."
-        )
+    check_parallel_sizes(sizes, mesh().world.size)
     for name, size in sizes.items():
         setattr(process_wide(ParallelSizes), name, size)
+
+
+def check_parallel_sizes(sizes: Mapping[str, int], world: int) -> None:
+    """Raise `UserError` where the number of processes is no multiple of the product of the sizes."""
+    if world % (product := prod(sizes.values())):
+        given = " times ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise UserError(
+            f"the parallel sizes, {given}, need a multiple of {product} ranks, and this run has {world}: "
+            "start as many with torchrun --nproc_per_node or deepspeed --num_gpus."
+        )
 
 
 def data_ranks_of(world_size: int) -> list[int]:

@@ -46,7 +46,9 @@ def test_flags_of_the_step_are_checked(flags):
         ("--gpus 0", "--gpus must be at least 1, got 0"),
         ("--gpus_per_host 0", "--gpus_per_host must be at least 1"),
         ("--steps -3", "--steps must be at least 1"),
-        ("--price_per_hour -2", "--price_per_hour must not be negative"),
+        ("--price_per_hour -2", "--price_per_hour must be a number of at least 0, got -2"),
+        ("--price_per_hour nan", "--price_per_hour must be a number of at least 0, got nan"),
+        ("--gpus 1 --host_memory lots", "--host_memory 'lots' is no size"),
         ("--gpus 12", "--gpus 12 are no whole hosts of --gpus_per_host 8"),
         ("--fit 24", "--fit 24 is 24 bytes, .*as in 24GB"),
         ("--fit 0GB", "--fit 0GB is 0 bytes"),
@@ -71,6 +73,28 @@ def test_a_command_line_names_hosts_and_stage_0():
         "torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint FIRST_HOST:29500 "
         "step1_sft/main.py --model_name_or_path=m --data_path=d --zero_stage 0"
     )
+
+
+def test_a_command_line_can_be_pasted_whatever_its_words_hold():
+    words = ["--model_name_or_path", "my models/7b", "--data_path", "a b.jsonl", "c'd.jsonl"]
+    step = parse_arguments("sft", words)
+    found = shlex.split(plan.command(step, words, {"zero_stage": 2}, 1, 8))
+    assert found == ["python", "step1_sft/main.py", *words, "--zero_stage", "2"]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "gpus", "message"),
+    [
+        ("--tensor_parallel_size 2", 3, "tensor 2, need a multiple of 2 ranks, and this run has 3"),
+        ("--tensor_parallel_size 8", 16, "--tensor_parallel_size 8: .* has num_attention_heads 4"),
+        ("--sequence_parallel_size 8", 8, "--sequence_parallel_size 8 does not divide the 4 attention heads"),
+        ("--pipeline_parallel_size 4", 4, "--pipeline_parallel_size 4 is more than the model's 2 layers"),
+    ],
+)
+@pytest.mark.parametrize("fit", [[], ["--fit", "24GB"]])
+def test_what_a_run_would_refuse_is_not_planned(flags, sharing, gpus, message, fit):
+    with pytest.raises(UserError, match=message):
+        plan.main(["sft", *flags, *sharing.split(), "--gpus", str(gpus), "--gpus_per_host", "8", *fit])
 
 
 @pytest.mark.matrix
