@@ -50,9 +50,15 @@ FREE = (
     *("seq_parallel_communication_data_type", "steps_per_print", "tensorboard", "timers"),
     *("use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb"),
     *("weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-    "zero_optimization",
+    *("zero_optimization", "aio.block_size", "aio.intra_op_parallelism", "aio.overlap_events"),
+    *("aio.queue_depth", "aio.single_submit", "aio.use_gds", "checkpoint.checkpoint_serialization"),
+    *("checkpoint.parallel_write", "checkpoint.tag_validation", "checkpoint.use_node_local_storage"),
+    "checkpoint.writer",
 )
-"""The top-level keys of DeepSpeed 0.19.8 that no flag decides."""
+"""The keys of DeepSpeed 0.19.8 that no flag decides: the top level's, and those of `LISTED`."""
+
+LISTED = ("aio", "checkpoint")
+"""Objects in which DeepSpeed passes over a key that it does not know."""
 
 
 def read_override(path: str) -> dict[str, Any]:
@@ -70,13 +76,16 @@ def read_override(path: str) -> dict[str, Any]:
             f"{path} holds a {type(override).__name__}; give a JSON object of DeepSpeed's settings, such as "
             '{"wall_clock_breakdown": true}'
         )
-    known = [*FREE, *(name for name in OWNED if "." not in name)]
-    for name in override:
-        if name not in known:
+    known, paths = [*FREE, *OWNED], _paths(override)
+    inner = [name for name in paths if name.rpartition(".")[0] in LISTED]
+    for name in [*override, *inner]:
+        if name not in known or (name in override and "." in name):
             close = difflib.get_close_matches(name, known, n=1)
             remedy = f"use {close[0]!r}" if close else "remove it"
             raise ArgumentTypeError(f"{path}: DeepSpeed has no setting {name!r}; {remedy}")
-    for name in _paths(override):
+    if not isinstance(override.get("zero_optimization", {}), dict):
+        raise ArgumentTypeError(f"{path}: 'zero_optimization' must be an object; --zero_stage turns it on")
+    for name in paths:
         if name in OWNED:
             raise ArgumentTypeError(
                 f"{path} sets {name!r}, which {OWNED[name]} decides; remove the entry and use the flag"

@@ -54,7 +54,10 @@ class ParallelArguments:
     def _check_pipeline(self, model: ModelArguments, run: RunArguments) -> None:
         """DeepSpeed's pipelines take ZeRO 0 and 1, and rows that are whole."""
         zero_stage = f"--zero_stage {model.zero_stage}, which shards gradients; use --zero_stage 1"
+        override = run.deepspeed_config_override or {}
+        timers = "'wall_clock_breakdown' in --deepspeed_config_override, as DeepSpeed starts its timers twice"
         others = {
+            timers: bool(override.get("wall_clock_breakdown")),
             zero_stage: model.zero_stage > 1,
             "--torch_compile; leave it out": run.torch_compile,
             "--offload; --zero_stage 1 shards the optimiser states": run.offload,

@@ -127,7 +127,12 @@ def _overridden(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
     config = merged(config, run.deepspeed_config_override)
     tried = copy.deepcopy(config)
     try:
-        DeepSpeedConfig(tried)
+        parsed = DeepSpeedConfig(tried)
+        zero, factor = parsed.zero_config, parsed.gradient_predivide_factor
+        assert factor > 0, f"gradient_predivide_factor must be positive, got {factor}"
+        assert not (zero.stage and zero.reduce_scatter and (parsed.prescale_gradients or factor != 1)), (
+            f"prescale_gradients and gradient_predivide_factor need reduce_scatter false at ZeRO {zero.stage}"
+        )
     except Exception as error:  # its own, pydantic's, assertions and whatever a wrong type ends in
         raise UserError(f"--deepspeed_config_override: DeepSpeed refuses the settings: {error}") from error
     return config

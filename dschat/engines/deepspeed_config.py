@@ -95,10 +95,8 @@ def _tensor_parallel(size: int) -> dict[str, Any]:
 def merged(config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """`config` with the entries of `override` in place of its own, nested objects entry by entry."""
     both = {
-        name: merged(config[name], value) for name, value in override.items() if _nests(config, name, value)
+        name: merged(config[name], value)
+        for name, value in override.items()
+        if isinstance(value, dict) and isinstance(config.get(name), dict)
     }
     return config | override | both
-
-
-def _nests(config: dict[str, Any], name: str, value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(config.get(name), dict)

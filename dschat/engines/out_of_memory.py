@@ -93,16 +93,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def report(phase: Phase, flags: MemoryFlags, error: BaseException) -> list[str]:
     """The lines of the message: phase, consumers, the device's memory, and what helps."""
     reason = next(iter(str(error).splitlines()), "") or "MemoryError"  # which usually has no message
-    lines = [f"{_where()} out of memory while {phase} ({reason[:200]})."]
+    world = mesh().world
+    who = f"rank {world.rank} of {world.size}" if world.size > 1 else "the run"
+    lines = [f"{who} ran out of memory while {phase} ({reason[:200]})."]
     lines += [f"  {text}" for text in _consumers()]
     lines += ["What helps, the first thing first:", *(f"  {text}" for text in remedies(phase, flags))]
     if halved(phase, flags) and not flags.run.auto_micro_batch:
         lines.append("  --auto_micro_batch does the first by itself")
     return lines
-
-
-def _where() -> str:
-    return f"rank {mesh().world.rank} of {mesh().world.size} ran" if mesh().world.size > 1 else "the run ran"
 
 
 def _start_smaller(phase: Phase, flags: MemoryFlags) -> None:

@@ -23,6 +23,7 @@ def override(tmp_path):
 
 def test_the_content_of_the_file_is_the_setting(override):
     content = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 1000}}
+    content |= {"aio": {"block_size": 1}, "checkpoint": {"writer": {"type": "PYTHON"}}}
     args = rlhf(override(content))
     assert args.run.deepspeed_config_override == content
     assert args.description.groups["run"]["deepspeed_config_override"] == content
@@ -40,6 +41,10 @@ def test_the_content_of_the_file_is_the_setting(override):
             ["'zero_optimization.offload_param.device'", "--offload decides"],
         ),
         ({"wall_clock_brakdown": True}, ["no setting 'wall_clock_brakdown'", "use 'wall_clock_breakdown'"]),
+        ({"aio": {"block_siz": 1}}, ["no setting 'aio.block_siz'", "use 'aio.block_size'"]),
+        ({"aio.block_size": 1}, ["no setting 'aio.block_size'"]),
+        ({"checkpoint": {"use_local": True}}, ["no setting 'checkpoint.use_local'"]),
+        ({"zero_optimization": True}, ["'zero_optimization' must be an object", "--zero_stage"]),
         ([1], ["holds a list"]),
         ("{", ["cannot be read as JSON"]),
     ],

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from step_flags import MODEL, assert_refused
 
@@ -29,3 +31,9 @@ def test_ranks_share_tokens_or_weights():
 def test_ranks_share_tokens_or_layers():
     flags = ["--sequence_parallel_size=2", "--pipeline_parallel_size=2"]
     assert_refused(flags, ["--sequence_parallel_size 2 and --pipeline_parallel_size 2 cannot"], "sft")
+
+
+def test_a_pipeline_cannot_have_deepspeeds_timers(tmp_path):
+    (tmp_path / "timed.json").write_text(json.dumps({"wall_clock_breakdown": True}))
+    flags = ["--pipeline_parallel_size=2", f"--deepspeed_config_override={tmp_path / 'timed.json'}"]
+    assert_refused(flags, ["--pipeline_parallel_size 2 cannot be combined", "'wall_clock_breakdown'"], "sft")

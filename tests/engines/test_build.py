@@ -142,6 +142,28 @@ def test_an_override_that_deepspeed_refuses_ends_the_run_before_a_model_is_loade
         frozen_config(ARGS, run, offload=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "stage", "problem"),
+    [
+        ({"prescale_gradients": True}, 2, "prescale_gradients .* reduce_scatter false at ZeRO 2"),
+        ({"gradient_predivide_factor": 2.0}, 3, "gradient_predivide_factor .* at ZeRO 3"),
+        ({"gradient_predivide_factor": 0}, 0, "gradient_predivide_factor must be positive, got 0"),
+    ],
+)
+def test_what_only_an_engine_refuses_is_refused_before_a_model_is_loaded(settings, stage, problem):
+    args = ModelArguments(model_name_or_path="m", zero_stage=stage)
+    run = RunArguments(deepspeed_config_override=settings)
+    with pytest.raises(UserError, match=f"--deepspeed_config_override: DeepSpeed refuses .*{problem}"):
+        train_config(args, OptimizerArguments(), run, per_device_batch_size=2)
+
+
+def test_gradients_may_be_scaled_before_they_are_added_where_each_rank_has_them_whole():
+    scaled = {"prescale_gradients": True, "zero_optimization": {"reduce_scatter": False}}
+    run = RunArguments(deepspeed_config_override=scaled)
+    args = ModelArguments(model_name_or_path="m", zero_stage=2)
+    assert train_config(args, OptimizerArguments(), run, per_device_batch_size=2)["prescale_gradients"]
+
+
 def test_ranks_that_share_a_second_copy_must_divide_all():
     args = ModelArguments(model_name_or_path="m", zero_stage=3)
     with pytest.raises(UserError, match="--zero_hpz_partition_size 2 must divide the number of ranks, 1"):
