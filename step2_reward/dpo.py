@@ -42,7 +42,8 @@ def main(args: DpoArguments, context: RunContext) -> None:
     """From flags to a language model that prefers the chosen answers."""
     run = SupervisedRun.open(args, context, head="language_model")
     run.base.check_template(run.tokenizer)
-    pairs = reward_data(args.data, run.tokenizer, max_seq_len=args.batch.max_seq_len, seed=args.run.seed)
+    length, seed, own = args.batch.max_seq_len, args.run.seed, args.dpo.sft_only_data_path
+    pairs = reward_data(args.data, run.tokenizer, max_seq_len=length, seed=seed, sft_only_data_path=own)
     loaders = run.build_loaders(pairs, collate_pairs)
     checkpoints, loaders = run.begin(loaders)
     store = ReferenceStore.open(run.settings, run.base, pairs, checkpoints.choices.made)

@@ -209,11 +209,9 @@ class ReadableParser(argparse.ArgumentParser):
                 given[action.option_strings[0]] += 1
         for flag, times in given.items():
             if times > 1:
-                several = f"; several values go after one {flag}" if self._takes_list(flag) else ""
+                takes_list = self._option_string_actions[flag].nargs in ("+", "*")
+                several = f"; several values go after one {flag}" if takes_list else ""
                 messages.note(f"{flag} is given {times} times, and only the last counts{several}.")
-
-    def _takes_list(self, flag: str) -> bool:
-        return self._option_string_actions[flag].nargs in ("+", "*")
 
 
 def as_typed(text: str) -> str:

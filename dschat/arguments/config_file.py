@@ -43,7 +43,8 @@ def _read(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold a mapping of flags to values, not a {_kind(values)}.")
+        kind = "list" if isinstance(values, list) else "single value"
+        raise UserError(f"--config {path} must hold a mapping of flags to values, not a {kind}.")
     return {str(name): value for name, value in values.items()}
 
 
@@ -58,10 +59,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else "single value"
 
 
 def words_of(path: Path, flag: str, value: Any, action: argparse.Action) -> list[str]:

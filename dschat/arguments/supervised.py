@@ -87,6 +87,9 @@ class DpoOptions:
         "pass); once its log-probabilities are computed the model is dropped.",
         at_resume="free",
     )
+    sft_only_data_path: list[str] = flag(
+        [], "More data sets of pairs, used whole and in this step only.", at_resume="free"
+    )
     print_loss: bool = flag(False, "Print the loss of every optimiser step.", at_resume="free")
 
     def __post_init__(self) -> None:

@@ -198,11 +198,7 @@ def pack_prompt(prompt: Prompt) -> str:
 def _packed(prompt: Prompt) -> str | list[list]:
     """The prompt as JSON has it. What is plain has the form, and so the hash, that it had before there was
     anything but role and content."""
-    return prompt if isinstance(prompt, str) else [_packed_turn(turn) for turn in prompt]
-
-
-def _packed_turn(turn: Turn) -> list:
-    return list(turn[:2] if turn.is_plain else turn)
+    return prompt if isinstance(prompt, str) else [list(t[:2] if t.is_plain else t) for t in prompt]
 
 
 def unpack_prompt(packed: str) -> Prompt:

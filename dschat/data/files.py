@@ -269,12 +269,10 @@ class _TextWindow:
             self._text += self._decode_bytes(chunk, self._at_end)
         except UnicodeDecodeError as error:
             line = self.line + self._text.count("\n") + chunk.count(b"\n", 0, error.start)
-            raise _not_utf8(self._path, line) from error
+            raise UserError(
+                f"{self._path}:{line}: the text is not UTF-8; save the file in that encoding."
+            ) from error
         return True
-
-
-def _not_utf8(path: str, line: int) -> UserError:
-    return UserError(f"{path}:{line}: the text is not UTF-8; save the file in that encoding.")
 
 
 @contextmanager

@@ -101,16 +101,21 @@ def sft_data(
 
 
 def reward_data(
-    data: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, seed: int
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_len: int,
+    seed: int,
+    sft_only_data_path: Sequence[str] = (),
 ) -> SplitData:
-    """Step 2's pairs, as `tokenize_pairs` makes them; the pairs of one prompt weigh 1 together.
+    """The pairs of step 2 and of DPO, which has `sft_only_data_path` too, as `tokenize_pairs` makes them.
 
-    Raises `UserError` as `sft_data` does.
+    The pairs of one prompt weigh 1 together. Raises `UserError` as `sft_data` does.
     """
     settings: dict[str, Any] = {"max_seq_len": max_seq_len}
     tokenize = partial(tokenize_pairs, tokenizer=tokenizer, **settings)
     task = Task(2, tokenize, "--max_seq_len", max_seq_len, settings, lacks="no two answers to compare")
-    return _prepare(task, data, tokenizer, seed)
+    return _prepare(task, data, tokenizer, seed, sft_only_data_path)
 
 
 def prompt_data(
@@ -207,7 +212,7 @@ def _build(
     comparisons = sources.comparisons(form, findings)
     bar = Progress(comparisons, desc="reading", unit=" rows", delay=2, disable=are_progress_bars_disabled())
     index = write_comparisons(bar, text)
-    first = assign_parts(index, sources, data, seed)
+    first = assign_parts(index, sources, data, seed, step=task.step)
     sources.check(index, findings)
     _check_share(first, task, data)
     parts = splits.parts_of_prompts(index.keys, index.in_evaluation, first)
@@ -282,17 +287,20 @@ def _without_progress_bar() -> Iterator[None]:
             enable_progress_bars()
 
 
-def assign_parts(index: ComparisonIndex, sources: SourceSet, data: DataArguments, seed: int) -> np.ndarray:
+def assign_parts(
+    index: ComparisonIndex, sources: SourceSet, data: DataArguments, seed: int, *, step: int = 1
+) -> np.ndarray:
     """The part of each comparison, as `splits.assign` numbers them.
 
-    The other steps do not know step 1's own sources, so they must not change the split of the shared ones:
+    The other steps do not know the step's own sources, so they must not change the split of the shared ones:
     a prompt that those have stays in its part.
     """
+    all_of_it = tuple(float(number == step) for number in range(1, splits.NUM_STEPS + 1))
     shared = index.sources < len(sources.shared) + len(sources.evaluation)
     own = ~shared & ~np.isin(index.keys, index.keys[shared])
     weights = {n: source.weight for n, source in enumerate(sources.all) if source.weight is not None}
     parts = np.full(len(shared), splits.REPEATED, dtype=np.int8)
-    for rows, shares, some in ((shared, data.shares, sources.shared), (own, (1.0, 0.0, 0.0), sources.own)):
+    for rows, shares, some in ((shared, data.shares, sources.shared), (own, all_of_it, sources.own)):
         parts[rows] = splits.assign(
             index.keys[rows],
             index.sources[rows],

@@ -26,7 +26,7 @@ class SourceSet:
     evaluation: list[Source]
     """Those of --eval_data_path."""
     own: list[Source]
-    """Those of step 1 alone."""
+    """Those of step 1 alone, or of DPO."""
 
     @staticmethod
     def open(data: DataArguments, own_data_path: Sequence[str]) -> "SourceSet":

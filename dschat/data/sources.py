@@ -4,9 +4,7 @@ An entry (`dschat.data.entries`) is a local file, a pattern of files, a pipe, a 
 or that holds files, or else the id of a data set on the hub.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +208,7 @@ def _dataset_source(entry: Entry, loaded: "datasets.Dataset | datasets.DatasetDi
 def _split_rows(entry: Entry, name: str, split: "datasets.Dataset") -> tuple[Rows, list[Path]]:
     """The rows of a split, and the files that hold them."""
     files = [Path(file["filename"]) for file in split.cache_files]
-    return partial(_dataset_rows, split, f"{entry.name} {name}"), files
+    return lambda: arrow_rows(split.with_format("arrow").iter(ROWS_AT_ONCE), f"{entry.name} {name}"), files
 
 
 def _source_of_splits(
@@ -234,7 +232,3 @@ def _source_of_splits(
 
 def _chained(parts: list[Rows]) -> Rows:
     return lambda: chain.from_iterable(part() for part in parts)
-
-
-def _dataset_rows(split: "datasets.Dataset", name: str) -> Iterator[tuple[str, Any]]:
-    yield from arrow_rows(split.with_format("arrow").iter(ROWS_AT_ONCE), name)

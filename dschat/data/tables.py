@@ -49,9 +49,10 @@ def _rows(name: str, lines: Iterator[str], delimiter: str | None) -> Iterator[tu
 
 def _row(columns: list[str], fields: list[str], delimiter: str) -> Row | BadRow:
     if len(fields) != len(columns):
+        called = {",": "a comma", ";": "a semicolon", "\t": "a tab"}[delimiter]
         return BadRow(
             f"the row has {len(fields)} fields, but the first line names {len(columns)} columns; text that "
-            f"holds {_called(delimiter)} or a line break stands between double quotes"
+            f"holds {called} or a line break stands between double quotes"
         )
     return {column: field or None for column, field in zip(columns, fields, strict=True)}
 
@@ -64,10 +65,6 @@ def _names(fields: list[str], place: str) -> list[str]:
     if repeated:
         raise UserError(f"{place}: several columns are called {', '.join(repeated)}; rename them.")
     return names
-
-
-def _called(delimiter: str) -> str:
-    return {",": "a comma", ";": "a semicolon", "\t": "a tab"}[delimiter]
 
 
 def _decoded(name: str, file: BinaryIO) -> Iterator[str]:

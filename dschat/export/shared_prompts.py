@@ -41,7 +41,7 @@ def overlap_warnings(description: RunDescription, models: Sequence[UpstreamModel
     now = share_settings(description)
     for model in models:
         then = model.manifest.data if model.manifest else None
-        if then is None or not _share_a_set(now["data_path"], then["data_path"]):
+        if then is None or not any(_is_same(a, b) for a in now["data_path"] for b in then["data_path"]):
             continue
         others = [
             f"--{name} is {now[name]} and was {then[name]}"
@@ -54,10 +54,6 @@ def overlap_warnings(description: RunDescription, models: Sequence[UpstreamModel
                 "may have learned prompts of this step's share, or of its evaluation. Give every step the "
                 "same values."
             )
-
-
-def _share_a_set(now: Sequence[str], then: Sequence[str]) -> bool:
-    return any(_is_same(one, other) for one in now for other in then)
 
 
 def _is_same(now: str, then: str) -> bool:

@@ -90,7 +90,8 @@ class App:
         """The file or list at a path. Raises `ApiError`."""
         if path in self.files:
             return self.files[path]
-        models = {f"/v1/models/{name}": self._about(name) for name in self.workers}
+        shared = {"object": "model", "created": self._created, "owned_by": "dschat"}
+        models = {f"/v1/models/{name}": {"id": name, **shared} for name in self.workers}
         if path == "/v1/models":
             return {"object": "list", "data": list(models.values())}
         if path in models:
@@ -118,9 +119,6 @@ class App:
         self._closed.set()
         for worker in self.workers.values():
             worker.close()
-
-    def _about(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "dschat"}
 
     def _settings(self, worker: Worker, given: Mapping[str, float]) -> dict[str, float]:
         """All settings of a request. Those that nobody gave follow from the model's room."""

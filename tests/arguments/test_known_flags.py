@@ -45,7 +45,8 @@ STEP_3 = """
 LINES = {
     "sft": f"{STEPS_1_AND_2} --sft_only_data_path E F --print_loss",
     "reward": f"{STEPS_1_AND_2} --num_padding_at_beginning 1 --loss_fn log_exp",
-    "dpo": f"{STEPS_1_AND_2} --beta 0.1 --label_smoothing 0 --offload_reference_model --print_loss",
+    "dpo": f"{STEPS_1_AND_2} --beta 0.1 --label_smoothing 0 --offload_reference_model --print_loss "
+    "--sft_only_data_path E F",
     "rlhf": STEP_3,
 }
 TRAIN_RM = """

@@ -102,6 +102,15 @@ def test_data_for_step_1_alone_is_used_whole_and_changes_nothing_else(tmp_path, 
     assert len(with_own.train) == len(without.train) + 28
 
 
+def test_data_for_dpo_alone_is_used_whole(tmp_path, tokenizer):
+    data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(40)))
+    own = write_rows(tmp_path / "own.jsonl", range(40, 70))
+    without = reward_data(data, tokenizer, max_seq_len=64, seed=1)
+    with_own = reward_data(data, tokenizer, max_seq_len=64, seed=1, sft_only_data_path=[own])
+    assert len(with_own.train) == len(without.train) + 28
+    assert len(with_own.evaluation) == len(without.evaluation) + 2
+
+
 def test_a_second_start_reads_what_the_first_one_wrote(tmp_path, tokenizer, monkeypatch, capsys):
     data = arguments(tmp_path, write_rows(tmp_path / "a.jsonl", range(20)))
     first = sft_data(data, tokenizer, max_seq_len=64, seed=1)

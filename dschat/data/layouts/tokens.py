@@ -1,7 +1,6 @@
 """The layout of pairs that are token ids already, as ColossalChat and TRL prepare them."""
 
 from itertools import takewhile
-from typing import Any
 
 from dschat.data.cells import BadRow, DroppedRow, Row, describe, has, value_of
 from dschat.data.comparisons import Comparison
@@ -73,7 +72,7 @@ def _ids(row: Row, column: str) -> list[int]:
     if not isinstance(values, list) or not values:
         raise BadRow(f'"{column}" must be a list of token ids, but is {describe(values)}')
     for place, value in enumerate(values, start=1):
-        if not _is_integer(value) or not 0 <= value <= LARGEST_ID:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_ID:
             raise BadRow(
                 f'token {place} of "{column}" must be a whole number of at least 0, but is {describe(value)}'
             )
@@ -92,7 +91,3 @@ def _mask(row: Row, column: str, ids: list[int]) -> list[int] | None:
         if value not in (0, 1):  # False and True equal them
             raise BadRow(f'"{column}" must hold 0 and 1, but holds {describe(value)}')
     return [int(value) for value in values]
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

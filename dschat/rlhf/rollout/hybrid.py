@@ -37,12 +37,10 @@ class HybridGenerate(HuggingFaceGenerate):
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """As that of `generate()`, and a generation phase of the engine."""
-        with super().session(), generating(self.engine, self.injection), self._fused():
+        whole = not self.keeps_in_step  # adapters are added into weights that are whole
+        fused = adapters_fused(self.engine.module) if whole else contextlib.nullcontext()
+        with super().session(), generating(self.engine, self.injection), fused:
             yield
-
-    def _fused(self) -> contextlib.AbstractContextManager[object]:
-        """The adapters in the weights, where the weights are whole."""
-        return contextlib.nullcontext() if self.keeps_in_step else adapters_fused(self.engine.module)
 
     def announce(self, backend: RolloutBackend) -> None:
         """Say in one line what was injected, what generates and why."""
