@@ -135,8 +135,9 @@ def packed_layout(padded: RowLayout, configs: Mapping[str, PretrainedConfig], *,
     else by a mask, which a model takes instead of its own. Our own attention takes one row as well."""
     ways = {str(config._attn_implementation) for config in configs.values()}
     flash = all(way.startswith("flash") for way in ways)
-    windows = [getattr(config, "sliding_window", None) for config in configs.values()]
-    if flash or any(window is not None and window < longest for window in windows):
+    names = ("sliding_window", "attention_chunk_size")
+    windows = [getattr(config, name, None) or longest for name in names for config in configs.values()]
+    if flash or min(windows) < longest:
         return replace(padded, separated_by="positions", in_one_row=flash)
     return replace(padded, separated_by="mask", in_one_row=ways == {MEASURED})
 

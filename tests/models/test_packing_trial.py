@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_config
+from transformers import Llama4TextConfig
 
 from dschat.arguments import parse_arguments
 from dschat.data.packing import RowLayout
@@ -106,8 +107,9 @@ def test_flash_attention_takes_all_sequences_in_one_row():
 
 
 def test_a_mask_in_place_of_the_models_own_is_not_given_where_that_has_a_window():
-    layouts = [packed_layout(RowLayout(), {"model": config_of("mistral")}, longest=n) for n in (256, 257)]
-    assert [layout.separated_by for layout in layouts] == ["mask", "positions"]
+    for config in (config_of("mistral"), Llama4TextConfig(attention_chunk_size=256)):
+        layouts = [packed_layout(RowLayout(), {"model": config}, longest=n) for n in (256, 257)]
+        assert [layout.separated_by for layout in layouts] == ["mask", "positions"]
 
 
 def test_the_longest_row_of_the_run_decides_it_and_not_those_that_are_tried():
