@@ -44,7 +44,7 @@ class MeasuredChoices:
         """
         self.made: dict[str, str] = dict(recorded or {})
         """The way chosen for each name so far, for checkpoints."""
-        self._recorded = frozenset(self.made)
+        self._unsaid = set(self.made)
         self._folder, self._measures = folder or machine_folder(), measures
 
     def choose(
@@ -67,7 +67,8 @@ class MeasuredChoices:
         Says in one line what was chosen and why.
         """
         if self.made.get(name) in ways:
-            if name in self._recorded:
+            if name in self._unsaid:
+                self._unsaid.remove(name)  # models of equal heads ask again
                 messages.info(f"{name}: {self.made[name]} (as the checkpoint has it)")
             return self.made[name]
         if not self._measures or len(ways) == 1:

@@ -65,6 +65,8 @@ def test_a_choice_of_the_checkpoint_is_kept_and_said(tmp_path, capsys):
     assert choices.choose("a", ways(calls, y=0, x=0.02)) == "x"
     assert not calls
     assert capsys.readouterr().out == "a: x (as the checkpoint has it)\n"
+    assert choices.choose("a", ways(calls, y=0, x=0.02)) == "x"
+    assert not capsys.readouterr().out
     assert MeasuredChoices({"a": "gone"}, folder=tmp_path).choose("a", ways(calls, y=0, x=0.02)) == "y"
 
 
