@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, help="Markdown file to write beside what is printed.")
     parser.add_argument(
@@ -40,6 +40,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not 1 <= args.share <= 64:
         parser.error(f"--share {args.share} is not from 1 to 64: sizes would be too few for a slope.")
+    if args.output and not args.output.resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no such folder.")
     return args
 
 

@@ -51,3 +51,10 @@ def test_a_share_that_leaves_no_slope_is_refused(share, capsys):
     with pytest.raises(SystemExit):
         scaling.parse(["--share", share])
     assert f"--share {share} is not from 1 to 64" in capsys.readouterr().err
+
+
+def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        scaling.parse(["--output", str(tmp_path / "none" / "scaling.md")])
+    assert "scaling.md: there is no such folder." in capsys.readouterr().err
+    assert scaling.parse(["--output", str(tmp_path / "scaling.md")]).output.name == "scaling.md"
