@@ -41,7 +41,7 @@ from dschat.runs.measured_choices import machine
 from dschat.supervised.batches import Loaders
 from dschat.supervised.settings import SupervisedSettings
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when code changes what the same model says of the same rows, by more than rounding."""
 
 BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_batch")
@@ -89,6 +89,7 @@ class ReferenceStore:
                 "model": base.fingerprint(),
                 "dtype": settings.run.dtype,
                 "load_in_4bit": settings.model.load_in_4bit,
+                "torch_compile": settings.run.torch_compile,
                 "attention": settings.model.attn_implementation,
                 "widths": asdict(settings.widths),
                 "batches": {name: getattr(settings.batch, name) for name in BATCHES},

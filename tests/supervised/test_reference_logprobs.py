@@ -66,6 +66,7 @@ def test_what_changes_the_numbers_or_their_rounding_has_its_own(base, data, tmp_
     for more in (
         *("--dtype=fp32", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"),
         *("--pad_to_multiple_of=8", "--packing=off", "--seed=5", "--max_tokens_per_batch=600"),
+        "--torch_compile",
     ):
         keys.append(opened(tmp_path, base, data, more).key)
     monkeypatch.setenv("WORLD_SIZE", "2")
