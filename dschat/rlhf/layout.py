@@ -15,8 +15,8 @@ from dschat.rlhf.rlhf_engine import choose_ways
 from dschat.rlhf.roles import EngineSpec
 from dschat.runs.measured_choices import MeasuredChoices
 
-NUM_TRIED, NUM_MEASURED = 2, 8
-"""Micro-batches that are tried in several layouts."""
+NUM_TRIED, NUM_MEASURED, MOST_TOKENS = 2, 8, 2**31
+"""Micro-batches that are tried in several layouts; more tokens than a row has."""
 
 
 def choose_ways_and_layout(
@@ -56,7 +56,8 @@ def choose_ways_and_layout(
         device=current_device(),
         limit=min((limit for limit in limits if limit is not None), default=None),
         lengths=lengths,
-        longest=longest,
+        # A reward model with a tokenizer of its own reads rows of lengths that nobody knows yet.
+        longest=MOST_TOKENS if "reader_ids" in prompts.table.column_names else longest,
     )
     longest_answers = known[: NUM_MEASURED * size] + args.rollout.max_answer_seq_len
     batches = [longest_answers[i : i + size] for i in range(0, len(longest_answers), size)]

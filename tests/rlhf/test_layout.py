@@ -15,7 +15,9 @@ from dschat.runs.measured_choices import MeasuredChoices
 PROMPTS = Rows.from_dict({"length": [5, 9, 7]})
 
 
-def layout_and_widths(tmp_path, actor: str, reward: str, *flags: str) -> tuple[RowLayout, int, float]:
+def layout_and_widths(
+    tmp_path, actor: str, reward: str, *flags: str, prompts: Rows = PROMPTS
+) -> tuple[RowLayout, int, float]:
     """`choose_ways_and_layout` for an actor and a critic of these families.
 
     Only their configurations are read.
@@ -24,7 +26,7 @@ def layout_and_widths(tmp_path, actor: str, reward: str, *flags: str) -> tuple[R
     models = (f"--actor_model_name_or_path={paths[0]}", f"--critic_model_name_or_path={paths[1]}")
     args = parse_arguments("rlhf", [*models, "--max_answer_seq_len=8", "--dtype=fp32", *flags])
     choices = MeasuredChoices(folder=tmp_path / "choices")
-    return choose_ways_and_layout(args, engine_specs(args), PROMPTS, choices, longest=17)
+    return choose_ways_and_layout(args, engine_specs(args), prompts, choices, longest=17)
 
 
 def layout_of(*args: Any) -> RowLayout:
@@ -57,3 +59,10 @@ def test_rows_are_packed_where_every_model_tells_sequences_apart(tmp_path):
 def test_one_model_that_cannot_be_packed_has_all_padded_and_the_run_says_so(tmp_path, capsys, actor, reward):
     assert layout_of(tmp_path, actor, reward, "--packing=on").separated_by is None
     assert "pack" in capsys.readouterr().out
+
+
+def test_rows_of_a_reward_model_with_other_tokens_may_be_longer_than_its_window(tmp_path):
+    reread = Rows.from_dict({"length": [5, 9, 7], "reader_ids": [[1], [2], [3]]})
+    models = (tmp_path, "llama", "mistral", "--packing=on")  # Mistral's window has 256 tokens
+    found = [layout_and_widths(*models, prompts=prompts)[0].separated_by for prompts in (PROMPTS, reread)]
+    assert found == ["mask", "positions"]
