@@ -59,10 +59,11 @@ def _chosen(
         continuous.check(longest=longest)
         return continuous
     static = StaticDecoding(plain, longest=longest)
-    prompts = _trial_prompts(plain, args)
+    answer_length = min(TRIAL_ANSWER, longest - 1)
+    prompts = _trial_prompts(plain, args, most=longest - answer_length)
 
     def trial(backend: RolloutBackend, mode: str | None = None) -> Callable[[], object]:
-        sampling = Sampling(max_answer_length=TRIAL_ANSWER)
+        sampling = Sampling(max_answer_length=answer_length)
 
         def run() -> None:
             with backend.session():
@@ -101,10 +102,10 @@ def _may_be_fastest(continuous: ContinuousBatching, longest: int) -> bool:
     return True
 
 
-def _trial_prompts(plain: HuggingFaceGenerate, args: RolloutArguments) -> PromptBatch:
-    """As many prompts as a batch of answers has, all of other tokens."""
+def _trial_prompts(plain: HuggingFaceGenerate, args: RolloutArguments, *, most: int) -> PromptBatch:
+    """As many prompts as a batch of answers has, all of other tokens, and of `most` tokens at most."""
     size, device = args.per_device_generation_batch_size, plain.engine.device
-    length = min(TRIAL_PROMPT, args.max_prompt_seq_len)
+    length = min(TRIAL_PROMPT, args.max_prompt_seq_len, most)
     ids = torch.arange(size * length, device=device).view(size, length) * 7 % plain.num_tokens
     rows = torch.arange(size, device=device)
     return PromptBatch(ids, torch.ones_like(ids), keys=rows, rows=rows, samples=torch.zeros_like(rows))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import ROOT, python
 from rollout_helpers import TEXTS, PlainEngine, answers, prompt_batch
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dschat.arguments import RolloutArguments
@@ -103,6 +103,19 @@ def test_every_back_end_gives_the_same_answers(actor):
     for other in found[1:]:
         assert answers(other) == answers(found[0])
         torch.testing.assert_close(other.logprobs, found[0].logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_positions", [20, 48])
+def test_trials_stay_within_the_positions_of_a_small_model(num_positions, tmp_path):
+    tokenizer, config = tiny_tokenizer(), tiny_config("gpt2", 400, eos_token_id=0)
+    config.n_positions = num_positions
+    model = PlainEngine(AutoModelForCausalLM.from_config(config))
+    args = RolloutArguments(max_prompt_seq_len=num_positions - 8, max_answer_seq_len=8)
+    choices = MeasuredChoices(folder=tmp_path)
+    backend = build_backend(args, model, tokenizer, longest=num_positions, choices=choices)
+    with backend.session():
+        found = backend.generate(prompt_batch(tokenizer, [" one two"]), Sampling(max_answer_length=8))
+    assert found.answer_mask.any()
 
 
 @pytest.mark.matrix
