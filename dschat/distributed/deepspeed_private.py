@@ -1,17 +1,18 @@
 """Every private or undocumented name of DeepSpeed that dschat depends on, each in a small function.
 
-`SOURCES` says where each name was read; tests/distributed/test_deepspeed_private.py tells which of them
-another version of DeepSpeed has moved. DeepSpeed is imported inside functions: a module that only asks about
+tests/distributed/test_deepspeed_private.py says where each name was read, and tells which of them another
+version of DeepSpeed has moved. DeepSpeed is imported inside functions: a module that only asks about
 parameters starts faster without it.
 """
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,89 +21,6 @@ from dschat.distributed.collectives import norm_across_tensor_ranks
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
-
-VERSION = "0.19.8"
-"""The DeepSpeed whose source was read."""
-
-
-class Source(NamedTuple):
-    """A line of DeepSpeed that a function of this module depends on."""
-
-    function: str
-    file: str
-    """Below the package's folder."""
-    line: int
-    text: str
-    """What stands in that line, in part."""
-
-
-_PARAMETERS = "runtime/zero/partition_parameters.py"
-_AUTO_TP, _TP_LAYERS = "module_inject/auto_tp.py", "module_inject/layers.py"
-SOURCES = (
-    Source("is_sharded", _PARAMETERS, 1320, "param.ds_id = "),
-    Source("whole_shape", _PARAMETERS, 1279, "param.ds_shape = param.shape"),
-    Source("whole_size", _PARAMETERS, 1282, "param.ds_numel = param.numel()"),
-    Source("own_shard", _PARAMETERS, 1846, "param.ds_tensor = partitioned_tensor"),
-    Source("inner_optimizer", "runtime/zero/stage3.py", 232, "self.optimizer = init_optimizer"),
-    Source("inner_optimizer", "runtime/zero/stage_1_and_2.py", 260, "self.optimizer = init_optimizer"),
-    Source("inner_optimizer", "runtime/fp16/fused_optimizer.py", 77, "self.optimizer = init_optimizer"),
-    Source("inner_optimizer", "runtime/fp16/unfused_optimizer.py", 64, "self.optimizer = init_optimizer"),
-    Source("gradient_buffers", "runtime/zero/stage3.py", 513, "self.averaged_gradients = {}"),
-    Source("gradient_buffers", "runtime/zero/stage3.py", 786, "self.grad_partitions_flat_buffer = None"),
-    Source("gradient_buffers", "runtime/zero/stage_1_and_2.py", 687, "self.averaged_gradients = {}"),
-    Source("gradient_buffers", "runtime/bf16_optimizer.py", 114, "self.fp32_groups_gradients_flat = []"),
-    Source("set_gradient_norm", "runtime/engine.py", 1368, "return self._global_grad_norm"),
-    Source("set_overflow", "runtime/engine.py", 3537, "overflow = self.optimizer.overflow"),
-    Source("has_overflow", "runtime/fp16/fused_optimizer.py", 122, "self.overflow_checker = CheckOverflow("),
-    Source("has_overflow", "runtime/fp16/unfused_optimizer.py", 205, "self.overflow_checker.check()"),
-    Source("has_overflow", "runtime/utils.py", 272, "def check(self, param_groups=None):"),
-    Source("has_overflow", "runtime/zero/stage3.py", 3009, "def has_overflow(self, "),
-    Source("has_overflow", "runtime/zero/stage_1_and_2.py", 3237, "def has_overflow(self, "),
-    Source("skipping", "runtime/fp16/fused_optimizer.py", 270, "self.overflow_checker.has_overflow("),
-    Source("skipping", "runtime/fp16/fused_optimizer.py", 73, "self.loss_scale_config = loss_scale_config"),
-    Source("skipping", "runtime/fp16/unfused_optimizer.py", 60, "self.loss_scale_config = loss_scale_config"),
-    Source("skipping", "runtime/zero/stage3.py", 2991, "self.overflow = self.has_overflow("),
-    Source("skipping", "runtime/zero/stage3.py", 524, "self.loss_scaler = CreateLossScaler("),
-    Source("skipping", "runtime/zero/stage_1_and_2.py", 722, "self.loss_scaler = CreateLossScaler("),
-    Source("train_on_at_lowest_scale", "runtime/fp16/loss_scaler.py", 236, "raise_error_at_min_scale = "),
-    Source("before_pipeline_step", "runtime/pipe/engine.py", 1386, "self._INSTRUCTION_MAP[type(cmd)]"),
-    Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 197, "def step(self, closure=None):"),
-    Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 67, "self.fp16_groups = []"),
-    Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 68, "self.fp32_groups = []"),
-    Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 125, "def _skip_invalid_grad_norm("),
-    Source("shorten_bf16_step", "runtime/fp16/unfused_optimizer.py", 277, "def _update_scale(self, skip):"),
-    Source("set_checkpoint_writer", "runtime/engine.py", 545, "self._config = config_class"),
-    Source("set_checkpoint_writer", "runtime/engine.py", 1902, "self.checkpoint_engine = "),
-    Source("set_checkpoint_writer", "runtime/engine.py", 5567, "self._copy_recovery_script(save_path)"),
-    Source("loading_universal_checkpoint", "runtime/engine.py", 1713, "load_universal_checkpoint"),
-    Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1156, "def main(args):"),
-    Source("write_universal_checkpoint", "checkpoint/ds_to_universal.py", 1169, "args.inject_missing_state"),
-    Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 169, "class LossScaler("),
-    Source("checkpoint_classes", "runtime/fp16/loss_scaler.py", 193, "class DynamicLossScaler("),
-    Source("checkpoint_classes", "runtime/zero/config.py", 81, "class ZeroStageEnum("),
-    Source("checkpoint_classes", "utils/tensor_fragment.py", 13, "class fragment_address"),
-    Source("tensor_groups", "utils/groups.py", 202, "def _init_tp_mesh_device(tensor_model_parallel_size"),
-    Source("shard_layers", _AUTO_TP, 212, "def __init__(self,"),
-    Source("shard_layers", _AUTO_TP, 395, "def set_tensor_parallel_config(self, mp_size, mp_group)"),
-    Source("shard_layers", _AUTO_TP, 408, 'if getattr(child, "replaced", False) == True:'),
-    Source("shard_layers", _AUTO_TP, 931, "def register_replicated_grad_hooks(self, model)"),
-    Source("shard_layers", _AUTO_TP, 962, "param._ds_grad_allreduce_registered = True"),
-    Source("shard_layers", _AUTO_TP, 1001, "def update_linear_policies(self)"),
-    Source("shard_layers", _AUTO_TP, 1038, "def _replace_module(self, r_module"),
-    Source("shard_layers", _TP_LAYERS, 181, "def set_autotp_mode(training=False)"),
-    Source("shard_layers", _TP_LAYERS, 689, "def collect_autotp_universal_checkpoint_info(model"),
-    Source("shard_layers", "checkpoint/constants.py", 59, "UNIVERSAL_CHECKPOINT_INFO ="),
-    Source("shard_layers", "runtime/engine.py", 1014, 'if getattr(model, "ds_autotp_parsed", False):'),
-    Source("is_tensor_shard", _TP_LAYERS, 36, "DS_IS_REPLACED_MODULE = 'ds_is_replaced_module'"),
-    Source("whole_over_tensor_ranks", _TP_LAYERS, 906, "def gather_params(self, params_list)"),
-    Source("whole_over_tensor_ranks", _TP_LAYERS, 1016, "def gather_params(self, params_list)"),
-    Source("trust_inputs", "runtime/engine.py", 1005, "self.first_dataloader_check = "),
-    Source("forget_secondary_group", "utils/groups.py", 938, "_ZERO_PARAM_INTRA_PARALLEL_GROUP is None"),
-    Source("no_start_of_forward", "runtime/zero/parameter_offload.py", 308, "self.fwd_pre_hook = "),
-    Source("injected_layers", "runtime/hybrid_engine.py", 44, "self._inference_containers = []"),
-    Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
-    Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
-)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -308,6 +226,23 @@ def compile_no_shared_memory_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def share_empty_weights() -> None:
+    """Have all weights that ZeRO-3 releases share one empty tensor.
+
+    DeepSpeed makes another for each weight and release. These small blocks stand in glibc's heap among what
+    passes allocate, and split what is free once that goes.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    release, empty = partition_parameters.free_param, functools.cache(torch.empty)
+
+    def free_param(parameter: Tensor) -> None:
+        release(parameter)
+        parameter.data = empty(0, dtype=parameter.dtype, device=parameter.device)
+
+    partition_parameters.free_param = free_param
 
 
 def empty_weights(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -29,59 +29,36 @@ PERSISTENT = 10_000
 """Weights of the largest parameter that ZeRO-3 leaves whole: stage3_param_persistence_threshold."""
 
 
-class Spec(Protocol):
-    """What a plan asks of a model's specification; `rlhf.roles.EngineSpec` answers it for step 3."""
-
-    @property
-    def role(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def head(self) -> str: ...
-    @property
-    def trained(self) -> bool: ...
-    @property
-    def settings(self) -> ModelArguments: ...
-    @property
-    def dtype(self) -> Literal["bf16", "fp16", "fp32"]: ...
-    @property
-    def offload(self) -> bool: ...
-    @property
-    def load_in_4bit(self) -> bool: ...
-    @property
-    def zero_stage(self) -> int: ...
-    @property
-    def without_adapters_of(self) -> str | None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """A model of steps 1 and 2 and of DPO, as `Spec` has it."""
+class Spec:
+    """A model of a run, as a plan sees it: where its weights are, and how its engine is built."""
 
-    settings: ModelArguments
+    role: str
+    """Key of the model in dictionaries, in checkpoints and among the exported folders."""
+    name: str
+    """Name of the model in messages, without an article."""
+    path: str
+    """Folder or hub id of the weights."""
     head: str
+    """Output layer of the engine."""
+    trained: bool = False
+    """Whether the engine has an optimiser."""
+    settings: ModelArguments
+    """Flags of the trained model that decide ZeRO stage and memory: its own, or those of the model it stands
+    beside."""
     dtype: Literal["bf16", "fp16", "fp32"]
+    """Precision of weights and activations."""
     offload: bool
-    role: str = "model"
-    name: str = "model"
-    trained: bool = True
+    """Whether CPU memory holds the optimiser states, or the weights of a frozen model between uses."""
+    load_in_4bit: bool = False
+    """Whether the linear layers of the backbone are packed into 4 bits."""
     without_adapters_of: str | None = None
-
-    @property
-    def path(self) -> str:
-        """Folder or hub id of the weights."""
-        return self.settings.model_name_or_path
-
-    @property
-    def load_in_4bit(self) -> bool:
-        """Whether linear layers are packed."""
-        return self.settings.load_in_4bit
+    """Role of a model that needs no engine beside it where it trains adapters alone: with the adapters off it
+    computes what this model does."""
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the engine."""
+        """ZeRO stage of the engine; a frozen model is either sharded (3) or whole on each rank (0)."""
         stage = self.settings.zero_stage
         return stage if self.trained or stage == 3 else 0
 
@@ -317,17 +294,25 @@ def supervised_specs(args: Any) -> list[Spec]:
     model: ModelArguments = args.model
     run: RunArguments = args.run
     head = "score" if args.step == "reward" else "language_model"
-    trained = ModelSpec(settings=model, head=head, dtype=run.dtype, offload=run.offload)
+    trained = Spec(
+        role="model",
+        name="model",
+        path=model.model_name_or_path,
+        head=head,
+        trained=True,
+        settings=model,
+        dtype=run.dtype,
+        offload=run.offload,
+        load_in_4bit=model.load_in_4bit,
+    )
     if not isinstance(args, DpoArguments):
         return [trained]
-    reference = ModelSpec(
+    reference = replace(
+        trained,
         role="reference",
         name="reference model",
-        settings=model,
-        head=head,
-        dtype=run.dtype,
-        offload=args.dpo.offload_reference_model,
         trained=False,
+        offload=args.dpo.offload_reference_model,
         without_adapters_of="model",
     )
     return [trained, reference]

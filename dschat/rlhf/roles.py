@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dschat.arguments import ModelArguments, RlhfArguments
 from dschat.export.manifest import Head
+from dschat.planning.models import Spec
 
 TokenizerRule = Literal["actor", "reward", "own", "own tokens", "known"]
 """Which tokenizer a model may have.
@@ -35,57 +36,29 @@ or from a critic that PPO has trained before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """One model of step 3: where its weights are, and how its engine is built."""
+class EngineSpec(Spec):
+    """One model of step 3."""
 
-    role: str
-    """Key of the model in dictionaries, in checkpoints and among the exported folders."""
-    name: str
-    """Name of the model in messages, without an article."""
-    path: str
-    """Folder or hub id of the weights."""
     flag: str
     """Flag that names the path."""
     shares_folder_of: str | None = None
     """Role of another model whose folder the path is, None where the folder is the model's own."""
     head: Head
-    """Output layer of the engine."""
     fresh_head: bool = False
     """Whether the output layer is drawn at random, as the folder has another one."""
-    trained: bool = False
-    """Whether the engine has an optimiser."""
-    settings: ModelArguments
-    """Flags of the trained model that decide ZeRO stage and memory: its own, or those of the model it stands
-    beside."""
-    dtype: Literal["bf16", "fp16", "fp32"]
-    """Precision of weights and activations."""
-    offload: bool
-    """Whether CPU memory holds the optimiser states, or the weights of a frozen model between uses."""
     offload_flag: str | None = None
     """Flag that asks for `offload`, None where no flag does."""
     hybrid_engine: dict[str, Any] | None = None
     """DeepSpeed's settings of a Hybrid Engine, None for an engine that is none."""
     without_kernels: str = ""
     """Why a Hybrid Engine is not to generate with DeepSpeed's kernels, where the flags tell."""
-    load_in_4bit: bool = False
-    """Whether the linear layers of the backbone are packed into 4 bits."""
     tokenizer: TokenizerRule = "actor"
     """Which tokenizer the model may have."""
-    without_adapters_of: str | None = None
-    """Role of a model that needs no engine beside it where it trains adapters alone: with the adapters off it
-    computes what this model does."""
 
     @property
     def source(self) -> str:
         """Role whose folder the weights are read from."""
         return self.shares_folder_of or self.role
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage of the engine; a frozen model is either sharded (3) or whole on each rank (0)."""
-        if self.trained:
-            return self.settings.zero_stage
-        return 3 if self.settings.zero_stage == 3 else 0
 
     @property
     def starting_settings(self) -> ModelArguments:
