@@ -171,6 +171,8 @@ def held_out() -> Iterator[Case]:
         ("rlhf", deep, "--enable_ema", 1, 2, 96, 64),
         ("rlhf", small, BOTH.format(2), 2, 2, 160, 96),
         ("rlhf", small, BOTH.format(3), 2, 4, 128, 48),
+        ("rlhf", small, BOTH.format(3), 1, 2, 160, 96),
+        ("rlhf", small, f"{BOTH.format(3)} {BOTH_LORA}", 2, 3, 128, 48),
         ("rlhf", deep, BOTH_LORA, 1, 3, 128, 80),
         ("rlhf", wide, "--dtype bf16 --actor_gradient_checkpointing", 1, 4, 192, 64),
     ):

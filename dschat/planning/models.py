@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from dschat.arguments import DpoArguments, ModelArguments, RunArguments
 from dschat.distributed.device import DTYPES
+from dschat.distributed.heap import LARGE
 from dschat.models.attention import way_of
 from dschat.models.config import head_width, read_config
 from dschat.models.lora import adapted_layers
@@ -75,6 +76,8 @@ class Counts:
     """Frozen ones of those, which --load_in_4bit packs."""
     persistent: int = 0
     """Of those in small parameters, which ZeRO-3 does not shard."""
+    small: int = 0
+    """Of those in parameters that it shards, but that a CPU's heap has room for."""
 
 
 class Mode(NamedTuple):
@@ -257,6 +260,7 @@ def _count(model: nn.Module) -> Counts:
         linear=_total(linear),
         packed=_total([weight for weight in linear if not weight.requires_grad]),
         persistent=_total([p for p in parameters if p.numel() <= PERSISTENT]),
+        small=_total([p for p in parameters if p.numel() > PERSISTENT and p.nbytes < LARGE]),
     )
 
 

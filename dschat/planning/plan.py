@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dschat.arguments import PassSizes, TrainingStep
+from dschat.planning.engine_memory import Moment, total
 from dschat.planning.hardware import Hardware
-from dschat.planning.memory import LIBRARIES, MemoryModel, Moment, total
+from dschat.planning.memory import LIBRARIES, MemoryModel
 from dschat.planning.models import Spec, planned_models
 from dschat.planning.slices import Slices
 from dschat.planning.timing import Timing
