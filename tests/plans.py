@@ -5,6 +5,7 @@ from typing import Any
 from tiny import tiny_config
 
 from dschat.arguments import parse_arguments
+from dschat.planning.engine_memory import Moment
 from dschat.planning.hardware import Hardware
 from dschat.planning.models import supervised_specs
 from dschat.planning.plan import Plan, plan_of
@@ -46,3 +47,8 @@ def planned(args: Any, *, device: str = "cuda", ranks: int = 1, memory: float = 
     """The plan of the arguments on so many devices."""
     hardware = Hardware(device=device, ranks=ranks, ranks_per_host=ranks, device_memory=memory)
     return plan_of(args, specs_of(args), hardware, configs=CONFIGS, **options)
+
+
+def size(moment: Moment, kind: str, model: str = "") -> float:
+    """Bytes of one kind in a moment, of models whose name has that in it."""
+    return sum(p.bytes for p in moment if p.kind == kind and model in p.model)

@@ -110,12 +110,10 @@ class MemoryModel:
         """
         if not self.hardware.is_cpu or self.data_ranks == 1:
             return ()
-        trained = [m for m in self.models if m.spec.trained and m.spec.zero_stage == 3]
-        sizes = [model.counts.small * model.element for model in trained]
-        copied = max(sizes, default=0)
-        if self.sizes.answer_length:  # gathered once more for answers
-            sizes += sizes[:1] if trained[:1] == [self.models[0]] else []
-        return (Part("ZeRO-3", "heap", (1 - REUSED) * sum(sizes) + copied),)
+        passed = [model for model in self.models if model.spec.trained]
+        passed += self.models[: self.sizes.answer_length > 0]  # the actor once more, for answers
+        sizes = [model.counts.small * model.element for model in passed if model.spec.zero_stage == 3]
+        return (Part("ZeRO-3", "heap", (1 - REUSED) * sum(sizes) + max(sizes, default=0)),)
 
     def _left(self, model: PlannedModel, rows: Rows) -> Moment:
         """What the heap has free on a CPU after the backward pass."""

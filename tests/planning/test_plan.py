@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from plans import Remembered, arguments, planned
 
-from dschat.planning.memory import Part
+from dschat.planning.engine_memory import Part
 
 SECONDS = {"forward": 1.0, "forward_backward": 3.0, "optimizer": 0.5, "reading": 1.0, "writing": 0.25}
 TIMED = {"choices": Remembered(SECONDS)}
