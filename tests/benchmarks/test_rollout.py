@@ -31,6 +31,9 @@ def test_a_way_that_fails_leaves_the_others():
 
 def test_the_fastest_of_ours_is_chosen():
     assert rollout.chosen({"hf": [3.0], "static": [2.0], rollout.HAND_WRITTEN: [1.0]}) == "static"
+    paged = {"hf": [3.0], "continuous": [2.0]}
+    assert rollout.chosen(paged) == "continuous"
+    assert rollout.chosen(paged, takes_continuous=False) == "hf"
 
 
 def test_every_way_generates_answers_of_the_length_asked_for(tmp_path):
