@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def check(options: argparse.Namespace) -> list[str]:
     from dschat.distributed.storage import first_ranks, storage_of
 
     start = time.monotonic()
-    init_process_group(options.local_rank, host_timeout=options.host_timeout)
+    limit = timedelta(seconds=options.meet_within)
+    init_process_group(options.local_rank, host_timeout=options.host_timeout, timeout=limit)
     met = time.monotonic() - start
     folder = Path(options.storage)
     by_rank = all_gather_object(facts(folder), axis="world")
@@ -235,9 +237,13 @@ def main() -> None:
     parser.add_argument(
         "--host_timeout", type=float, default=60.0, help="seconds until a silent host is lost"
     )
+    parser.add_argument(
+        "--meet_within", type=float, default=300.0, help="seconds until all ranks must have met"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     with readable_errors():
         options = parser.parse_args()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the message at the end says what is wrong
         from dschat.distributed.process_group import destroy_process_group
 
         wrong = check(options)

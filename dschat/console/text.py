@@ -16,11 +16,7 @@ STEERING = re.compile(
 
 def printable(text: str, keep: str = "\n\t") -> str:
     """Text from data or models with its `STEERING` characters escaped, all but those of `keep`."""
-    return STEERING.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return STEERING.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

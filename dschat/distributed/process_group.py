@@ -23,6 +23,7 @@ from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_end import end
 from dschat.distributed.rendezvous import (
+    PATIENCE,
     choose_interface,
     configure_environment,
     take_free_port,
@@ -35,11 +36,14 @@ TIMEOUT = timedelta(hours=2)
 """Longer than the slowest rank may take to load a model or to write a checkpoint."""
 
 
-def init_process_group(local_rank: int = -1, *, host_timeout: float = 0.0) -> torch.device:
+def init_process_group(
+    local_rank: int = -1, *, host_timeout: float = 0.0, timeout: timedelta = TIMEOUT
+) -> torch.device:
     """Join the process group (a group of one under plain `python`) and return this rank's device.
 
-    Raises `UserError` where the ranks cannot meet. `local_rank` is as `configure_environment` has it. A host
-    that does not answer for `host_timeout` seconds ends the others; 0 waits for ever.
+    Raises `UserError` where the ranks have not met within `timeout`, which is that of collectives too.
+    `local_rank` is as `configure_environment` has it. A host that does not answer for `host_timeout` seconds
+    ends the others; 0 waits for ever.
     """
     # DeepSpeed finds ninja, which is installed beside this Python, through PATH.
     os.environ["PATH"] = os.pathsep.join(
@@ -52,9 +56,8 @@ def init_process_group(local_rank: int = -1, *, host_timeout: float = 0.0) -> to
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    keeps_store = (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )  # `dschat.distributed.restart` brings its own
+    # `dschat.distributed.restart` brings its own.
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if attempt > 0 and keeps_store:
         _join_again(attempt)
     launcher.end_with_launcher()
@@ -64,11 +67,11 @@ def init_process_group(local_rank: int = -1, *, host_timeout: float = 0.0) -> to
         )
     take_free_port()
     choose_interface()
-    wait_for_rank_0()
+    wait_for_rank_0(min(PATIENCE, timeout))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # every rank announces the collectives it compiled
-            deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    except dist.DistNetworkError as error:
+            deepspeed.init_distributed(timeout=timeout, verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise unmet(error) from error
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type != "cpu":

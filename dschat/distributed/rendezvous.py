@@ -34,6 +34,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PATIENCE = timedelta(minutes=30)
 """How much later than the other ranks rank 0 may be there."""
 
+NAME_PATIENCE = timedelta(minutes=2)
+"""How long the name of rank 0's machine may be unknown: that of a pod is known a little later."""
+
 NOTE_AFTER = 15.0
 """Seconds of waiting for rank 0 that are worth a line."""
 
@@ -181,19 +184,26 @@ def choose_interface() -> None:
 
 
 def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
-    """Wait, on other ranks, until something listens where they meet. Raises `UserError` if nothing does."""
+    """Wait until something listens where the ranks meet, on rank 0 until the name of that place is known.
+
+    Raises `UserError` where that does not happen.
+    """
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     where = f"MASTER_ADDR {address}, MASTER_PORT {port}"
     start, has_noted = time.monotonic(), False
-    while rank != "0":
+    while True:
         try:
-            socket.create_connection((address, int(port)), timeout=10).close()
+            if rank == "0":
+                socket.getaddrinfo(address, int(port))
+            else:
+                socket.create_connection((address, int(port)), timeout=10).close()
             return
         except OSError as error:
             waited = time.monotonic() - start
-            if waited > patience.total_seconds():
+            limit = min(patience, NAME_PATIENCE) if isinstance(error, socket.gaierror) else patience
+            if waited > limit.total_seconds():
                 raise UserError(
-                    f"rank {rank} met nobody at {where} within {patience}: {error}. Rank 0 must run on that "
+                    f"rank {rank} met nobody at {where} within {limit}: {error}. Rank 0 must run on that "
                     "machine, and no firewall may be between."
                 ) from error
             if waited > NOTE_AFTER and not has_noted:
@@ -204,9 +214,12 @@ def wait_for_rank_0(patience: timedelta = PATIENCE) -> None:
 
 def unmet(error: Exception) -> UserError:
     """What to say where the ranks could not meet."""
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if "EADDRINUSE" not in str(error):
-        return UserError(f"the ranks could not meet at MASTER_ADDR {address}, MASTER_PORT {port}: {error}")
+    address, port, reason = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(error).rstrip(".")
+    if "EADDRINUSE" not in reason:
+        return UserError(
+            f"the ranks could not meet at MASTER_ADDR {address}, MASTER_PORT {port}: {reason}. Start all "
+            f"{os.environ['WORLD_SIZE']} with these, and choose a port at which no other program listens."
+        )
     is_launched = "CROSS_SIZE" in os.environ  # by deepspeed; torchrun listens itself, and says so itself
     start = f"deepspeed --master_port {free_port()}" if is_launched else f"MASTER_PORT={free_port()}"
     return UserError(f"port {port} is in use (another run?); start with one that is free now: {start}")

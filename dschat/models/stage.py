@@ -4,7 +4,7 @@ The modules keep their names, so that files, adapters and exports know nothing o
 same rows as all others: it makes masks and positions itself, as its own forward pass does in any run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,11 +177,5 @@ def _backbone(model: Any) -> Any:
 
 def _decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The module that has the list of layers, and the list's name in it."""
-    return next(_lists_of_layers(model))
-
-
-def _lists_of_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        for name in LAYERS:
-            if isinstance(getattr(module, name, None), nn.ModuleList):
-                yield module, name
+    places = ((module, name) for module in model.modules() for name in LAYERS)
+    return next(place for place in places if isinstance(getattr(*place, None), nn.ModuleList))

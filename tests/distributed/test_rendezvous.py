@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +140,26 @@ def test_ranks_wait_for_rank_0_and_say_where(environment, monkeypatch, capsys):
     wait_for_rank_0()
     environment["RANK"] = "0"
     wait_for_rank_0(timedelta(0))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_name_of_rank_0s_machine_may_be_unknown_for_a_while(environment, monkeypatch, rank):
+    answers = [socket.gaierror(-2, "Name or service not known")] * 2
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda _: None)
+
+    def look_up(*_, **__):
+        if answers:
+            raise answers.pop()
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(rendezvous.socket, "create_connection", look_up)
+    environment.update(meeting(rank, 2))
+    wait_for_rank_0()
+    monkeypatch.setattr(rendezvous, "NAME_PATIENCE", timedelta(0))
+    answers += [socket.gaierror(-2, "Name or service not known")] * 2
+    with pytest.raises(UserError, match=f"rank {rank} met nobody at MASTER_ADDR node-0, .* not known"):
+        wait_for_rank_0()
 
 
 @pytest.mark.parametrize(

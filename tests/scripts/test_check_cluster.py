@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from processes import ROOT, python
 
+from dschat.distributed.rendezvous import free_port
 from scripts.check_cluster import problems
 
 
@@ -44,3 +46,13 @@ def test_each_fault_has_its_own_message_with_a_remedy(other, text):
     (message,) = problems([host("node-a"), host(**other)], 10)
     assert message.startswith(text)
     assert re.search(": [a-z]", message), "the remedy follows"
+
+
+def test_ranks_that_do_not_come_end_the_check_with_a_message():
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    script = ROOT / "scripts" / "check_cluster.py"
+    ended = python(script, "--meet_within", 2, env=env, check=False, timeout=100)
+    assert ended.returncode == 2
+    assert "1/2 clients joined. Start all 2 with these, and choose a port" in ended.stderr
+    assert "Traceback" not in ended.stderr
