@@ -38,6 +38,9 @@ WIDTHS = (128, 256, 512, 1024)
 EAGER_WIDTH = 512
 """Wider rows are not given to eager attention: it keeps probabilities of the square of a row's width."""
 
+SHAPES = 32
+"""Sequences of one row attend in multiples of so many tokens where products of their lengths are compiled."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-4, torch.float16: 2**-7}
 """How far two ways may differ in what comes of standard normal queries, keys and values."""
 
@@ -286,16 +289,20 @@ def _eager(
 
     A row that may attend to nothing attends to everything: such rows are padding.
     """
-    groups = getattr(module, "num_key_value_groups", 1)
+    groups, length = getattr(module, "num_key_value_groups", 1), query.shape[2]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is None and is_causal:
+        if query.is_cpu and query.dtype != torch.float32:  # oneDNN compiles and keeps kernels for each shape
+            query, key, value = (F.pad(x, (0, 0, 0, -length % SHAPES)) for x in (query, key, value))
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None:
         scores += _additive(attention_mask, scores.dtype)
-    elif is_causal if is_causal is not None else getattr(module, "is_causal", True):
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores += _additive(causal, scores.dtype)
-    return torch.matmul(F.softmax(scores, dim=-1), value).transpose(1, 2).contiguous(), None
+    output = torch.matmul(F.softmax(scores, dim=-1), value)[:, :, :length]
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

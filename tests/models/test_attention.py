@@ -9,6 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import ModelArguments
@@ -108,6 +109,37 @@ def test_sequences_of_one_row_attend_to_themselves_alone(way, dtype, tolerance):
     output, _ = attention.measured_attention(GroupedHeads(2), query, key, value, lengths, scaling=8**-0.5)
     expected = by_hand(query, key, value, mask[None, None])
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.shapes.add((tuple(args[0].shape[1:]), tuple(args[1].shape[1:])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_of_sequences_of_any_length_have_few_shapes_and_the_same_gradients():
+    torch.manual_seed(0)
+    module = GroupedHeads(2)
+    with Products() as products:
+        for length in (1, 5, 31, 32, 33, 64, 70, 90):
+            states = [torch.randn(1, n, length, 8, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+            output, _ = attention.WAYS["eager"](module, *states, None, scaling=8**-0.5)
+            weights = torch.randn_like(output)
+            found = torch.autograd.grad(output, states, weights)
+            mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+            expected, _ = attention.WAYS["sdpa"](module, *states, mask, scaling=8**-0.5)
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+            others = torch.autograd.grad(expected, states, weights)
+            torch.testing.assert_close(found, others, rtol=0, atol=1e-12)
+    of_tokens = {size for shapes in products.shapes for shape in shapes for size in shape if size != 8}
+    assert of_tokens == {32, 64, 96}
 
 
 @pytest.mark.parametrize("way", attention.WAYS, indirect=True)
