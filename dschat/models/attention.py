@@ -8,7 +8,9 @@ PPO's analysis and its first update, are equal to the last bit.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ EAGER_WIDTH = 512
 """Wider rows are not given to eager attention: it keeps probabilities of the square of a row's width."""
 
 SHAPES = 32
-"""Sequences of one row attend in multiples of so many tokens where products of their lengths are compiled."""
+"""Sequences of one row attend in multiples of so many tokens, as oneDNN keeps kernels for each shape."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-4, torch.float16: 2**-7}
 """How far two ways may differ in what comes of standard normal queries, keys and values."""
@@ -219,7 +221,7 @@ def measured_attention(
     go to SDPA.
     """
     if attention_mask is not None and attention_mask.dtype == torch.int64:
-        return _one_by_one(module, (query, key, value), attention_mask, **options), None
+        return _by_length(module, (query, key, value), attention_mask, **options), None
     heads = (query.shape[1], key.shape[1], query.shape[3], query.dtype)
     way = process_wide(MeasuredWays).of(heads, query.shape[2])
     others = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
@@ -229,11 +231,69 @@ def measured_attention(
 
 
 @torch.compiler.disable  # or each batch's lengths would be compiled anew
-def _one_by_one(module: nn.Module, states: Iterable[Tensor], lengths: Tensor, **options: Any) -> Tensor:
-    """The attention of sequences of such lengths that stand one behind the other. -> [1, Q, H, D]."""
-    sizes = lengths.flatten().tolist()
-    parts = zip(*(tensor.split(sizes, dim=2) for tensor in states), strict=True)
-    return torch.cat([measured_attention(module, q, k, v, None, **options)[0] for q, k, v in parts], dim=1)
+def _by_length(module: nn.Module, states: Iterable[Tensor], lengths: Tensor, **options: Any) -> Tensor:
+    """The attention of sequences of such lengths that stand one behind the other. -> [1, Q, H, D].
+
+    Those of about one length attend together, padded on the right, where no token looks.
+    """
+    places = Places.of(tuple(lengths.flatten().tolist()))
+    parts = [places.grouped(tensor.transpose(1, 2)) for tensor in states]
+    groups = zip(*parts, strict=True)
+    return places.in_row(measured_attention(module, q, k, v, None, **options)[0] for q, k, v in groups)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of sequences stand in one row, Q, and in groups of equal padded lengths, S in all."""
+
+    groups: list[tuple[int, int]]
+    """Sequences of each group, and their padded length."""
+    in_groups: Tensor
+    """[S], places in the row; of padding 0."""
+    in_one_row: Tensor
+    """[Q], places in the groups."""
+    real: Tensor
+    """[S, 1, 1], whether a place in the groups is no padding."""
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(lengths: tuple[int, ...]) -> "Places":
+        """The places of sequences in the order of the row, found once for all layers."""
+        parts = torch.arange(sum(lengths)).split(list(lengths))
+        parts = sorted((F.pad(part, (0, -len(part) % SHAPES), value=-1) for part in parts), key=len)
+        groups = [(len(list(same)), length) for length, same in groupby(map(len, parts))]
+        in_groups = torch.cat(parts)
+        in_one_row = in_groups.argsort()[-sum(lengths) :]  # the first are those of padding
+        return Places(groups, in_groups.clamp(min=0), in_one_row, (in_groups >= 0)[:, None, None])
+
+    def grouped(self, row: Tensor) -> list[Tensor]:
+        """[1, Q, H, D] -> [N, H, L, D] of each group."""
+        sizes = [number * length for number, length in self.groups]
+        parts = _Moved.apply(row, self.in_groups, self.in_one_row, None).split(sizes, dim=1)
+        pairs = zip(parts, self.groups, strict=True)
+        return [part.view(*group, *row.shape[2:]).transpose(1, 2) for part, group in pairs]
+
+    def in_row(self, groups: Iterable[Tensor]) -> Tensor:
+        """[N, L, H, D] of each group -> [1, Q, H, D]."""
+        whole = torch.cat([group.flatten(0, 1) for group in groups])[None]
+        return _Moved.apply(whole, self.in_one_row, self.in_groups, self.real)
+
+
+class _Moved(torch.autograd.Function):
+    """Tokens at other places: [1, N, H, D] -> [1, M, H, D].
+
+    `index_select` alone would add up gradients token by token; here each place has that of one token or none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, places: Tensor, back: Tensor, real: Tensor | None) -> Tensor:
+        ctx.back, ctx.real = back, real
+        return tokens.index_select(1, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        moved = gradient.index_select(1, ctx.back)
+        return moved if ctx.real is None else moved.mul_(ctx.real), None, None, None
 
 
 def _sdpa_in_fp32(
@@ -289,20 +349,16 @@ def _eager(
 
     A row that may attend to nothing attends to everything: such rows are padding.
     """
-    groups, length = getattr(module, "num_key_value_groups", 1), query.shape[2]
+    groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    if attention_mask is None and is_causal:
-        if query.is_cpu and query.dtype != torch.float32:  # oneDNN compiles and keeps kernels for each shape
-            query, key, value = (F.pad(x, (0, 0, 0, -length % SHAPES)) for x in (query, key, value))
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None:
         scores += _additive(attention_mask, scores.dtype)
-    output = torch.matmul(F.softmax(scores, dim=-1), value)[:, :, :length]
-    return output.transpose(1, 2).contiguous(), None
+    elif is_causal if is_causal is not None else getattr(module, "is_causal", True):
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores += _additive(causal, scores.dtype)
+    return torch.matmul(F.softmax(scores, dim=-1), value).transpose(1, 2).contiguous(), None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 from weakref import proxy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -74,18 +75,21 @@ class DecodeLayer(CacheLayerMixin):
         names = (f"keys {self._number}", f"values {self._number}")
         self.keys, self.values = map(self._cache.place, names, pair)
 
+    def grow(self) -> None:
+        """Room for the columns that the next pass reads, and no more."""
+        self._put(F.pad(states, (0, 0, 0, self._cache.width - states.shape[2])) for states in self.pair)
+
     def _spread(self, states: Tensor, rows: Tensor) -> Tensor:
-        _, num_heads, length, size = states.shape
-        buffer = states.new_zeros(len(rows), num_heads, self._cache.capacity, size)
-        buffer[:, :, :length] = states[rows]
-        return buffer
+        columns = self._cache.width if self._cache.grows else self._cache.capacity
+        return F.pad(states[rows], (0, 0, 0, columns - states.shape[2]))
 
 
 class DecodeCache(Cache):
     """The keys and values of prompts of P columns, and after them of their answers' tokens, one at a time.
 
-    Nothing is concatenated: a token's are written to the column `column`, and a pass reads the first `width`
-    columns, in which a mask hides what is not written yet.
+    A token's are written to the column `column`, and a pass reads the first `width` columns, in which a mask
+    hides what is not written yet. There are no more columns than that, as products in bf16 on a CPU would
+    copy a part of them; but all from the beginning where they are to stay in one place.
     """
 
     def __init__(
@@ -94,17 +98,18 @@ class DecodeCache(Cache):
         prompt_length: int,
         answer_length: int,
         device: torch.device,
-        place: Callable[[str, Tensor], Tensor] = lambda name, values: values,
+        place: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
-        """`place` is given what decoding reads and writes, by a name, and returns it where it is to stand."""
-        self.place = place
+        """`place` is given what decoding reads and writes, by a name, and returns it where it is to stay."""
+        self.grows = place is None
+        self.place = place or (lambda name, values: values)
         self.store: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None
         """What writes a token's keys and values to a column, in place of torch."""
         self.capacity = _rounded(prompt_length + answer_length)
         self.length = prompt_length
         """Columns that are written, but for the pass in progress."""
         self.width = prompt_length
-        self.column = place("column", torch.tensor([prompt_length], device=device))
+        self.column = self.place("column", torch.tensor([prompt_length], device=device))
         """[1]: where the next token's keys and values go; a tensor, for passes that are recorded."""
         self._own = [DecodeLayer(self, number) for number in range(num_layers)]
         super().__init__(layers=[*self._own])
@@ -127,23 +132,27 @@ class DecodeCache(Cache):
 
     def spread(self, rows: Tensor) -> None:
         """After the pass of the prompts: one row for each answer, that of its prompt."""
+        self._widen()
         for layer in self._own:
             layer.spread(rows)
-        self._widen()
 
     def advance(self) -> None:
         """To the next column."""
         self.length += 1
         self.column.add_(1)
-        self._widen()
+        if self._widen() and self.grows:
+            for layer in self._own:
+                layer.grow()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, in this order."""
         for layer in self._own:
             layer.keep(rows)
 
-    def _widen(self) -> None:
-        self.width = min(_rounded(self.length + 1), self.capacity)
+    def _widen(self) -> bool:
+        """Have the next pass read the next token's column too. -> whether it reads more than the last one."""
+        before, self.width = self.width, min(_rounded(self.length + 1), self.capacity)
+        return self.width > before
 
 
 def _rounded(length: int) -> int:

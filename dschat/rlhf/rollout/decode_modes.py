@@ -94,7 +94,8 @@ class Decoding:
         num_layers = model.config.get_text_config().num_hidden_layers
         self._model, self._mode, self._recorded = model, mode, recorded
         recorded.begin()
-        self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device, recorded.place)
+        place = recorded.place if mode.is_graphed else None
+        self._cache = DecodeCache(num_layers, ids.shape[1], answer_length, ids.device, place)
         first, prompt_of_row = distinct_rows(ids.masked_fill(mask == 0, -1))
         with recorded.weights_in_place():
             logits = self._pass(ids[first], mask[first], positions[first], logits_to_keep=1)

@@ -34,9 +34,27 @@ def test_a_pass_reads_a_multiple_of_so_many_columns_and_its_own_among_them():
     for _ in range(3):
         widths.append(cache.width)
         assert cache.width > cache.length
+        # Products in bf16 copy what does not stand together.
+        assert all(keys.shape[2] == cache.width and keys.is_contiguous() for keys in cache.states)
         cache.advance()
     assert widths == [ROUND, 2 * ROUND, 2 * ROUND]
     assert cache.capacity == 2 * ROUND
+
+
+def test_what_is_to_stay_in_one_place_has_all_columns_from_the_beginning():
+    placed = []
+
+    def place(name, values):
+        placed.append(name)
+        return values
+
+    cache = DecodeCache(1, ROUND - 1, ROUND, torch.device("cpu"), place)
+    cache.update(torch.zeros(1, 1, ROUND - 1, 1), torch.zeros(1, 1, ROUND - 1, 1), 0)
+    cache.spread(torch.tensor([0]))
+    for _ in range(3):
+        assert {keys.shape[2] for keys in cache.states} == {2 * ROUND}
+        cache.advance()
+    assert placed == ["column", "keys 0", "values 0"]
 
 
 def test_keys_and_values_go_with_the_cache_and_do_not_wait_for_the_garbage_collector():
