@@ -236,10 +236,15 @@ def _by_length(module: nn.Module, states: Iterable[Tensor], lengths: Tensor, **o
 
     Those of about one length attend together, padded on the right, where no token looks.
     """
-    places = Places.of(tuple(lengths.flatten().tolist()))
-    parts = [places.grouped(tensor.transpose(1, 2)) for tensor in states]
-    groups = zip(*parts, strict=True)
-    return places.in_row(measured_attention(module, q, k, v, None, **options)[0] for q, k, v in groups)
+    places, found = Places.of(tuple(lengths.flatten().tolist())), []
+    sizes = [number * length for number, length in places.groups]
+    there, back = places.in_groups, places.in_one_row
+    moved = [_Moved.apply(x.transpose(1, 2), there, back, None).split(sizes, dim=1) for x in states]
+    for group, *parts in zip(places.groups, *moved, strict=True):
+        query, key, value = (part.view(*group, *part.shape[2:]).transpose(1, 2) for part in parts)
+        output, _ = measured_attention(module, query, key, value, None, **options)
+        found.append(output.flatten(0, 1))
+    return _Moved.apply(torch.cat(found)[None], back, there, places.real)
 
 
 @dataclass(frozen=True)
@@ -261,22 +266,14 @@ class Places:
         """The places of sequences in the order of the row, found once for all layers."""
         parts = torch.arange(sum(lengths)).split(list(lengths))
         parts = sorted((F.pad(part, (0, -len(part) % SHAPES), value=-1) for part in parts), key=len)
-        groups = [(len(list(same)), length) for length, same in groupby(map(len, parts))]
+        numbers = [(len(list(same)), length) for length, same in groupby(map(len, parts))]
+        # In powers of two, as the number of sequences is a part of a product's shape too.
+        groups = [
+            (1 << bit, length) for n, length in numbers for bit in range(n.bit_length()) if n >> bit & 1
+        ]
         in_groups = torch.cat(parts)
         in_one_row = in_groups.argsort()[-sum(lengths) :]  # the first are those of padding
         return Places(groups, in_groups.clamp(min=0), in_one_row, (in_groups >= 0)[:, None, None])
-
-    def grouped(self, row: Tensor) -> list[Tensor]:
-        """[1, Q, H, D] -> [N, H, L, D] of each group."""
-        sizes = [number * length for number, length in self.groups]
-        parts = _Moved.apply(row, self.in_groups, self.in_one_row, None).split(sizes, dim=1)
-        pairs = zip(parts, self.groups, strict=True)
-        return [part.view(*group, *row.shape[2:]).transpose(1, 2) for part, group in pairs]
-
-    def in_row(self, groups: Iterable[Tensor]) -> Tensor:
-        """[N, L, H, D] of each group -> [1, Q, H, D]."""
-        whole = torch.cat([group.flatten(0, 1) for group in groups])[None]
-        return _Moved.apply(whole, self.in_one_row, self.in_groups, self.real)
 
 
 class _Moved(torch.autograd.Function):

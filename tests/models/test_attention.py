@@ -124,6 +124,20 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_groups_have_sequences_in_powers_of_two_and_every_token_once():
+    places = attention.Places.of((5, 40, 32, 1, 60))
+    assert places.groups == [(1, 32), (2, 32), (2, 64)]
+    row = torch.arange(138)
+    moved = row[places.in_groups]
+    assert moved[places.in_one_row].tolist() == row.tolist()
+    assert moved[places.real.flatten()].tolist() == [
+        *range(5),
+        *range(45, 78),
+        *range(5, 45),
+        *range(78, 138),
+    ]
+
+
 @pytest.mark.parametrize("way", ["eager"], indirect=True)
 def test_sequences_of_one_row_have_the_gradients_of_each_alone_by_products_of_few_shapes(way):
     torch.manual_seed(0)
