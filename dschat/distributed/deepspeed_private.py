@@ -7,12 +7,14 @@ parameters starts faster without it.
 
 import contextlib
 import functools
+import importlib
 import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +245,17 @@ def share_empty_weights() -> None:
         parameter.data = empty(0, dtype=parameter.dtype, device=parameter.device)
 
     partition_parameters.free_param = free_param
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon, which its optimizers look for and no run of ours uses, as plain functions.
+
+    To compile them it would import torch's compiler: a second, and 43 MB.
+    """
+    from deepspeed.runtime import compiler
+
+    with mock.patch.object(compiler, "compile", return_value=lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def empty_weights(module: nn.Module) -> None:

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from dschat.console import messages
-from dschat.distributed import launcher, restart, watchdog
+from dschat.distributed import deepspeed_private, launcher, restart, watchdog
 from dschat.distributed.collectives import all_gather_object, barrier, make_axis_groups
-from dschat.distributed.deepspeed_private import compile_no_shared_memory_collectives, share_empty_weights
 from dschat.distributed.extension_locks import clear_build_locks
 from dschat.distributed.mesh import mesh
 from dschat.distributed.process_end import end
@@ -51,8 +50,9 @@ def init_process_group(
     )
     configure_environment(local_rank)
     _check_device()
-    compile_no_shared_memory_collectives()
-    share_empty_weights()
+    deepspeed_private.compile_no_shared_memory_collectives()
+    deepspeed_private.share_empty_weights()
+    deepspeed_private.import_muon()
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

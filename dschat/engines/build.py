@@ -2,14 +2,11 @@
 
 import copy
 import functools
-import unittest.mock
-from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
@@ -236,20 +233,10 @@ def _initialize(model: Any, config: dict[str, Any], **options: Any) -> DeepSpeed
     shared = tensor_parallel_size(config) > 1
     if size > 1 and not shared:
         options["mpu"] = deepspeed_private.tensor_groups(size)
-    _import_muon()
     engine, *_ = deepspeed.initialize(model=model, config=config, **options)
     if shared:
         deepspeed_private.trust_inputs(engine)
     return engine
-
-
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which its optimizers look for and no run of ours uses, as plain functions.
-
-    To compile them it would import torch's compiler: a second, and 43 MB.
-    """
-    with unittest.mock.patch.object(compiler, "compile", return_value=lambda function: function):
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def build_frozen_engine(

@@ -15,8 +15,10 @@ from dschat.rlhf.rlhf_engine import choose_ways
 from dschat.rlhf.roles import EngineSpec
 from dschat.runs.measured_choices import MeasuredChoices
 
-NUM_TRIED, NUM_MEASURED, MOST_TOKENS = 2, 8, 2**31
-"""Micro-batches that are tried in several layouts; more tokens than a row has."""
+NUM_TRIED, NUM_MEASURED = 2, 8
+"""Micro-batches that are tried in several layouts."""
+MOST_TOKENS = 2**31
+"""More tokens than a row has."""
 
 
 def choose_ways_and_layout(

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -97,6 +99,7 @@ SOURCES = (
     Source("forget_secondary_group", "utils/groups.py", 938, "_ZERO_PARAM_INTRA_PARALLEL_GROUP is None"),
     Source("no_start_of_forward", "runtime/zero/parameter_offload.py", 308, "self.fwd_pre_hook = "),
     Source("injected_layers", "runtime/hybrid_engine.py", 44, "self._inference_containers = []"),
+    Source("import_muon", "runtime/zero/muon/original_muon.py", 50, "@compiler.compile()"),
     Source("compile_no_shared_memory_collectives", "comm/torch.py", 49, "deepspeed.ops.__compatible_ops__"),
     Source("compile_no_shared_memory_collectives", "ops/op_builder/cpu/comm.py", 49, "deepspeed_shm_comm"),
 )
@@ -291,3 +294,17 @@ def test_no_other_optimiser_is_shortened(monkeypatch):
     optimizer.low_precision_dtype = torch.float16
     deepspeed_private.shorten_bf16_step(SimpleNamespace(optimizer=optimizer))
     assert "step" not in vars(optimizer)
+
+
+def test_the_optimizers_of_deepspeed_import_no_compiler():
+    script = """
+import sys
+import torch
+from deepspeed.runtime import compiler
+from dschat.distributed.deepspeed_private import import_muon
+import_muon()
+muon = "deepspeed.runtime.zero.muon.original_muon"
+print(muon in sys.modules, "torch._inductor.compile_fx" in sys.modules, compiler.compile() is torch.compile)
+"""
+    told = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert told.splitlines()[-1] == "True False True"
